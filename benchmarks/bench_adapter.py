@@ -1,0 +1,9 @@
+"""adapter: forward and backward against its peers; shapes in cases.py, peers in peers.py."""
+
+from __future__ import annotations
+
+OP = "adapter"
+
+
+def test_adapter(timed, case, direction, provider):
+    timed(OP, case, direction, provider)

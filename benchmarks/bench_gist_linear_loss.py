@@ -1,0 +1,9 @@
+"""gist_linear_loss: forward and backward against its peers; shapes in cases.py, peers in peers.py."""
+
+from __future__ import annotations
+
+OP = "gist_linear_loss"
+
+
+def test_gist_linear_loss(timed, case, direction, provider):
+    timed(OP, case, direction, provider)

@@ -1,0 +1,114 @@
+"""The shapes that are timed, and what each must at least move and compute. No shape stands anywhere else.
+
+Floors on a GPU: max(bytes / measured copy bandwidth, FLOPs / measured matmul rate). On a CPU a floor is work timed in
+the same run (harness.py): the copy of the two tensors for the losses, the matrix products alone for the layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    sizes: tuple[tuple[str, int], ...]
+    dtype: torch.dtype
+    launch_bound: bool = False
+
+    def __getitem__(self, key: str) -> int:
+        return dict(self.sizes)[key]
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{str(self.dtype).removeprefix('torch.')}"
+
+
+def case(dtype: torch.dtype, *, launch_bound: bool = False, **sizes: int) -> Case:
+    name = "_".join(f"{key}{value}" for key, value in sizes.items())
+    return Case(name, tuple(sizes.items()), dtype, launch_bound)
+
+
+#: (op, device type) -> cases.
+CASES: dict[tuple[str, str], list[Case]] = {
+    ("bidirectional_kl", "cpu"): [case(torch.float32, M=512, V=1000), case(torch.float32, M=256, V=32000)],
+    ("bidirectional_kl", "cuda"): [
+        case(torch.bfloat16, M=64, V=100, launch_bound=True),
+        case(torch.bfloat16, M=8192, V=1000),
+        case(torch.bfloat16, M=8192, V=32000),
+        case(torch.bfloat16, M=8192, V=128256),
+        case(torch.float32, M=8192, V=1000),
+    ],
+    ("gist_linear_loss", "cpu"): [case(torch.float32, M=256, V=8000, H=256)],
+    ("gist_linear_loss", "cuda"): [
+        case(torch.bfloat16, M=2048, V=32000, H=1024),
+        case(torch.bfloat16, M=8192, V=128256, H=4096),
+    ],
+    ("cp_linear", "cpu"): [case(torch.float32, M=3152, d=768, R=32)],
+    ("cp_linear", "cuda"): [case(torch.bfloat16, M=16384, d=d, R=r) for d in (768, 1024, 4096) for r in (16, 64)],
+    ("adapter", "cpu"): [case(torch.float32, M=3152, d=768, H=8), case(torch.float32, M=3152, d=768, H=64)],
+    ("adapter", "cuda"): [case(torch.bfloat16, M=16384, d=d, H=h) for d in (768, 1024, 4096) for h in (8, 64)],
+}
+CASES["gist_loss", "cpu"] = CASES["bidirectional_kl", "cpu"]
+CASES["gist_loss", "cuda"] = CASES["bidirectional_kl", "cuda"]
+
+#: What is timed: forward, backward, both, and both with an incoming gradient that is not 1.
+DIRECTIONS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("bidirectional_kl", "cpu"): ("fwd_bwd", "fwd_bwd_scaled"),
+    ("bidirectional_kl", "cuda"): ("fwd", "fwd_bwd", "fwd_bwd_scaled"),
+    ("gist_loss", "cpu"): ("fwd_bwd",),
+    ("gist_loss", "cuda"): ("fwd", "fwd_bwd"),
+    ("gist_linear_loss", "cpu"): ("fwd_bwd",),
+    ("gist_linear_loss", "cuda"): ("fwd_bwd",),
+    ("cp_linear", "cpu"): ("fwd_bwd",),
+    ("cp_linear", "cuda"): ("fwd", "bwd"),
+    ("adapter", "cpu"): ("fwd_bwd",),
+    ("adapter", "cuda"): ("fwd", "bwd"),
+}
+
+
+def costs(op: str, case: Case, direction: str) -> tuple[int, int]:
+    """(bytes that must move through device memory, FLOPs on the matrix units) of one call."""
+    b = case.dtype.itemsize
+    fwd, bwd = _COSTS[op](case, b)
+    if direction == "fwd":
+        return fwd
+    if direction == "bwd":
+        return bwd
+    if op in ("bidirectional_kl", "gist_loss"):
+        return 4 * case["M"] * case["V"] * b, 0  # rows held on chip: read once, gradients written once
+    return fwd[0] + bwd[0], fwd[1] + bwd[1]
+
+
+def _logits(case: Case, b: int):
+    elements = case["M"] * case["V"]
+    return (2 * elements * b, 0), (4 * elements * b, 0)
+
+
+def _gist_linear(case: Case, b: int):
+    m, v, h = case["M"], case["V"], case["H"]
+    gemm = 2 * m * h * v
+    return ((2 * m * h + v * h) * b, 2 * gemm), ((4 * m * h + 2 * v * h) * b, 4 * gemm)
+
+
+def _cp_linear(case: Case, b: int):
+    m, d, r = case["M"], case["d"], case["R"]
+    forward = (2 * m * d + d * d + 2 * d * r) * b, 2 * m * d * (d + 2 * r)
+    backward = (3 * m * d + d * d + 2 * d * r + m * r) * b, 2 * m * d * d + 8 * m * d * r
+    return forward, backward
+
+
+def _adapter(case: Case, b: int):
+    m, d, h = case["M"], case["d"], case["H"]
+    return ((2 * m * d + 2 * d * h) * b, 4 * m * d * h), ((3 * m * d + 4 * d * h) * b, 10 * m * d * h)
+
+
+_COSTS = {
+    "bidirectional_kl": _logits,
+    "gist_loss": _logits,
+    "gist_linear_loss": _gist_linear,
+    "cp_linear": _cp_linear,
+    "adapter": _adapter,
+}

@@ -1,0 +1,175 @@
+"""``pytest benchmarks/ --benchmark-only``: collection of bench_*.py, the ``timed`` fixture, and the results as JSON.
+
+FASTGIST_BENCH_DEVICE=cpu times the CPU on a machine with a GPU. ``--save-results DIR`` (default: nothing is written) puts
+one JSON an op under DIR/<device>/; ``make bench`` gives benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+
+from benchmarks import harness
+from benchmarks.cases import CASES, DIRECTIONS
+from benchmarks.peers import OTHER_FUNCTION, PEERS, Missing
+
+KIND = os.environ.get("FASTGIST_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device(KIND)
+CLOCK = harness.Clock(DEVICE)
+ROWS = pytest.StashKey[list]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--save-results", type=Path, metavar="DIR", help="write <device>/<op>.json under DIR")
+    parser.addoption("--seconds", type=float, default=1.0, help="time spent on each row (default 1)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    named = parent.session.isinitpath(file_path)  # pytest itself collects a file that the command line names
+    if file_path.name.startswith("bench_") and file_path.suffix == ".py" and not named:
+        return pytest.Module.from_parent(parent, path=file_path)
+    return None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Cases x directions x providers of the module's OP; one case's rows follow each other, so its inputs are made once."""
+    if "provider" in metafunc.fixturenames:
+        op = metafunc.module.OP
+        rows = [
+            pytest.param(
+                case,
+                direction,
+                provider,
+                id=f"{case.id}-{direction}-{provider}",
+                marks=pytest.mark.benchmark(group=f"{op}-{direction} {case.id}", timer=CLOCK, disable_gc=True),
+            )
+            for case in CASES[op, KIND]
+            for direction in DIRECTIONS[op, KIND]
+            for provider in PEERS[op]
+        ]
+        metafunc.parametrize(("case", "direction", "provider"), rows)
+
+
+@pytest.fixture
+def timed(request: pytest.FixtureRequest, benchmark):
+    """Call with (op, case, direction, provider): parity first, then the time, then the row of the results."""
+
+    def run(op: str, case, direction: str, provider: str) -> None:
+        problem = harness.make_problem(op, case, DEVICE)
+        try:
+            call = PEERS[op][provider](problem.tensors)
+        except Missing as e:
+            pytest.skip(f"{provider}: {e}")
+        row = {"op": op, "case": case.name, "dtype": str(case.dtype).removeprefix("torch."), "direction": direction}
+        row |= {"provider": provider, **dict(case.sizes)}
+        row["parity"] = _parity(problem, call, provider)
+        request.config.stash[ROWS].append(row)
+        if provider.startswith("fastgist") and row["parity"] != "within the budget":
+            pytest.fail(f"not timed, its result is wrong: {row['parity']}")
+
+        step = harness.make_step(problem, call, direction)
+        floor, how = harness.floor_seconds(problem, direction)
+        row["bytes"], row["flops"] = harness.costs(op, case, direction)
+        row |= {"floor_s": floor, "floor": how, "peak_bytes": harness.peak_bytes(step, DEVICE)}
+        rounds = harness.rounds_for(step, CLOCK, request.config.getoption("--seconds"))
+        benchmark.pedantic(CLOCK.timed(step), rounds=rounds, iterations=1, warmup_rounds=2)
+        if case.launch_bound and DEVICE.type == "cuda":
+            row["graph_replay_s"] = harness.graph_replay(step, CLOCK)
+        if benchmark.stats is not None:  # None under --benchmark-disable
+            stats = benchmark.stats.stats
+            low, _, high = statistics.quantiles(stats.data, n=4)
+            row |= {"median_s": stats.median, "min_s": stats.min, "spread_s": high - low, "rounds": stats.rounds}
+            row["ratio_to_floor"] = stats.median / floor
+        row["load_average"] = round(os.getloadavg()[0], 2)
+        benchmark.extra_info.update({k: v for k, v in row.items() if k not in ("median_s", "min_s", "spread_s")})
+
+    return run
+
+
+def _parity(problem: harness.Problem, call, provider: str) -> str:
+    if provider in OTHER_FUNCTION:
+        harness.run(problem, call)
+        return "another function, there for its cost"
+    return harness.parity(problem, call) or "within the budget"
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    folder = session.config.getoption("--save-results", default=None)
+    rows = [row for row in session.config.stash[ROWS] if "median_s" in row or row["parity"] != "within the budget"]
+    if folder is None or not rows:
+        return
+    described = environment()
+    for op in {row["op"] for row in rows}:
+        path = folder / described["device_slug"] / f"{op}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mine = [row for row in rows if row["op"] == op]
+        path.write_text(json.dumps({"environment": described, "rows": mine}, indent=1) + "\n")
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def commit() -> str:
+    """The commit measured, marked where files differ from it; FASTGIST_COMMIT names it where there is no git."""
+    if name := os.environ.get("FASTGIST_COMMIT"):
+        return name
+    head = _output("git", "rev-parse", "HEAD")
+    changed = _output("git", "status", "--porcelain", "--", "fastgist", "kernels", "csrc", "benchmarks/*.py")
+    return "unknown" if head is None else head + ("-modified" if changed else "")
+
+
+def environment() -> dict[str, object]:
+    found: dict[str, object] = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": commit()}
+    if DEVICE.type == "cuda":
+        name = torch.cuda.get_device_name()
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found |= {"device": name, "driver": driver, "ceilings": harness.ceilings(DEVICE)}
+        found |= {"timing": "CUDA events, L2 flushed before each call, median"}
+    else:
+        name = f"cpu {_cpu_model()}"
+        found |= {"device": _cpu_model(), "threads": torch.get_num_threads(), "cpu_capability": _capability()}
+        found |= {"timing": "CPU wall clock, median; load_average stands beside each row"}
+    found["device_slug"] = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+    found["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    for package in ("fastgist", "triton", "liger_kernel", "peft"):
+        try:
+            found["versions"][package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()

@@ -1,0 +1,208 @@
+"""What fastgist is timed against, each written independently of fastgist. A peer that is not installed is skipped by name.
+
+``PEERS[op]`` maps a provider's name to a function that takes the case's tensors and returns a callable of the same
+tensors. Building happens once and is not timed. ``torch.compile`` of an expression is the provider "<name>, compiled".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Build = Callable[[dict[str, Tensor]], Callable[..., Tensor]]
+T = 3.0
+ALPHA, BETA = 0.5, 0.75
+
+
+class Missing(Exception):
+    """The peer cannot run here; the message says why."""
+
+
+def _need(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise Missing(f"{package} is not installed")
+
+
+# -- the losses --------------------------------------------------------------------------------------------------------
+
+
+def authors_kl(z: Tensor, g: Tensor) -> Tensor:
+    """The paper's code: softmax().log() through F.kl_div both ways. It underflows to inf for large logit gaps."""
+    p, q = (z / T).softmax(-1), (g / T).softmax(-1)
+    return F.kl_div(q.log(), p, reduction="batchmean") + F.kl_div(p.log(), q, reduction="batchmean")
+
+
+def log_softmax_kl(z: Tensor, g: Tensor) -> Tensor:
+    log_p, log_q = F.log_softmax(z / T, -1), F.log_softmax(g / T, -1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) + F.kl_div(
+        log_p, log_q, reduction="batchmean", log_target=True
+    )
+
+
+class _Analytic(torch.autograd.Function):
+    """sum (p - q)(u - v) with its gradients by formula, in plain PyTorch: the honest peer of a fused kernel."""
+
+    @staticmethod
+    def forward(ctx, z, g):
+        u, v = z.float() / T, g.float() / T
+        p, q = u.softmax(-1), v.softmax(-1)
+        d = u - v
+        mean_p, mean_q = (p * d).sum(-1, keepdim=True), (q * d).sum(-1, keepdim=True)
+        scale = 1.0 / (T * z.shape[0])
+        ctx.save_for_backward(
+            ((p * (d - mean_p) + p - q) * scale).to(z.dtype), ((q * (mean_q - d) + q - p) * scale).to(g.dtype)
+        )
+        return (mean_p - mean_q).sum() / z.shape[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_z, grad_g = ctx.saved_tensors
+        return grad_z * grad, grad_g * grad
+
+
+def analytic_kl(z: Tensor, g: Tensor) -> Tensor:
+    return _Analytic.apply(z, g)
+
+
+def _gist(kl: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def loss(z: Tensor, g: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(z, target) + ALPHA * F.cross_entropy(g, target) + BETA * kl(z, g)
+
+    return loss
+
+
+def _gist_linear(kl: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    loss = _gist(kl)
+
+    def whole(hidden: Tensor, gist_hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+        return loss(F.linear(hidden, weight, bias), F.linear(gist_hidden, weight, bias), target)
+
+    return whole
+
+
+def _liger_jsd(tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
+    _need("liger_kernel")
+    from liger_kernel.transformers import LigerJSD
+
+    jsd = LigerJSD(beta=0.5)
+    return lambda z, g: jsd(F.log_softmax(z / T, -1), F.log_softmax(g / T, -1))
+
+
+def _liger_linear_jsd(tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
+    _need("liger_kernel")
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    jsd = LigerFusedLinearJSD(jsd_beta=0.5, temperature=T)
+    return lambda hidden, gist_hidden, weight, bias, target: jsd(hidden, weight, gist_hidden, weight, target)
+
+
+# -- the layers --------------------------------------------------------------------------------------------------------
+
+
+def cp_factored(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> Tensor:
+    return F.linear(x, weight, bias) + ((x @ u) * gain) @ v.T
+
+
+def cp_dense(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> Tensor:
+    """The update materialised and added to the weight at every step, as CaRA and Aurora's code do."""
+    return F.linear(x, weight, bias) + F.linear(x, (v * gain) @ u.T)
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> Tensor:
+    """The frozen layer alone: what any update costs more than."""
+    return F.linear(x, weight, bias)
+
+
+def _peft_lora(tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
+    _need("peft")
+    from peft.tuners.lora import LoraConfig
+    from peft.tuners.lora import Linear as LoraLinear
+
+    weight, u, v = tensors["weight"], tensors["u"], tensors["v"]
+    base = torch.nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+    rank = u.shape[1]
+    try:
+        layer = LoraLinear(base, "default", config=LoraConfig(r=rank, lora_alpha=rank), r=rank, lora_alpha=rank)
+    except TypeError:
+        layer = LoraLinear(base, "default", r=rank, lora_alpha=rank)
+    layer.to(weight.device, weight.dtype)
+    # Our tensors in the place of its parameters, so that the gradients arrive where everyone else's do.
+    down, up = layer.lora_A["default"], layer.lora_B["default"]
+    for linear in (base, down, up):
+        del linear.weight
+    del base.bias
+    base.weight, base.bias = weight, tensors["bias"]
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> Tensor:
+        down.weight, up.weight = u.T, v * gain
+        return layer(x)
+
+    return run
+
+
+def adapter_eager(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
+    return x + F.linear(F.gelu(F.linear(x, down, down_bias)), up, up_bias)
+
+
+# -- fastgist itself and the table -------------------------------------------------------------------------------------
+
+
+def _ours(op: str, impl: str) -> Build:
+    def build(tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
+        from fastgist import backends, functional
+
+        any_tensor = next(iter(tensors.values()))
+        try:
+            backends.resolve(op, impl, any_tensor)
+        except RuntimeError as e:
+            raise Missing(str(e)) from e
+        if op == "bidirectional_kl":
+            return lambda z, g: functional.bidirectional_kl(z, g, temperature=T, impl=impl)
+        return lambda *args: getattr(functional, op)(*args, impl=impl)
+
+    return build
+
+
+def _plain(function: Callable[..., Tensor]) -> Build:
+    return lambda tensors: function
+
+
+def _compiled(function: Callable[..., Tensor]) -> Build:
+    def build(tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
+        torch._dynamo.reset()
+        return torch.compile(function, dynamic=False)
+
+    return build
+
+
+def _both(name: str, function: Callable[..., Tensor]) -> dict[str, Build]:
+    return {name: _plain(function), f"{name}, compiled": _compiled(function)}
+
+
+def _implementations(op: str) -> dict[str, Build]:
+    return {f"fastgist {impl}": _ours(op, impl) for impl in ("triton", "cuda", "native", "reference")}
+
+
+PEERS: dict[str, dict[str, Build]] = {
+    "bidirectional_kl": _implementations("bidirectional_kl")
+    | _both("authors", authors_kl)
+    | _both("log_softmax", log_softmax_kl)
+    | _both("analytic", analytic_kl)
+    | {"Liger JSD": _liger_jsd},
+    "gist_loss": _implementations("gist_loss")
+    | _both("authors", _gist(authors_kl))
+    | _both("log_softmax", _gist(log_softmax_kl)),
+    "gist_linear_loss": _implementations("gist_linear_loss")
+    | _both("log_softmax", _gist_linear(log_softmax_kl))
+    | {"Liger fused linear JSD": _liger_linear_jsd},
+    "cp_linear": _implementations("cp_linear")
+    | _both("factored", cp_factored)
+    | {"dense delta": _plain(cp_dense), "frozen linear alone": _plain(frozen_linear), "PEFT LoRA": _peft_lora},
+    "adapter": _implementations("adapter") | _both("eager", adapter_eager),
+}
+#: Providers that compute something else, there for their cost: their result is not held against the formula.
+OTHER_FUNCTION = {"Liger JSD", "Liger fused linear JSD", "frozen linear alone"}

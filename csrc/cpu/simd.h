@@ -1,0 +1,154 @@
+// What the CPU ops need beside the standard library: choosing an instruction set at run time, an exponential that
+// vectorises, and the half-precision formats. Nothing here is written in intrinsics: the loops are plain C++ that gcc
+// and clang vectorise (`#pragma omp simd`, -fopenmp-simd), compiled once per instruction set. Never compile with
+// -ffast-math.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <limits>
+
+#if defined(__GNUC__) || defined(__clang__)
+#define FASTGIST_INLINE inline __attribute__((always_inline))
+#else
+#define FASTGIST_INLINE inline
+#endif
+
+// A function marked with one of these has its always-inline callees compiled for that instruction set.
+#if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
+#define FASTGIST_X86_DISPATCH 1
+#define FASTGIST_TARGET_AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2")))
+#if defined(__clang__)
+#define FASTGIST_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2")))
+#else
+#define FASTGIST_TARGET_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")))
+#endif
+#else
+#define FASTGIST_X86_DISPATCH 0
+#define FASTGIST_TARGET_AVX2
+#define FASTGIST_TARGET_AVX512
+#endif
+
+namespace fastgist::cpu {
+
+enum class Isa { kPortable, kAvx2, kAvx512 };
+
+inline const char* name(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "portable"; }
+
+// The widest instruction set that this machine has. FASTGIST_CPU_ISA=portable|avx2|avx512 lowers it (tests run all).
+inline Isa detect_isa() {
+#if FASTGIST_X86_DISPATCH
+  Isa best = Isa::kPortable;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    best = Isa::kAvx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      best = Isa::kAvx512;
+    }
+  }
+  if (const char* wanted = std::getenv("FASTGIST_CPU_ISA")) {
+    for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+      if (std::strcmp(wanted, name(isa)) == 0 && isa < best) best = isa;
+    }
+  }
+  return best;
+#else
+  return Isa::kPortable;
+#endif
+}
+
+inline Isa isa() {
+  static const Isa chosen = detect_isa();
+  return chosen;
+}
+
+template <typename To, typename From>
+FASTGIST_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast between different sizes");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// -- storage formats and the type that sums run in --------------------------------------------------------------------
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <typename T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+
+FASTGIST_INLINE float load(float x) { return x; }
+FASTGIST_INLINE double load(double x) { return x; }
+FASTGIST_INLINE float load(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+FASTGIST_INLINE float load(Half x) {
+  const uint32_t w = static_cast<uint32_t>(x.bits) << 16;
+  const uint32_t sign = w & 0x80000000u;
+  const uint32_t twice = w + w;
+  const float normal = bit_cast<float>((twice >> 4) + (0xE0u << 23)) * 0x1.0p-112f;  // inf and NaN come out right too
+  const float subnormal = bit_cast<float>((twice >> 17) | (126u << 23)) - 0.5f;
+  const uint32_t magnitude = bit_cast<uint32_t>(twice < (1u << 27) ? subnormal : normal);
+  return bit_cast<float>(sign | magnitude);
+}
+
+// To the nearest, ties to even, as torch rounds. NaN stays NaN.
+FASTGIST_INLINE void store(float x, float& out) { out = x; }
+FASTGIST_INLINE void store(double x, double& out) { out = x; }
+FASTGIST_INLINE void store(float x, BFloat16& out) {
+  const uint32_t w = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (w + 0x7FFFu + ((w >> 16) & 1u)) >> 16;
+  out.bits = static_cast<uint16_t>(x != x ? 0x7FC0u : rounded);
+}
+FASTGIST_INLINE void store(float x, Half& out) {
+  const uint32_t w = bit_cast<uint32_t>(x);
+  const uint32_t twice = w + w;
+  const uint32_t sign = w & 0x80000000u;
+  // Adding a power of two 13 bits above the last half bit makes the float adder round there; the first product takes
+  // what is beyond half's range to inf.
+  const float magnitude = (std::fabs(x) * 0x1.0p+112f) * 0x1.0p-110f;
+  const uint32_t exponent = twice & 0xFF000000u;
+  const uint32_t bias = exponent < 0x71000000u ? 0x71000000u : exponent;
+  const uint32_t bits = bit_cast<uint32_t>(bit_cast<float>((bias >> 1) + 0x07800000u) + magnitude);
+  const uint32_t nonsign = ((bits >> 13) & 0x7C00u) + (bits & 0x0FFFu);
+  out.bits = static_cast<uint16_t>((sign >> 16) | (x != x ? 0x7E00u : nonsign));
+}
+
+// -- exp --------------------------------------------------------------------------------------------------------------
+
+// e^x for x <= 0, -inf or NaN. Within 1.5 ulp of the true value (tests/test_extension.py measures it), flushed to 0
+// where the result would be below 2^-126 or so. Cody-Waite reduction to |r| <= ln(2) / 2 and the degree-6 minimax
+// polynomial.
+FASTGIST_INLINE float exp_nonpositive(float x) {
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low mantissa bits
+  x = x < -88.0f ? -88.0f : x;         // n = -127 there, which the exponent bits below turn into a factor of 0
+  const float shifted = x * 0x1.715476p+0f + kRound;
+  const float n = shifted - kRound;
+  float r = x - n * 0x1.62e400p-1f;  // 14-bit head of ln 2: exact products
+  r = r - n * 0x1.7f7d1cp-20f;
+  float y = 0x1.6850e4p-10f;
+  y = y * r + 0x1.123bccp-7f;
+  y = y * r + 0x1.555b98p-5f;
+  y = y * r + 0x1.55548ep-3f;
+  y = y * r + 0x1.fffff8p-2f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  return y * bit_cast<float>((bit_cast<uint32_t>(shifted) + 127u) << 23);
+}
+
+FASTGIST_INLINE double exp_nonpositive(double x) { return std::exp(x); }
+
+}  // namespace fastgist::cpu

@@ -1,0 +1,152 @@
+// The CPU op without torch or Python, for a build with sanitizers: every format, layout and length against the formula
+// in long double. Buffers have exactly the size they need, so an access past an end is seen. Exits with the number of
+// failures. tests/test_extension.py builds and runs it, once for each instruction set (FASTGIST_CPU_ISA).
+#include <cstdio>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../cpu/bidirectional_kl.h"
+#include "../cpu/simd.h"
+
+namespace {
+
+using namespace fastgist;
+using cpu::BFloat16;
+using cpu::Half;
+using Real = long double;
+
+int failures = 0;
+
+void expect(bool ok, const char* what, const char* type, int64_t classes, double got, double wanted) {
+  if (ok) return;
+  if (++failures <= 20) {
+    std::printf("%s (%s, %lld classes): got %.9g, want %.9g\n", what, type, static_cast<long long>(classes), got,
+                wanted);
+  }
+}
+
+void check_exp() {
+  double worst = 0;
+  for (uint32_t bits = 0x80000000u; bits < cpu::bit_cast<uint32_t>(-87.3f); bits += 997) {
+    const float x = cpu::bit_cast<float>(bits);
+    const double exact = std::exp(static_cast<double>(x));
+    const double ulp = std::ldexp(1.0, std::ilogb(static_cast<float>(exact)) - 23);
+    worst = std::max(worst, std::fabs(cpu::exp_nonpositive(x) - exact) / ulp);
+  }
+  expect(worst <= 1.5, "exp_nonpositive, worst error in ulp", "float", 0, worst, 1.5);
+  const float inf = std::numeric_limits<float>::infinity();
+  expect(cpu::exp_nonpositive(-inf) == 0, "exp_nonpositive(-inf)", "float", 0, cpu::exp_nonpositive(-inf), 0);
+  expect(cpu::exp_nonpositive(-1e30f) == 0, "exp_nonpositive(-1e30)", "float", 0, cpu::exp_nonpositive(-1e30f), 0);
+  expect(cpu::exp_nonpositive(0.0f) == 1, "exp_nonpositive(0)", "float", 0, cpu::exp_nonpositive(0.0f), 1);
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  expect(std::isnan(cpu::exp_nonpositive(nan)), "exp_nonpositive(NaN)", "float", 0, cpu::exp_nonpositive(nan), nan);
+}
+
+// A (rows, classes) matrix in a buffer of its own that ends with its last element.
+template <typename T>
+struct Matrix {
+  int64_t rows, classes, stride_m, stride_v;
+  std::unique_ptr<T[]> buffer;
+
+  Matrix(int64_t rows, int64_t classes, int64_t stride_m, int64_t stride_v)
+      : rows(rows), classes(classes), stride_m(stride_m), stride_v(stride_v) {
+    const int64_t size = (rows - 1) * stride_m + (classes - 1) * stride_v + 1;
+    buffer.reset(new T[size]);
+    for (int64_t i = 0; i < size; ++i)
+      cpu::store(std::numeric_limits<typename cpu::Accumulate<T>::type>::quiet_NaN(), buffer[i]);
+  }
+  T& at(int64_t row, int64_t v) { return buffer[row * stride_m + v * stride_v]; }
+};
+template <typename T>
+void check(const char* type, DType dtype, double storage_eps, int64_t classes, int64_t stride_m, int64_t stride_v) {
+  using A = typename cpu::Accumulate<T>::type;
+  constexpr int64_t kRows = 4, kMasked = 2;
+  const double temperature = 3.0;
+  const double eps = std::numeric_limits<A>::epsilon();
+  Matrix<T> z(kRows, classes, stride_m, stride_v), o(kRows, classes, stride_m, stride_v);
+  std::mt19937 random(static_cast<unsigned>(classes));
+  std::normal_distribution<double> normal(0.0, 3.0);
+  for (int64_t row = 0; row < kRows; ++row) {
+    if (row == kMasked && stride_m != 0) continue;  // its NaN must not be seen
+    for (int64_t v = 0; v < classes; ++v) {
+      cpu::store(static_cast<A>(normal(random)), z.at(row, v));
+      cpu::store(static_cast<A>(normal(random) + 100.0), o.at(row, v));
+    }
+  }
+  std::unique_ptr<bool[]> mask(new bool[kRows]);
+  for (int64_t row = 0; row < kRows; ++row) mask[row] = row != kMasked;
+  const A nan = std::numeric_limits<A>::quiet_NaN();
+  std::unique_ptr<A[]> row_loss(new A[kRows]), stats(new A[kStats * kRows]), row_grad(new A[kRows]);
+  for (int64_t row = 0; row < kRows; ++row) row_loss[row] = nan, row_grad[row] = static_cast<A>(0.5 + row);
+  for (int64_t i = 0; i < kStats * kRows; ++i) stats[i] = nan;
+  Matrix<T> grad_z(kRows, classes, classes, 1), grad_o(kRows, classes, classes, 1);
+
+  const LogitPair in = {dtype,    kRows,          classes,  temperature, z.buffer.get(), stride_m,
+                        stride_v, o.buffer.get(), stride_m, stride_v,    mask.get(),     1};
+  // In two calls, as two threads would make them.
+  cpu::bidirectional_kl_fwd(in, {row_loss.get(), stats.get()}, 0, 1);
+  cpu::bidirectional_kl_fwd(in, {row_loss.get(), stats.get()}, 1, kRows);
+  const BackwardArguments args = {stats.get(), row_grad.get(), 1, grad_z.buffer.get(), grad_o.buffer.get()};
+  cpu::bidirectional_kl_bwd(in, args, 0, 3);
+  cpu::bidirectional_kl_bwd(in, args, 3, kRows);
+
+  for (int64_t row = 0; row < kRows; ++row) {
+    if (row == kMasked) {
+      expect(row_loss[row] == 0, "masked loss", type, classes, row_loss[row], 0);
+      for (int64_t v = 0; v < classes; ++v) {
+        expect(cpu::load(grad_z.at(row, v)) == 0, "masked grad_z", type, classes, cpu::load(grad_z.at(row, v)), 0);
+        expect(cpu::load(grad_o.at(row, v)) == 0, "masked grad_o", type, classes, cpu::load(grad_o.at(row, v)), 0);
+      }
+      continue;
+    }
+    Real m_z = -HUGE_VALL, m_o = -HUGE_VALL, s_p = 0, s_q = 0, e_p = 0, e_q = 0, terms = 0;
+    for (int64_t v = 0; v < classes; ++v) {
+      m_z = std::max(m_z, static_cast<Real>(cpu::load(z.at(row, v))));
+      m_o = std::max(m_o, static_cast<Real>(cpu::load(o.at(row, v))));
+    }
+    std::vector<Real> p(classes), q(classes), d(classes);
+    for (int64_t v = 0; v < classes; ++v) {
+      const Real zc = cpu::load(z.at(row, v)) - m_z, oc = cpu::load(o.at(row, v)) - m_o;
+      d[v] = (zc - oc) / temperature;
+      s_p += p[v] = std::exp(zc / temperature);
+      s_q += q[v] = std::exp(oc / temperature);
+    }
+    for (int64_t v = 0; v < classes; ++v) {
+      e_p += (p[v] /= s_p) * d[v];
+      e_q += (q[v] /= s_q) * d[v];
+      terms += (p[v] + q[v]) * std::fabs(d[v]);
+    }
+    const double loss = static_cast<double>(e_p - e_q);
+    expect(std::fabs(row_loss[row] - loss) <= 16 * eps * static_cast<double>(terms), "loss", type, classes,
+           row_loss[row], loss);
+    const Real scale = row_grad[row] / temperature;
+    for (int64_t v = 0; v < classes; ++v) {
+      const double g_z = static_cast<double>(scale * (p[v] * (d[v] - e_p) + p[v] - q[v]));
+      const double g_o = static_cast<double>(scale * (q[v] * (e_q - d[v]) + q[v] - p[v]));
+      const Real size = scale * ((p[v] + q[v]) * (1 + std::fabs(d[v]) + terms));
+      const double bound = static_cast<double>(size) * (16 * eps + storage_eps) + 1e-7 * (storage_eps > eps);
+      expect(std::fabs(cpu::load(grad_z.at(row, v)) - g_z) <= bound, "grad_z", type, classes,
+             cpu::load(grad_z.at(row, v)), g_z);
+      expect(std::fabs(cpu::load(grad_o.at(row, v)) - g_o) <= bound, "grad_o", type, classes,
+             cpu::load(grad_o.at(row, v)), g_o);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_exp();
+  for (int64_t classes : {1, 2, 15, 16, 17, 127, 1000, 1023, 1024, 1025, 4097}) {
+    const int64_t strides[][2] = {{classes, 1}, {classes + 3, 1}, {3 * classes, 3}, {1, 4}, {0, 1}};
+    for (const auto& stride : strides) {
+      check<float>("float", DType::kFloat32, 0, classes, stride[0], stride[1]);
+      check<double>("double", DType::kFloat64, 0, classes, stride[0], stride[1]);
+      check<BFloat16>("bfloat16", DType::kBFloat16, 0x1p-8, classes, stride[0], stride[1]);
+      check<Half>("half", DType::kFloat16, 0x1p-11, classes, stride[0], stride[1]);
+    }
+  }
+  std::printf("%s: %d failures\n", cpu::name(cpu::isa()), failures);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,70 @@
+"""The compiled extension (csrc/), loaded on first use. Optional: without it other implementations serve.
+
+``fastgist/_C*.so`` registers ``torch.ops.fastgist_native`` through libtorch's stable ABI; it is a plain shared library,
+not a Python module. ``fastgist._build_info`` is one, and only says what was built.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from pathlib import Path
+
+__all__ = ["build_info", "has_cuda", "load"]
+
+_logger = logging.getLogger("fastgist")
+_lock = threading.Lock()
+_FOLDER = Path(__file__).resolve().parent
+_PROBE = "fastgist_native::bidirectional_kl_fwd"
+
+
+def _load() -> str | None:
+    libraries = sorted(_FOLDER.glob("_C*.so"))
+    if not libraries:
+        return "it was not built with this installation"
+    import torch
+
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except (OSError, RuntimeError) as error:
+        return f"{libraries[0].name} could not be loaded: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+@functools.cache
+def _load_once() -> str | None:
+    reason = _load()
+    if reason is not None:
+        _logger.info("fastgist runs without its compiled extension: %s", reason)
+    return reason
+
+
+def load() -> str | None:
+    """Load the extension once a process. None when it is loaded, else why it is not (one INFO line says so, once)."""
+    with _lock:  # functools.cache alone would let two threads load it twice
+        return _load_once()
+
+
+def has_cuda() -> bool:
+    """Whether the loaded extension holds CUDA kernels. Says nothing about this machine having a GPU."""
+    if load() is not None:
+        return False
+    import torch
+
+    return torch._C._dispatch_has_kernel_for_dispatch_key(_PROBE, "CUDA")
+
+
+def build_info() -> dict[str, object] | None:
+    """What the extension was built from and for (torch, compiler, CUDA version and architectures, CPU instruction sets).
+
+    None where there is no extension. Built for another Python than this one, its own words are missing and only what the
+    loaded library shows is there.
+    """
+    if load() is not None:
+        return None
+    try:
+        from fastgist import _build_info
+    except ImportError:
+        return {"cuda_kernels": has_cuda()}
+    return {**_build_info.info(), "cuda_kernels": has_cuda()}

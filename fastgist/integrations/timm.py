@@ -1,0 +1,309 @@
+"""timm's vision transformers: VisionTransformer and its subclasses, and Eva (EVA-02, DINOv3).
+
+The gist token goes in before ``norm_pre``: after the position embedding, ``pos_drop`` and patch dropout, right after
+the prefix tokens. Whatever counts prefix tokens from there on (attention with rotary embedding, pooling, the split into
+prefix and patches) counts it too; what runs earlier (position embedding, its resampling, patch dropout) does not.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgist.gist import GistConfig, GistHost
+from fastgist.nn import AdaptedLayer, Adapter, CPFactors, CPLinear, LoRALinear, TunerLinear, is_hooked, linear_slice
+from fastgist.peft.family import Family, LinearSite, register_family
+
+__all__ = ["TimmViT", "TimmViTGist"]
+
+_QKV = ("q", "k", "v")
+
+
+def _classes() -> tuple[type, type]:
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer, Eva
+
+
+class TimmViT(Family):
+    """timm's VisionTransformer (with its subclasses) and Eva."""
+
+    name = "timm VisionTransformer and Eva"
+
+    def matches(self, model: nn.Module) -> bool:
+        return isinstance(model, _classes())
+
+    def head_paths(self, model: nn.Module) -> tuple[str, ...]:
+        heads = ("head", "head_dist")
+        return tuple(name for name in heads if isinstance(getattr(model, name, None), nn.Module))
+
+    def linears(self, model: nn.Module) -> list[LinearSite]:
+        sites = []
+        for path, module in model.blocks.named_modules(prefix="blocks"):
+            if not all(isinstance(getattr(module, a, None), int) for a in ("in_features", "out_features")):
+                continue
+            leaf = path.rsplit(".", 1)[-1]
+            if leaf == "qkv" and module.out_features % 3 == 0:
+                sites.append(LinearSite(path, module, parts=_QKV))
+            else:
+                aliases = (leaf[0],) if leaf in ("q_proj", "k_proj", "v_proj") else ()
+                sites.append(LinearSite(path, module, aliases))
+        return sites
+
+    def sublayers(self, model: nn.Module) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {"mlp": [], "attention": []}
+        for path, _ in model.blocks.named_modules(prefix="blocks"):
+            leaf = path.rsplit(".", 1)[-1]
+            if leaf == "mlp":
+                found["mlp"].append(path)
+            elif leaf == "attn":
+                found["attention"].append(path)
+        return found
+
+    def width(self, model: nn.Module, path: str) -> int:
+        return model.embed_dim
+
+    def after_change(self, model: nn.Module) -> None:
+        head = model.head
+        if isinstance(head, nn.Linear):
+            model.num_classes = head.out_features
+        for module in model.blocks.modules():
+            # EvaAttention passes qkv.weight to F.linear, past whatever stands in qkv's place, unless told otherwise
+            if getattr(module, "q_bias", None) is not None and hasattr(module, "qkv_bias_separate"):
+                mine = module.__dict__.get("_fastgist_bias_was")
+                if isinstance(module.qkv, TunerLinear) and mine is None:
+                    module._fastgist_bias_was = module.qkv_bias_separate
+                    module.qkv_bias_separate = True
+                elif not isinstance(module.qkv, TunerLinear) and mine is not None:
+                    module.qkv_bias_separate = mine
+                    del module._fastgist_bias_was
+
+    def example_inputs(self, model: nn.Module) -> tuple[Tensor]:
+        size = model.patch_embed.img_size or (224, 224)
+        p = next(model.parameters())
+        return (torch.randn(2, model.in_chans, *size, device=p.device, dtype=p.dtype),)
+
+    def gist_host(self, model: nn.Module) -> TimmViTGist:
+        return TimmViTGist(model)
+
+
+class TimmViTGist(GistHost):
+    """A gist token in a timm ViT.
+
+    Raises:
+        ValueError: no class token to stand after, or pooling that a gist token has no part in.
+    """
+
+    path = "norm_pre"
+
+    def __init__(self, model: nn.Module) -> None:
+        vit, eva = _classes()
+        name = type(model).__name__
+        family = vit if isinstance(model, vit) else eva
+        if getattr(model, "cls_token", None) is None:
+            raise ValueError(f"add_gist: {name} has no class token, and the gist token's place is right after it")
+        if model.attn_pool is not None or model.global_pool not in ("token", "avg", "avgmax", "max"):
+            raise ValueError(
+                f"add_gist: {name} has global_pool={model.global_pool!r}; the head must read the class token or pooled "
+                "patches (token, avg, avgmax or max) for the gist token to share it"
+            )
+        if model.global_pool != "token" and getattr(model, "pool_include_prefix", False):
+            raise ValueError(f"add_gist: {name} pools its prefix tokens too; the gist token would enter the prediction")
+        for method in ("forward_head", "pool"):
+            if getattr(type(model), method) is not getattr(family, method):
+                raise ValueError(
+                    f"add_gist: {name} has a {method} of its own; which logits the gist token shares is not known"
+                )
+        self.index = model.num_prefix_tokens
+        self.dim = model.embed_dim
+        self.plain_forward = (
+            family is vit
+            and type(model).forward_features is vit.forward_features
+            and type(model)._pos_embed is vit._pos_embed
+        )
+        self.rowwise = _Rowwise() if self.plain_forward else None
+
+    # -- bookkeeping of prefix tokens --------------------------------------------------------------------------------
+    def attached(self, model: nn.Module, length: int) -> None:
+        self._count(model, length)
+        if model.dynamic_img_size:
+            model._pos_embed = _WithoutGist(model, "_pos_embed", self.index)
+        if hasattr(model, "set_input_size"):
+            model.set_input_size = _WithoutGist(model, "set_input_size", self.index)
+
+    def detached(self, model: nn.Module, length: int) -> None:
+        self._count(model, -length)
+        model.__dict__.pop("_pos_embed", None)
+        model.__dict__.pop("set_input_size", None)
+
+    @staticmethod
+    def _count(model: nn.Module, length: int) -> None:
+        model.num_prefix_tokens += length
+        for module in model.blocks.modules():  # rotary attention leaves the prefix unrotated
+            if isinstance(getattr(module, "num_prefix_tokens", None), int):
+                module.num_prefix_tokens += length
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+    def forward(self, model: nn.Module, config: GistConfig, want_gist: bool, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x: (B, 3, H, W) -> logits (B, C) and gist logits (B, C) or None."""
+        if self.rowwise is not None and model.global_pool == "token" and self.rowwise.serves(model):
+            rows = self._last_rows(model, config, want_gist, x)
+            z, gist = rows[:, 0], rows[:, 1:]
+        else:
+            features = model.forward_features(x)
+            z, gist = model.pool(features), features[:, self.index : self.index + config.rows]
+        if not want_gist:
+            return model.head(model.head_drop(model.fc_norm(z))), None
+        if config.rows > 1 and not isinstance(model.fc_norm, nn.Identity):
+            gist = model.fc_norm(gist)  # the mean is of final, normed states
+            both = torch.cat((model.fc_norm(z), gist.mean(1)))
+        else:
+            both = model.fc_norm(torch.cat((z, gist.mean(1) if config.rows > 1 else gist[:, 0])))
+        logits = model.head(model.head_drop(both))  # one call: the halves are contiguous
+        batch = x.shape[0]
+        return logits[:batch], logits[batch:]
+
+    def _last_rows(self, model: nn.Module, config: GistConfig, want_gist: bool, x: Tensor) -> Tensor:
+        """forward_features, but of the last block and the norm only the rows that are read: (B, 1 or 1 + rows, D)."""
+        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+        checkpointing = model.grad_checkpointing
+        if checkpointing:
+            from timm.models import checkpoint
+        *blocks, last = model.blocks
+        for block in blocks:
+            x = checkpoint(block, x) if checkpointing else block(x)
+        count = config.rows if want_gist else 0
+
+        def rows(x: Tensor) -> Tensor:
+            return self.rowwise.block(last, x, self.index, count)  # type: ignore[union-attr]
+
+        return model.norm(checkpoint(rows, x) if checkpointing else rows(x))
+
+
+class _WithoutGist:
+    """A method of ``model`` that sees the number of prefix tokens from before the gist token; copied and pickled with it."""
+
+    def __init__(self, model: nn.Module, method: str, prefix: int) -> None:
+        self.model, self.method, self.prefix = model, method, prefix
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.method == "_pos_embed":  # runs in every forward: read through a view, so that threads do not meet
+            return type(self.model)._pos_embed(_View(self.model, self.prefix), *args, **kwargs)
+        counted = self.model.num_prefix_tokens
+        self.model.num_prefix_tokens = self.prefix
+        try:
+            return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
+        finally:
+            self.model.num_prefix_tokens = counted
+
+
+class _View:
+    """Reads a model's attributes, but for num_prefix_tokens."""
+
+    def __init__(self, model: nn.Module, prefix: int) -> None:
+        self.model = model
+        self.num_prefix_tokens = prefix
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+class _Rowwise:
+    """The last block for some of its rows only: exact, since everything but attention's keys and values is row by row.
+
+    It serves blocks that are known to work that way and that nobody watches: every module in the last block, the final
+    norm and the container of the blocks must be of a known type, without hooks.
+    """
+
+    def __init__(self) -> None:
+        from timm import layers
+        from timm.models.vision_transformer import Block
+
+        self.block_type, self.attention_type = Block, layers.Attention
+        norms = [nn.LayerNorm, nn.RMSNorm] + [
+            getattr(layers, n) for n in ("LayerNorm", "LayerNormFp32", "RmsNorm", "SimpleNorm") if hasattr(layers, n)
+        ]
+        self.norms = frozenset([*norms, nn.Identity])
+        activations = [nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Mish, nn.Hardswish, nn.LeakyReLU, nn.ELU]
+        activations += [getattr(layers, n) for n in ("GELU", "GELUTanh", "QuickGELU", "Swish") if hasattr(layers, n)]
+        others = [
+            getattr(layers, n)
+            for n in ("Mlp", "GluMlp", "SwiGLU", "SwiGLUPacked", "LayerScale", "DropPath")
+            if inspect.isclass(getattr(layers, n, None))
+        ]
+        ours = [AdaptedLayer, Adapter, CPFactors, CPLinear, LoRALinear]
+        self.known = self.norms | {Block, layers.Attention, nn.Linear, nn.Dropout, *activations, *others, *ours}
+        # What this code does with a block's and an attention's parts; a version of timm that has more is left alone.
+        self.block_parts = frozenset({"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"})
+        self.attention_parts = frozenset({"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"})
+
+    def serves(self, model: nn.Module) -> bool:
+        """Whether the last block may be computed in part."""
+        from torch.nn.modules import module as torch_module
+
+        blocks = model.blocks
+        if type(blocks) is not nn.Sequential or len(blocks) == 0 or is_hooked(blocks):
+            return False
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return False
+        block = blocks[-1]
+        if type(block) is not self.block_type or not self.block_parts.issuperset(block._modules):
+            return False
+        attention = block.attn.base_layer if type(block.attn) is AdaptedLayer else block.attn
+        if type(attention) is not self.attention_type or not self.attention_parts.issuperset(attention._modules):
+            return False
+        if type(model.norm) not in self.norms or is_hooked(model.norm):
+            return False
+        return self._known(block)
+
+    def _known(self, module: nn.Module) -> bool:
+        if type(module) not in self.known or is_hooked(module):
+            return False
+        return all(child is None or self._known(child) for child in module._modules.values())
+
+    def block(self, block: nn.Module, x: Tensor, index: int, count: int) -> Tensor:
+        """Rows 0 and ``index .. index + count`` of ``block(x)``, x (B, N, D)."""
+        out = self._attend(block.attn, block.norm1(x), index, count)
+        x = self._pick(x, index, count) + block.drop_path1(block.ls1(out))
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+    @staticmethod
+    def _pick(x: Tensor, index: int, count: int) -> Tensor:
+        """Rows 0 and ``index .. index + count`` of x (B, N, ...): a view where they are neighbours."""
+        if count == 0 or index == 1:
+            return x[:, : 1 + count]
+        return torch.cat((x[:, :1], x[:, index : index + count]), dim=1)
+
+    def _attend(self, attention: nn.Module, h: Tensor, index: int, count: int) -> Tensor:
+        """The picked rows of attention's output for its input h (B, N, D): their queries, all keys and values."""
+        rows = self._pick(h, index, count)
+        if isinstance(attention, AdaptedLayer):
+            return attention.combine(rows, self._attend(attention.base_layer, h, index, count))
+        batch, number = rows.shape[:2]
+        heads, width = attention.num_heads, attention.attn_dim
+        q = linear_slice(attention.qkv, rows, 0, width)
+        if q is None:  # the layer only works whole, for example while its dropout is active
+            q, kv = attention.qkv(h).split((width, 2 * width), dim=-1)
+            q = self._pick(q, index, count)
+        else:
+            kv = linear_slice(attention.qkv, h, width, 3 * width)
+        k, v = kv.reshape(batch, -1, 2, heads, attention.head_dim).permute(2, 0, 3, 1, 4).unbind(0)  # type: ignore[union-attr]
+        q = q.reshape(batch, number, heads, attention.head_dim).transpose(1, 2)
+        q, k = attention.q_norm(q), attention.k_norm(k)
+        if attention.fused_attn:
+            p = attention.attn_drop.p if attention.training else 0.0
+            out = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=p)
+        else:
+            out = attention.attn_drop(((q * attention.scale) @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+        out = attention.norm(out.transpose(1, 2).reshape(batch, number, width))
+        gate = getattr(attention, "gate", None)
+        if gate is not None:
+            out = out * gate(rows).sigmoid()
+        return attention.proj_drop(attention.proj(out))
+
+
+register_family(TimmViT())

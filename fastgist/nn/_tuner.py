@@ -1,0 +1,258 @@
+"""What every low-rank layer around a linear layer has in common: the fused call, merging, and its way back."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastgist import functional
+
+__all__ = ["Factors", "TunerLinear", "check_dropout", "check_positive", "factory", "is_hooked", "linear_slice"]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Factors(NamedTuple):
+    """The update of one weight: rows g n + j of dW are ``(v_j * gain_g) u^T``.
+
+    u: (in, R). v: (n, R) with out = G n. gain: (G, R), (R,) or None for ones.
+    """
+
+    u: Tensor
+    v: Tensor
+    gain: Tensor | None = None
+
+
+def check_positive(owner: str, name: str, value: object) -> int:
+    """``value`` if it is an int > 0; else an error that names ``owner`` and ``name``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be a positive int, got {value!r}")
+    if value <= 0:
+        raise ValueError(f"{owner}: {name} must be a positive int, got {value}")
+    return value
+
+
+def check_dropout(owner: str, dropout: float) -> float:
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{owner}: dropout must be in [0, 1), got {dropout}")
+    return float(dropout)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """True if calling ``module`` runs more than its class's forward: hooks, or a forward replaced on the instance."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """True for an ordinary dense ``nn.Linear``: its weight may be read, fused with and merged into.
+
+    A quantised layer (a subclass, or a tensor subclass as weight), a parametrised one and any other module are not:
+    those are reached through their own forward.
+    """
+    return (
+        type(layer) is nn.Linear  # a parametrised layer is of a class of its own
+        and type(layer.weight) in (nn.Parameter, Tensor)
+        and layer.weight.dtype in _DTYPES
+    )
+
+
+class TunerLinear(nn.Module, ABC):
+    """A linear layer with a low-rank update of its frozen weight, ``y = x W^T + b + scale * (x U * gain) V^T``.
+
+    ``base_layer`` is kept as it is. A plain ``nn.Linear`` is fused with the update in one operation
+    (:func:`fastgist.functional.cp_linear`); anything else (a quantised layer, a layer with hooks) is called, and the
+    update added. The layer has no ``weight``: code that reads the weight past the layer fails instead of losing the
+    update.
+
+    Factors in another dtype than the base's are cast at the edge, so float32 factors serve a bfloat16 model.
+
+    Raises:
+        TypeError: ``base_layer`` has no ``in_features`` and ``out_features``.
+        ValueError: ``base_layer`` is wrapped already.
+    """
+
+    base_layer: nn.Module
+    _original_weight: Tensor | None
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        if isinstance(base_layer, TunerLinear):
+            raise ValueError(f"{owner}: base_layer is wrapped already, by {type(base_layer).__name__}")
+        if not (hasattr(base_layer, "in_features") and hasattr(base_layer, "out_features")):
+            raise TypeError(f"{owner}: base_layer must be a linear layer, got {type(base_layer).__name__}")
+        self.base_layer = base_layer
+        self.in_features: int = base_layer.in_features
+        self.out_features: int = base_layer.out_features
+        self._plain = is_plain(base_layer)
+        self.register_buffer("_original_weight", None, persistent=False)
+
+    # -- what a subclass says ---------------------------------------------------------------------------------------
+    scale: float = 1.0
+    dropout_p: float = 0.0
+
+    @abstractmethod
+    def get_factors(self) -> Factors:
+        """The factors of this layer's update, in the parameters' dtype."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw this layer's own parameters anew; the update is zero afterwards."""
+
+    # -- forward ----------------------------------------------------------------------------------------------------
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) -> (..., out)."""
+        base = self.base_layer
+        if self._original_weight is not None:
+            return base(x)
+        factors = self.get_factors()
+        p = self.dropout_p if self.training else 0.0
+        if self._plain and not is_hooked(base):
+            u, v, gain = self._cast(factors, base.weight)
+            return functional.cp_linear(
+                x, base.weight, base.bias, u, v, gain, scale=self.scale, dropout_p=p, training=self.training
+            )
+        y = base(x)
+        u, v, gain = factors
+        h = nn.functional.dropout(x.to(u.dtype) @ u, p, self.training)
+        update = h @ self._folded(v, gain).transpose(0, 1)
+        return torch.add(y, update.to(y.dtype), alpha=self.scale)
+
+    def forward_slice(self, x: Tensor, start: int, stop: int) -> Tensor | None:
+        """Columns ``start:stop`` of ``forward(x)`` without computing the others, or None where that is not exact.
+
+        It is not while dropout is active (the mask belongs to the rows of the whole call), for a base layer that can
+        only be called whole, or when the cut is not between folds.
+        """
+        base = self.base_layer
+        if not self._plain:
+            return None
+        bias = None if base.bias is None else base.bias[start:stop]
+        if self._original_weight is not None:
+            return nn.functional.linear(x, base.weight[start:stop], bias)
+        if self.training and self.dropout_p > 0.0:
+            return None
+        u, v, gain = self._cast(self.get_factors(), base.weight)
+        width = v.shape[0]
+        if width == self.out_features:
+            v = v[start:stop]
+        elif start % width or stop % width:
+            return None
+        elif gain is not None and gain.dim() == 2:
+            gain = gain[start // width : stop // width]
+        return functional.cp_linear(x, base.weight[start:stop], bias, u, v, gain, scale=self.scale)
+
+    @staticmethod
+    def _cast(factors: Factors, weight: Tensor) -> Factors:
+        if factors.u.dtype == weight.dtype or torch.is_autocast_enabled(weight.device.type):
+            return factors
+        u, v, gain = factors
+        return Factors(u.to(weight.dtype), v.to(weight.dtype), None if gain is None else gain.to(weight.dtype))
+
+    def _folded(self, v: Tensor, gain: Tensor | None) -> Tensor:
+        """(out, R): V times each fold's gain, the folds stacked."""
+        folds = self.out_features // v.shape[0]
+        if gain is None:
+            return v.repeat(folds, 1) if folds > 1 else v
+        return (v * gain.reshape(-1, 1, v.shape[1])).expand(folds, -1, -1).reshape(-1, v.shape[1])
+
+    # -- merging ----------------------------------------------------------------------------------------------------
+    def get_delta_weight(self) -> Tensor:
+        """The dense update as ``nn.Linear`` stores weights, (out, in), in the factors' dtype."""
+        u, v, gain = self.get_factors()
+        return self.scale * (self._folded(v, gain) @ u.transpose(0, 1))
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight holds the update at present."""
+        return self._original_weight is not None
+
+    def check_mergeable(self) -> None:
+        """Raise TypeError if the base layer's weight cannot take the update without loss (quantised, parametrised)."""
+        base = self.base_layer
+        if not is_plain(base):
+            weight = getattr(base, "weight", None)
+            what = type(base).__name__
+            if isinstance(weight, Tensor):
+                what += f" with a {type(weight.data).__name__} weight of {str(weight.dtype).removeprefix('torch.')}"
+            raise TypeError(
+                f"{type(self).__name__}.merge: base_layer is {what}; only a dense floating-point torch.nn.Linear can "
+                "be merged into (a quantised weight would lose most of the update)"
+            )
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the update to the base weight, which from then on is all that runs.
+
+        The sum is taken in float32 (float64) and rounded once. The original weight is kept beside it, so that
+        :meth:`unmerge` restores it bitwise: a second copy of this weight in memory while merged. It is not part of the
+        state_dict.
+
+        Raises:
+            RuntimeError: merged already, or the sum is not finite.
+            TypeError: the base layer cannot be merged into (see :meth:`check_mergeable`).
+        """
+        if self.merged:
+            raise RuntimeError(f"{type(self).__name__}.merge: merged already")
+        self.check_mergeable()
+        weight = self.base_layer.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        total = (weight.to(wide) + self.get_delta_weight().to(wide)).to(weight.dtype)
+        if bool(weight.isfinite().all()) and not bool(total.isfinite().all()):
+            raise RuntimeError(
+                f"{type(self).__name__}.merge: the merged weight is not finite in "
+                f"{str(weight.dtype).removeprefix('torch.')}"
+            )
+        self._original_weight = weight.detach().clone()
+        weight.copy_(total)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the original base weight back, bitwise.
+
+        Raises:
+            RuntimeError: not merged.
+        """
+        if self._original_weight is None:
+            raise RuntimeError(f"{type(self).__name__}.unmerge: not merged")
+        self.base_layer.weight.copy_(self._original_weight)
+        self._original_weight = None
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, merged={self.merged}"
+
+
+def linear_slice(layer: nn.Module, x: Tensor, start: int, stop: int) -> Tensor | None:
+    """Columns ``start:stop`` of ``layer(x)``, or None where only the whole can be computed."""
+    if isinstance(layer, TunerLinear):
+        return layer.forward_slice(x, start, stop)
+    if not is_plain(layer):
+        return None
+    return nn.functional.linear(x, layer.weight[start:stop], None if layer.bias is None else layer.bias[start:stop])
+
+
+def factory(layer: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> dict:
+    """Where and in what a layer's own parameters are made: as asked, else beside ``layer``'s, in float32 or wider."""
+    weight = getattr(layer, "weight", None)
+    if device is None and isinstance(weight, Tensor):
+        device = weight.device
+    if dtype is None:
+        known = isinstance(weight, Tensor) and weight.dtype in _DTYPES
+        dtype = torch.promote_types(weight.dtype, torch.float32) if known else torch.get_default_dtype()
+    return {"device": device, "dtype": dtype}
+
+
+def uniform_fan_in_(tensor: Tensor, fan_in: int) -> None:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what ``nn.Linear`` draws, for transposed storage too."""
+    bound = 1.0 / math.sqrt(fan_in)
+    nn.init.uniform_(tensor, -bound, bound)

@@ -1,0 +1,115 @@
+"""Bottleneck adapters (Houlsby et al. 2019; Pfeiffer et al. 2021): down, activation, up, residual in one operation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastgist import functional
+from fastgist.nn._tuner import check_positive, uniform_fan_in_
+
+__all__ = ["AdaptedLayer", "Adapter"]
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "identity")
+INITS = ("identity", "paper")
+PLACEMENTS = ("sequential", "parallel")
+
+
+class Adapter(nn.Module):
+    """``y = residual + scale * (act(x D^T + b_d) U^T + b_u)``, with D: dim -> bottleneck_dim.
+
+    Args:
+        dim: width of x.
+        bottleneck_dim: width inside.
+        activation: "gelu", "gelu_tanh", "relu", "silu" or "identity".
+        scale: factor on the bottleneck's output.
+        init: "identity": D as nn.Linear draws it, U and both biases zero: a fresh adapter returns its residual.
+            "paper" (GIST, arXiv 2312.07255): both weights truncated normal with deviation 0.02, zero biases.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: a size that is not positive, an unknown activation or init.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        bottleneck_dim: int,
+        activation: str = "gelu",
+        scale: float = 1.0,
+        *,
+        init: str = "identity",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = check_positive("Adapter", "dim", dim)
+        self.bottleneck_dim = check_positive("Adapter", "bottleneck_dim", bottleneck_dim)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"Adapter: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if init not in INITS:
+            raise ValueError(f"Adapter: init must be one of {', '.join(INITS)}, got {init!r}")
+        if not math.isfinite(scale):
+            raise ValueError(f"Adapter: scale must be finite, got {scale}")
+        self.activation, self.scale, self.init = activation, float(scale), init
+        kwargs = {"device": device, "dtype": dtype}
+        self.down_weight = nn.Parameter(torch.empty(bottleneck_dim, dim, **kwargs))
+        self.down_bias = nn.Parameter(torch.empty(bottleneck_dim, **kwargs))
+        self.up_weight = nn.Parameter(torch.empty(dim, bottleneck_dim, **kwargs))
+        self.up_bias = nn.Parameter(torch.empty(dim, **kwargs))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.init == "identity":
+            uniform_fan_in_(self.down_weight, self.dim)
+            nn.init.zeros_(self.up_weight)
+        else:
+            nn.init.trunc_normal_(self.down_weight, std=0.02)
+            nn.init.trunc_normal_(self.up_weight, std=0.02)
+        nn.init.zeros_(self.down_bias)
+        nn.init.zeros_(self.up_bias)
+
+    def forward(self, x: Tensor, residual: Tensor | bool | None = None) -> Tensor:
+        """x: (..., dim). residual: None for x itself, a tensor of x's shape, or False for none. Returns (..., dim)."""
+        weights: list[Tensor] = [self.down_weight, self.down_bias, self.up_weight, self.up_bias]
+        if x.dtype != weights[0].dtype and not torch.is_autocast_enabled(x.device.type):
+            weights = [w.to(x.dtype) for w in weights]  # float32 adapters in a half-precision model
+        return functional.adapter(x, *weights, activation=self.activation, scale=self.scale, residual=residual)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim} -> {self.bottleneck_dim} -> {self.dim}, activation={self.activation!r}, scale={self.scale}"
+
+
+class AdaptedLayer(nn.Module):
+    """A sublayer with an adapter: after it (``A(f(x))``, A with its own residual) or beside it (``f(x) + A(x)``).
+
+    Args:
+        base_layer: the frozen sublayer f, (..., dim) -> (..., dim); further arguments of a call go to it.
+        adapter: the :class:`Adapter`.
+        placement: "sequential" or "parallel".
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter: Adapter, placement: str = "sequential") -> None:
+        super().__init__()
+        if isinstance(base_layer, AdaptedLayer):
+            raise ValueError("AdaptedLayer: base_layer has an adapter already")
+        if placement not in PLACEMENTS:
+            raise ValueError(f"AdaptedLayer: placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
+        self.base_layer = base_layer
+        self.adapter = adapter
+        self.placement = placement
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        return self.combine(x, self.base_layer(x, *args, **kwargs))
+
+    def combine(self, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output from its input x and the sublayer's output y = f(x), row by row."""
+        return self.adapter(y) if self.placement == "sequential" else self.adapter(x, residual=y)
+
+    def reset_parameters(self) -> None:
+        self.adapter.reset_parameters()
+
+    def extra_repr(self) -> str:
+        return f"placement={self.placement!r}"

@@ -1,0 +1,1 @@
+"""One module an operation: its schema, fake, checks, dispatch and autograd."""

@@ -1,0 +1,165 @@
+"""What every operation's module uses unchanged: defining raw ops, and the checks behind their error messages."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "define",
+    "check_floating",
+    "check_same_dtype",
+    "check_same_device",
+    "check_temperature",
+    "check_reduction",
+    "autocast_dtype",
+    "dtype_name",
+    "scale_rows",
+    "single_backward",
+    "tf32_allowed",
+]
+
+_LIBRARY = torch.library.Library("fastgist", "DEF")
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+
+def define(schema: str, implementation: Callable, fake: Callable, public: str) -> Callable:
+    """Define ``fastgist::<schema>`` with one implementation for all devices, a fake, and a guard against autograd.
+
+    Raw ops compute and do not differentiate: the public function wraps them in an autograd.Function. A raw op called
+    with tensors that require gradients would drop those silently, so the guard raises and names ``public``.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastgist::{name}", fake, lib=_LIBRARY)
+    op = getattr(torch.ops.fastgist, name).default
+
+    def guard(*args):
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(
+                f"torch.ops.fastgist.{name} computes without autograd and got a tensor that requires grad: "
+                f"call fastgist.functional.{public} instead"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _LIBRARY.impl(name, guard, "Autograd")
+    return op
+
+
+def _without_autocast(implementation: Callable) -> Callable:
+    """Dtypes are settled before a raw op is called: autocast must not narrow a sum inside it (vecdot and mm would be)."""
+
+    @functools.wraps(implementation)
+    def run(*args):
+        device_type = next(a.device.type for a in args if isinstance(a, Tensor))
+        if not torch.is_autocast_enabled(device_type):
+            return implementation(*args)
+        with torch.autocast(device_type, enabled=False):
+            return implementation(*args)
+
+    return run
+
+
+def single_backward(op: str) -> Callable[[Callable], Callable]:
+    """Decorator of an autograd.Function's backward that cannot be differentiated itself.
+
+    Under create_graph=True the gradients it returns raise when a second derivative reaches them. (torch's
+    once_differentiable does so only where the incoming gradient requires grad, so a gradient penalty on a plain
+    ``loss.backward()`` would silently be taken as a constant.)
+    """
+    message = f"{op}: no second derivative: its backward is a kernel. Double backward needs the formula in plain torch (fastgist.reference)"
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def run(ctx, *grads):
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            with torch.no_grad():
+                out = backward(ctx, *grads)
+            return tuple(None if g is None else _NoSecondDerivative.apply(g.requires_grad_(), message) for g in out)
+
+        return run
+
+    return decorate
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad, message):
+        ctx.message = message
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(ctx.message)
+
+
+def scale_rows(grads: Iterable[Tensor], row_grad: Tensor) -> list[Tensor]:
+    """Finished gradients (M, V) times the incoming row gradients (M,), out of place: a second backward over a retained
+    graph finds them unscaled. Gradients that were not asked for (empty, 1-D) pass through."""
+    scale = row_grad[:, None]
+    return [(g * scale).to(g.dtype) if g.dim() == 2 else g for g in grads]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_floating(op: str, name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {dtype_name(x.dtype)}")
+
+
+def check_same_dtype(op: str, **tensors: Tensor | None) -> None:
+    """Every given tensor has the dtype of the first; TypeError names the two that differ."""
+    given = [(name, t) for name, t in tensors.items() if t is not None]
+    first_name, first = given[0]
+    for name, t in given[1:]:
+        if t.dtype != first.dtype:
+            raise TypeError(
+                f"{op}: {first_name} is {dtype_name(first.dtype)} and {name} is {dtype_name(t.dtype)}; outside autocast "
+                "all must have one dtype"
+            )
+
+
+def check_same_device(op: str, **tensors: Tensor | None) -> None:
+    given = [(name, t) for name, t in tensors.items() if t is not None]
+    first_name, first = given[0]
+    for name, t in given[1:]:
+        if t.device != first.device:
+            raise ValueError(f"{op}: {first_name} is on {first.device} and {name} is on {t.device}")
+
+
+def check_temperature(op: str, temperature: object) -> float:
+    if isinstance(temperature, Tensor):
+        raise TypeError(f"{op}: temperature must be a Python number (reading a tensor would synchronise), got a Tensor")
+    if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
+        raise TypeError(f"{op}: temperature must be a number, got {type(temperature).__name__}")
+    temperature = float(temperature)
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(f"{op}: temperature must be finite and > 0, got {temperature}")
+    return temperature
+
+
+def check_reduction(op: str, reduction: str, allowed: tuple[str, ...] = REDUCTIONS) -> None:
+    if reduction not in allowed:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(allowed)}, got {reduction!r}")
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast asks matrix products to run in on this device, or None outside autocast."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 products may use tf32: torch's own switch, torch.set_float32_matmul_precision, decides."""
+    return torch.get_float32_matmul_precision() != "highest"

@@ -1,0 +1,279 @@
+"""cp_linear: schema, fake, checks, dispatch and autograd. The formula is in fastgist/reference/cp_linear.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgist import backends
+from fastgist.ops import _common
+from fastgist.ops._low_rank import cast_for_autocast, check_number, empty_unless
+from fastgist.reference import cp_linear as reference
+from fastgist.reference.cp_linear import low_rank_dtype
+
+__all__ = ["cp_linear"]
+
+_OP = "cp_linear"
+
+
+# -- raw ops ---------------------------------------------------------------------------------------------------------
+# 2-D throughout: x (M, K), weight (N, K), u (K, R), v (n, R), gain (1 or G, R). A seed means that dropout is active.
+# Results that were not asked for are empty. Inputs that no wanted gradient needs are None in the backward.
+
+
+def _fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    gain: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    need_h: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    impl = backends.resolve(_OP, impl, x)
+    if impl == "reference" or x.numel() == 0:
+        y, h = reference.forward(x, weight, bias, u, v, gain, seed, scale, dropout_p, need_h)
+        return y, empty_unless(h if need_h else None, x)
+    from fastgist_kernels import cp_linear as kernels
+
+    rows, out, rank = x.shape[0], weight.shape[0], u.shape[1]
+    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
+    h = torch.empty(rows, rank, dtype=low_rank_dtype(x.dtype), device=x.device) if need_h else None
+    tf32 = _common.tf32_allowed()
+    kernels.cp_linear_fwd(x, weight, bias, u, v, gain, seed, scale, dropout_p, tf32, y, h)
+    return y, empty_unless(h, x)
+
+
+def _fwd_fake(x, weight, bias, u, v, gain, seed, scale, dropout_p, need_h, impl):
+    backends.resolve(_OP, impl, x)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    if not need_h:
+        return y, x.new_empty(0)
+    return y, x.new_empty(x.shape[0], u.shape[1], dtype=low_rank_dtype(x.dtype))
+
+
+def _bwd(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    u: Tensor | None,
+    v: Tensor | None,
+    gain: Tensor | None,
+    seed: Tensor | None,
+    h: Tensor | None,
+    folds: int,
+    scale: float,
+    dropout_p: float,
+    needs: list[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    impl = backends.resolve(_OP, impl, grad)
+    need_x, need_weight, need_bias, need_u, need_v, need_gain = needs
+    grad_weight = torch.mm(grad.transpose(0, 1), x) if need_weight else None
+    grad_bias = grad.sum(0) if need_bias else None
+    wanted = (need_x, need_u, need_v, need_gain)
+    if impl == "reference" or grad.numel() == 0 or (x is not None and x.numel() == 0):
+        grads = reference.backward(grad, x, weight, u, v, gain, seed, h, folds, scale, dropout_p, *wanted)
+    elif any(wanted):
+        from fastgist_kernels import cp_linear as kernels
+
+        grads = _empty_grads(grad, x, weight, v, gain, h, folds, wanted)
+        tf32 = _common.tf32_allowed()
+        kernels.cp_linear_bwd(grad, x, weight, u, v, gain, seed, h, folds, scale, dropout_p, tf32, *grads)
+    else:
+        grads = (None, None, None, None)
+    grad_x, grad_u, grad_v, grad_gain = grads
+    return tuple(empty_unless(g, grad) for g in (grad_x, grad_weight, grad_bias, grad_u, grad_v, grad_gain))
+
+
+def _empty_grads(grad, x, weight, v, gain, h, folds, wanted):
+    """Uninitialised gradients of x, u, v and gain in ``grad``'s dtype; None where not wanted."""
+    need_x, need_u, need_v, need_gain = wanted
+    return (
+        grad.new_empty(grad.shape[0], weight.shape[1]) if need_x else None,
+        grad.new_empty(x.shape[1], v.shape[1]) if need_u else None,
+        grad.new_empty(grad.shape[1] // folds, h.shape[1]) if need_v else None,
+        grad.new_empty(gain.shape) if need_gain else None,
+    )
+
+
+def _bwd_fake(grad, x, weight, u, v, gain, seed, h, folds, scale, dropout_p, needs, impl):
+    need_x, need_weight, need_bias, need_u, need_v, need_gain = needs
+    grads = _empty_grads(grad, x, weight, v, gain, h, folds, (need_x, need_u, need_v, need_gain))
+    grad_weight = grad.new_empty(grad.shape[1], x.shape[1]) if need_weight else None
+    grad_bias = grad.new_empty(grad.shape[1]) if need_bias else None
+    return tuple(empty_unless(g, grad) for g in (grads[0], grad_weight, grad_bias, *grads[1:]))
+
+
+_fwd_op = _common.define(
+    "cp_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor u, Tensor v, Tensor? gain, Tensor? seed, float scale, "
+    "float dropout_p, bool need_h, str impl) -> (Tensor, Tensor)",
+    _fwd,
+    _fwd_fake,
+    _OP,
+)
+_bwd_op = _common.define(
+    "cp_linear_bwd(Tensor grad, Tensor? x, Tensor? weight, Tensor? u, Tensor? v, Tensor? gain, Tensor? seed, Tensor? h, "
+    "int folds, float scale, float dropout_p, bool[] needs, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _bwd,
+    _bwd_fake,
+    _OP,
+)
+
+
+class _CPLinear(torch.autograd.Function):
+    """y (M, N). Saves x where U or the base weight is trained, h = drop(x U) (M, R) where V or the gain is."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, u, v, gain, seed, scale, dropout_p, record, impl):
+        needs = list(ctx.needs_input_grad[:6]) if record else [False] * 6
+        need_x, need_weight, _, need_u, need_v, need_gain = needs
+        need_h = need_v or need_gain
+        y, h = _fwd_op(x, weight, bias, u, v, gain, seed, scale, dropout_p, need_h, impl)
+        through_h = need_x or need_u  # both need dL/dh
+        ctx.save_for_backward(
+            x if need_u or need_weight else None,
+            weight if need_x else None,
+            u if need_x else None,
+            v if through_h or need_gain else None,
+            gain if through_h or need_h else None,
+            seed if through_h else None,
+            h if need_h else None,
+        )
+        ctx.needs, ctx.folds = needs, weight.shape[0] // v.shape[0]
+        ctx.scale, ctx.dropout_p, ctx.impl = scale, dropout_p, impl
+        return y
+
+    @staticmethod
+    @_common.single_backward(_OP)
+    def backward(ctx, grad):
+        grads = _bwd_op(grad, *ctx.saved_tensors, ctx.folds, ctx.scale, ctx.dropout_p, ctx.needs, ctx.impl)
+        grads = [g if needed else None for g, needed in zip(grads, ctx.needs, strict=True)]
+        return *grads, None, None, None, None, None
+
+
+# -- the public function ---------------------------------------------------------------------------------------------
+
+
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, gain: Tensor | None) -> None:
+    for name, t in (("weight", weight), ("u", u), ("v", v)):
+        if t.dim() != 2:
+            raise ValueError(f"{_OP}: {name} must be 2-D, got shape {tuple(t.shape)}")
+    (rows, columns), rank = weight.shape, u.shape[1]
+    if x.dim() == 0:
+        raise ValueError(f"{_OP}: x must be (..., {columns}), got a 0-dimensional tensor")
+    if x.shape[-1] != columns:
+        raise ValueError(f"{_OP}: expected x.shape[-1] == {columns} (weight is {rows} x {columns}), got {x.shape[-1]}")
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise ValueError(f"{_OP}: expected bias.shape == ({rows},) (weight is {rows} x {columns}), got {tuple(bias.shape)}")
+    if u.shape[0] != columns:
+        raise ValueError(f"{_OP}: expected u.shape[0] == {columns} (weight is {rows} x {columns}), got {u.shape[0]}")
+    if rank == 0:
+        raise ValueError(f"{_OP}: expected a rank of at least 1, got u of shape {tuple(u.shape)}")
+    if v.shape[1] != rank:
+        raise ValueError(f"{_OP}: expected v.shape[1] == {rank} (the rank of u), got {v.shape[1]}")
+    if v.shape[0] == 0 or rows == 0 or rows % v.shape[0]:
+        raise ValueError(
+            f"{_OP}: expected weight.shape[0] to be a multiple of v.shape[0] (G folds of width n share v), got "
+            f"{rows} rows of weight and {v.shape[0]} of v"
+        )
+    folds = rows // v.shape[0]
+    if gain is not None and tuple(gain.shape) not in ((rank,), (folds, rank)):
+        raise ValueError(
+            f"{_OP}: expected gain.shape == ({rank},) or ({folds}, {rank}) (rank {rank}, {rows} / {v.shape[0]} folds), "
+            f"got {tuple(gain.shape)}"
+        )
+
+
+def _check_dropout(x: Tensor, dropout_p: object, training: bool, seed: Tensor | None) -> tuple[float, Tensor | None]:
+    """p and the seed, both zeroed where dropout is not active; a seed is drawn, on the device, where none is given."""
+    dropout_p = check_number(_OP, "dropout_p", dropout_p)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{_OP}: expected 0 <= dropout_p < 1, got {dropout_p}")
+    if seed is not None:
+        if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+            raise TypeError(f"{_OP}: seed must be an int64 Tensor, got {getattr(seed, 'dtype', type(seed).__name__)}")
+        if seed.numel() != 1:
+            raise ValueError(f"{_OP}: seed must hold one number, got shape {tuple(seed.shape)}")
+        _common.check_same_device(_OP, x=x, seed=seed)
+    if not training or dropout_p == 0.0:
+        return 0.0, None
+    if seed is None:  # by the default generator, which checkpointing and graph capture know how to replay
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    return dropout_p, seed
+
+
+def cp_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    gain: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""A linear layer plus a low-rank update: y = x W^T + b + scale * (drop(x U) * gain) V^T, fused.
+
+    PETAL's CP form of the update (arXiv 2312.12458, after Aurora, 2305.08381), in which all adapted layers share U and V
+    and differ in their gain. LoRA (u = A^T, v = B), AdaLoRA and the Tucker form (v = V S^T) are the same expression.
+
+    Args:
+        x: (..., K), float32, bfloat16, float16 or float64, any strides.
+        weight: (N, K), as nn.Linear stores it. It gets a gradient only if it requires one; nothing is kept for it else.
+        bias: (N,) or None.
+        u: (K, R), R >= 1.
+        v: (n, R) with N = G n: the output's G folds of width n share v.
+        gain: None, (R,) shared by all folds, or (G, R), one row a fold:
+            y[..., g n + j] = (x W^T + b)[g n + j] + scale * sum_r drop(x u)_r gain[g, r] v[j, r].
+        scale: a Python number.
+        dropout_p: in [0, 1), the share of x u that is zeroed while ``training``; the rest is divided by 1 - p.
+        training: whether dropout is active.
+        seed: int64 tensor of one element on x's device: the same seed gives the same mask in every implementation, forward
+            and backward. None draws one from the device's default generator.
+        impl: "auto", "triton" or "reference"; see :mod:`fastgist.backends`.
+
+    Returns:
+        (..., N) in x's dtype (autocast's, where it is on, as nn.Linear's). Products accumulate in float32. x u is kept in
+        float32 for float16 inputs, so that a rank unit above 65504 does no harm where the output fits.
+
+    Raises:
+        ValueError: shapes that do not fit, a rank of 0, dropout_p outside [0, 1), a scale that is not finite.
+        TypeError: dtypes that differ outside autocast, or are not floating point; a seed that is not int64.
+        RuntimeError: an explicit ``impl`` that cannot run here; a second derivative.
+    """
+    named = {"x": x, "weight": weight, "bias": bias, "u": u, "v": v, "gain": gain}
+    for name, t in named.items():
+        if t is not None or name not in ("bias", "gain"):
+            _common.check_floating(_OP, name, t)
+    named = dict(zip(named, cast_for_autocast(*named.values()), strict=True))
+    _common.check_same_dtype(_OP, **named)
+    _common.check_same_device(_OP, **named)
+    _check_shapes(**named)
+    scale = check_number(_OP, "scale", scale)
+    dropout_p, seed = _check_dropout(x, dropout_p, training, seed)
+    x, weight, bias, u, v, gain = named.values()
+    leading = x.shape[:-1]
+    y = _CPLinear.apply(
+        x.reshape(leading.numel(), x.shape[-1]),
+        weight,
+        bias,
+        u,
+        v,
+        None if gain is None else gain.reshape(-1, gain.shape[-1]),
+        seed,
+        scale,
+        dropout_p,
+        torch.is_grad_enabled(),
+        impl,
+    )
+    return y.reshape(*leading, weight.shape[0])

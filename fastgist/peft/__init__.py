@@ -1,0 +1,33 @@
+"""What is done to a model: configurations, injection, merging, saving and loading."""
+
+from fastgist.peft.config import AdapterConfig, CPConfig, LinearProbeConfig, LoraConfig, PeftConfig
+from fastgist.peft.family import Family, LinearSite, register_family
+from fastgist.peft.files import load_adapter, save_adapter
+from fastgist.peft.inspect import Report, assert_training, print_trainable_parameters, report
+from fastgist.peft.method import Method, register_method
+from fastgist.peft.surgery import disable_adapter, get_peft_model, merge, set_adapter, unload, unmerge
+
+__all__ = [
+    "AdapterConfig",
+    "CPConfig",
+    "Family",
+    "LinearProbeConfig",
+    "LinearSite",
+    "LoraConfig",
+    "Method",
+    "PeftConfig",
+    "Report",
+    "assert_training",
+    "disable_adapter",
+    "get_peft_model",
+    "load_adapter",
+    "merge",
+    "print_trainable_parameters",
+    "register_family",
+    "register_method",
+    "report",
+    "save_adapter",
+    "set_adapter",
+    "unload",
+    "unmerge",
+]

@@ -1,0 +1,95 @@
+"""What to add to a model: one dataclass a method, in a registry that others can add to."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+__all__ = ["AdapterConfig", "CPConfig", "LinearProbeConfig", "LoraConfig", "PeftConfig", "config_from_dict"]
+
+
+@dataclass
+class PeftConfig:
+    """Base of all configurations. ``method`` is the name under which files and the registry know it."""
+
+    method: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        targets = getattr(self, "targets", None)
+        if targets is not None:
+            if isinstance(targets, str):
+                raise TypeError(f"{type(self).__name__}: targets must be a tuple of names, got the string {targets!r}")
+            self.targets = tuple(targets)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with ``method``; :func:`config_from_dict` reads it back."""
+        return {"method": self.method, **dataclasses.asdict(self)}
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """Bottleneck adapters.
+
+    placement: "pfeiffer" (after each MLP), "houlsby" (after each attention and each MLP, with parameters of their own)
+    or "parallel" (beside each MLP, on the MLP's input; He et al. 2022). init: "identity" or "paper" (see
+    :class:`fastgist.nn.Adapter`).
+    """
+
+    method: ClassVar[str] = "adapter"
+    bottleneck_dim: int = 8
+    placement: str = "pfeiffer"
+    activation: str = "gelu"
+    scale: float = 1.0
+    init: str = "identity"
+
+
+@dataclass
+class LoraConfig(PeftConfig):
+    """LoRA. targets: names of linear layers, or of parts of a fused one ("q", "v" of a timm ViT's qkv)."""
+
+    method: ClassVar[str] = "lora"
+    rank: int = 8
+    alpha: float = 16
+    targets: tuple[str, ...] = ("q", "v")
+    dropout: float = 0.0
+    init: str = "identity"
+
+
+@dataclass
+class CPConfig(PeftConfig):
+    """Mode approximation: U and V shared by all targets of the same shape, one row of P for each matrix.
+
+    A layer whose outputs are a multiple of its inputs counts as that many square matrices (fc1: 3072 = 4 x 768), so
+    that it joins the group of the square ones. core: "cp" or "tucker" (see :class:`fastgist.nn.CPFactors`).
+    """
+
+    method: ClassVar[str] = "cp"
+    rank: int = 64
+    core: str = "cp"
+    targets: tuple[str, ...] = ("q", "k", "v")
+    dropout: float = 0.1
+
+
+@dataclass
+class LinearProbeConfig(PeftConfig):
+    """The head alone."""
+
+    method: ClassVar[str] = "linear_probe"
+
+
+def config_from_dict(data: dict[str, Any], known: dict[str, type[PeftConfig]]) -> PeftConfig:
+    """The configuration that :meth:`PeftConfig.to_dict` wrote.
+
+    Raises:
+        ValueError: a method that is not among ``known``, or fields it does not have.
+    """
+    data = dict(data)
+    method = data.pop("method", None)
+    if method not in known:
+        raise ValueError(f"unknown adapter method {method!r}; known here: {', '.join(sorted(known))}")
+    fields = {f.name for f in dataclasses.fields(known[method])}
+    unknown = sorted(set(data) - fields)
+    if unknown:
+        raise ValueError(f"{known[method].__name__} has no field {', '.join(unknown)}")
+    return known[method](**data)

@@ -1,0 +1,139 @@
+"""What surgery needs to know of a model family, behind one small interface. Families live in fastgist.integrations."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Family", "LinearSite", "Selection", "find_family", "register_family", "select"]
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """A linear layer that can be adapted: its path, other names it answers to, and the names of its equal parts."""
+
+    path: str
+    module: nn.Module
+    aliases: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A chosen layer; ``parts`` are the indices of the chosen parts, None for the layer as a whole."""
+
+    site: LinearSite
+    parts: tuple[int, ...] | None
+
+
+class Family(ABC):
+    """One kind of model. Methods get the plain model (not a gist model around it)."""
+
+    name: str
+
+    @abstractmethod
+    def matches(self, model: nn.Module) -> bool:
+        """Whether ``model`` is of this family."""
+
+    @abstractmethod
+    def head_paths(self, model: nn.Module) -> tuple[str, ...]:
+        """Paths of the task head's modules: trained, saved and swapped with an adapter."""
+
+    @abstractmethod
+    def linears(self, model: nn.Module) -> list[LinearSite]:
+        """The linear layers that low-rank methods may adapt. The model is not wrapped when this is called."""
+
+    @abstractmethod
+    def sublayers(self, model: nn.Module) -> dict[str, list[str]]:
+        """Paths of the "mlp" and "attention" sublayers, for adapters. The model is not wrapped when this is called."""
+
+    def width(self, model: nn.Module, path: str) -> int:
+        """The width of a sublayer's output."""
+        raise NotImplementedError
+
+    def after_change(self, model: nn.Module) -> None:  # noqa: B027 - optional
+        """Called when layers or the head were swapped: bring dependent attributes in line."""
+
+    def example_inputs(self, model: nn.Module) -> tuple[Any, ...]:
+        """Arguments for one forward of a small random batch, for :func:`fastgist.assert_training`."""
+        raise NotImplementedError(f"{self.name}: no example inputs known; pass some to assert_training")
+
+    def gist_host(self, model: nn.Module) -> Any:
+        """How a gist token goes into ``model`` (a :class:`fastgist.gist.GistHost`); raises ValueError if it cannot."""
+        raise TypeError(f"add_gist: not known how to put a gist token into {self.name} models")
+
+
+_FAMILIES: list[Family] = []
+
+
+def register_family(family: Family) -> Family:
+    """Make a family known; later ones are asked first."""
+    _FAMILIES.insert(0, family)
+    return family
+
+
+def find_family(model: nn.Module, caller: str) -> Family:
+    """The family of ``model``.
+
+    Raises:
+        TypeError: none matches.
+    """
+    if any(base.__module__.startswith("timm.") for base in type(model).__mro__):
+        import fastgist.integrations.timm  # noqa: F401 - registers its families
+    for family in _FAMILIES:
+        if family.matches(model):
+            return family
+    known = ", ".join(f.name for f in _FAMILIES) or "timm vision transformers (timm is not imported)"
+    raise TypeError(
+        f"{caller}: the structure of {type(model).__module__}.{type(model).__name__} is not known; known: {known}. "
+        "Others can be added with fastgist.peft.register_family"
+    )
+
+
+def select(owner: str, sites: Sequence[LinearSite], targets: Sequence[str]) -> list[Selection]:
+    """The sites that ``targets`` name. A target is a part's name, the end of a path ("qkv", "attn.qkv") or an alias.
+
+    Raises:
+        ValueError: no targets, one given twice or matching nothing (the error lists what names exist), a layer matched
+            twice.
+    """
+    names = _names(sites)
+    if not targets:
+        raise ValueError(f"{owner}: targets is empty; this model has {names}")
+    for target in targets:
+        if targets.count(target) > 1:
+            raise ValueError(f"{owner}: target {target!r} is given twice")
+    chosen: dict[str, tuple[LinearSite, str, list[int] | None]] = {}
+    for target in targets:
+        found = False
+        for site in sites:
+            part = site.parts.index(target) if target in site.parts else None
+            whole = target in site.aliases or f".{site.path}".endswith(f".{target}")
+            if part is None and not whole:
+                continue
+            found = True
+            known = chosen.get(site.path)
+            if known is None:
+                chosen[site.path] = (site, target, None if whole else [part])  # type: ignore[list-item]
+            elif whole or known[2] is None:
+                raise ValueError(f"{owner}: layer {site.path} is matched twice, by {known[1]!r} and {target!r}")
+            else:
+                known[2].append(part)  # type: ignore[arg-type]
+        if not found:
+            raise ValueError(f"{owner}: nothing in this model is called {target!r}; it has {names}")
+    return [
+        Selection(site, None if parts is None else tuple(sorted(parts)))
+        for site, _, parts in (chosen[s.path] for s in sites if s.path in chosen)
+    ]
+
+
+def _names(sites: Sequence[LinearSite]) -> str:
+    """What targets may say, each once: last path components, aliases and parts."""
+    names: dict[str, None] = {}
+    for site in sites:
+        names |= dict.fromkeys((site.path.rsplit(".", 1)[-1], *site.aliases, *site.parts))
+    return ", ".join(names) or "no linear layers that can be adapted"

@@ -1,0 +1,220 @@
+"""save_adapter and load_adapter: what goes into the file, and what is checked before anything of a model is touched."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgist.peft import state as _state
+from fastgist.peft import storage, surgery
+from fastgist.peft.config import PeftConfig, config_from_dict
+from fastgist.peft.method import registered_configs
+
+__all__ = ["load_adapter", "register_extension", "save_adapter"]
+
+#: name in files -> (configuration from plain data, what adds it to a model and returns the model to use)
+_EXTENSIONS: dict[str, tuple[Callable[..., Any], Callable[[nn.Module, Any], nn.Module]]] = {}
+
+
+def register_extension(name: str, config_class: Callable[..., Any], add: Callable[[nn.Module, Any], nn.Module]) -> None:
+    """Let load_adapter rebuild an extension (:class:`fastgist.peft.state.Extension`) of this name."""
+    _EXTENSIONS[name] = (config_class, add)
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Save the adapter in place: its layers (shared factors once), the head, and the gist token if there is one.
+
+    Writes ``adapter_model.safetensors`` (tensors, configuration, checksum) and ``fastgist_config.json``, a copy of the
+    configuration for people. Killed at any moment, it leaves the old file or the new one. In a distributed run call it
+    on one process.
+
+    Raises:
+        ValueError: the model is not wrapped.
+        OSError: the folder cannot be written.
+    """
+    state = _state.need_state(model, "save_adapter")
+    plain = _state.inner(model)
+    record = state.record()
+    config: dict[str, Any] = {
+        "name": "default" if record is None else record.name,
+        "adapter": None if record is None else record.config.to_dict(),
+        "model": type(plain).__name__,
+        "head": list(state.original_heads),
+    }
+    if state.extension is not None:
+        config[state.extension.name] = vars(state.extension.config).copy()
+    storage.write(folder, config, _state.owned_tensors(plain, state))
+
+
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike, strict: bool = True, *, name: str | None = None
+) -> nn.Module:
+    """Load what :func:`save_adapter` wrote: into a plain model, which is wrapped accordingly, or one wrapped alike.
+
+    Everything is checked first (checksum, names, shapes, configuration); on an error the model is as it was.
+
+    Args:
+        model: a plain model, or one that get_peft_model / add_gist wrapped with the same configuration.
+        folder: where save_adapter wrote.
+        strict: False skips tensors that are missing, unexpected or of another shape (a head for other classes), with a
+            warning that lists them. The checksum is checked all the same.
+        name: load as the adapter of this name: added beside the others, or filled if it is the one in place. Default:
+            the one in place, or the name it was saved under.
+
+    Returns:
+        The model to use: a gist model if the file holds a gist token and ``model`` was none, else ``model``.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: the file is damaged, of another kind, or does not fit the model. The error gives the path.
+    """
+    config, tensors = storage.read(folder)
+    path = Path(folder) / storage.MODEL_NAME
+    adapter = _adapter_config(config, path)
+    extension = {key: config[key] for key in _EXTENSIONS if isinstance(config.get(key), dict)}
+    state = _state.state_of(model)
+    if state is not None:
+        _state.need_state(model, "load_adapter")
+        surgery._refuse_merged(state, "load_adapter")
+    if state is None or (name is not None and name not in state.records) or (adapter and not state.records):
+        new_name = name if name is not None else config.get("name", "default")
+        return _load_new(model, state, adapter, extension, new_name, tensors, path, strict)
+    if name is not None and name != state.active:
+        raise ValueError(
+            f"load_adapter: adapter {name!r} is there and not in place; set_adapter(model, {name!r}) first"
+        )
+    _check_alike(state, adapter, extension, path)
+    _fill(_state.owned_tensors(_state.inner(model), state), tensors, path, strict)
+    return model
+
+
+def _adapter_config(config: Mapping[str, Any], path: Path) -> PeftConfig | None:
+    data = config.get("adapter")
+    if data is None:
+        return None
+    try:
+        return config_from_dict(data, registered_configs())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _load_new(
+    model: nn.Module,
+    state: _state.State | None,
+    adapter: PeftConfig | None,
+    extension: Mapping[str, dict[str, Any]],
+    name: str,
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    strict: bool,
+) -> nn.Module:
+    """Wrap, then fill; undone if the tensors do not fit (they are all checked before the first is copied)."""
+    if adapter is not None:
+        _state.check_name(name, f"load_adapter: {path}")
+    plain = _state.inner(model)
+    had_extension = state is not None and state.extension is not None
+    previous = None if state is None else state.active
+    added = False
+    result = model
+    if had_extension and not extension:
+        raise ValueError(f"{path}: holds no {state.extension.name}, and the model has one")  # type: ignore[union-attr]
+    if had_extension:
+        _check_extension(state, extension, path)  # type: ignore[arg-type]
+    elif extension and state is not None and state.records:
+        raise ValueError(
+            f"{path}: holds a {', '.join(extension)}, and the model's adapters ({', '.join(state.records)}) have none; load "
+            "into a plain model instead"
+        )
+    try:
+        if adapter is not None:
+            surgery.add_record(plain, adapter, name, "load_adapter")
+            added = True
+        for key, values in extension.items():
+            if not had_extension:
+                config_class, add = _EXTENSIONS[key]
+                try:
+                    made = config_class(**values)
+                except TypeError as error:
+                    raise ValueError(f"{path}: its {key} configuration does not fit this version: {error}") from error
+                result = add(model, made)
+        state = _state.state_of(plain)
+        if state is None:
+            raise ValueError(f"{path}: holds neither an adapter nor an extension that is known here")
+        _fill(_state.owned_tensors(plain, state), tensors, path, strict)
+    except Exception:
+        _undo(plain, previous, name if added else None, had_extension)
+        raise
+    return result
+
+
+def _undo(plain: nn.Module, previous: str | None, name: str | None, had_extension: bool) -> None:
+    """Back to where load_adapter began."""
+    state = _state.state_of(plain)
+    if state is None:
+        return
+    if name is not None:
+        _state.deactivate(plain, state)
+        del state.records[name]
+    if state.extension is not None and not had_extension:
+        state.extension.detach(plain)
+        state.extension = None
+    if previous is not None:
+        _state.activate(plain, state, previous)
+    if not state.records and state.extension is None:
+        _state.end(plain, state)
+
+
+def _check_alike(
+    state: _state.State, adapter: PeftConfig | None, extension: Mapping[str, dict[str, Any]], path: Path
+) -> None:
+    record = state.record()
+    have = None if record is None else record.config
+    if have != adapter:
+        raise ValueError(f"{path}: holds {adapter}, the model has {have} in place")
+    if state.extension is None and extension:
+        raise ValueError(f"{path}: holds a {', '.join(extension)}, the model has none; load into a plain model instead")
+    if state.extension is not None:
+        if not extension:
+            raise ValueError(f"{path}: holds no {state.extension.name}, and the model has one")
+        _check_extension(state, extension, path)
+
+
+def _check_extension(state: _state.State, extension: Mapping[str, dict[str, Any]], path: Path) -> None:
+    assert state.extension is not None
+    have, found = vars(state.extension.config), extension.get(state.extension.name)
+    if have != found:
+        raise ValueError(f"{path}: holds {state.extension.name} {found}, the model has {have}")
+
+
+@torch.no_grad()
+def _fill(owned: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path, strict: bool) -> None:
+    """Copy ``tensors`` into ``owned`` once all names and shapes are checked."""
+    missing = [name for name in owned if name not in tensors]
+    unexpected = [name for name in tensors if name not in owned]
+    wrong = [
+        f"{name}: expected {tuple(t.shape)}, got {tuple(tensors[name].shape)}"
+        for name, t in owned.items()
+        if name in tensors and tensors[name].shape != t.shape
+    ]
+    problems = [
+        f"{title}: {_listed(names)}"
+        for title, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
+        if names
+    ]
+    if problems and strict:
+        raise ValueError(f"{path}: does not fit the model; {'; '.join(problems)}")
+    if problems:
+        warnings.warn(f"{path}: skipped, as strict=False: {'; '.join(problems)}", UserWarning, stacklevel=3)
+    for name, target in owned.items():
+        if name in tensors and tensors[name].shape == target.shape:
+            target.copy_(tensors[name])
+
+
+def _listed(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,181 @@
+"""How each configuration becomes layers: a method builds wrappers for chosen places, installing is the same for all."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from fastgist.nn import AdaptedLayer, Adapter, CPFactors, CPLinear, LoRALinear, factory
+from fastgist.peft.config import AdapterConfig, CPConfig, LinearProbeConfig, LoraConfig, PeftConfig
+from fastgist.peft.family import Family, Selection, select
+
+__all__ = ["Method", "method_of", "register_method", "registered_configs"]
+
+
+class Method(ABC):
+    """What a configuration does to a model.
+
+    ``build`` returns wrappers by the path they go to, each with the module now there as ``base_layer``; it must leave
+    the model alone. ``mergeable``: wrappers have merge() and unmerge().
+    """
+
+    mergeable = False
+    #: How an error about a method that cannot merge calls it.
+    title = "this method"
+
+    @abstractmethod
+    def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]: ...
+
+
+_METHODS: dict[str, tuple[type[PeftConfig], Method]] = {}
+
+
+def register_method(config_class: type[PeftConfig], method: Method) -> None:
+    """Make ``config_class`` known to get_peft_model and to adapter files under its ``method`` name.
+
+    Raises:
+        ValueError: the name is taken by another class.
+    """
+    name = config_class.method
+    taken = _METHODS.get(name)
+    if taken is not None and taken[0] is not config_class:
+        raise ValueError(f"register_method: {name!r} is taken by {taken[0].__name__}")
+    _METHODS[name] = (config_class, method)
+
+
+def registered_configs() -> dict[str, type[PeftConfig]]:
+    return {name: config_class for name, (config_class, _) in _METHODS.items()}
+
+
+def method_of(config: PeftConfig) -> Method:
+    """The method of a configuration.
+
+    Raises:
+        TypeError: its class is not registered.
+    """
+    for config_class, method in _METHODS.values():
+        if type(config) is config_class:
+            return method
+    known = ", ".join(c.__name__ for c, _ in _METHODS.values())
+    raise TypeError(f"get_peft_model: config must be one of {known} (or registered), got {type(config).__name__}")
+
+
+class _Adapters(Method):
+    title = "an adapter (a nonlinear bottleneck)"
+    #: placement -> (kind of sublayer, where the adapter sits)
+    placements: ClassVar[dict[str, tuple[tuple[str, str], ...]]] = {
+        "pfeiffer": (("mlp", "sequential"),),
+        "houlsby": (("attention", "sequential"), ("mlp", "sequential")),
+        "parallel": (("mlp", "parallel"),),
+    }
+
+    def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]:
+        assert isinstance(config, AdapterConfig)
+        if config.placement not in self.placements:
+            raise ValueError(
+                f"AdapterConfig: placement must be one of {', '.join(self.placements)}, got {config.placement!r}"
+            )
+        sublayers = family.sublayers(model)
+        built: dict[str, nn.Module] = {}
+        for kind, side in self.placements[config.placement]:
+            if not sublayers.get(kind):
+                have = ", ".join(f"{len(paths)} {name}" for name, paths in sublayers.items() if paths) or "none"
+                raise ValueError(
+                    f"AdapterConfig: placement {config.placement!r} needs {kind} sublayers; this model has {have}"
+                )
+            for path in sublayers[kind]:
+                base = model.get_submodule(path)
+                adapter = Adapter(
+                    family.width(model, path),
+                    config.bottleneck_dim,
+                    config.activation,
+                    config.scale,
+                    init=config.init,
+                    **factory(_first_linear(base), None, None),
+                )
+                built[path] = AdaptedLayer(base, adapter, side)
+        return built
+
+
+def _first_linear(module: nn.Module) -> nn.Module:
+    """The first layer with a floating-point weight matrix: new parameters go to its device, in its dtype or wider."""
+    for child in module.modules():
+        weight = getattr(child, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.dim() == 2:
+            return child
+    return module
+
+
+class _LoRA(Method):
+    mergeable = True
+    title = "LoRA"
+
+    def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]:
+        assert isinstance(config, LoraConfig)
+        built: dict[str, nn.Module] = {}
+        for choice in select("LoraConfig", family.linears(model), config.targets):
+            site = choice.site
+            fused = {} if choice.parts is None else {"folds": len(site.parts), "parts": choice.parts}
+            built[site.path] = LoRALinear(
+                site.module, config.rank, config.alpha, config.dropout, init=config.init, **fused
+            )
+        return built
+
+
+class _CP(Method):
+    mergeable = True
+    title = "CP"
+
+    def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]:
+        assert isinstance(config, CPConfig)
+        choices = select("CPConfig", family.linears(model), config.targets)
+        shapes = [self._shape(choice) for choice in choices]
+        counts: Counter[tuple[int, int]] = Counter()
+        modes: list[tuple[int | None, ...]] = []
+        for choice, (inner, outer, folds) in zip(choices, shapes, strict=True):
+            active = range(folds) if choice.parts is None else choice.parts
+            first = counts[inner, outer]
+            rows = {fold: first + i for i, fold in enumerate(active)}
+            modes.append(tuple(rows.get(fold) for fold in range(folds)))
+            counts[inner, outer] += len(rows)
+        factors: dict[tuple[int, int], CPFactors] = {}
+        built: dict[str, nn.Module] = {}
+        for choice, (inner, outer, _), mode in zip(choices, shapes, modes, strict=True):
+            if (inner, outer) not in factors:
+                factors[inner, outer] = CPFactors(
+                    inner,
+                    outer,
+                    config.rank,
+                    counts[inner, outer],
+                    config.core,
+                    config.dropout,
+                    **factory(choice.site.module, None, None),
+                )
+            built[choice.site.path] = CPLinear(choice.site.module, factors[inner, outer], mode)
+        return built
+
+    @staticmethod
+    def _shape(choice: Selection) -> tuple[int, int, int]:
+        """(in, width of a fold, folds) of a chosen layer."""
+        inner, outer = choice.site.module.in_features, choice.site.module.out_features
+        square = outer // inner if outer % inner == 0 else 1
+        folds = square if choice.parts is None else len(choice.site.parts)
+        return inner, outer // folds, folds
+
+
+class _LinearProbe(Method):
+    mergeable = True  # there is nothing to merge
+    title = "a linear probe"
+
+    def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]:
+        return {}
+
+
+register_method(AdapterConfig, _Adapters())
+register_method(LoraConfig, _LoRA())
+register_method(CPConfig, _CP())
+register_method(LinearProbeConfig, _LinearProbe())

@@ -1,0 +1,235 @@
+"""What is done to a model: adapters in, out, switched, merged."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+from torch import nn
+
+from fastgist.peft import state as _state
+from fastgist.peft.config import PeftConfig
+from fastgist.peft.method import method_of
+from fastgist.peft.state import Record, State, need_state
+
+__all__ = ["disable_adapter", "get_peft_model", "merge", "set_adapter", "unload", "unmerge"]
+
+
+def get_peft_model(model: nn.Module, config: PeftConfig, name: str = "default") -> nn.Module:
+    """Freeze ``model`` and add what ``config`` says, in place; the head stays trainable.
+
+    A second call with another ``name`` adds one more adapter, with a head of its own (a copy of the head as it was
+    before wrapping) and, on a gist model, a gist token of its own, and puts it in place; :func:`set_adapter` switches.
+
+    Args:
+        model: a model of a known family, wrapped before or not, or a gist model around one.
+        config: a registered configuration, such as ``LoraConfig()``.
+        name: how the adapter is called: letters, digits, "_", "-", ".".
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        ValueError: nothing in the model matches (the error lists what names exist), a layer is matched twice, nothing
+            would be trainable, or an adapter of that name is there already. The model is unchanged.
+        TypeError: an unknown configuration or model family.
+        RuntimeError: an adapter is merged at present.
+    """
+    add_record(model, config, name, "get_peft_model")
+    return model
+
+
+def add_record(model: nn.Module, config: PeftConfig, name: str, caller: str) -> Record:
+    method = method_of(config)
+    _state.check_name(name, caller)
+    plain = _state.inner(model)
+    known = _state.state_of(plain)
+    if known is not None:
+        need_state(plain, caller)
+        if name in known.records:
+            raise ValueError(
+                f"{caller}: the model has an adapter named {name!r} already "
+                f"({known.records[name].config}); give another name, or unload(model) first"
+            )
+        _refuse_merged(known, caller)
+    state = _state.begin(plain, caller)
+    previous = state.active
+    try:
+        _state.deactivate(plain, state)
+        record = Record(name, config, method.build(plain, state.family, config))
+        if not record.sites and not any(True for head in state.original_heads.values() for _ in head.parameters()):
+            raise ValueError(
+                f"{caller}: {type(config).__name__} adds no layers and the model has no head: nothing to train"
+            )
+        if state.records:
+            record.heads = _state.fresh_heads(state)
+            record.extra = None if state.extension is None else state.extension.fresh()
+    except Exception:
+        if previous is not None:
+            _state.activate(plain, state, previous)
+        if known is None:
+            _state.end(plain, state)
+        raise
+    state.records[name] = record
+    _state.activate(plain, state, name)
+    return record
+
+
+def set_adapter(model: nn.Module, name: str) -> None:
+    """Put the adapter called ``name`` in place, with its head (and gist token); the one there is set aside.
+
+    Optimisers and DDP wrappers hold the parameters of the adapter they were made for: make them anew after a switch.
+
+    Raises:
+        ValueError: no adapter of that name.
+        RuntimeError: an adapter is merged at present.
+    """
+    state = need_state(model, "set_adapter")
+    if name not in state.records:
+        raise ValueError(f"set_adapter: no adapter named {name!r}; there are {', '.join(state.records) or 'none'}")
+    _refuse_merged(state, "set_adapter")
+    if name != state.active:
+        plain = _state.inner(model)
+        _state.deactivate(plain, state)
+        _state.activate(plain, state, name)
+
+
+@contextlib.contextmanager
+def disable_adapter(model: nn.Module, *, keep_head: bool = False) -> Iterator[nn.Module]:
+    """Within the context the model is what it was before wrapping: no adapter, no gist token, the original head.
+
+    Layers are swapped, so nothing is paid while adapters are enabled; other threads must not use the model meanwhile.
+
+    Args:
+        keep_head: keep the trained head.
+
+    Raises:
+        ValueError: the model is not wrapped.
+        RuntimeError: an adapter is merged at present, or the contexts are nested.
+    """
+    state = need_state(model, "disable_adapter")
+    _refuse_merged(state, "disable_adapter")
+    plain = _state.inner(model)
+    active = state.active
+    trained = {path: plain.get_submodule(path) for path in state.original_heads}
+    _state.deactivate(plain, state)
+    if state.extension is not None:
+        state.extension.detach(plain)
+    if not keep_head:
+        _state._place_heads(plain, state.original_heads)
+        state.family.after_change(plain)
+    state.disabled = True
+    try:
+        yield model
+    finally:
+        state.disabled = False
+        for path, head in trained.items():
+            head.train(plain.get_submodule(path).training)
+            _state.replace_module(plain, path, head)
+        if state.extension is not None:
+            state.extension.attach(plain)
+        if active is not None:
+            _state.activate(plain, state, active)
+        state.family.after_change(plain)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Add the updates of the adapter in place to the weights they belong to. All or nothing.
+
+    Each merged weight's original is kept beside it (that much more memory), so :func:`unmerge` is bitwise. Merged, the
+    model runs at the plain model's speed; its adapter's parameters stay and can be saved.
+
+    Raises:
+        ValueError: the model is not wrapped.
+        RuntimeError: merged already, or the method cannot merge (adapters, a gist token): the error names it; nothing
+            changed.
+        TypeError: a base layer is quantised or otherwise not a plain linear layer; nothing changed.
+    """
+    state = need_state(model, "merge")
+    _refuse_merged(state, "merge")
+    if state.extension is not None:
+        raise RuntimeError(
+            f"merge: {state.extension.title} cannot be merged into weights: it is a row of the sequence; nothing was changed"
+        )
+    record = state.record()
+    if record is None:
+        return model
+    method = method_of(record.config)
+    if not method.mergeable:
+        raise RuntimeError(
+            f"merge: {method.title} ({type(record.config).__name__}, adapter {record.name!r}) cannot be merged into weights; "
+            "nothing was changed"
+        )
+    for path, layer in record.sites.items():
+        try:
+            layer.check_mergeable()
+        except TypeError as error:
+            raise TypeError(f"{path}: {error}; nothing was changed") from None
+    done = []
+    try:
+        for layer in record.sites.values():
+            layer.merge()
+            done.append(layer)
+    except Exception:
+        for layer in done:
+            layer.unmerge()
+        raise
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Put the original weights back, bitwise.
+
+    Raises:
+        RuntimeError: nothing is merged.
+    """
+    state = need_state(model, "unmerge")
+    if not _merged(state):
+        raise RuntimeError("unmerge: nothing is merged")
+    for layer in state.records[state.active].sites.values():  # type: ignore[index]
+        layer.unmerge()
+    return model
+
+
+def unload(model: nn.Module, keep_head: bool = True) -> nn.Module:
+    """Take everything out: the plain model again, its frozen parts bitwise the original, requires_grad as before
+    wrapping.
+
+    Updates are dropped, not merged (merge, then keep the weights, if that is wanted). All named adapters go. Where a
+    gist token goes, a warning says that the logits change.
+
+    Args:
+        keep_head: keep the head as trained; False puts the head from before wrapping back.
+
+    Returns:
+        The plain model: the object that was wrapped, not a gist model around it.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    state = need_state(model, "unload")
+    plain = _state.inner(model)
+    if _merged(state):
+        unmerge(plain)
+    _state.deactivate(plain, state)
+    if state.extension is not None:
+        warnings.warn(
+            f"unload: {state.extension.title} leaves the sequence, so the logits change", UserWarning, stacklevel=2
+        )
+        state.extension.detach(plain)
+    if not keep_head:
+        _state._place_heads(plain, state.original_heads)
+        state.family.after_change(plain)
+    _state.end(plain, state)
+    return plain
+
+
+def _merged(state: State) -> bool:
+    record = state.record()
+    return record is not None and any(getattr(layer, "merged", False) for layer in record.sites.values())
+
+
+def _refuse_merged(state: State, caller: str) -> None:
+    if _merged(state):
+        raise RuntimeError(f"{caller}: adapter {state.active!r} is merged; call unmerge(model) first")

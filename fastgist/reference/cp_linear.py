@@ -1,0 +1,161 @@
+r"""A frozen linear layer plus a CP low-rank update (PETAL, arXiv 2312.12458; Aurora's mode approximation, 2305.08381).
+
+With the stacked weight update as a CP tensor, matrix m gets :math:`\Delta W = U\, \mathrm{diag}(g_m)\, V^T`, [in, out]:
+
+.. math::
+    y = x W^T + b + s\; (\mathrm{drop}(x U) \odot g)\, V^T
+
+``N = G n``: the output may be G folds of width n that share U and V and differ in their gain, one row of ``gain`` each
+(the three thirds of a fused qkv, or a 3072-wide layer as four of 768). LoRA, AdaLoRA and the Tucker form are this
+expression with other names for its factors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgist.reference import philox
+from fastgist.reference._numerics import accumulate
+
+__all__ = ["backward", "cp_linear", "delta_weight", "forward", "low_rank_dtype"]
+
+
+def low_rank_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that x U and its gradient are kept in: x's own, but float32 for float16, whose range ends at 65504:
+    a rank unit may pass it where the output, after gain and V, does not."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def delta_weight(u: Tensor, v: Tensor, gain: Tensor | None, scale: float, folds: int) -> Tensor:
+    """The dense update as nn.Linear stores weights, (N, K): rows g n + j are scale * (v_j * gain_g) u^T."""
+    return scale * (_folded_v(v, gain, folds) @ u.transpose(0, 1))
+
+
+def _folded_v(v: Tensor, gain: Tensor | None, folds: int) -> Tensor:
+    """V' (N, R): V times each fold's gain, the folds stacked."""
+    if gain is None:
+        return v if folds == 1 else v.repeat(folds, 1)
+    gain = gain.reshape(-1, 1, v.shape[1]).expand(folds, 1, v.shape[1])
+    return (v[None] * gain).reshape(folds * v.shape[0], v.shape[1])
+
+
+def _dropped(h: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """Inverted dropout on h (M, R) by the counter-based rule of :mod:`fastgist.reference.philox`."""
+    if seed is None:
+        return h
+    keep = philox.keep_mask(seed, (h.shape[0], h.shape[1]), dropout_p)
+    return torch.where(keep, h / (1.0 - dropout_p), 0.0)
+
+
+def cp_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    gain: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The formula, by autograd, float32 (float64) inside; shapes as :func:`fastgist.functional.cp_linear`."""
+    folds = weight.shape[0] // v.shape[0]
+    x2 = accumulate(x).reshape(-1, x.shape[-1])
+    y = x2 @ accumulate(weight).transpose(0, 1)
+    if bias is not None:
+        y = y + accumulate(bias)
+    h = x2 @ accumulate(u)
+    if training and dropout_p > 0.0:
+        h = _dropped(h, dropout_p, seed)
+    gain = None if gain is None else accumulate(gain)
+    y = y + scale * (h @ _folded_v(accumulate(v), gain, folds).transpose(0, 1))
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _merged_weight(
+    a: Tensor, weight: Tensor, u: Tensor, v: Tensor, gain: Tensor | None, seed: Tensor | None, scale: float
+) -> Tensor | None:
+    """W + dW where multiplying ``a`` by the sum is cheaper than by W and a factor, else None.
+
+    With ``a`` (M, inner) the sum costs N K R and two passes over W; the factor costs M R (N K / inner) and a second pass
+    over the output. In float32 and wider the sum rounds as the base product itself does; in half precision small
+    updates would vanish. Dropout acts between the factors and rules it out.
+    """
+    if seed is not None or a.dtype not in (torch.float32, torch.float64) or a.shape[0] < 2 * a.shape[1]:
+        return None
+    folded = _folded_v(v, gain, weight.shape[0] // v.shape[0])
+    return torch.addmm(weight, folded, u.transpose(0, 1), alpha=scale)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    gain: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    need_h: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """y (M, N), and h = drop(x U) (M, R) in low_rank_dtype where needed. gain: (1, R) or (G, R)."""
+    if x.dtype == torch.float16:
+        wide = (None if t is None else t.float() for t in (x, weight, bias, u, v, gain))
+        y, h = forward(*wide, seed, scale, dropout_p, need_h)
+        return y.half(), h
+    merged = _merged_weight(x, weight, u, v, gain, seed, scale)
+    h = _dropped(x @ u, dropout_p, seed) if need_h or merged is None else None
+    if merged is not None:
+        return torch.nn.functional.linear(x, merged, bias), h
+    y = torch.nn.functional.linear(x, weight, bias)
+    folded = _folded_v(v, gain, weight.shape[0] // v.shape[0])
+    return y.addmm_(h, folded.transpose(0, 1), alpha=scale), h
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    u: Tensor | None,
+    v: Tensor | None,
+    gain: Tensor | None,
+    seed: Tensor | None,
+    h: Tensor | None,
+    folds: int,
+    scale: float,
+    dropout_p: float,
+    need_x: bool,
+    need_u: bool,
+    need_v: bool,
+    need_gain: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, u, v and gain from grad = dL/dy (M, N). With P_g = s dy_g^T h for each fold, dV = sum_g P_g * g_g
+    and dgain_g = colsum(P_g * V): the gain's gradient costs no reduction over M. What no wanted gradient asks is None."""
+    if grad.dtype == torch.float16:
+        wide = (None if t is None else t.float() for t in (grad, x, weight, u, v, gain))
+        wants = (need_x, need_u, need_v, need_gain)
+        grads = backward(*wide, seed, h, folds, scale, dropout_p, *wants)
+        return tuple(None if g is None else g.half() for g in grads)
+    grad_x = grad_u = grad_v = grad_gain = None
+    merged = _merged_weight(grad, weight, u, v, gain, seed, scale) if need_x else None
+    if need_u or (need_x and merged is None):
+        grad_h = torch.mm(grad, _folded_v(v, gain, folds)).mul_(scale)
+        grad_h = _dropped(grad_h, dropout_p, seed)
+    if need_x:
+        grad_x = torch.mm(grad, weight).addmm_(grad_h, u.transpose(0, 1)) if merged is None else torch.mm(grad, merged)
+    if need_u:
+        grad_u = torch.mm(x.transpose(0, 1), grad_h)
+    if need_v or need_gain:
+        outer = accumulate(torch.mm(grad.transpose(0, 1), h)).mul_(scale).view(folds, -1, h.shape[1])
+        if need_v:
+            weighted = outer if gain is None else outer * accumulate(gain)[:, None]
+            grad_v = weighted.sum(0).to(grad.dtype)
+        if need_gain:
+            by_fold = (outer * accumulate(v)).sum(1)
+            grad_gain = by_fold.sum(0, keepdim=True) if gain.shape[0] == 1 else by_fold
+            grad_gain = grad_gain.to(grad.dtype)
+    return grad_x, grad_u, grad_v, grad_gain

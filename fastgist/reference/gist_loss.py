@@ -1,0 +1,148 @@
+r"""The GIST objective (arXiv 2312.07255): two cross-entropies and the bidirectional KL between the two heads' logits.
+
+.. math::
+    L = CE(z, y) + \alpha\, CE(z_g, y) + \beta\, [KL(p\|q) + KL(q\|p)],
+    \qquad p = \mathrm{softmax}(z / T),\; q = \mathrm{softmax}(z_g / T)
+
+The cross-entropies are at temperature 1. A class distribution t (one-hot, smoothed, or given as soft targets) makes
+:math:`CE(z, t) = \sum_c t_c (\mathrm{lse}(z) - z_c)`, where a class with t = 0 contributes 0 even if z is -inf there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgist.reference import bidirectional_kl as _kl
+from fastgist.reference._numerics import accumulate
+
+__all__ = ["STATS", "cross_entropy_rows", "forward", "gist_loss", "kept_rows"]
+
+#: Rows of the ``stats`` tensor (len(STATS), M) that a forward kernel leaves for its backward: those of the divergence,
+#: then the sums of exp(z - max) at temperature 1 and the sum of the class weights.
+STATS = (*_kl.STATS, "sum_z", "sum_gist", "weight")
+
+
+def kept_rows(target: Tensor, ignore_index: int) -> Tensor | None:
+    """bool, True where a row counts; None where soft targets leave none out."""
+    return None if target.is_floating_point() else target != ignore_index
+
+
+def cross_entropy_rows(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+    """CE per row at temperature 1, (..., V) -> (...). ``target`` holds class indices in range, or (..., V) floats."""
+    classes = logits.shape[-1]
+    log_p = torch.log_softmax(logits, -1)
+    if target.is_floating_point():
+        weights = target.to(logits.dtype)
+    else:
+        weights = torch.nn.functional.one_hot(target, classes).to(logits.dtype)
+    if label_smoothing:
+        weights = weights * (1.0 - label_smoothing) + label_smoothing / classes
+    return torch.where(weights == 0, 0.0, -weights * log_p).sum(-1)
+
+
+def gist_loss(
+    logits: Tensor,
+    gist_logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.5,
+    beta: float = 0.75,
+    temperature: float = 3.0,
+    t_squared: bool = False,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """The formula, by autograd. Arguments as :func:`fastgist.functional.gist_loss`; targets must be in range."""
+    z, gist = accumulate(logits), accumulate(gist_logits)
+    kept = kept_rows(target, ignore_index)
+    if kept is not None:
+        target = target.masked_fill(~kept, 0)
+        z, gist = z.masked_fill(~kept[..., None], 0.0), gist.masked_fill(~kept[..., None], 0.0)
+    row_loss = cross_entropy_rows(z, target, label_smoothing)
+    if alpha:  # a weight of 0 means the term is absent, also where it would be inf or NaN
+        row_loss = row_loss + alpha * cross_entropy_rows(gist, target, label_smoothing)
+    if beta:
+        divergence = _kl.bidirectional_kl(z, gist, temperature=temperature, reduction="none", t_squared=t_squared)
+        row_loss = row_loss + beta * divergence
+    if kept is not None:
+        row_loss = torch.where(kept, row_loss, 0.0)
+    return _kl.reduce_rows(row_loss, reduction, kept)
+
+
+def _cross_entropy(
+    xc: Tensor, weights: Tensor | None, target: Tensor, need_grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Row CE, sum of exp(x - max), and the gradient, from centred logits. ``weights`` (M, V): dense class weights, or
+    None for one-hot ``target`` (M,)."""
+    exps = xc.exp()
+    sums = exps.sum(-1)
+    if weights is None:
+        row_loss = sums.log() - xc.gather(-1, target[:, None]).squeeze(-1)
+    else:
+        total = weights.sum(-1)
+        chosen = torch.where(weights == 0, 0.0, weights * xc).sum(-1)
+        row_loss = torch.where(total == 0, 0.0, total * sums.log()) - chosen
+    if not need_grad:
+        return row_loss, sums, None
+    if weights is None:
+        grad = exps.div_(sums[:, None])
+        return row_loss, sums, grad.scatter_add_(-1, target[:, None], grad.new_full((len(grad), 1), -1.0))
+    return row_loss, sums, exps.mul_((total / sums)[:, None]).sub_(weights)
+
+
+def forward(
+    logits: Tensor,
+    gist_logits: Tensor,
+    target: Tensor,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    label_smoothing: float,
+    ignore_index: int,
+    need_z: bool,
+    need_gist: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Row losses (M,), stats (9, M) and the gradients asked for, from logits (M, V); ``beta`` includes any T^2.
+
+    A target that is neither a class nor ``ignore_index`` makes its row NaN (a caller on a CPU has raised before).
+    """
+    z, gist = accumulate(logits), accumulate(gist_logits)
+    rows, classes = z.shape
+    if z.numel() == 0:
+        return z.new_zeros(rows), z.new_zeros(len(STATS), rows), torch.zeros_like(z), torch.zeros_like(z)
+    kept = kept_rows(target, ignore_index)
+    weights = None
+    if kept is not None:
+        invalid = kept & ((target < 0) | (target >= classes))
+        target = target.clamp(0, classes - 1)
+        z, gist = z.masked_fill(~kept[:, None], 0.0), gist.masked_fill(~kept[:, None], 0.0)
+        if label_smoothing:
+            weights = torch.full_like(z, label_smoothing / classes)
+            weights.scatter_add_(-1, target[:, None], z.new_full((rows, 1), 1.0 - label_smoothing))
+    else:
+        weights = accumulate(target)
+        if label_smoothing:
+            weights = weights * (1.0 - label_smoothing) + label_smoothing / classes
+    (zc, max_z), (gc, max_gist) = _kl.centre(z), _kl.centre(gist)
+    row_loss, sum_z, grad_z = _cross_entropy(zc, weights, target, need_z)
+    sum_gist, grad_gist = torch.ones_like(sum_z), torch.zeros_like(z) if need_gist else None
+    if alpha:
+        gist_loss_rows, sum_gist, grad_gist = _cross_entropy(gc, weights, target, need_gist)
+        row_loss = row_loss + alpha * gist_loss_rows
+        grad_gist = None if grad_gist is None else grad_gist.mul_(alpha)
+    sums = z.new_zeros(4, rows)
+    if beta:
+        divergence, sums, kl_z, kl_gist = _kl.pair(zc, gc, temperature, need_z, need_gist)
+        row_loss = row_loss + beta * divergence
+        grad_z = None if grad_z is None else grad_z.add_(kl_z, alpha=beta / temperature)
+        grad_gist = None if grad_gist is None else grad_gist.add_(kl_gist, alpha=beta / temperature)
+    weight = torch.ones_like(sum_z) if weights is None else weights.sum(-1)
+    stats = torch.cat((torch.stack((max_z, max_gist)), sums, torch.stack((sum_z, sum_gist, weight))))
+    if kept is not None:
+        row_loss = row_loss.masked_fill(invalid, torch.nan).masked_fill(~kept, 0.0)
+        for grad in (grad_z, grad_gist):
+            if grad is not None:
+                grad.masked_fill_(invalid[:, None], torch.nan).masked_fill_(~kept[:, None], 0.0)
+    return row_loss, stats, _kl.narrow(grad_z, logits.dtype), _kl.narrow(grad_gist, logits.dtype)

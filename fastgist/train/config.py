@@ -1,0 +1,102 @@
+"""The settings of ``fastgist finetune``: one dataclass, whose fields are the command line's flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastgist.recipes import Recipe
+
+__all__ = ["DemoConfig", "FinetuneConfig", "Method", "MixedPrecision", "UserError"]
+
+
+class UserError(Exception):
+    """Something the user can put right: the command line prints it as one line and exits with 2."""
+
+
+class Method(str, enum.Enum):
+    """What is trained beside the head."""
+
+    LINEAR_PROBE = "linear-probe"
+    ADAPTER = "adapter"
+    LORA = "lora"
+    CP = "cp"
+
+
+class MixedPrecision(str, enum.Enum):
+    """The dtype of matrix products; parameters stay float32."""
+
+    NO = "no"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+def _option(default, help: str, panel: str, **extra):
+    return field(default=default, metadata={"help": help, "panel": panel, **extra})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(Recipe):
+    """Everything that decides a fine-tuning run. The recipe's fields default to the GIST paper's."""
+
+    data: str = _option(
+        ...,
+        "A folder (train/ val/ test/ of class folders, or class folders alone), a folder of parquet files, or a data "
+        "set's name on the Hugging Face hub.",
+        "Data",
+        argument=True,
+    )
+    val_split: float = _option(
+        0.2, "Share of the training images held out for selection where there is no val split.", "Data", min=0, max=0.9
+    )
+    subset: str | None = _option(None, "Configuration of a hub data set.", "Data")
+    image_column: str | None = _option(None, "Image column of a hub data set; found by its type if not given.", "Data")
+    label_column: str | None = _option(None, "Label column of a hub data set; found by its type if not given.", "Data")
+    skip_unreadable: bool = _option(False, "Leave unreadable images out instead of stopping.", "Data")
+    verify: bool = _option(True, "Decode every image once before training starts.", "Data")
+    augment: bool = _option(True, "timm's random crop, flip and colour jitter while training.", "Data")
+    workers: int = _option(2, "Processes that load images, for each training process.", "Data", min=0)
+
+    model: str = _option("vit_base_patch16_224", "Any Vision Transformer of timm.", "Model")
+    pretrained: bool = _option(True, "Start from timm's published weights.", "Model")
+    checkpoint: Path | None = _option(None, "Start from this safetensors file instead.", "Model")
+    image_size: int | None = _option(None, "Pixels a side; the model's own if not given.", "Model", min=1)
+    method: Method = _option(Method.ADAPTER, "What is trained beside the head.", "Model")
+    gist: bool = _option(True, "Add a gist token and its loss.", "Model")
+    rank: int | None = _option(None, "Rank of lora and cp; the method's default if not given.", "Model", min=1)
+    bottleneck_dim: int | None = _option(None, "Width of the adapter's bottleneck.", "Model", min=1)
+
+    output_dir: Path = _option(Path("fastgist-finetune"), "Where everything is written.", "Run")
+    resume: bool = _option(False, "Continue from the newest complete checkpoint in the output folder.", "Run")
+    checkpoint_every: int = _option(0, "Steps between checkpoints; 0 writes one after every epoch.", "Run", min=0)
+    keep_checkpoints: int = _option(2, "How many checkpoints to keep.", "Run", min=1)
+    device: str | None = _option(None, "cpu, or nothing for what accelerate finds.", "Run")
+    mixed_precision: MixedPrecision | None = _option(None, "Half precision; accelerate's setting if not given.", "Run")
+    progress: bool = _option(True, "Show progress bars.", "Run")
+
+    def trajectory(self) -> dict[str, object]:
+        """The settings that a resumed run must share with the run it continues, as JSON values."""
+        run = {"output_dir", "resume", "checkpoint_every", "keep_checkpoints", "progress", "workers", "verify", "device"}
+        checked_by_content = {"data", "checkpoint", "batch_size"}
+        names = [f.name for f in dataclasses.fields(self) if f.name not in run | checked_by_content]
+        return {f"--{name.replace('_', '-')}": _plain(getattr(self, name)) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Flags of ``fastgist demo``."""
+
+    output_dir: Path = _option(Path("fastgist-demo"), "Where the figure, metrics.json and the adapters go.", "Demo")
+    seeds: int = _option(3, "Few-shot draws; every method is trained on each.", "Demo", min=1)
+    shots: int = _option(10, "Training images of each new digit.", "Demo", min=1, max=40)
+    device: str = _option("auto", "cpu, cuda, mps, or auto.", "Demo")
+    quick: bool = _option(False, "A fraction of the training: shows the way, not a result.", "Demo")
+    cache: bool = _option(True, "Keep the pre-trained model for the next time.", "Demo")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, enum.Enum):
+        return value.value
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,306 @@
+"""``fastgist demo``: a small Vision Transformer learns new digits from a handful of images, by every method in turn.
+
+It has been pre-trained on the digits 0-4 and adapts to 5-9 with a few images of each. Everything printed was measured
+in that run; test images are looked at once, after training, and choose nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgist.recipes import Recipe
+from fastgist.recipes import digits as recipes
+from fastgist.train.checkpoint import digest, write_atomically
+from fastgist.train.config import DemoConfig, Method, UserError
+from fastgist.train.data import seed_everything
+from fastgist.train.digits import NEW, DigitImages, Digits
+from fastgist.train.engine import FitResult, evaluate, fit, predict
+from fastgist.train.measure import commit, memory_method, trainable_share, versions
+from fastgist.train.models import adapt
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["demo"]
+
+_ORIENTATIONS = 8
+
+
+@dataclass
+class Run:
+    """One contestant on one few-shot draw."""
+
+    seed: int
+    result: FitResult
+    logits: Tensor
+    accuracy: float
+
+
+def demo(config: DemoConfig) -> dict[str, Any]:
+    """Run the demo; returns what it wrote to metrics.json. Raises UserError for what the user can put right."""
+    from accelerate import Accelerator
+    from tqdm import tqdm
+
+    started = time.perf_counter()
+    if config.output_dir.exists() and not config.output_dir.is_dir():
+        raise UserError(f"--output-dir {config.output_dir} is a file")
+    try:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --output-dir {config.output_dir}: {error.strerror}") from error
+    if config.device not in ("auto", "cpu", "cuda", "mps"):
+        raise UserError(f"--device must be cpu, cuda, mps or auto, got {config.device!r}")
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    if config.device not in ("auto", accelerator.device.type):
+        raise UserError(f"--device {config.device} is not available here: found {accelerator.device.type}")
+    data = Digits.load()
+    seeds = list(range(config.seeds))
+    contestants = recipes.CONTESTANTS
+    with _one_thread(accelerator.device):
+        base, about_base = _base(config, data, accelerator)
+        print(about_base["words"])
+        runs: dict[str, list[Run]] = {c.name: [] for c in contestants}
+        shares: dict[str, tuple[int, int]] = {}
+        reloaded: dict[str, bool] = {}
+        pairs = [(c, seed) for seed in seeds for c in contestants]
+        with tqdm(pairs, desc="few-shot runs", unit="run") as bar:
+            for contestant, seed in bar:
+                bar.set_postfix_str(f"{contestant.name}, draw {seed}")
+                recipe = recipes.quick(contestant.recipe) if config.quick else contestant.recipe
+                train, _ = data.pool.draw(config.shots, seed)
+                model, result = adapt_to(base, contestant, train, dataclasses.replace(recipe, seed=seed), accelerator)
+                logits, labels = predict(model, data.test, 256, accelerator.device)
+                accuracy = float((logits.argmax(-1) == labels).double().mean())
+                runs[contestant.name].append(Run(seed, result, logits, accuracy))
+                shares[contestant.name] = trainable_share(model)
+                if seed == seeds[0]:
+                    reloaded[contestant.name] = _round_trip(config, contestant, model, base, data.test, accelerator, logits)
+        pixels = [_pixels(data, config.shots, seed) for seed in seeds]
+
+    rows = [_row(c, runs[c.name], shares[c.name], reloaded[c.name]) for c in contestants]
+    metrics = {
+        "rows": rows,
+        "pixels_logistic_regression": _spread(pixels) | {"accuracies": pixels},
+        "seeds": seeds, "shots": config.shots, "quick": config.quick, "test_images": len(data.test),
+        "new_digits": NEW, "base": {k: v for k, v in about_base.items() if k != "words"},
+        "architecture": recipes.ARCHITECTURE, "pretrain": dataclasses.asdict(recipes.PRETRAIN),
+        "few_shot": dataclasses.asdict(recipes.FEW_SHOT),
+        "device": _device_name(accelerator.device), "threads": 1 if accelerator.device.type == "cpu" else None,
+        "peak_memory_method": memory_method(accelerator.device), "versions": versions(), "commit": commit(),
+    }  # fmt: skip
+    from fastgist.train.figure import draw
+
+    shown = contestants[2].name
+    figure = config.output_dir / "demo.png"
+    draw(figure, metrics, data.test, runs[shown][0].logits.argmax(-1), shown)
+    metrics["seconds"] = time.perf_counter() - started
+    write_atomically(config.output_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    _print_table(metrics, config, figure)
+    broken = [name for name, same in reloaded.items() if not same]
+    if broken:
+        raise RuntimeError(f"reloaded adapters do not give the same predictions: {', '.join(broken)}")
+    return metrics
+
+
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, one thread: the model is too small for more, and results do not depend on how many cores there are."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# -- the base model --------------------------------------------------------------------------------------------------
+
+
+def plain_model(num_classes: int) -> nn.Module:
+    """The demo's Vision Transformer with fresh weights."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(num_classes=num_classes, **recipes.ARCHITECTURE)
+
+
+def _oriented(part: DigitImages) -> DigitImages:
+    """Every image in its eight rotations and reflections, each a class of its own."""
+    turned = [torch.rot90(part.images, quarter, (-2, -1)) for quarter in range(4)]
+    turned += [image.flip(-1) for image in turned]
+    labels = [part.labels * _ORIENTATIONS + which for which in range(_ORIENTATIONS)]
+    return DigitImages(torch.cat(turned), torch.cat(labels))
+
+
+def pretrain(data: Digits, recipe: Recipe, accelerator: Accelerator) -> nn.Module:
+    """The base model, from scratch."""
+    seed_everything(recipe.seed)
+    model = plain_model(len(data.old_train.labels.unique()) * _ORIENTATIONS)
+    fit(
+        model, _oriented(data.old_train), recipe, accelerator, description="pre-training on digits 0-4",
+        measure_memory=False,
+    )  # fmt: skip
+    return model
+
+
+def _base(config: DemoConfig, data: Digits, accelerator: Accelerator) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The base model's weights, from the cache or trained now, and what to say about them."""
+    import safetensors
+    import safetensors.torch
+
+    recipe = recipes.quick(recipes.PRETRAIN) if config.quick else recipes.PRETRAIN
+    key = {"recipe": dataclasses.asdict(recipe), "architecture": recipes.ARCHITECTURE, "orientations": _ORIENTATIONS}
+    key |= {name: version for name, version in versions().items() if name in ("fastgist", "torch", "timm", "scikit-learn")}
+    key["device"] = accelerator.device.type
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgist"
+    path = cache / f"digits-{name}.safetensors"
+    origin, seconds = f"from {path}", 0.0
+    weights: dict[str, Tensor] | None = None
+    if config.cache and path.is_file():
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                weights = {key: file.get_tensor(key) for key in file.keys()}
+                if (file.metadata() or {}).get("sha256") != digest(weights):
+                    raise ValueError("checksum")
+        except Exception:  # noqa: BLE001 - whatever is wrong with the file, training again is the answer
+            print(f"{path} is damaged: pre-training again")
+            weights = None
+    if weights is None:
+        start = time.perf_counter()
+        trained = pretrain(data, recipe, accelerator)
+        weights = {key: value.cpu().contiguous() for key, value in trained.state_dict().items()}
+        seconds = time.perf_counter() - start
+        origin = f"trained in {seconds:.1f} s"
+        if config.cache:
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, safetensors.torch.save(weights, {"sha256": digest(weights)}))
+            except OSError as error:
+                print(f"could not keep the pre-trained model in {cache}: {error.strerror}")
+    model = plain_model(len(weights["head.bias"]))
+    model.load_state_dict(weights)
+    held_out = _oriented(data.old_test)
+    accuracy, _ = evaluate(model.to(accelerator.device), held_out, 256, accelerator)
+    words = (
+        f"base: ViT of {sum(p.numel() for p in model.parameters()):,} numbers, digits 0-4 in {_ORIENTATIONS} orientations "
+        f"({len(weights['head.bias'])} classes, chance {1 / len(weights['head.bias']):.1%}): "
+        f"{accuracy:.1%} of {len(held_out)} held-out images ({origin})"
+    )
+    return weights, {"words": words, "held_out_accuracy": accuracy, "pretrain_seconds": seconds, "cached": not seconds}
+
+
+# -- one run ---------------------------------------------------------------------------------------------------------
+
+
+def fresh(base: dict[str, Tensor], classes: int, seed: int) -> nn.Module:
+    """A copy of the base model with a new head: the same for every method of one seed."""
+    model = plain_model(len(base["head.bias"]))
+    model.load_state_dict(base)
+    seed_everything(seed)
+    model.reset_classifier(classes)
+    return model
+
+
+def adapt_to(
+    base: dict[str, Tensor], contestant: recipes.Contestant, train: DigitImages, recipe: Recipe, accelerator: Accelerator
+) -> tuple[nn.Module, FitResult]:
+    """Adapt a fresh copy of the base model to a few-shot draw; the last step's weights are kept: nothing is selected."""
+    model = fresh(base, len(train.labels.unique()), recipe.seed)
+    model = adapt(model, Method(contestant.method), gist=contestant.gist, **contestant.options)
+    result = fit(model, train, recipe, accelerator, progress=False)
+    accelerator.free_memory()
+    return model, result
+
+
+def _round_trip(
+    config: DemoConfig, contestant: recipes.Contestant, model: nn.Module, base: dict[str, Tensor], test: DigitImages,
+    accelerator: Accelerator, logits: Tensor,
+) -> bool:
+    """Save the adapter, load it into a fresh base model, and compare the logits of every test image, bitwise."""
+    import fastgist
+
+    folder = config.output_dir / "adapters" / contestant.name.replace(" + ", "-").replace(" ", "-").lower()
+    fastgist.save_adapter(model, folder)
+    again = fastgist.load_adapter(fresh(base, len(test.labels.unique()), seed=987654321), folder)
+    others, _ = predict(again.to(accelerator.device), test, 256, accelerator.device)
+    return bool(torch.equal(others, logits))
+
+
+def _pixels(data: Digits, shots: int, seed: int) -> float:
+    """Logistic regression on the raw pixels of the same draw: what 64 numbers an image give without any network."""
+    from sklearn.linear_model import LogisticRegression
+
+    train, _ = data.pool.draw(shots, seed)
+    model = LogisticRegression(max_iter=5000).fit(train.images.flatten(1).numpy(), train.labels.numpy())
+    return float(model.score(data.test.images.flatten(1).numpy(), data.test.labels.numpy()))
+
+
+# -- what came out ---------------------------------------------------------------------------------------------------
+
+
+def _spread(values: list[float]) -> dict[str, float | None]:
+    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
+
+
+def _row(contestant: recipes.Contestant, runs: list[Run], share: tuple[int, int], reloaded: bool) -> dict[str, Any]:
+    speeds = [run.result.images_per_second for run in runs if run.result.images_per_second]
+    memories = [run.result.peak_memory_bytes for run in runs if run.result.peak_memory_bytes]
+    return {
+        "name": contestant.name, **_spread([run.accuracy for run in runs]), "gist": contestant.gist,
+        "accuracies": {str(run.seed): run.accuracy for run in runs}, "lr": contestant.lr, "options": contestant.options,
+        "trained": share[0], "all": share[1], "images_per_second": mean(speeds) if speeds else None,
+        "peak_memory_bytes": max(memories) if memories else None, "reloaded_identical": reloaded,
+    }  # fmt: skip
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _print_table(metrics: dict[str, Any], config: DemoConfig, figure: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def percent(entry: dict[str, Any]) -> str:
+        return f"{entry['mean']:.1%}" + (f" ± {100 * entry['std']:.1f}" if entry["std"] is not None else "")
+
+    table = Table(title=f"digits 5-9 from {config.shots} images each, {len(metrics['seeds'])} draws", title_justify="left")
+    table.add_column("method")
+    for column in ("accuracy", "trained / all numbers", "share", "images/s", "peak memory"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in metrics["rows"]:
+        speed = f"{row['images_per_second']:,.0f}" if row["images_per_second"] else "-"
+        memory = f"{row['peak_memory_bytes'] / 2**20:.2f} MiB" if row["peak_memory_bytes"] else "-"
+        counts = f"{row['trained']:,} / {row['all']:,}"
+        table.add_row(row["name"], percent(row), counts, f"{row['trained'] / row['all']:.2%}", speed, memory)
+    table.add_section()
+    table.add_row("pixels, no network", percent(metrics["pixels_logistic_regression"]), "", "", "", "")
+    console = Console()
+    console.print(table)
+    same = sum(row["reloaded_identical"] for row in metrics["rows"])
+    lines = [
+        f"accuracy: mean ± standard deviation over draws, on {metrics['test_images']} held-out images; "
+        "training: images/s while training, peak memory of one training step",
+        f"peak memory is {metrics['peak_memory_method']}",
+        "pixels: logistic regression on the 64 raw pixels of the same training images",
+        f"saved, reloaded into a fresh model, logits bitwise the same: {same} of {len(metrics['rows'])} adapters",
+    ]
+    if config.quick:
+        lines.append("--quick: an eighth of the training; these accuracies mean nothing")
+    lines.append(f"{figure}, {config.output_dir / 'metrics.json'}; {metrics['seconds']:.0f} s on {metrics['device']}")
+    for line in lines:
+        console.print(line, highlight=False)

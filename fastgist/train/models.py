@@ -1,0 +1,122 @@
+"""The model of a run: a timm backbone from a name, its weights, and the method that adapts it."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgist.train.config import FinetuneConfig, Method, UserError
+
+__all__ = ["adapt", "build_backbone", "frozen_fingerprint", "load_weights"]
+
+
+def build_backbone(config: FinetuneConfig, num_classes: int) -> nn.Module:
+    """The timm model of ``config`` with a head for ``num_classes``, its weights loaded."""
+    import timm
+
+    name = config.model
+    local = ":" in name  # timm's hf-hub: and local-dir: schemes
+    if not local and not timm.is_model(name.split(".", 1)[0]):
+        known = timm.list_models()
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models('vit*') lists them"
+        raise UserError(f"timm has no model named {name!r}: {hint}")
+    options: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": config.drop_path}
+    if config.image_size is not None:
+        options["img_size"] = config.image_size
+    download = config.pretrained and config.checkpoint is None
+    try:
+        model = timm.create_model(name, pretrained=download, **options)
+    except Exception as error:  # noqa: BLE001 - from argument errors to the network's
+        reason = " ".join(str(error).split())
+        if download:
+            raise UserError(
+                f"could not get pre-trained weights of {name}: {reason[:300]} "
+                "(--checkpoint takes a safetensors file, --no-pretrained starts from random weights)"
+            ) from error
+        raise UserError(f"could not build {name}: {reason[:300]}") from error
+    if config.checkpoint is not None:
+        load_weights(model, config.checkpoint)
+    return model
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a safetensors file into a timm model, the head excepted where its classes differ; nothing else may differ.
+
+    Position embeddings and patch kernels of another size are resampled by the model's own timm filter.
+    """
+    import safetensors.torch
+
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    try:
+        state = safetensors.torch.load_file(path)
+    except Exception as error:  # noqa: BLE001 - whatever this file is, it is not safetensors
+        raise UserError(f"{path} is not a complete safetensors file ({error})") from error
+    own = model.state_dict()
+    filter_fn = getattr(importlib.import_module(type(model).__module__), "checkpoint_filter_fn", None)
+    if filter_fn is not None:
+        try:
+            state = filter_fn(state, model)
+        except Exception as error:  # noqa: BLE001 - the filter assumes the weights are of its family
+            raise UserError(f"{path} does not fit {type(model).__name__}: {error}") from error
+    head = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
+    replaced = {k for k, v in own.items() if k.startswith(f"{head}.") and (k not in state or state[k].shape != v.shape)}
+    missing = sorted(own.keys() - state.keys() - replaced)
+    unexpected = sorted(k for k in state.keys() - own.keys() if not k.startswith(f"{head}."))
+    shapes = sorted(k for k in own.keys() & state.keys() - replaced if own[k].shape != state[k].shape)
+    for problem, names in (("lacks", missing), ("has unexpected", unexpected), ("has another shape of", shapes)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{path} does not fit the model: it {problem} {names[0]}{more}")
+    model.load_state_dict({k: v for k, v in state.items() if k in own and k not in replaced}, strict=False)
+
+
+def adapt(
+    model: nn.Module,
+    method: Method,
+    *,
+    gist: bool,
+    rank: int | None = None,
+    bottleneck_dim: int | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Freeze ``model`` and add ``method``, and a gist token if asked; ``options`` go to the method's config."""
+    import fastgist
+
+    kinds = {
+        Method.LINEAR_PROBE: fastgist.LinearProbeConfig,
+        Method.ADAPTER: fastgist.AdapterConfig,
+        Method.LORA: fastgist.LoraConfig,
+        Method.CP: fastgist.CPConfig,
+    }
+    if rank is not None:
+        if method not in (Method.LORA, Method.CP):
+            raise UserError(f"--rank is for lora and cp, not for {method.value}")
+        options["rank"] = rank
+    if bottleneck_dim is not None:
+        if method is not Method.ADAPTER:
+            raise UserError(f"--bottleneck-dim is for adapter, not for {method.value}")
+        options["bottleneck_dim"] = bottleneck_dim
+    try:
+        model = fastgist.get_peft_model(model, kinds[method](**options))
+        return fastgist.add_gist(model) if gist else model
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+
+
+def frozen_fingerprint(model: nn.Module) -> str:
+    """A digest of the frozen weights: a resumed run must stand on the same ones."""
+    sha = hashlib.sha256()
+    frozen: Mapping[str, Tensor] = {k: p for k, p in model.named_parameters() if not p.requires_grad}
+    for name in sorted(frozen):
+        sha.update(name.encode())
+        sha.update(frozen[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]

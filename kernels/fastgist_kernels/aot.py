@@ -1,0 +1,237 @@
+"""Ahead-of-time compilation of every kernel, without a GPU or a driver: what the resource gates read.
+
+Each kernel module lists :class:`Spec` entries. ``compile_spec`` compiles one for an architecture; ``Resources`` says
+what ptxas made of it. ``python -m fastgist_kernels.aot`` compiles all and prints (or writes) the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+__all__ = ["ARCHITECTURES", "MODULES", "SHARED_LIMIT", "Resources", "Spec", "all_kernels", "all_specs", "compile_spec"]
+
+ARCHITECTURES = (80, 90, 100)
+#: Shared memory a block may take, bytes.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MODULES = ("bidirectional_kl", "gist_loss", "gist_linear_loss", "cp_linear", "adapter")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One compilation of a kernel: argument types, constexprs (unit strides too), launch options.
+
+    Every pointer and stride counts as a multiple of 16, as the launcher's specialisation finds them on ordinary
+    tensors, but for those named in ``unaligned``; so do the sizes named in ``aligned``. ``matrix``: the kernel multiplies tiles of >= 64 rows, so Hopper's SASS must show
+    HGMMA.
+    """
+
+    kernel: object
+    label: str
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    num_warps: int = 4
+    num_stages: int = 2
+    matrix: bool = False
+    unaligned: tuple[str, ...] = field(default=())
+    aligned: tuple[str, ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.fn.__name__}[{self.label}]"
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int
+    stack: int
+    spill_loads: int
+    spill_stores: int
+    shared: int
+    hgmma: int
+
+
+#: Columns of benchmarks/resources.csv; the first three say which row it is.
+COLUMNS = ("triton", "kernel", "arch", *(f.name for f in fields(Resources)))
+
+
+def all_specs() -> list[Spec]:
+    return [spec for module in _modules() for spec in module.SPECS]
+
+
+def all_kernels() -> list[object]:
+    """Every ``*_kernel`` of every module: the meta-test holds this against :func:`all_specs`."""
+    return [value for module in _modules() for name, value in vars(module).items() if name.endswith("_kernel")]
+
+
+def _modules() -> list:
+    return [importlib.import_module(f"fastgist_kernels.{name}") for name in MODULES]
+
+
+def _source(spec: Spec, integer_strides: str | None = None) -> ASTSource:
+    names = spec.kernel.arg_names
+    missing = set(names) - set(spec.signature) - set(spec.constexprs)
+    if missing:
+        raise ValueError(f"{spec.name}: no type or value for {', '.join(sorted(missing))}")
+    signature = {n: "constexpr" if n in spec.constexprs else spec.signature[n] for n in names}
+    if integer_strides:
+        signature |= {n: integer_strides for n in names if n.startswith("stride_") and signature[n] != "constexpr"}
+    constexprs = {(names.index(n),): value for n, value in spec.constexprs.items()}
+    aligned = [
+        n
+        for n in names
+        if signature[n] != "constexpr"
+        and n not in spec.unaligned
+        and (signature[n].startswith("*") or n.startswith("stride_") or n in spec.aligned)
+    ]
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    return ASTSource(spec.kernel, signature, constexprs, attrs)
+
+
+def _options(spec: Spec) -> dict[str, object]:
+    return {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True}
+
+
+def compile_spec(spec: Spec, arch: int):
+    """The compiled kernel (``.asm`` with ttir, ptx, cubin; ``.metadata``) for compute capability ``arch``."""
+    return triton.compile(_source(spec), target=GPUTarget("cuda", arch, 32), options=_options(spec))
+
+
+def written_ir(spec: Spec) -> str:
+    """TTIR as the kernel is written (before any pass), with 32-bit strides: what a launch on ordinary tensors passes.
+
+    An offset that is only 64-bit because a stride came as 64-bit shows its 32-bit self here.
+    """
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import make_backend
+
+    target = GPUTarget("cuda", 90, 32)
+    backend = make_backend(target)
+    options = backend.parse_options(_options(spec))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    return str(_source(spec, integer_strides="i32").make_ir(target, options, functions, modules, context))
+
+
+_VALUE = r"%[\w$.#-]+"
+_LOCATION = re.compile(r"\s*loc\((?:[^()]|\([^()]*\))*\)")
+
+
+def narrow_offsets(ir_text: str) -> list[str]:
+    """Lines of TTIR whose pointer arithmetic could wrap at 2^31: a 32-bit offset, or a 32-bit product with a stride."""
+    found = []
+    strides: set[str] = set()
+    for line in ir_text.splitlines():
+        line = _LOCATION.sub("", line).strip()
+        if line.startswith("tt.func"):
+            strides = set(re.findall(r"(%stride_\w+): i32", line))
+        elif "tt.addptr" in line:
+            if re.search(r",\s*(tensor<[\dx]+xi32>|i32)\s*$", line):
+                found.append(line)
+        elif m := re.match(rf"({_VALUE}) = (?:tt\.splat|tt\.broadcast|tt\.expand_dims) ({_VALUE})", line):
+            if m[2] in strides:
+                strides.add(m[1])
+        elif re.search(r"arith\.muli .*(?:i32|xi32>)\s*$", line) and strides & set(re.findall(_VALUE, line)):
+            found.append(line)
+    return found
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def resources(compiled) -> Resources:
+    """Registers, stack and shared memory as ``cuobjdump -res-usage`` reports them; spills and HGMMA from the SASS."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", f.name], capture_output=True, text=True, check=True
+        ).stdout
+        sass = subprocess.run([_tool("nvdisasm"), "-c", f.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"no resource line in cuobjdump's output:\n{usage}")
+    registers, stack, _ = map(int, found.groups())
+    return Resources(
+        registers=registers,
+        stack=stack,
+        spill_loads=len(re.findall(r"\bLDL\b", sass)),
+        spill_stores=len(re.findall(r"\bSTL\b", sass)),
+        shared=int(compiled.metadata.shared),
+        hgmma=len(re.findall(r"\bHGMMA\b", sass)),
+    )
+
+
+def _row(task: tuple[int, int]) -> dict[str, object]:
+    """Compile spec ``index`` for ``arch``. Takes an index because a spec does not travel between processes."""
+    index, arch = task
+    spec = all_specs()[index]
+    row: dict[str, object] = {"triton": triton.__version__, "kernel": spec.name, "arch": arch, "matrix": spec.matrix}
+    row |= asdict(resources(compile_spec(spec, arch)))
+    if arch == ARCHITECTURES[0]:
+        row["narrow"] = narrow_offsets(written_ir(spec))
+    return row
+
+
+def compile_all(only: str = "", jobs: int = 1) -> list[dict[str, object]]:
+    """One row for every spec whose name contains ``only`` and every architecture, in order."""
+    tasks = [(i, arch) for i, spec in enumerate(all_specs()) if only in spec.name for arch in ARCHITECTURES]
+    if jobs == 1:
+        return [_row(task) for task in tasks]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_row, tasks, chunksize=len(ARCHITECTURES)))
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def update_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    """Replace the rows of the Triton versions that ``rows`` come from; keep those of others."""
+    versions = {row["triton"] for row in rows}
+    kept = [row for row in read_csv(path) if row["triton"] not in versions]
+    with path.open("w", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([*kept, *rows])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compile every kernel for every architecture and print resources.")
+    parser.add_argument("--csv", type=Path, help="replace this Triton version's rows in that table")
+    parser.add_argument("--json", type=Path, help="write all that was found to that file")
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    args = parser.parse_args(argv)
+    rows = compile_all(args.only, args.jobs)
+    for row in rows:
+        print(*(row[c] for c in COLUMNS), *row.get("narrow", ()), sep="\t")
+    if args.csv:
+        update_csv(args.csv, rows)
+    if args.json:
+        args.json.write_text(json.dumps(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

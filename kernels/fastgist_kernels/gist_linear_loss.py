@@ -1,0 +1,153 @@
+"""gist_linear_loss in Triton: what happens to one chunk of logits between its two matrix products.
+
+The chunk holds both heads' logits, [2 m, V]: rows i and m + i are a pair. One launch reads them, writes the row losses,
+reads them again (from L2 where the pair fits) and leaves the gradients in their place.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastgist_kernels.aot import Spec
+from fastgist_kernels.bidirectional_kl import finite_max, rows_config
+from fastgist_kernels.common import LOG2E, cdiv
+from fastgist_kernels.gist_loss import (
+    SCALAR_TYPES,
+    class_weights,
+    gist_gradients,
+    gist_row_loss,
+    gist_row_state,
+    loss_arguments,
+    target_rows,
+)
+
+__all__ = ["SPECS", "gist_linear_loss_chunk"]
+
+
+@triton.jit(do_not_specialize=["M"])
+def _gist_linear_loss_chunk_kernel(
+    logits_ptr,
+    target_ptr,
+    scale_ptr,
+    loss_ptr,
+    M,
+    V,
+    stride_lm,
+    stride_tm,
+    stride_tv,
+    stride_scale,
+    ignore_index,
+    alpha,
+    beta,
+    inv_t,
+    keep,
+    smooth,
+    SOFT: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    POWER: tl.constexpr,
+    NEED_GRAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    gist_ptr = logits_ptr + M.to(tl.int64) * stride_lm
+    counts, invalid, label = target_rows(target_ptr, offs_m, mask_m, stride_tm, V, ignore_index, SOFT)
+    m_z, m_g, s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight = gist_row_state(
+        logits_ptr,
+        gist_ptr,
+        target_ptr,
+        offs_m,
+        counts,
+        label,
+        V,
+        stride_lm,
+        1,
+        stride_lm,
+        1,
+        stride_tm,
+        stride_tv,
+        inv_t * LOG2E,
+        keep,
+        smooth,
+        SOFT,
+        SMOOTH,
+        POWER,
+        BLOCK_M,
+        BLOCK_V,
+    )
+    loss, e_p, e_q = gist_row_loss(s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight, alpha, beta, inv_t)
+    loss = tl.where(invalid, float("nan"), loss)
+    tl.store(loss_ptr + offs_m, tl.where(counts, loss, 0.0), mask=mask_m)
+    if NEED_GRAD:
+        scale = tl.load(scale_ptr + offs_m * stride_scale, mask=mask_m, other=0.0)
+        scale = tl.where(invalid, float("nan"), scale)
+        m_z = finite_max(m_z)
+        m_g = finite_max(m_g)
+        inv_p = 1.0 / s_p
+        inv_q = 1.0 / s_q
+        over_z = weight / sum_z
+        over_g = weight / sum_g
+        for start in range(0, V, BLOCK_V):
+            offs_v = start + tl.arange(0, BLOCK_V).to(tl.int64)
+            mask_v = offs_v < V
+            mask_mv = counts[:, None] & mask_v[None, :]
+            mask_store = mask_m[:, None] & mask_v[None, :]
+            z_ptrs = logits_ptr + offs_m[:, None] * stride_lm + offs_v[None, :]
+            g_ptrs = gist_ptr + offs_m[:, None] * stride_lm + offs_v[None, :]
+            z = tl.load(z_ptrs, mask=mask_mv, other=float("-inf")).to(tl.float32)
+            g = tl.load(g_ptrs, mask=mask_mv, other=float("-inf")).to(tl.float32)
+            weights = class_weights(
+                target_ptr, offs_m, offs_v, mask_mv, label, stride_tm, stride_tv, keep, smooth, SOFT, SMOOTH
+            )
+            grad_z, grad_g = gist_gradients(
+                z, g, m_z, m_g, inv_p, inv_q, e_p, e_q, over_z, over_g, weights, alpha, beta, inv_t, POWER
+            )
+            grad_z = tl.where(counts[:, None], scale[:, None] * grad_z, 0.0)
+            grad_g = tl.where(counts[:, None], scale[:, None] * grad_g, 0.0)
+            tl.store(z_ptrs, grad_z.to(logits_ptr.dtype.element_ty), mask=mask_store)
+            tl.store(g_ptrs, grad_g.to(logits_ptr.dtype.element_ty), mask=mask_store)
+
+
+def gist_linear_loss_chunk(
+    logits, target, scale, alpha, beta, temperature, label_smoothing, ignore_index, row_loss, need_grad
+) -> None:
+    """Write row_loss (m,) float32 and, if ``need_grad``, put the gradients, times scale (m,), in place of the logits
+    (2 m, V), whose rows may be padded but whose columns are adjacent."""
+    pairs, classes = row_loss.shape[0], logits.shape[1]
+    config = rows_config("gist_linear_loss_chunk", logits.device, classes, elements=2048)
+    scalars, flags = loss_arguments(target, classes, alpha, beta, temperature, label_smoothing, ignore_index)
+    _gist_linear_loss_chunk_kernel[(cdiv(pairs, config["BLOCK_M"]),)](
+        logits,
+        target,
+        scale,
+        row_loss,
+        pairs,
+        classes,
+        logits.stride(0),
+        target.stride(0),
+        target.stride(1) if target.dim() == 2 else 0,
+        scale.stride(0),
+        *scalars,
+        **flags,
+        NEED_GRAD=need_grad,
+        **config,
+    )
+
+
+SPECS = [
+    Spec(
+        _gist_linear_loss_chunk_kernel,
+        f"{dtype}_{label}",
+        {"logits_ptr": f"*{dtype}", "target_ptr": "*i64", "scale_ptr": "*fp32", "loss_ptr": "*fp32"}
+        | {"M": "i32", "V": "i32", "stride_lm": "i64", "stride_tm": "i64"}
+        | SCALAR_TYPES,
+        {"stride_tv": 0, "stride_scale": 0, "SOFT": False, "SMOOTH": False, "POWER": 3}
+        | {"NEED_GRAD": True, "BLOCK_M": block_m, "BLOCK_V": block_v},
+        num_warps=8 if block_v >= 2048 else 4,
+        num_stages=1,
+    )
+    for dtype in ("bf16", "fp32")
+    for label, block_m, block_v in (("small_v", 4, 128), ("long_v", 1, 2048))
+]

@@ -1,0 +1,265 @@
+"""What the backward kernels of cp_linear and adapter share: a^T b over many rows, deterministic, without atomics.
+
+    out[c, r] = factor * sum_m a[m, c] b[m, r]
+
+Stage one gives each program a range of rows and writes its float32 partial result; stage two adds the partials in a
+fixed order. Also here: the dot for low-rank operands and a launch that shrinks its tile where a device has less room.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.errors import OutOfResources
+
+from fastgist_kernels.aot import Spec
+from fastgist_kernels.common import cdiv, device_arch, dot, launch_config, next_power_of_2
+
+__all__ = ["SPECS", "low_dot", "launch", "outer", "outer_partials", "processors", "rank_block", "reduce_partials"]
+
+
+@triton.jit
+def low_dot(a, b, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a @ b. WIDE (float16 inputs): ``a`` is a float32 intermediate that may exceed float16's range, so both go in as
+    float32; tf32 keeps float16's ten bits. Otherwise ``a`` takes the dtype of ``b``."""
+    if WIDE:
+        return dot(a.to(tl.float32), b.to(tl.float32), acc, PRECISION)
+    return dot(a.to(b.dtype), b, acc, PRECISION)
+
+
+@triton.jit
+def _outer_partial_kernel(
+    a_ptr,
+    b_ptr,
+    part_ptr,
+    M,
+    C,
+    R,
+    rows_per_split,
+    stride_am,
+    stride_ac,
+    stride_bm,
+    stride_br,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    offs_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(2).to(tl.int64)
+    mask_c = offs_c < C
+    mask_r = offs_r < R
+    acc = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
+    for start in range(0, rows_per_split, BLOCK_M):
+        offs_m = split * rows_per_split + start + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        a_ptrs = a_ptr + offs_c[:, None] * stride_ac + offs_m[None, :] * stride_am
+        b_ptrs = b_ptr + offs_m[:, None] * stride_bm + offs_r[None, :] * stride_br
+        a_t = tl.load(a_ptrs, mask=mask_c[:, None] & mask_m[None, :], other=0.0)  # [BLOCK_C, BLOCK_M]
+        b = tl.load(b_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        acc = low_dot(a_t, b, acc, WIDE, PRECISION)
+    products = tl.cast(C, tl.int64) * R
+    part_ptrs = part_ptr + split * products + offs_c[:, None] * R + offs_r[None, :]
+    tl.store(part_ptrs, acc, mask=mask_c[:, None] & mask_r[None, :])
+
+
+@triton.jit
+def _outer_reduce_kernel(
+    part_ptr,
+    out_ptr,
+    tail_ptr,
+    splits,
+    C,
+    R,
+    TAIL,
+    stride_oc,
+    stride_or,
+    stride_tail,
+    factor,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum the rows of part (splits, C R + TAIL) into out (C, R) and tail (TAIL,)."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    products = tl.cast(C, tl.int64) * R
+    width = products + TAIL
+    mask_part = offs < width
+    acc = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S).to(tl.int64)
+        mask_s = offs_s < splits
+        part = tl.load(
+            part_ptr + offs_s[:, None] * width + offs[None, :], mask=mask_s[:, None] & mask_part[None, :], other=0.0
+        )
+        acc += tl.sum(part, 0)
+    acc = acc * factor
+    mask_out = offs < products
+    out_ptrs = out_ptr + (offs // R) * stride_oc + (offs % R) * stride_or
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_out)
+    mask_tail = mask_part & (offs >= products)
+    tail_ptrs = tail_ptr + (offs - products) * stride_tail
+    tl.store(tail_ptrs, acc.to(tail_ptr.dtype.element_ty), mask=mask_tail)
+
+
+# -- launching -------------------------------------------------------------------------------------------------------
+
+
+def rank_block(rank: int, most: int = 64) -> int:
+    """The tile a rank (or a bottleneck) is padded to: a power of two from 16, the least that a dot takes, to ``most``."""
+    return min(max(16, next_power_of_2(rank)), most)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; 4 where kernels are interpreted, so that small tests still split their rows."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+_SHRUNK: dict[tuple, dict[str, int]] = {}
+
+
+def _smaller(config: dict[str, int]) -> dict[str, int] | None:
+    """The next thing to try on a device without room for ``config``: fewer stages, then half of the largest side."""
+    if config.get("num_stages", 1) > 2:
+        return config | {"num_stages": config["num_stages"] - 1}
+    sides = [name for name in ("BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK_M") if config.get(name, 0) > 16]
+    if not sides:
+        return None
+    largest = max(sides, key=config.__getitem__)
+    return config | {largest: config[largest] // 2}
+
+
+def launch(kernel, grid, config: dict[str, int], *args, **constexprs) -> None:
+    """``kernel[grid(config)](*args)``; where the device has too little shared memory for the tile, with a smaller one,
+    remembered. ``grid`` is a function of the config."""
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    key = (kernel, device_arch(device), *sorted(constexprs.items()), *sorted(config.items()))
+    config = _SHRUNK.get(key, config)
+    while True:
+        try:
+            with torch.cuda.device_of(next(a for a in args if isinstance(a, torch.Tensor))):
+                kernel[grid(config)](*args, **constexprs, **config)
+            return
+        except OutOfResources:
+            config = _smaller(config)
+            if config is None:
+                raise
+            _SHRUNK[key] = config
+
+
+def _partial_config(device: torch.device, dtype: torch.dtype, columns: int, rank: int) -> dict[str, int]:
+    arch = device_arch(device)
+    if arch == "interpret":
+        return {"BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_R": rank_block(rank, 32)}
+    block_r = rank_block(rank, 64 if dtype == torch.float32 else 128)
+    default = {
+        "BLOCK_M": 32 if dtype == torch.float32 else 64,
+        "BLOCK_C": 64 if dtype == torch.float32 else 128,
+        "BLOCK_R": block_r,
+        "num_warps": 8 if block_r > 64 or dtype == torch.float16 else 4,
+        "num_stages": 3,
+    }
+    return default | launch_config("outer_partial", arch, f"c{next_power_of_2(columns)}_r{rank_block(rank, 256)}")
+
+
+def outer_partials(a, b, *, tf32: bool) -> torch.Tensor:
+    """Stage one: a^T b in pieces, (splits, C R) float32, from a (M, C) and b (M, R) of any strides. For float16 a, b is
+    float32."""
+    rows, columns = a.shape
+    rank = b.shape[1]
+    config = _partial_config(a.device, a.dtype, columns, rank)
+    tiles = cdiv(columns, config["BLOCK_C"]) * cdiv(rank, config["BLOCK_R"])
+    splits = max(1, min(processors(a.device) // tiles, cdiv(rows, config["BLOCK_M"])))
+    rows_per_split = cdiv(cdiv(rows, splits), config["BLOCK_M"]) * config["BLOCK_M"]
+    splits = cdiv(rows, rows_per_split)
+    part = torch.empty(splits, columns * rank, dtype=torch.float32, device=a.device)
+    launch(
+        _outer_partial_kernel,
+        lambda c: (cdiv(columns, c["BLOCK_C"]), cdiv(rank, c["BLOCK_R"]), splits),
+        config,
+        a,
+        b,
+        part,
+        rows,
+        columns,
+        rank,
+        rows_per_split,
+        *a.stride(),
+        *b.stride(),
+        WIDE=a.dtype == torch.float16,
+        PRECISION="tf32" if tf32 or a.dtype == torch.float16 else "ieee",
+    )
+    return part
+
+
+def reduce_partials(part, out, tail=None, *, factor: float = 1.0) -> None:
+    """Stage two: write factor times the column sums of part into out (C, R), of any strides, and tail (T,) behind it."""
+    block = {"BLOCK_S": 4, "BLOCK": 64} if device_arch(part.device) == "interpret" else {"BLOCK_S": 32, "BLOCK": 64}
+    launch(
+        _outer_reduce_kernel,
+        lambda c: (cdiv(part.shape[1], c["BLOCK"]),),
+        block,
+        part,
+        out,
+        out if tail is None else tail,
+        part.shape[0],
+        *out.shape,
+        0 if tail is None else tail.shape[0],
+        *out.stride(),
+        0 if tail is None else tail.stride(0),
+        factor,
+    )
+
+
+def outer(a, b, out, *, tf32: bool, factor: float = 1.0) -> None:
+    """Write out (C, R), of any strides, = factor a^T b."""
+    reduce_partials(outer_partials(a, b, tf32=tf32), out, factor=factor)
+
+
+def _specs() -> list[Spec]:
+    sizes = {"M": "i32", "C": "i32", "R": "i32", "rows_per_split": "i32"}
+    strides = {"stride_am": "i64", "stride_bm": "i64"}
+    unit = {"stride_ac": 1, "stride_br": 1}
+    out = []
+    # (label, dtype of a, dtype of b, precision, tile, warps)
+    cases = [
+        ("bf16_r16", "bf16", "bf16", "ieee", (64, 128, 16), 4),
+        ("bf16_r64", "bf16", "bf16", "ieee", (64, 128, 64), 4),
+        ("bf16_r128", "bf16", "bf16", "ieee", (64, 128, 128), 8),
+        ("fp16_r64", "fp16", "fp32", "tf32", (64, 128, 64), 8),
+        ("fp32_r64", "fp32", "fp32", "ieee", (32, 64, 64), 4),
+        ("tf32_r64", "fp32", "fp32", "tf32", (32, 64, 64), 4),
+    ]
+    for label, a, b, precision, (block_m, block_c, block_r), warps in cases:
+        out.append(
+            Spec(
+                _outer_partial_kernel,
+                label,
+                {"a_ptr": f"*{a}", "b_ptr": f"*{b}", "part_ptr": "*fp32"} | sizes | strides,
+                unit
+                | {"WIDE": a == "fp16", "PRECISION": precision}
+                | {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_R": block_r},
+                num_warps=warps,
+                num_stages=3,
+                matrix=precision == "ieee" and a == "bf16",
+                aligned=("C", "R"),
+            )
+        )
+    out.append(
+        Spec(
+            _outer_reduce_kernel,
+            "fp32_to_bf16",
+            {"part_ptr": "*fp32", "out_ptr": "*bf16", "tail_ptr": "*bf16", "splits": "i32", "C": "i32", "R": "i32"}
+            | {"TAIL": "i32", "stride_oc": "i64", "stride_or": "i64", "stride_tail": "i64", "factor": "fp32"},
+            {"BLOCK_S": 32, "BLOCK": 64},
+        )
+    )
+    return out
+
+
+SPECS = _specs()

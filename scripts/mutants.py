@@ -1,0 +1,244 @@
+#!/usr/bin/env python3
+"""Mutation check: breaks the kernels and formulas one small way at a time and demands that some test notices.
+
+    python scripts/mutants.py                    every mutant
+    python scripts/mutants.py --sample 8         a sample, fixed for a given state of the sources
+    python scripts/mutants.py --op adapter --list
+
+The mutants are in mutant_list.py. Each is applied to a private copy of the tree, where the tests of its operation run
+until the first failure. A mutant is killed when a test fails on what was computed; one that does not even run (a name
+error, a compilation error) or whose text is no longer found is a fault of the list and fails the check as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import queue
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from mutant_list import MUTANTS, Mutant
+
+ROOT = Path(__file__).resolve().parents[1]
+#: What a copy needs: sources, tests, and the extension where it is built.
+COPIED = ("fastgist", "kernels", "tests", "csrc", "benchmarks", "pyproject.toml")
+NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.pyc", ".hypothesis", "results")
+#: Failures that say the mutant itself is wrong, not that a test found it.
+BROKEN = re.compile(r"\b(NameError|SyntaxError|IndentationError|ImportError|ModuleNotFoundError|AttributeError|"
+                    r"UnboundLocalError|CompilationError|fixture '\w+' not found)\b")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    mutant: str
+    op: str
+    verdict: str  # killed | survived | broken
+    by: str
+    seconds: float
+
+
+def find(mutant: Mutant, root: Path = ROOT) -> str | None:
+    """None if the mutant's text stands exactly once in its file, else what is wrong."""
+    path = root / mutant.file
+    if not path.exists():
+        return f"{mutant.name}: {mutant.file} does not exist"
+    count = path.read_text().count(mutant.old)
+    if count != 1:
+        return f"{mutant.name}: its text occurs {count} times in {mutant.file}, want 1: {mutant.old!r}"
+    if mutant.old == mutant.new:
+        return f"{mutant.name}: changes nothing"
+    return None
+
+
+def tests_of(mutant: Mutant) -> list[str]:
+    return list(mutant.tests) or [f"tests/test_{mutant.op}.py"]
+
+
+def copy_tree(folder: Path) -> Path:
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=NOT_COPIED)
+        elif source.exists():
+            shutil.copy2(source, folder / name)
+    return folder
+
+
+def run_tests(tree: Path, tests: list[str], interpret: bool, timeout: float) -> subprocess.CompletedProcess:
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "kernels"), str(tree / "tests")]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TRITON_INTERPRET": "1" if interpret else "0",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "300",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        "--tb=line",
+        *tests,
+    ]
+    # The package imported must be the copy's, whatever is installed.
+    probe = f"import fastgist; assert fastgist.__file__.startswith({str(tree)!r}), fastgist.__file__"
+    subprocess.run([sys.executable, "-c", probe], cwd=tree, env=env, check=True, capture_output=True)
+    return subprocess.run(
+        command, cwd=tree, env=env, capture_output=True, text=True, timeout=timeout, check=False, errors="replace"
+    )
+
+
+def judge(done: subprocess.CompletedProcess) -> tuple[str, str]:
+    """(verdict, what decided it) from one run of pytest."""
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?", done.stdout, flags=re.MULTILINE)
+    if done.returncode == 0:
+        return "survived", (done.stdout.strip().splitlines() or [""])[-1]
+    if done.returncode < 0:
+        return "killed", f"the process died with signal {-done.returncode}"
+    if done.returncode == 1 and failed:
+        name, reason = failed[0]
+        if BROKEN.search(reason or ""):
+            return "broken", f"{name}: {reason}"
+        return "killed", name.removeprefix("tests/")
+    return "broken", (done.stdout + done.stderr).strip()[-300:]
+
+
+def try_mutant(mutant: Mutant, tree: Path, timeout: float) -> Outcome:
+    started = time.monotonic()
+    path = tree / mutant.file
+    original = path.read_text()
+    try:
+        path.write_text(original.replace(mutant.old, mutant.new))
+        try:
+            verdict, by = judge(run_tests(tree, tests_of(mutant), mutant.interpret, timeout))
+        except subprocess.TimeoutExpired:
+            verdict, by = "killed", f"no end within {timeout:.0f} s"
+    finally:
+        path.write_text(original)
+    return Outcome(mutant.name, mutant.op, verdict, by, round(time.monotonic() - started, 1))
+
+
+def sample(mutants: list[Mutant], size: int) -> list[Mutant]:
+    """``size`` of them, spread over the operations, the same for the same sources."""
+    digest = hashlib.sha256()
+    for path in sorted({m.file for m in mutants}):
+        digest.update((ROOT / path).read_bytes())
+    draw = random.Random(digest.hexdigest())
+    shuffled = draw.sample(mutants, len(mutants))
+    by_file: dict[str, list[Mutant]] = {}
+    for mutant in shuffled:
+        by_file.setdefault(mutant.file, []).append(mutant)
+    taken: list[Mutant] = []
+    while len(taken) < min(size, len(mutants)):
+        for pending in by_file.values():
+            if pending and len(taken) < size:
+                taken.append(pending.pop())
+    return taken
+
+
+def check(mutants: list[Mutant], jobs: int, timeout: float) -> list[Outcome]:
+    from tqdm import tqdm
+
+    with tempfile.TemporaryDirectory(prefix="fastgist-mutants-") as folder:
+        trees: queue.Queue[Path] = queue.Queue()
+        for i in range(jobs):
+            trees.put(copy_tree(Path(folder) / f"tree{i}"))
+        unmutated = {(tuple(tests_of(m)), m.interpret) for m in mutants}
+        lock = threading.Lock()
+        seen: set[str] = set()
+
+        def one(mutant: Mutant) -> Outcome:
+            tree = trees.get()
+            try:
+                outcome = try_mutant(mutant, tree, timeout)
+            finally:
+                trees.put(tree)
+            with lock:
+                seen.add(mutant.name)
+            return outcome
+
+        def clean(tests: tuple[str, ...], interpret: bool) -> str | None:
+            tree = trees.get()
+            try:
+                done = run_tests(tree, list(tests), interpret, timeout * 4)
+            finally:
+                trees.put(tree)
+            if done.returncode == 0:
+                return None
+            return f"{' '.join(tests)} fails on the unchanged tree:\n{done.stdout[-1500:]}"
+
+        with ThreadPoolExecutor(jobs) as pool:
+            baselines = [pool.submit(clean, *key) for key in sorted(unmutated)]
+            faults = [
+                fault
+                for future in tqdm(as_completed(baselines), total=len(baselines), desc="unchanged tree", unit="run")
+                if (fault := future.result())
+            ]
+            if faults:
+                raise SystemExit("\n".join(["mutants: nothing can be said, because", *faults]))
+            futures = [pool.submit(one, m) for m in mutants]
+            done = [f.result() for f in tqdm(as_completed(futures), total=len(futures), desc="mutants", unit="mutant")]
+    order = {m.name: i for i, m in enumerate(mutants)}
+    return sorted(done, key=lambda o: order[o.mutant])
+
+
+def print_table(outcomes: list[Outcome]) -> None:
+    width = max(len(o.mutant) for o in outcomes)
+    for o in outcomes:
+        print(f"{o.verdict:<9} {o.mutant:<{width}} {o.seconds:>6.1f} s  {o.by[:110]}")
+    counts = {v: sum(o.verdict == v for o in outcomes) for v in ("killed", "survived", "broken")}
+    print(", ".join(f"{n} {v}" for v, n in counts.items()), f"of {len(outcomes)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, metavar="N", help="try N of them, chosen by a hash of the sources")
+    parser.add_argument("--op", action="append", default=[], help="only mutants of this operation (may be repeated)")
+    parser.add_argument("--only", default="", help="only mutants whose name contains this")
+    parser.add_argument("--list", action="store_true", help="print the mutants and stop")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at a time (default 2)")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one mutant (default 300)")
+    parser.add_argument("--json", type=Path, help="write the outcomes to this file as well")
+    args = parser.parse_args(argv)
+    chosen = [m for m in MUTANTS if (not args.op or m.op in args.op) and args.only in m.name]
+    stale = [problem for m in chosen if (problem := find(m))]
+    if stale:
+        print("stale mutants (bring mutant_list.py up to date):", *stale, sep="\n  ", file=sys.stderr)
+        return 1
+    if args.sample:
+        chosen = sample(chosen, args.sample)
+    if not chosen:
+        print("no mutant matches", file=sys.stderr)
+        return 2
+    if args.list:
+        for m in chosen:
+            print(f"{m.name:<48} {m.file}: {m.why}")
+        return 0
+    outcomes = check(chosen, args.jobs, args.timeout)
+    print_table(outcomes)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
+    return int(any(o.verdict != "killed" for o in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""Every Triton kernel compiled for sm_80, sm_90 and sm_100 without a GPU, under the installed Triton and the oldest
+one supported, and what the compiler made of it held against limits and against benchmarks/resources.csv.
+
+Each Triton compiles in a process of its own (two do not fit in one); what it found is kept in build/ until a kernel
+changes, and its cache beside it, so a rerun is quick.
+``UPDATE=1 pytest tests/aot`` (``make aot UPDATE=1``) rewrites the table: commit it with the change that moved it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton's compiler", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build"
+RESOURCES = ROOT / "benchmarks" / "resources.csv"
+OLDEST = "3.6.0"
+#: Registers may grow this much before the table must be looked at and rewritten.
+REGISTER_SLACK = 1.10
+REGENERATE = "if this is meant, rewrite the table with 'make aot UPDATE=1' and commit it"
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@triton.jit
+def _narrow_offset_kernel(x_ptr, stride_xm, BLOCK: tl.constexpr):
+    offs_m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x_ptr + offs_m * stride_xm, 0.0)
+
+
+@triton.jit
+def _late_cast_kernel(x_ptr, stride_xm, BLOCK: tl.constexpr):
+    offs_m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x_ptr + (offs_m * stride_xm).to(tl.int64), 0.0)
+
+
+@triton.jit
+def _wide_offset_kernel(x_ptr, stride_xm, BLOCK: tl.constexpr):
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x_ptr + offs_m * stride_xm, 0.0)
+
+
+def _oldest_triton() -> Path:
+    """The folder of Triton 3.6.0 unpacked, fetched once. It installs beside any torch: --target keeps it apart."""
+    folder = BUILD / f"triton-{OLDEST}"
+    if not (folder / "triton" / "backends" / "nvidia" / "bin" / "ptxas").exists():
+        new = folder.with_name(f"{folder.name}-{os.getpid()}")
+        command = [*"-m pip install -q --no-deps --target".split(), str(new), f"triton=={OLDEST}"]
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            shutil.rmtree(new, ignore_errors=True)
+            pytest.skip(f"Triton {OLDEST} could not be fetched: {done.stderr.strip().splitlines()[-1:]}")
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+    return folder
+
+
+def _compile(version: str) -> list[dict]:
+    """One row a spec and architecture; kept in build/ until a kernel source changes. One process at a time compiles."""
+    BUILD.mkdir(exist_ok=True)
+    sources = sorted((ROOT / "kernels" / "fastgist_kernels").glob("*.py"))
+    triton_version = OLDEST if version == "oldest" else triton.__version__
+    key = hashlib.sha256(b"".join([triton_version.encode(), *(f.read_bytes() for f in sources)])).hexdigest()
+    out = BUILD / f"aot-{version}.json"
+    with (BUILD / f"aot-{version}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if out.exists():
+            kept = json.loads(out.read_text())
+            if kept["key"] == key:
+                return kept["rows"]
+        path = [str(ROOT), str(ROOT / "kernels")]
+        if version == "oldest":
+            path.insert(0, str(_oldest_triton()))
+        env = os.environ | {
+            "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]),
+            "TRITON_CACHE_DIR": str(BUILD / f"triton-cache-{version}"),
+            "OMP_NUM_THREADS": "1",
+        }
+        env.pop("TRITON_INTERPRET", None)
+        fresh = BUILD / f"aot-{version}-new.json"
+        command = [sys.executable, "-m", "fastgist_kernels.aot", "--jobs", "2", "--json", str(fresh)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.fail(f"the kernels do not compile under Triton {triton_version}:\n{done.stderr[-4000:]}")
+        rows = json.loads(fresh.read_text())
+        fresh.unlink()
+        out.write_text(json.dumps({"key": key, "rows": rows}))
+    return rows
+
+
+@pytest.fixture(scope="module", params=["installed", "oldest"])
+def rows(request) -> list[dict]:
+    if request.param == "oldest" and triton.__version__ == OLDEST:
+        pytest.skip(f"the installed Triton is {OLDEST} itself")
+    found = _compile(request.param)
+    if os.environ.get("UPDATE") == "1":
+        from fastgist_kernels.aot import update_csv
+
+        update_csv(RESOURCES, found)
+    return found
+
+
+def _label(row: dict) -> str:
+    return f"{row['kernel']} sm_{row['arch']}, Triton {row['triton']}"
+
+
+def _fail(problems: list[str]) -> None:
+    if problems:
+        pytest.fail("\n".join(problems))
+
+
+def test_every_kernel_has_a_spec():
+    from fastgist_kernels import aot
+
+    assert aot.SHARED_LIMIT == SHARED_LIMIT and aot.ARCHITECTURES == (80, 90, 100)
+    specs = aot.all_specs()
+    have = {spec.kernel.fn.__qualname__ for spec in specs}
+    missing = [kernel.fn.__qualname__ for kernel in aot.all_kernels() if kernel.fn.__qualname__ not in have]
+    assert not missing, f"kernels without an ahead-of-time spec: {missing}"
+    names = [spec.name for spec in specs]
+    assert len(names) == len(set(names)), "two specs share a name"
+    # Found by their name alone, so a kernel under another name would escape: every jit function says which it is.
+    for module in aot.MODULES:
+        source = (ROOT / "kernels" / "fastgist_kernels" / f"{module}.py").read_text()
+        launched = {line.split("[")[0].strip() for line in source.splitlines() if "_kernel[" in line}
+        assert launched <= have, f"{module} launches {launched - have}, which have no spec"
+
+
+def test_all_were_compiled(rows):
+    from fastgist_kernels import aot
+
+    assert {(r["kernel"], r["arch"]) for r in rows} == {(s.name, a) for s in aot.all_specs() for a in aot.ARCHITECTURES}
+
+
+def test_shared_memory_fits(rows):
+    _fail(
+        [
+            f"{_label(row)} asks {row['shared']} bytes of shared memory, a block may have {SHARED_LIMIT[row['arch']]}"
+            for row in rows
+            if row["shared"] > SHARED_LIMIT[row["arch"]]
+        ]
+    )
+
+
+def test_registers_and_spills_against_the_table(rows):
+    from fastgist_kernels import aot
+
+    table = {(r["triton"], r["kernel"], int(r["arch"])): r for r in aot.read_csv(RESOURCES)}
+    known_version = any(version == rows[0]["triton"] for version, _, _ in table)
+    problems = []
+    for row in rows:
+        was = table.get((row["triton"], row["kernel"], row["arch"]))
+        if was is None and known_version:
+            problems.append(f"{_label(row)} is not in {RESOURCES.name}: {REGENERATE}")
+        for column in ("stack", "spill_loads", "spill_stores"):
+            allowed = int(was[column]) if was else 0
+            if row[column] > allowed:
+                problems.append(
+                    f"{_label(row)}: {column} {row[column]}, the table has {allowed}; a spill is a regression"
+                )
+        if was and row["registers"] > int(was["registers"]) * REGISTER_SLACK:
+            problems.append(
+                f"{_label(row)}: {row['registers']} registers, the table has {was['registers']}: {REGENERATE}"
+            )
+    _fail(problems)
+
+
+def test_matrix_kernels_use_hopper_instructions(rows):
+    _fail([f"{_label(r)}: no HGMMA in its SASS" for r in rows if r["matrix"] and r["arch"] == 90 and not r["hgmma"]])
+
+
+def test_pointer_arithmetic_is_64_bit(rows):
+    _fail([f"{_label(row)}: 32-bit pointer arithmetic: {line}" for row in rows for line in row.get("narrow", ())])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "caught"), [("_narrow_offset_kernel", True), ("_late_cast_kernel", True), ("_wide_offset_kernel", False)]
+)
+def test_the_pointer_check_catches_narrow_offsets(kernel, caught):
+    """In a process of its own: under TRITON_INTERPRET the functions above are not compilable."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_kernels\n"
+        "from fastgist_kernels.aot import Spec, narrow_offsets, written_ir\n"
+        f"spec = Spec(test_kernels.{kernel}, 'x', {{'x_ptr': '*fp32', 'stride_xm': 'i64'}}, {{'BLOCK': 128}})\n"
+        "print(len(narrow_offsets(written_ir(spec))))\n"
+    )
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    env.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (int(done.stdout) > 0) == caught

@@ -1,0 +1,68 @@
+"""What the tests of the three losses share: evaluating one loss with its gradients, and logits of many shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastgist.testing import assert_within_budget
+
+
+def evaluate(
+    loss: Callable[..., Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool], grad: Tensor | None = None, **options
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss and the gradients of ``inputs`` where ``wanted``; ``grad`` is the incoming gradient."""
+    leaves = [x.detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)]
+    out = loss(*leaves, **options)
+    if any(wanted):
+        out.backward(torch.ones_like(out) if grad is None else grad.to(out.dtype))
+    return out.detach(), [leaf.grad for leaf in leaves]
+
+
+def _sides(z: Tensor, other: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """p, q and |d| of the rows, with d about the rows' maxima as the kernels take it; absent classes count 0."""
+    u, v = (x.double().flatten(0, -2).div(temperature) for x in (z, other))
+    d = ((u - u.amax(-1, keepdim=True)) - (v - v.amax(-1, keepdim=True))).nan_to_num(0.0, 0.0, 0.0)
+    return u.softmax(-1).nan_to_num(0.0), v.softmax(-1).nan_to_num(0.0), d
+
+
+def loss_terms(z: Tensor, other: Tensor, temperature: float) -> float:
+    """The sum of absolute terms in a row's divergence, sum (p + q) |d|, averaged over the rows."""
+    p, q, d = _sides(z, other, temperature)
+    return float(((p + q) * d.abs()).sum(-1).mean())
+
+
+def gradient_terms(z: Tensor, other: Tensor, temperature: float) -> float:
+    """The largest sum of absolute terms in a gradient of the row divergence: (p (|d| + |E_p d|) + p + q) / T. Where the
+    terms cancel, they and not the small difference say what float32 can hold."""
+    p, q, d = _sides(z, other, temperature)
+    sides = (w * (d.abs() + (w * d).sum(-1, keepdim=True).abs()) + p + q for w in (p, q))
+    return max(float(side.max()) for side in sides) / temperature
+
+
+def check_against_float64(
+    ours: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    *,
+    grad: Tensor | None = None,
+    scale: float | None = None,
+    grad_scale: float | None = None,
+    ours_options: dict | None = None,
+    **options,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Hold ours against ``formula`` in float64, with ``formula`` in the inputs' dtype as the plain peer.
+
+    ``scale`` and ``grad_scale``: the sums of absolute terms behind the loss and an element of the gradients.
+    """
+    wanted = [True] * len(inputs)
+    loss, grads = evaluate(ours, inputs, wanted, grad, **options, **(ours_options or {}))
+    plain_loss, plain_grads = evaluate(formula, inputs, wanted, grad, **options)
+    exact_loss, exact_grads = evaluate(formula, [x.double() for x in inputs], wanted, grad, **options)
+    assert_within_budget(loss, plain_loss, exact_loss, what="loss", scale=scale)
+    for i, (g, plain, exact) in enumerate(zip(grads, plain_grads, exact_grads, strict=True)):
+        assert g.dtype == inputs[i].dtype, f"gradient {i} is {g.dtype}, its input {inputs[i].dtype}"
+        assert_within_budget(g, plain, exact, what=f"gradient {i}", scale=grad_scale)
+    return loss, grads
