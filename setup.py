@@ -1,7 +1,7 @@
 """The compiled extension of fastgist. Everything else about the package is in pyproject.toml.
 
-The extension is optional: without it the operations run on Triton (CUDA) or plain PyTorch. It needs the torch it will run
-with at build time, so build without isolation:
+The extension is optional: without it the operations run on Triton (CUDA) or plain PyTorch. It is built against the
+torch that is installed, so build without isolation:
 
     pip install --no-build-isolation .            (or: make setup)
 
@@ -54,7 +54,7 @@ def compiler() -> str | None:
 
 
 def cuda_home() -> Path | None:
-    """The folder that holds bin/nvcc, include/ and lib64/. Not the parent of the nvcc on PATH where that is a wrapper."""
+    """The folder that holds bin/nvcc, include/ and lib64/: not nvcc's parent where the nvcc on PATH is a wrapper."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name) and (Path(os.environ[name]) / "bin/nvcc").exists():
             return Path(os.environ[name]).resolve()
@@ -91,7 +91,8 @@ def gencode(archs: list[str]) -> list[str]:
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     # PTX of the plainest one, for GPUs that none of the binaries serves.
     plain = [arch for arch in archs if arch.isdigit()]
-    return flags + ([f"-gencode=arch=compute_{min(plain, key=int)},code=compute_{min(plain, key=int)}"] if plain else [])
+    lowest = min(plain, key=int, default=None)
+    return flags + ([f"-gencode=arch=compute_{lowest},code=compute_{lowest}"] if lowest else [])
 
 
 def pybind11_include() -> list[str]:
@@ -109,10 +110,11 @@ def extensions(cuda: Path | None) -> list[Extension]:
     target = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
     define = [("TORCH_TARGET_VERSION", target)]
     # Neither -ffast-math (it breaks inf and NaN) nor -march (the CPU ops choose their instruction set at run time).
-    # The two -fno- flags only promise that nobody reads errno or floating-point traps; vectorising needs them.
+    # The sources say where to fuse multiply and add (csrc/cpu/simd.h), so the compiler must not. The two -fno- flags
+    # say that nobody reads errno or floating-point traps; vectorising needs them.
     # Error messages carry __FILE__: relative to here, not to the machine that built it.
     common = ["-g0", "-std=c++20", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]
-    cxx = [*common, "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+    cxx = [*common, "-O3", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     archs = os.environ.get("FASTGIST_CUDA_ARCHS", CUDA_ARCHS).replace(";", ",").split(",")
     sources, libraries, library_dirs = list(CPU_SOURCES), ["c10", "torch_cpu", "torch"], library_paths()
     if cuda is not None:
@@ -178,7 +180,7 @@ def plan() -> dict:
         import torch
         from torch.utils.cpp_extension import BuildExtension
     except ImportError as error:
-        return without(f"torch cannot be imported at build time: {error}; install it first and use --no-build-isolation")
+        return without(f"torch cannot be imported at build time ({error}); install it first, use --no-build-isolation")
     if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < TORCH_TARGET:
         return without(f"it needs torch >= {TORCH_TARGET[0]}.{TORCH_TARGET[1]}, found {torch.__version__}")
 

@@ -1,8 +1,9 @@
-"""Inputs, parity and timing, shared by all five benchmark files. Nothing is timed that has not passed its parity check."""
+"""Inputs, parity and timing, shared by all five benchmark files. Parity comes first: a wrong result is not timed."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import statistics
 import time
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, costs
-from fastgist import reference
 from fastgist.testing import within_budget
 
 #: Tensors whose first dimension is the rows M: parity compares their first and last rows.
@@ -85,13 +85,14 @@ def incoming(problem: Problem, out: Tensor, direction: str) -> Tensor:
 
 
 def _formula(op: str) -> Callable[..., Tensor]:
-    return getattr(getattr(reference, op), op)
+    return getattr(importlib.import_module(f"fastgist.reference.{op}"), op)
 
 
 def _rows(name: str, t: Tensor) -> Tensor:
+    """The rows that parity compares: those of the first and of the last chunk."""
     if name not in ROWWISE or t.shape[0] <= 2 * CHUNK:
         return t
-    return torch.cat([t[:CHUNK], t[-CHUNK:]])
+    return torch.cat([t[:CHUNK], t[(t.shape[0] - 1) // CHUNK * CHUNK :]])
 
 
 def _evaluate(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
@@ -190,11 +191,12 @@ def make_step(problem: Problem, provider: Callable[..., Tensor], direction: str)
     args, wanted = list(tensors.values()), [tensors[name] for name in problem.leaves]
     if direction == "fwd":
         return lambda: provider(*args)
-    out = provider(*args)
-    grad = incoming(problem, out, direction)
     if direction == "bwd":
+        out = provider(*args)
+        grad = incoming(problem, out, direction)
         return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True, allow_unused=True)
-    del out
+    with torch.no_grad():
+        grad = incoming(problem, provider(*args), direction)
     return lambda: torch.autograd.grad(provider(*args), wanted, grad, allow_unused=True)
 
 
@@ -287,17 +289,18 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 def ceilings(device: torch.device) -> dict[str, float]:
     """Copy bandwidth (bytes read plus written, per second) and matmul rates (FLOP/s) of this card, random data."""
     clock = Clock(device)
-    source = torch.randint(0, 255, (2**31,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    found = {
-        "copy_bytes_per_s": 2 * source.numel() / statistics.median(sample(lambda: target.copy_(source), clock, 20))
-    }
-    del source, target
+    found = {"copy_bytes_per_s": _copy_bandwidth(device, clock)}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         a, b = (torch.randn(8192, 8192, device=device).to(dtype) for _ in range(2))
-        times = sample(lambda a=a, b=b: a @ b, clock, 13)[3:]
+        times = sample(functools.partial(torch.mm, a, b), clock, 13)[3:]
         found[f"matmul_{str(dtype).removeprefix('torch.')}_flops_per_s"] = 2 * 8192**3 / statistics.median(times)
     return found
+
+
+def _copy_bandwidth(device: torch.device, clock: Clock) -> float:
+    source = torch.randint(0, 255, (2**31,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / statistics.median(sample(lambda: target.copy_(source), clock, 20))
 
 
 def floor_seconds(problem: Problem, direction: str) -> tuple[float, str]:

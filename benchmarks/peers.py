@@ -1,4 +1,4 @@
-"""What fastgist is timed against, each written independently of fastgist. A peer that is not installed is skipped by name.
+"""What fastgist is timed against, written independently of it. A peer that is not installed is skipped by name.
 
 ``PEERS[op]`` maps a provider's name to a function that takes the case's tensors and returns a callable of the same
 tensors. Building happens once and is not timed. ``torch.compile`` of an expression is the provider "<name>, compiled".
@@ -119,10 +119,10 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor, v: Tensor,
 
 def _peft_lora(tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
     _need("peft")
-    from peft.tuners.lora import LoraConfig
     from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.lora import LoraConfig
 
-    weight, u, v = tensors["weight"], tensors["u"], tensors["v"]
+    weight, u = tensors["weight"], tensors["u"]
     base = torch.nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
     rank = u.shape[1]
     try:

@@ -56,10 +56,10 @@ def has_cuda() -> bool:
 
 
 def build_info() -> dict[str, object] | None:
-    """What the extension was built from and for (torch, compiler, CUDA version and architectures, CPU instruction sets).
+    """What the extension was built from and for: torch, compiler, CUDA version and architectures, CPU instruction sets.
 
-    None where there is no extension. Built for another Python than this one, its own words are missing and only what the
-    loaded library shows is there.
+    None where there is no extension. Where ``_build_info`` was built for another Python, only what the loaded library
+    itself shows is there.
     """
     if load() is not None:
         return None

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-#: Packages of the extras, by the extra that brings them: an import that fails names what to install.
-_EXTRAS = {
-    "cli": ("typer", "rich"),
-    "train": ("timm", "torchvision", "accelerate", "datasets", "safetensors", "tqdm", "numpy", "PIL"),
-    "demo": ("sklearn", "matplotlib"),
-}
+#: What the command line imports beyond torch, all in one extra.
+_EXTRA = "fastgist[train]"
+_PACKAGES = (
+    "PIL", "accelerate", "datasets", "matplotlib", "numpy", "rich", "safetensors", "sklearn", "timm", "torchvision",
+    "tqdm", "typer",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
         import rich  # noqa: F401
         import typer  # noqa: F401
     except ModuleNotFoundError as error:
-        print(f"fastgist: the command line needs {error.name}: pip install 'fastgist[cli]'", file=sys.stderr)
+        print(f"fastgist: the command line needs {error.name}: pip install '{_EXTRA}'", file=sys.stderr)
         sys.exit(2)
     build_app()(prog_name="fastgist")
 
@@ -66,10 +66,9 @@ def _one_line_errors() -> Iterator[None]:
         raise
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".", 1)[0]
-        extra = next((name for name, packages in _EXTRAS.items() if package in packages), None)
-        install = f": pip install 'fastgist[{extra}]'" if extra else ""
+        install = f": pip install '{_EXTRA}'" if package in _PACKAGES else ""
         leave(f"this command needs the package {package}{install}", 2, error)
-    except Exception as error:  # noqa: BLE001 - the last line of defence of a command line
+    except Exception as error:
         leave(f"{type(error).__name__}: {error} (FASTGIST_DEBUG=1 shows where)", 1, error)
 
 
@@ -78,7 +77,7 @@ def _command(run: Callable[[Any], None], config: type) -> Callable[..., None]:
     import typer
 
     hints = typing.get_type_hints(config)
-    parameters = []
+    parameters: list[inspect.Parameter] = []
     # The recipe's flags, inherited and therefore first, go to the end of the help.
     for option in sorted(dataclasses.fields(config), key=lambda option: option.metadata.get("panel") == "Recipe"):
         about = dict(option.metadata)
@@ -86,8 +85,10 @@ def _command(run: Callable[[Any], None], config: type) -> Callable[..., None]:
         about["rich_help_panel"] = about.pop("panel", None)
         kind = typer.Argument(**about) if argument else typer.Option(**about)
         default = inspect.Parameter.empty if argument else option.default
-        annotation = Annotated[hints[option.name], kind]
-        parameter = inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        annotation = Annotated[hints[option.name], kind]  # type: ignore[valid-type,name-defined]
+        parameter = inspect.Parameter(
+            option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+        )
         parameters.insert(0 if argument else len(parameters), parameter)
 
     def command(**options: Any) -> None:

@@ -23,15 +23,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).parent))
 from mutant_list import MUTANTS, Mutant
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 #: What a copy needs: sources, tests, and the extension where it is built.
 COPIED = ("fastgist", "kernels", "tests", "csrc", "benchmarks", "pyproject.toml")
@@ -161,40 +163,25 @@ def check(mutants: list[Mutant], jobs: int, timeout: float) -> list[Outcome]:
         trees: queue.Queue[Path] = queue.Queue()
         for i in range(jobs):
             trees.put(copy_tree(Path(folder) / f"tree{i}"))
-        unmutated = {(tuple(tests_of(m)), m.interpret) for m in mutants}
-        lock = threading.Lock()
-        seen: set[str] = set()
 
-        def one(mutant: Mutant) -> Outcome:
+        def with_tree(work: Callable[[Path], T]) -> T:
             tree = trees.get()
             try:
-                outcome = try_mutant(mutant, tree, timeout)
+                return work(tree)
             finally:
                 trees.put(tree)
-            with lock:
-                seen.add(mutant.name)
-            return outcome
 
         def clean(tests: tuple[str, ...], interpret: bool) -> str | None:
-            tree = trees.get()
-            try:
-                done = run_tests(tree, list(tests), interpret, timeout * 4)
-            finally:
-                trees.put(tree)
-            if done.returncode == 0:
-                return None
-            return f"{' '.join(tests)} fails on the unchanged tree:\n{done.stdout[-1500:]}"
+            done = with_tree(lambda tree: run_tests(tree, list(tests), interpret, timeout * 4))
+            return f"{' '.join(tests)} fails on the unchanged tree:\n{done.stdout[-1500:]}" if done.returncode else None
 
         with ThreadPoolExecutor(jobs) as pool:
-            baselines = [pool.submit(clean, *key) for key in sorted(unmutated)]
-            faults = [
-                fault
-                for future in tqdm(as_completed(baselines), total=len(baselines), desc="unchanged tree", unit="run")
-                if (fault := future.result())
-            ]
-            if faults:
+            unmutated = sorted({(tuple(tests_of(m)), m.interpret) for m in mutants})
+            futures = [pool.submit(clean, *key) for key in unmutated]
+            found = [f.result() for f in tqdm(as_completed(futures), total=len(futures), desc="unchanged", unit="run")]
+            if faults := [fault for fault in found if fault]:
                 raise SystemExit("\n".join(["mutants: nothing can be said, because", *faults]))
-            futures = [pool.submit(one, m) for m in mutants]
+            futures = [pool.submit(with_tree, lambda tree, m=m: try_mutant(m, tree, timeout)) for m in mutants]
             done = [f.result() for f in tqdm(as_completed(futures), total=len(futures), desc="mutants", unit="mutant")]
     order = {m.name: i for i, m in enumerate(mutants)}
     return sorted(done, key=lambda o: order[o.mutant])

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from fastgist.testing import assert_within_budget
+from fastgist.testing import assert_within_budget, layouts
+
+
+def layout_pairs(a: Tensor, b: Tensor) -> Iterator[tuple[tuple[str, Tensor], tuple[str, Tensor]]]:
+    """Two tensors in memory layouts: every combination, or, where kernels are interpreted (slowly), each layout of each."""
+    if os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return itertools.product(layouts(a), layouts(b))
+    of_b = list(layouts(b))
+    return zip(layouts(a), of_b[1:] + of_b[:1], strict=True)
 
 
 def evaluate(

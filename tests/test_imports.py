@@ -77,7 +77,7 @@ def _package_of(path: Path) -> list[str]:
 
 
 def _imports(path: Path) -> Iterator[tuple[str, bool, int]]:
-    """(module, whether inside a function, line) for each import; ``from a import b`` gives a.b where that is a module."""
+    """(module, whether inside a function, line) of each import; ``from fastgist import x`` gives fastgist.x."""
 
     def visit(node: ast.AST, inside: bool) -> Iterator[tuple[str, bool, int]]:
         for child in ast.iter_child_nodes(node):

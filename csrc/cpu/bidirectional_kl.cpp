@@ -36,7 +36,7 @@ FASTGIST_INLINE A centre(A max) {
 }
 
 // Sums over the classes seen so far, about the maxima seen so far. w is the sum of p^ d (q^ d) with d not yet over T.
-template <typename A>
+template <typename A, bool kFma>
 struct OnlinePair {
   A m_z = -kInf<A>, m_o = -kInf<A>;
   A s_p = 0, s_q = 0, w_p = 0, w_q = 0;
@@ -50,8 +50,8 @@ struct OnlinePair {
     m_o = std::max(m_o, block_m_o);
     const A rise_z = old_z - centre(m_z), rise_o = old_o - centre(m_o);
     // min: where the old centre 0 stood for -inf, rise may be positive; the sums are 0 there and stay 0.
-    const A alpha_p = exp_nonpositive(std::min(rise_z, A(0)) * inv_t);
-    const A alpha_q = exp_nonpositive(std::min(rise_o, A(0)) * inv_t);
+    const A alpha_p = exp_nonpositive<kFma>(std::min(rise_z, A(0)) * inv_t);
+    const A alpha_q = exp_nonpositive<kFma>(std::min(rise_o, A(0)) * inv_t);
     const A shift = rise_z - rise_o;
     w_p = alpha_p * (w_p + shift * s_p);
     w_q = alpha_q * (w_q + shift * s_q);
@@ -75,12 +75,12 @@ struct OnlinePair {
         d = (no_z | no_o) ? A(0) : d;
         lone_classes += no_z != no_o;
       }
-      const A p = exp_nonpositive(zc * inv_t);
-      const A q = exp_nonpositive(oc * inv_t);
+      const A p = exp_nonpositive<kFma>(zc * inv_t);
+      const A q = exp_nonpositive<kFma>(oc * inv_t);
       sum_p += p;
       sum_q += q;
-      sum_pd += p * d;
-      sum_qd += q * d;
+      sum_pd = multiply_add<kFma>(p, d, sum_pd);
+      sum_qd = multiply_add<kFma>(q, d, sum_qd);
     }
     s_p += sum_p;
     s_q += sum_q;
@@ -90,7 +90,7 @@ struct OnlinePair {
   }
 };
 
-template <typename T>
+template <typename T, bool kFma>
 FASTGIST_INLINE void forward_rows(const LogitPair& in, const ForwardOutputs& out, int64_t row_begin, int64_t row_end) {
   using A = typename Accumulate<T>::type;
   alignas(64) A z_buffer[kBlock];
@@ -101,7 +101,7 @@ FASTGIST_INLINE void forward_rows(const LogitPair& in, const ForwardOutputs& out
 
   for (int64_t row = row_begin; row < row_end; ++row) {
     A loss = 0, e_p = 0, e_q = 0;
-    OnlinePair<A> sums;
+    OnlinePair<A, kFma> sums;
     const bool counts = in.classes > 0 && (in.mask == nullptr || in.mask[row * in.mask_stride]);
     if (counts) {
       const T* z = static_cast<const T*>(in.z) + row * in.z_stride_m;
@@ -154,7 +154,7 @@ struct RowScalars {
   A inv_t;
 };
 
-template <bool kGradZ, bool kGradO, typename T, typename A>
+template <bool kFma, bool kGradZ, bool kGradO, typename T, typename A>
 FASTGIST_INLINE void backward_block(const A* z, const A* o, int64_t n, const RowScalars<A>& row, T* grad_z, T* grad_o) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
@@ -162,14 +162,14 @@ FASTGIST_INLINE void backward_block(const A* z, const A* o, int64_t n, const Row
     const A oc = o[i] - row.m_o;
     // d is 0 where both sides are -inf. Where one is, e_p and e_q are NaN and take the whole row with them.
     const A d = z[i] == -kInf<A> ? A(0) : (zc - oc) * row.inv_t;
-    const A p = exp_nonpositive(zc * row.inv_t) * row.inv_s_p;
-    const A q = exp_nonpositive(oc * row.inv_t) * row.inv_s_q;
-    if constexpr (kGradZ) store(row.scale * (p * (d - row.e_p) + (p - q)), grad_z[i]);
-    if constexpr (kGradO) store(row.scale * (q * (row.e_q - d) + (q - p)), grad_o[i]);
+    const A p = exp_nonpositive<kFma>(zc * row.inv_t) * row.inv_s_p;
+    const A q = exp_nonpositive<kFma>(oc * row.inv_t) * row.inv_s_q;
+    if constexpr (kGradZ) store(row.scale * multiply_add<kFma>(p, d - row.e_p, p - q), grad_z[i]);
+    if constexpr (kGradO) store(row.scale * multiply_add<kFma>(q, row.e_q - d, q - p), grad_o[i]);
   }
 }
 
-template <typename T>
+template <typename T, bool kFma>
 FASTGIST_INLINE void backward_rows(const LogitPair& in, const BackwardArguments& args, int64_t row_begin,
                                    int64_t row_end) {
   using A = typename Accumulate<T>::type;
@@ -207,11 +207,11 @@ FASTGIST_INLINE void backward_rows(const LogitPair& in, const BackwardArguments&
       T* const block_z = out_z == nullptr ? nullptr : out_z + start;
       T* const block_o = out_o == nullptr ? nullptr : out_o + start;
       if (out_z != nullptr && out_o != nullptr) {
-        backward_block<true, true>(z_block, o_block, n, about, block_z, block_o);
+        backward_block<kFma, true, true>(z_block, o_block, n, about, block_z, block_o);
       } else if (out_z != nullptr) {
-        backward_block<true, false>(z_block, o_block, n, about, block_z, block_o);
+        backward_block<kFma, true, false>(z_block, o_block, n, about, block_z, block_o);
       } else if (out_o != nullptr) {
-        backward_block<false, true>(z_block, o_block, n, about, block_z, block_o);
+        backward_block<kFma, false, true>(z_block, o_block, n, about, block_z, block_o);
       }
     }
   }
@@ -220,29 +220,29 @@ FASTGIST_INLINE void backward_rows(const LogitPair& in, const BackwardArguments&
 // One copy of each function an instruction set: the bodies above are inlined into these and compiled for it.
 template <typename T>
 void forward_portable(const LogitPair& in, const ForwardOutputs& out, int64_t begin, int64_t end) {
-  forward_rows<T>(in, out, begin, end);
+  forward_rows<T, kPortableFma>(in, out, begin, end);
 }
 template <typename T>
 void backward_portable(const LogitPair& in, const BackwardArguments& args, int64_t begin, int64_t end) {
-  backward_rows<T>(in, args, begin, end);
+  backward_rows<T, kPortableFma>(in, args, begin, end);
 }
 template <typename T>
 FASTGIST_TARGET_AVX2 void forward_avx2(const LogitPair& in, const ForwardOutputs& out, int64_t begin, int64_t end) {
-  forward_rows<T>(in, out, begin, end);
+  forward_rows<T, true>(in, out, begin, end);
 }
 template <typename T>
 FASTGIST_TARGET_AVX2 void backward_avx2(const LogitPair& in, const BackwardArguments& args, int64_t begin,
                                         int64_t end) {
-  backward_rows<T>(in, args, begin, end);
+  backward_rows<T, true>(in, args, begin, end);
 }
 template <typename T>
 FASTGIST_TARGET_AVX512 void forward_avx512(const LogitPair& in, const ForwardOutputs& out, int64_t begin, int64_t end) {
-  forward_rows<T>(in, out, begin, end);
+  forward_rows<T, true>(in, out, begin, end);
 }
 template <typename T>
 FASTGIST_TARGET_AVX512 void backward_avx512(const LogitPair& in, const BackwardArguments& args, int64_t begin,
                                             int64_t end) {
-  backward_rows<T>(in, args, begin, end);
+  backward_rows<T, true>(in, args, begin, end);
 }
 
 template <typename T>

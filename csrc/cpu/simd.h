@@ -127,28 +127,61 @@ FASTGIST_INLINE void store(float x, Half& out) {
   out.bits = static_cast<uint16_t>((sign >> 16) | (x != x ? 0x7E00u : nonsign));
 }
 
+// -- fused multiply-add -----------------------------------------------------------------------------------------------
+
+// Whether the baseline instruction set has one. The others are compiled for machines that do.
+#if defined(__FP_FAST_FMAF) || defined(__ARM_FEATURE_FMA)
+constexpr bool kPortableFma = true;
+#else
+constexpr bool kPortableFma = false;
+#endif
+
+// a b + c, rounded once where kFma. The sources are compiled with -ffp-contract=off and say themselves where to fuse: a
+// compiler that chose for itself would make p - q of equal logits not zero, and results depend on what is inlined
+// where.
+template <bool kFma>
+FASTGIST_INLINE float multiply_add(float a, float b, float c) {
+  if constexpr (kFma) {
+    return std::fma(a, b, c);
+  } else {
+    return a * b + c;
+  }
+}
+template <bool kFma>
+FASTGIST_INLINE double multiply_add(double a, double b, double c) {
+  if constexpr (kFma) {
+    return std::fma(a, b, c);
+  } else {
+    return a * b + c;
+  }
+}
+
 // -- exp --------------------------------------------------------------------------------------------------------------
 
 // e^x for x <= 0, -inf or NaN. Within 1.5 ulp of the true value (tests/test_extension.py measures it), flushed to 0
 // where the result would be below 2^-126 or so. Cody-Waite reduction to |r| <= ln(2) / 2 and the degree-6 minimax
 // polynomial.
+template <bool kFma>
 FASTGIST_INLINE float exp_nonpositive(float x) {
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low mantissa bits
   x = x < -88.0f ? -88.0f : x;         // n = -127 there, which the exponent bits below turn into a factor of 0
-  const float shifted = x * 0x1.715476p+0f + kRound;
+  const float shifted = multiply_add<kFma>(x, 0x1.715476p+0f, kRound);
   const float n = shifted - kRound;
-  float r = x - n * 0x1.62e400p-1f;  // 14-bit head of ln 2: exact products
-  r = r - n * 0x1.7f7d1cp-20f;
+  float r = multiply_add<kFma>(n, -0x1.62e400p-1f, x);  // 14-bit head of ln 2: exact products
+  r = multiply_add<kFma>(n, -0x1.7f7d1cp-20f, r);
   float y = 0x1.6850e4p-10f;
-  y = y * r + 0x1.123bccp-7f;
-  y = y * r + 0x1.555b98p-5f;
-  y = y * r + 0x1.55548ep-3f;
-  y = y * r + 0x1.fffff8p-2f;
-  y = y * r + 1.0f;
-  y = y * r + 1.0f;
+  y = multiply_add<kFma>(y, r, 0x1.123bccp-7f);
+  y = multiply_add<kFma>(y, r, 0x1.555b98p-5f);
+  y = multiply_add<kFma>(y, r, 0x1.55548ep-3f);
+  y = multiply_add<kFma>(y, r, 0x1.fffff8p-2f);
+  y = multiply_add<kFma>(y, r, 1.0f);
+  y = multiply_add<kFma>(y, r, 1.0f);
   return y * bit_cast<float>((bit_cast<uint32_t>(shifted) + 127u) << 23);
 }
 
-FASTGIST_INLINE double exp_nonpositive(double x) { return std::exp(x); }
+template <bool kFma>
+FASTGIST_INLINE double exp_nonpositive(double x) {
+  return std::exp(x);
+}
 
 }  // namespace fastgist::cpu

@@ -38,6 +38,10 @@ __device__ __forceinline__ void store(double x, double& out) { out = x; }
 __device__ __forceinline__ void store(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void store(float x, __half& out) { out = __float2half_rn(x); }
 
+// A product that the compiler does not fuse into what follows: p - q of equal logits must be zero.
+__device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
+
 template <typename T, int kVec>
 struct alignas(sizeof(T) * kVec) Vector {
   T lane[kVec];
@@ -223,8 +227,8 @@ __global__ void __launch_bounds__(Tile<T, kVectorised, kWarps>::kBlock, Tile<T, 
       }
     }
     if (threadIdx.x == 0) {
-      A e_p = counts ? sums.w_p / sums.s_p * inv_t : A(0);
-      A e_q = counts ? sums.w_q / sums.s_q * inv_t : A(0);
+      A e_p = counts ? product(sums.w_p / sums.s_p, inv_t) : A(0);
+      A e_q = counts ? product(sums.w_q / sums.s_q, inv_t) : A(0);
       A loss = e_p - e_q;
       if (sums.lone > 0 && loss == loss) {
         loss = -minus_infinity(A());
@@ -280,7 +284,7 @@ __global__ void __launch_bounds__(Tile<T, kVectorised, kWarps>::kBlock, Tile<T, 
         const A zc = x - m_z, oc = y - m_o;
         // d is 0 where both sides are -inf. Where one is, e_p and e_q are NaN and take the whole row with them.
         const A d = x == minus_infinity(A()) ? A(0) : (zc - oc) * inv_t;
-        const A p = power_of_two(zc * to_exp2) * inv_s_p, q = power_of_two(oc * to_exp2) * inv_s_q;
+        const A p = product(power_of_two(zc * to_exp2), inv_s_p), q = product(power_of_two(oc * to_exp2), inv_s_q);
         x = counts ? scale * (p * (d - e_p) + (p - q)) : A(0);
         y = counts ? scale * (q * (e_q - d) + (q - p)) : A(0);
       }

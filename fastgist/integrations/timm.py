@@ -185,7 +185,7 @@ class TimmViTGist(GistHost):
 
 
 class _WithoutGist:
-    """A method of ``model`` that sees the number of prefix tokens from before the gist token; copied and pickled with it."""
+    """A method of ``model`` that sees the number of prefix tokens from before the gist token; copied, pickled with it."""
 
     def __init__(self, model: nn.Module, method: str, prefix: int) -> None:
         self.model, self.method, self.prefix = model, method, prefix
@@ -284,7 +284,7 @@ class _Rowwise:
         if isinstance(attention, AdaptedLayer):
             return attention.combine(rows, self._attend(attention.base_layer, h, index, count))
         batch, number = rows.shape[:2]
-        heads, width = attention.num_heads, attention.attn_dim
+        heads, width = attention.num_heads, attention.qkv.out_features // 3
         q = linear_slice(attention.qkv, rows, 0, width)
         if q is None:  # the layer only works whole, for example while its dropout is active
             q, kv = attention.qkv(h).split((width, 2 * width), dim=-1)

@@ -17,6 +17,7 @@ __all__ = [
     "check_reduction",
     "autocast_dtype",
     "dtype_name",
+    "filled",
     "scale_rows",
     "single_backward",
     "tf32_allowed",
@@ -52,7 +53,7 @@ def define(schema: str, implementation: Callable, fake: Callable, public: str) -
 
 
 def _without_autocast(implementation: Callable) -> Callable:
-    """Dtypes are settled before a raw op is called: autocast must not narrow a sum inside it (vecdot and mm would be)."""
+    """Dtypes are settled before a raw op is called: autocast must not narrow a sum inside it (a matrix product would be)."""
 
     @functools.wraps(implementation)
     def run(*args):
@@ -99,11 +100,15 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError(ctx.message)
 
 
-def scale_rows(grads: Iterable[Tensor], row_grad: Tensor) -> list[Tensor]:
-    """Finished gradients (M, V) times the incoming row gradients (M,), out of place: a second backward over a retained
-    graph finds them unscaled. Gradients that were not asked for (empty, 1-D) pass through."""
-    scale = row_grad[:, None]
-    return [(g * scale).to(g.dtype) if g.dim() == 2 else g for g in grads]
+def filled(results: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """The results of a raw op, whose arity is fixed: an empty tensor where nothing was computed."""
+    return tuple(like.new_empty(0) if r is None else r for r in results)
+
+
+def scale_rows(grads: Iterable[Tensor], scales: Iterable[Tensor]) -> list[Tensor]:
+    """Finished gradients (M, V) times scales of their rows (M,), out of place: a second backward over a retained graph
+    finds them unscaled. Gradients that were not asked for (empty, 1-D) pass through."""
+    return [(g * s[:, None]).to(g.dtype) if g.dim() == 2 else g for g, s in zip(grads, scales, strict=True)]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

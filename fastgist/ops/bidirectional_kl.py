@@ -14,6 +14,10 @@ __all__ = ["bidirectional_kl"]
 
 _OP = "bidirectional_kl"
 
+#: Rows of the ``stats`` tensor (len(STATS), M) that a forward kernel leaves for its backward: maxima, sums of the
+#: exponentials about them, and the means under p and q of d = (z - max z) - (z_g - max z_g).
+STATS = ("max_z", "max_other", "sum_p", "sum_q", "mean_p_d", "mean_q_d")
+
 
 def _launchers(impl: str):
     """The module that holds ``bidirectional_kl_fwd`` and ``bidirectional_kl_bwd`` of a kernel implementation."""
@@ -26,7 +30,7 @@ def _launchers(impl: str):
 
 # -- raw ops ---------------------------------------------------------------------------------------------------------
 # Forward returns (row_loss, stats, grad_logits, grad_other). An implementation that has the gradients in hand fills
-# the last two with T times the row gradients; one that recomputes leaves them empty and backward takes the stats.
+# the last two with T times and -T times the row gradients; one that recomputes leaves them empty and backward takes the stats.
 
 
 def _fwd(
@@ -42,15 +46,11 @@ def _fwd(
     rows, classes = logits.shape
     empty = logits.new_empty(0)
     if impl == "reference" or rows == 0 or classes == 0:
-        row_loss, stats, grad_logits, grad_other = reference.forward(
-            logits, other_logits, mask, temperature, need_logits, need_other
-        )
-        return row_loss, stats, empty if grad_logits is None else grad_logits, (
-            logits.new_empty(0) if grad_other is None else grad_other
-        )
+        row_loss, *grads = reference.forward(logits, other_logits, mask, temperature, need_logits, need_other)
+        return row_loss, empty, *_common.filled(grads, logits)
     dtype = accumulate_dtype(logits.dtype)
     row_loss = torch.empty(rows, dtype=dtype, device=logits.device)
-    stats = torch.empty(len(reference.STATS), rows, dtype=dtype, device=logits.device)
+    stats = torch.empty(len(STATS), rows, dtype=dtype, device=logits.device)
     _launchers(impl).bidirectional_kl_fwd(logits, other_logits, mask, temperature, row_loss, stats)
     return row_loss, stats, empty, logits.new_empty(0)
 
@@ -60,8 +60,8 @@ def _fwd_fake(logits, other_logits, mask, temperature, need_logits, need_other, 
     rows, classes = logits.shape
     dtype = accumulate_dtype(logits.dtype)
     row_loss = logits.new_empty(rows, dtype=dtype)
-    stats = logits.new_empty(len(reference.STATS), rows, dtype=dtype)
-    with_gradients = impl == "reference"
+    with_gradients = impl == "reference" or rows == 0 or classes == 0
+    stats = logits.new_empty(0 if with_gradients else (len(STATS), rows), dtype=logits.dtype if with_gradients else dtype)
     return (
         row_loss,
         stats,
@@ -91,10 +91,7 @@ def _bwd(
         _launchers(impl).bidirectional_kl_bwd(
             logits, other_logits, mask, stats, row_grad, temperature, grad_logits, grad_other
         )
-    return (
-        logits.new_empty(0) if grad_logits is None else grad_logits,
-        logits.new_empty(0) if grad_other is None else grad_other,
-    )
+    return _common.filled((grad_logits, grad_other), logits)
 
 
 def _bwd_fake(logits, other_logits, mask, stats, row_grad, temperature, need_logits, need_other, impl):
@@ -140,7 +137,8 @@ class _BidirectionalKL(torch.autograd.Function):
     def backward(ctx, row_grad):
         need_logits, need_other = ctx.needs_input_grad[:2]
         if ctx.finished:
-            grad_logits, grad_other = _common.scale_rows(ctx.saved_tensors, row_grad / ctx.temperature)
+            scale = row_grad / ctx.temperature
+            grad_logits, grad_other = _common.scale_rows(ctx.saved_tensors, (scale, -scale))
         else:
             logits, other_logits, mask, stats = ctx.saved_tensors
             grad_logits, grad_other = _bwd_op(

@@ -79,7 +79,7 @@ def _bwd(
     if impl == "reference" or grad.numel() == 0 or (x is not None and x.numel() == 0):
         grads = reference.backward(grad, x, weight, u, v, gain, seed, h, folds, scale, dropout_p, *wanted)
     elif any(wanted):
-        from fastgist_kernels import cp_linear as kernels
+        from fastgist_kernels import cp_linear_bwd as kernels
 
         grads = _empty_grads(grad, x, weight, v, gain, h, folds, wanted)
         tf32 = _common.tf32_allowed()

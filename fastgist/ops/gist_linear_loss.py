@@ -30,7 +30,7 @@ def default_chunk_rows(rows: int, hidden: int, classes: int) -> int:
 def _reference_chunk(logits, target, scale, options, row_loss, need_grad) -> None:
     """What the kernel does to a chunk, in plain PyTorch: see fastgist_kernels.gist_linear_loss."""
     pairs = row_loss.shape[0]
-    loss, _, *grads = reference.forward(logits[:pairs], logits[pairs:], target, *options, need_grad, need_grad)
+    loss, *grads = reference.forward(logits[:pairs], logits[pairs:], target, *options, need_grad, need_grad)
     row_loss.copy_(loss)
     if need_grad:
         for half, grad in zip((logits[:pairs], logits[pairs:]), grads, strict=True):
@@ -102,9 +102,7 @@ def _run(
             torch.mm(logits[pairs:], weight, out=grad_gist[part])
         if grad_bias is not None:
             grad_bias.add_(logits.sum(0, dtype=grad_bias.dtype))
-    empty = [hidden.new_empty(0) for _ in range(4)]
-    grads = (grad_hidden, grad_gist, grad_weight, grad_bias)
-    return row_loss, *(e if g is None else g for g, e in zip(grads, empty, strict=True))
+    return row_loss, *_common.filled((grad_hidden, grad_gist, grad_weight, grad_bias), hidden)
 
 
 def _run_fake(hidden, gist_hidden, weight, bias, target, row_scale, a, b, t, s, i, c, nh, ng, nw, nb, impl):

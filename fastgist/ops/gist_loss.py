@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgist import backends
 from fastgist.ops import _common
+from fastgist.ops.bidirectional_kl import STATS as _KL_STATS
 from fastgist.reference import gist_loss as reference
 from fastgist.reference._numerics import accumulate_dtype
 from fastgist.reference.bidirectional_kl import reduce_rows
@@ -16,6 +17,9 @@ from fastgist.reference.bidirectional_kl import reduce_rows
 __all__ = ["gist_loss"]
 
 _OP = "gist_loss"
+#: Rows of the ``stats`` tensor (len(STATS), M) that a forward kernel leaves for its backward: those of the divergence,
+#: then the sums of exp(z - max) at temperature 1 and the sum of the class weights.
+STATS = (*_KL_STATS, "sum_z", "sum_gist", "weight")
 _DEBUG = os.environ.get("FASTGIST_DEBUG", "0") == "1"
 
 
@@ -39,13 +43,13 @@ def _fwd(
     impl = backends.resolve(_OP, impl, logits)
     options = (alpha, beta, temperature, label_smoothing, ignore_index)
     if impl == "reference" or logits.numel() == 0:
-        row_loss, stats, *grads = reference.forward(logits, gist_logits, target, *options, need_logits, need_gist)
-        return row_loss, stats, *(logits.new_empty(0) if g is None else g for g in grads)
+        row_loss, *grads = reference.forward(logits, gist_logits, target, *options, need_logits, need_gist)
+        return row_loss, logits.new_empty(0), *_common.filled(grads, logits)
     from fastgist_kernels import gist_loss as kernels
 
     dtype = accumulate_dtype(logits.dtype)
     row_loss = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
-    stats = torch.empty(len(reference.STATS), logits.shape[0], dtype=dtype, device=logits.device)
+    stats = torch.empty(len(STATS), logits.shape[0], dtype=dtype, device=logits.device)
     kernels.gist_loss_fwd(logits, gist_logits, target, *options, row_loss, stats)
     return row_loss, stats, logits.new_empty(0), logits.new_empty(0)
 
@@ -63,12 +67,12 @@ def _fwd_fake(
     need_gist,
     impl,
 ):
-    with_gradients = backends.resolve(_OP, impl, logits) == "reference"
     rows, classes = logits.shape
+    with_gradients = backends.resolve(_OP, impl, logits) == "reference" or rows == 0 or classes == 0
     dtype = accumulate_dtype(logits.dtype)
     return (
         logits.new_empty(rows, dtype=dtype),
-        logits.new_empty(len(reference.STATS), rows, dtype=dtype),
+        logits.new_empty(0 if with_gradients else (len(STATS), rows), dtype=logits.dtype if with_gradients else dtype),
         logits.new_empty((rows, classes) if with_gradients and need_logits else 0),
         logits.new_empty((rows, classes) if with_gradients and need_gist else 0),
     )
@@ -98,7 +102,7 @@ def _bwd(
     if logits.numel() and (need_logits or need_gist):
         options = (alpha, beta, temperature, label_smoothing, ignore_index)
         kernels.gist_loss_bwd(logits, gist_logits, target, stats, row_grad, *options, *grads)
-    return tuple(logits.new_empty(0) if g is None else g for g in grads)
+    return _common.filled(grads, logits)
 
 
 def _bwd_fake(logits, gist_logits, target, stats, row_grad, a, b, t, s, i, need_logits, need_gist, impl):
@@ -145,7 +149,7 @@ class _GistLoss(torch.autograd.Function):
     def backward(ctx, row_grad):
         need_logits, need_gist = ctx.needs_input_grad[:2]
         if ctx.finished:
-            grads = _common.scale_rows(ctx.saved_tensors, row_grad)
+            grads = _common.scale_rows(ctx.saved_tensors, (row_grad, row_grad))
         else:
             logits, gist_logits, target, stats = ctx.saved_tensors
             grads = _bwd_op(

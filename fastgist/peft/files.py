@@ -128,8 +128,8 @@ def _load_new(
         _check_extension(state, extension, path)  # type: ignore[arg-type]
     elif extension and state is not None and state.records:
         raise ValueError(
-            f"{path}: holds a {', '.join(extension)}, and the model's adapters ({', '.join(state.records)}) have none; load "
-            "into a plain model instead"
+            f"{path}: holds a {', '.join(extension)}, and the model's adapters ({', '.join(state.records)}) have none; "
+            "load into a plain model instead"
         )
     try:
         if adapter is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgist.peft import state as _state
+from fastgist.peft.family import find_family
 
 __all__ = ["Report", "assert_training", "print_trainable_parameters", "report"]
 
@@ -75,7 +76,7 @@ def report(model: nn.Module) -> Report:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print numerator, denominator and share: ``trainable params: 1,234 || all params: 5,678 || trainable%: 21.7330``."""
+    """Print numerator, denominator and share: ``trainable params: 1,234 || all params: 5,678 || trainable%: 21.73``."""
     r = report(model)
     print(f"trainable params: {r.trainable:,} || all params: {r.total:,} || trainable%: {100 * r.share:.4f}")
 
@@ -99,19 +100,18 @@ def assert_training(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
         raise RuntimeError(f"assert_training: no parameter of {type(model).__name__} requires a gradient")
     plain = _state.inner(model)
     state = _state.state_of(model)
-    if not inputs and not kwargs:
-        from fastgist.peft.family import find_family
-
-        family = state.family if state is not None else find_family(plain, "assert_training")
-        inputs = family.example_inputs(plain)
-    gradients = _probe(model, list(trained.values()), inputs, kwargs)
+    with torch.random.fork_rng(devices=[d for d in _state.own_devices(model) if d.type == "cuda"]):
+        if not inputs and not kwargs:
+            family = state.family if state is not None else find_family(plain, "assert_training")
+            inputs = family.example_inputs(plain)
+        gradients = _probe(model, list(trained.values()), inputs, kwargs)
     missing = [name for name, g in zip(trained, gradients, strict=True) if g is None]
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise RuntimeError(
-            f"assert_training: {len(missing)} of {len(trained)} trainable parameters receive no gradient: {shown}. Reentrant "
-            "gradient checkpointing does this when everything before the first block is frozen (use the non-reentrant
-            kind); " "so does a merged adapter"
+            f"assert_training: {len(missing)} of {len(trained)} trainable parameters receive no gradient: {shown}. "
+            "Reentrant gradient checkpointing does this when everything before the first block is frozen (use the "
+            "non-reentrant kind); so does a merged adapter"
         )
     heads = {id(p) for path in (state.original_heads if state else {}) for p in plain.get_submodule(path).parameters()}
     ours = [g for p, g in zip(trained.values(), gradients, strict=True) if id(p) not in heads]
@@ -127,16 +127,15 @@ def _probe(model: nn.Module, parameters: list[nn.Parameter], inputs: tuple, kwar
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     grads = [p.grad for p in parameters]
     try:
-        with torch.random.fork_rng(devices=[d.index for d in _state.own_devices(model) if d.type == "cuda"]):
-            for p in parameters:
-                p.grad = None
-            model.train()
-            with torch.enable_grad():
-                outputs = _tensors(model(*inputs, **kwargs))
-                loss = sum((out.float() * torch.randn_like(out, dtype=torch.float32)).sum() for out in outputs)
-            if isinstance(loss, Tensor) and loss.requires_grad:
-                loss.backward()
-            return [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        model.train()
+        with torch.enable_grad():
+            outputs = _tensors(model(*inputs, **kwargs))
+            loss = sum((out.float() * torch.randn_like(out, dtype=torch.float32)).sum() for out in outputs)
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            loss.backward()
+        return [p.grad for p in parameters]
     finally:
         for p, grad in zip(parameters, grads, strict=True):
             p.grad = grad

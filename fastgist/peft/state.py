@@ -44,7 +44,7 @@ class Front(nn.Module):
 
 
 class Extension(ABC):
-    """Something beside the layers that an adaptation consists of (a gist token): trained, saved and switched with it."""
+    """Something beside the layers that belongs to an adaptation (a gist token): trained, saved, switched with it."""
 
     #: Key in files, and the section its tensors stand in.
     name: str
@@ -136,7 +136,7 @@ def check_name(name: str, caller: str) -> str:
 
 
 def begin(model: nn.Module, caller: str) -> State:
-    """The state of ``model``, made on first use: everything is frozen but the head, whose original is kept as a copy."""
+    """The state of ``model``, made on first use: all but the head is frozen, and the head as it was kept as a copy."""
     model = inner(model)
     state = state_of(model)
     if state is not None:

@@ -65,8 +65,16 @@ def write(folder: str | os.PathLike, config: dict[str, Any], tensors: Mapping[st
     text = json.dumps(config, sort_keys=True)
     held = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
     metadata = {"fastgist": text, "format_version": FORMAT_VERSION, "sha256": checksum(text, FORMAT_VERSION, held)}
-    _write_atomically(folder / MODEL_NAME, save(held, metadata))
+    _write_atomically(folder / MODEL_NAME, _canonical(save(held, metadata)))
     _write_atomically(folder / CONFIG_NAME, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _canonical(data: bytes) -> bytes:
+    """The same file with its header in one order: safetensors orders metadata differently from call to call."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors stay aligned to 8 bytes
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
 def read(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -145,7 +153,7 @@ def _metadata(path: Path, data: bytes) -> dict[str, str]:
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
-    """Temporary file beside ``path``, fsync, rename, fsync of the folder: ``path`` is the old or the new, never between."""
+    """Temporary file, fsync, rename, fsync of the folder: ``path`` is the old or the new, never between."""
     host = re.sub(r"\W", "-", socket.gethostname())
     temporary = path.with_name(f".{path.name}.{host}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:

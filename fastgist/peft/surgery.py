@@ -150,7 +150,8 @@ def merge(model: nn.Module) -> nn.Module:
     _refuse_merged(state, "merge")
     if state.extension is not None:
         raise RuntimeError(
-            f"merge: {state.extension.title} cannot be merged into weights: it is a row of the sequence; nothing was changed"
+            f"merge: {state.extension.title} cannot be merged into weights: it is a row of the sequence; nothing was "
+            "changed"
         )
     record = state.record()
     if record is None:
@@ -158,8 +159,8 @@ def merge(model: nn.Module) -> nn.Module:
     method = method_of(record.config)
     if not method.mergeable:
         raise RuntimeError(
-            f"merge: {method.title} ({type(record.config).__name__}, adapter {record.name!r}) cannot be merged into weights; "
-            "nothing was changed"
+            f"merge: {method.title} ({type(record.config).__name__}, adapter {record.name!r}) cannot be merged into "
+            "weights; nothing was changed"
         )
     for path, layer in record.sites.items():
         try:

@@ -6,8 +6,8 @@ log-sum-exps cancel:
 .. math::
     J = KL(p\|q) + KL(q\|p) = \sum_c (p_c - q_c)(u_c - v_c) = E_p[d] - E_q[d], \qquad d = u - v + k
 
-for any constant ``k`` of the row. We take k so that ``d = ((z - max z) - (z_g - max z_g)) / T``: an offset between the
-two heads then costs no accuracy. The gradients follow from four scalars a row:
+for any constant ``k`` of the row. The kernels take k so that ``d = ((z - max z) - (z_g - max z_g)) / T``, the eager path
+so that E_p[d] = 0: an offset between the two heads then costs no accuracy. The gradients follow from four scalars a row:
 
 .. math::
     \partial J / \partial z   &= \tfrac{1}{T} [\; p (d - E_p[d]) + p - q \;] \\
@@ -24,12 +24,7 @@ from torch import Tensor
 
 from fastgist.reference._numerics import accumulate
 
-__all__ = ["STATS", "bidirectional_kl", "centre", "forward", "narrow", "pair", "reduce_rows"]
-
-#: Rows of the ``stats`` tensor (len(STATS), M) that a forward kernel leaves for its backward.
-#: mean_p_d and mean_q_d are of the undivided d, (z - max z) - (z_g - max z_g).
-STATS = ("max_z", "max_other", "sum_p", "sum_q", "mean_p_d", "mean_q_d")
-
+__all__ = ["bidirectional_kl", "forward", "narrow", "pair", "reduce_rows"]
 
 def reduce_rows(row_loss: Tensor, reduction: str, mask: Tensor | None) -> Tensor:
     """Reduce per-row losses. ``mask`` (bool, same shape): rows that count. "mean" of no rows is 0."""
@@ -71,64 +66,64 @@ def bidirectional_kl(
     return reduce_rows(row_loss, reduction, mask)
 
 
-def centre(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x - max in a fresh tensor, and the row maxima."""
-    x_max = x.amax(-1, keepdim=True)
-    return x - x_max, x_max.squeeze(-1)
+def without_offset(z: Tensor, other: Tensor) -> Tensor:
+    """z less a constant of its row that brings it near ``other``: the mean difference over the first classes. What is
+    subtracted first is nearly exact; divided and subtracted later, an offset of 100 would drown a divergence of 1e-5."""
+    difference = (z[:, :32] - other[:, :32]).nan_to_num_(0.0, 0.0, 0.0)
+    return z - difference.mean(-1, keepdim=True)
 
 
 def pair(
-    zc: Tensor, oc: Tensor, temperature: float, need_z: bool, need_other: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """From centred logits (M, V): row divergences (M,), (sum_p, sum_q, mean_p_d, mean_q_d), and T times the gradients
-    asked for. The factor 1 / T of the gradients is left to the caller, who has another scale to apply anyway."""
+    z: Tensor, other: Tensor, temperature: float, need_z: bool, need_other: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Row divergences (M,), T dJ/dz and -T dJ/dother where asked for, from logits (M, V). Sign and 1 / T are left to the
+    caller, who has another scale to apply anyway."""
     inv_t = 1.0 / temperature
-    # d stays undivided: d - mean must vanish exactly where p = 1, and d / T would round apart from mean / T.
-    d = zc - oc
-    p, q = (zc * inv_t).exp_(), (oc * inv_t).exp_()
-    sum_p, sum_q = p.sum(-1), q.sum(-1)
-    p.div_(sum_p[:, None])
-    q.div_(sum_q[:, None])
-    mean_p, mean_q = torch.linalg.vecdot(p, d), torch.linalg.vecdot(q, d)
-    row_loss = (mean_p - mean_q).mul_(inv_t)
-    # Screening for -inf costs passes over the tensor. On a CPU one look at the row losses says whether a row needs it;
+    z = without_offset(z, other)
+    p, q = torch.softmax(z * inv_t, -1), torch.softmax(other * inv_t, -1)
+    d = z - other
+    # Screening for -inf costs passes over the tensor. On a CPU one look at the sums of d says whether it is needed;
     # elsewhere a look would be a synchronisation, so it always runs.
-    if zc.device.type != "cpu" or not bool(row_loss.isfinite().all()):
-        z_absent, other_absent = zc == -torch.inf, oc == -torch.inf
+    infinite = None
+    if z.device.type != "cpu" or not bool(d.sum(-1).isfinite().all()):
+        z_absent, other_absent = z == -torch.inf, other == -torch.inf
         d = d.masked_fill_(z_absent | other_absent, 0.0)
-        mean_p, mean_q = torch.linalg.vecdot(p, d), torch.linalg.vecdot(q, d)
-        row_loss = (mean_p - mean_q).mul_(inv_t)
-        infinite = (z_absent ^ other_absent).any(-1) & ~row_loss.isnan()
-        row_loss = row_loss.masked_fill(infinite, torch.inf)
-        mean_p = mean_p.masked_fill(infinite, torch.nan)
-        mean_q = mean_q.masked_fill(infinite, torch.nan)
-    grad_z = grad_other = None
-    if need_z:
-        grad_z = torch.addcmul(p - q, p, d - mean_p[:, None], value=inv_t)
+        infinite = (z_absent ^ other_absent).any(-1)
+    # d stays undivided by T and is taken about its mean under p: what must vanish where p is 1 or p = q then does.
+    # The means divide by the sums that softmax left (1 to a few ulp): d may be large where p is, and p (d - mean) small.
+    # Not vecdot: a long float32 dot loses digits that a pairwise sum keeps.
+    mean_p = (p * d).sum(-1, keepdim=True).div_(p.sum(-1, keepdim=True))
+    about_p = d - mean_p
+    gap = p - q
+    spread = (gap * about_p).sum(-1)  # T J
+    if infinite is not None:
+        infinite &= ~spread.isnan()
+        d.masked_fill_(infinite[:, None], torch.nan)
+        about_p.masked_fill_(infinite[:, None], torch.nan)
+    grad_z = torch.addcmul(gap, p, about_p, value=inv_t) if need_z else None
+    grad_other = None
     if need_other:
-        grad_other = torch.addcmul(q - p, q, mean_q[:, None] - d, value=inv_t)
-    return row_loss, torch.stack((sum_p, sum_q, mean_p, mean_q)), grad_z, grad_other
+        mean_q = (q * d).sum(-1, keepdim=True).div_(q.sum(-1, keepdim=True))
+        grad_other = torch.addcmul(gap, q, d.sub_(mean_q), value=inv_t)
+    row_loss = spread * inv_t
+    return row_loss if infinite is None else row_loss.masked_fill(infinite, torch.inf), grad_z, grad_other
 
 
 def forward(
     logits: Tensor, other_logits: Tensor, mask: Tensor | None, temperature: float, need_z: bool, need_other: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Row losses (M,), stats (6, M), and T times the gradients of the row losses where asked for, from logits (M, V).
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Row losses J (M,), T dJ/dz and -T dJ/dother where asked for, from logits (M, V).
 
     The gradients come with the forward because eager PyTorch has p and q in hand here; to form them again later would
     cost two more exponentials an element. A masked row gets loss 0 and gradient 0, whatever it holds.
     """
     z, other = accumulate(logits), accumulate(other_logits)
     if z.numel() == 0:
-        return z.new_zeros(z.shape[0]), z.new_zeros(len(STATS), z.shape[0]), torch.zeros_like(z), torch.zeros_like(z)
-    if mask is not None:
-        z, other = z.masked_fill(~mask[:, None], 0.0), other.masked_fill(~mask[:, None], 0.0)
-    (zc, max_z), (oc, max_other) = centre(z), centre(other)
-    row_loss, sums, grad_z, grad_other = pair(zc, oc, temperature, need_z, need_other)
-    stats = torch.cat((torch.stack((max_z, max_other)), sums))
+        return z.new_zeros(z.shape[0]), torch.zeros_like(z), torch.zeros_like(z)
     if mask is not None:  # two equal rows of zeros stand in a masked row: its divergence and gradients are 0
-        stats = stats * mask
-    return row_loss, stats, narrow(grad_z, logits.dtype), narrow(grad_other, logits.dtype)
+        z, other = z.masked_fill(~mask[:, None], 0.0), other.masked_fill(~mask[:, None], 0.0)
+    row_loss, grad_z, grad_other = pair(z, other, temperature, need_z, need_other)
+    return row_loss, narrow(grad_z, logits.dtype), narrow(grad_other, logits.dtype)
 
 
 def narrow(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:

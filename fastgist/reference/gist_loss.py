@@ -16,11 +16,7 @@ from torch import Tensor
 from fastgist.reference import bidirectional_kl as _kl
 from fastgist.reference._numerics import accumulate
 
-__all__ = ["STATS", "cross_entropy_rows", "forward", "gist_loss", "kept_rows"]
-
-#: Rows of the ``stats`` tensor (len(STATS), M) that a forward kernel leaves for its backward: those of the divergence,
-#: then the sums of exp(z - max) at temperature 1 and the sum of the class weights.
-STATS = (*_kl.STATS, "sum_z", "sum_gist", "weight")
+__all__ = ["cross_entropy_rows", "forward", "gist_loss", "kept_rows"]
 
 
 def kept_rows(target: Tensor, ignore_index: int) -> Tensor | None:
@@ -72,24 +68,20 @@ def gist_loss(
 
 
 def _cross_entropy(
-    xc: Tensor, weights: Tensor | None, target: Tensor, need_grad: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Row CE, sum of exp(x - max), and the gradient, from centred logits. ``weights`` (M, V): dense class weights, or
-    None for one-hot ``target`` (M,)."""
-    exps = xc.exp()
-    sums = exps.sum(-1)
+    x: Tensor, weights: Tensor | None, target: Tensor, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Row CE and its gradient, from logits (M, V). ``weights`` (M, V): dense class weights, or None for one-hot
+    ``target`` (M,)."""
+    log_p = torch.log_softmax(x, -1)
     if weights is None:
-        row_loss = sums.log() - xc.gather(-1, target[:, None]).squeeze(-1)
-    else:
-        total = weights.sum(-1)
-        chosen = torch.where(weights == 0, 0.0, weights * xc).sum(-1)
-        row_loss = torch.where(total == 0, 0.0, total * sums.log()) - chosen
+        row_loss = -log_p.gather(-1, target[:, None]).squeeze(-1)
+        if not need_grad:
+            return row_loss, None
+        return row_loss, log_p.exp_().scatter_add_(-1, target[:, None], log_p.new_full((len(log_p), 1), -1.0))
+    row_loss = torch.where(weights == 0, 0.0, -weights * log_p).sum(-1)
     if not need_grad:
-        return row_loss, sums, None
-    if weights is None:
-        grad = exps.div_(sums[:, None])
-        return row_loss, sums, grad.scatter_add_(-1, target[:, None], grad.new_full((len(grad), 1), -1.0))
-    return row_loss, sums, exps.mul_((total / sums)[:, None]).sub_(weights)
+        return row_loss, None
+    return row_loss, log_p.exp_().mul_(weights.sum(-1, keepdim=True)).sub_(weights)
 
 
 def forward(
@@ -103,46 +95,46 @@ def forward(
     ignore_index: int,
     need_z: bool,
     need_gist: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Row losses (M,), stats (9, M) and the gradients asked for, from logits (M, V); ``beta`` includes any T^2.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Row losses (M,) and the gradients asked for, from logits (M, V); ``beta`` includes any T^2.
 
     A target that is neither a class nor ``ignore_index`` makes its row NaN (a caller on a CPU has raised before).
     """
     z, gist = accumulate(logits), accumulate(gist_logits)
     rows, classes = z.shape
     if z.numel() == 0:
-        return z.new_zeros(rows), z.new_zeros(len(STATS), rows), torch.zeros_like(z), torch.zeros_like(z)
-    kept = kept_rows(target, ignore_index)
-    weights = None
+        return z.new_zeros(rows), torch.zeros_like(z), torch.zeros_like(z)
+    kept, invalid, weights = kept_rows(target, ignore_index), None, None
     if kept is not None:
         invalid = kept & ((target < 0) | (target >= classes))
         target = target.clamp(0, classes - 1)
+        if z.device.type == "cpu":  # where a look costs nothing, it spares the passes that ignored rows would need
+            kept = None if bool(kept.all()) else kept
+            invalid = invalid if bool(invalid.any()) else None
+    if kept is not None:
         z, gist = z.masked_fill(~kept[:, None], 0.0), gist.masked_fill(~kept[:, None], 0.0)
-        if label_smoothing:
-            weights = torch.full_like(z, label_smoothing / classes)
-            weights.scatter_add_(-1, target[:, None], z.new_full((rows, 1), 1.0 - label_smoothing))
-    else:
+    if target.is_floating_point():
         weights = accumulate(target)
         if label_smoothing:
             weights = weights * (1.0 - label_smoothing) + label_smoothing / classes
-    (zc, max_z), (gc, max_gist) = _kl.centre(z), _kl.centre(gist)
-    row_loss, sum_z, grad_z = _cross_entropy(zc, weights, target, need_z)
-    sum_gist, grad_gist = torch.ones_like(sum_z), torch.zeros_like(z) if need_gist else None
+    elif label_smoothing:
+        weights = torch.full_like(z, label_smoothing / classes)
+        weights.scatter_add_(-1, target[:, None], z.new_full((rows, 1), 1.0 - label_smoothing))
+    row_loss, grad_z = _cross_entropy(z, weights, target, need_z)
+    grad_gist = torch.zeros_like(z) if need_gist else None
     if alpha:
-        gist_loss_rows, sum_gist, grad_gist = _cross_entropy(gc, weights, target, need_gist)
-        row_loss = row_loss + alpha * gist_loss_rows
+        gist_rows, grad_gist = _cross_entropy(gist, weights, target, need_gist)
+        row_loss = row_loss + alpha * gist_rows
         grad_gist = None if grad_gist is None else grad_gist.mul_(alpha)
-    sums = z.new_zeros(4, rows)
     if beta:
-        divergence, sums, kl_z, kl_gist = _kl.pair(zc, gc, temperature, need_z, need_gist)
+        divergence, kl_z, kl_gist = _kl.pair(z, gist, temperature, need_z, need_gist)
         row_loss = row_loss + beta * divergence
         grad_z = None if grad_z is None else grad_z.add_(kl_z, alpha=beta / temperature)
-        grad_gist = None if grad_gist is None else grad_gist.add_(kl_gist, alpha=beta / temperature)
-    weight = torch.ones_like(sum_z) if weights is None else weights.sum(-1)
-    stats = torch.cat((torch.stack((max_z, max_gist)), sums, torch.stack((sum_z, sum_gist, weight))))
-    if kept is not None:
-        row_loss = row_loss.masked_fill(invalid, torch.nan).masked_fill(~kept, 0.0)
-        for grad in (grad_z, grad_gist):
-            if grad is not None:
-                grad.masked_fill_(invalid[:, None], torch.nan).masked_fill_(~kept[:, None], 0.0)
-    return row_loss, stats, _kl.narrow(grad_z, logits.dtype), _kl.narrow(grad_gist, logits.dtype)
+        grad_gist = None if grad_gist is None else grad_gist.sub_(kl_gist, alpha=beta / temperature)
+    for rows_out, value in ((invalid, torch.nan), (None if kept is None else ~kept, 0.0)):
+        if rows_out is not None:
+            row_loss = row_loss.masked_fill(rows_out, value)
+            for grad in (grad_z, grad_gist):
+                if grad is not None:
+                    grad.masked_fill_(rows_out[:, None], value)
+    return row_loss, _kl.narrow(grad_z, logits.dtype), _kl.narrow(grad_gist, logits.dtype)

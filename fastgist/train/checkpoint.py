@@ -97,7 +97,7 @@ class Checkpoints:
                 tensors, state = self._read(path)
             except UserError:
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever is wrong with this file, an older one may be whole
+            except Exception as error:
                 complaints.append(f"{path.name} is damaged ({error})")
                 continue
             return path, tensors, state, complaints

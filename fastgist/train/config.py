@@ -1,5 +1,7 @@
 """The settings of ``fastgist finetune``: one dataclass, whose fields are the command line's flags."""
 
+# ruff: noqa: RUF009 - _option is dataclasses.field with the command line's words in its metadata
+
 from __future__ import annotations
 
 import dataclasses
@@ -16,7 +18,7 @@ class UserError(Exception):
     """Something the user can put right: the command line prints it as one line and exits with 2."""
 
 
-class Method(str, enum.Enum):
+class Method(enum.StrEnum):
     """What is trained beside the head."""
 
     LINEAR_PROBE = "linear-probe"
@@ -25,7 +27,7 @@ class Method(str, enum.Enum):
     CP = "cp"
 
 
-class MixedPrecision(str, enum.Enum):
+class MixedPrecision(enum.StrEnum):
     """The dtype of matrix products; parameters stay float32."""
 
     NO = "no"
@@ -78,9 +80,9 @@ class FinetuneConfig(Recipe):
 
     def trajectory(self) -> dict[str, object]:
         """The settings that a resumed run must share with the run it continues, as JSON values."""
-        run = {"output_dir", "resume", "checkpoint_every", "keep_checkpoints", "progress", "workers", "verify", "device"}
-        checked_by_content = {"data", "checkpoint", "batch_size"}
-        names = [f.name for f in dataclasses.fields(self) if f.name not in run | checked_by_content]
+        free = "output_dir resume checkpoint_every keep_checkpoints progress workers verify device".split()
+        by_content = "data checkpoint batch_size".split()
+        names = [f.name for f in dataclasses.fields(self) if f.name not in free + by_content]
         return {f"--{name.replace('_', '-')}": _plain(getattr(self, name)) for name in names}
 
 

@@ -228,7 +228,7 @@ def _load_hub(name: str, config: FinetuneConfig, saved: bool = False) -> Splits:
         raise UserError(f"reading {name} needs the datasets library: pip install 'fastgist[train]'") from None
     try:
         tables = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config.subset)
-    except Exception as error:  # noqa: BLE001 - the library raises a dozen kinds, from its own to the network's
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{name} is no folder here and could not be loaded as a data set: {reason}") from error
     if isinstance(tables, datasets.Dataset):
@@ -300,14 +300,20 @@ def unreadable(split: Split, description: str, progress: bool) -> list[tuple[int
             with split.source.open(split.rows[index]) as file, Image.open(file) as picture:
                 picture.draft("RGB", (32, 32))  # a JPEG at an eighth of its size: all bytes read, few computed
                 picture.load()
-        except Exception as error:  # noqa: BLE001 - PIL raises OSError, SyntaxError, ValueError and its own
+        except Exception as error:
             return " ".join(str(error).split())
         return None
 
     logging.getLogger("PIL").setLevel(logging.ERROR)
     with ThreadPoolExecutor() as pool:
-        reasons = tqdm(pool.map(check, range(len(split))), description, total=len(split), unit="img", leave=False,
-                       disable=not progress)
+        reasons = tqdm(
+            pool.map(check, range(len(split))),
+            description,
+            total=len(split),
+            unit="img",
+            leave=False,
+            disable=not progress,
+        )
         return [(index, reason) for index, reason in enumerate(reasons) if reason is not None]
 
 
@@ -355,7 +361,9 @@ def hold_out(splits: Splits, share: float, seed: int) -> Splits:
         train += [members[i] for i in order[held:]]
     note = f"no val split: {len(val)} of {len(splits.train)} training images held out for selection"
     return replace(
-        splits, train=splits.train.subset(sorted(train)), val=splits.train.subset(sorted(val)),
+        splits,
+        train=splits.train.subset(sorted(train)),
+        val=splits.train.subset(sorted(val)),
         notes=[*splits.notes, note],
     )
 

@@ -1,7 +1,7 @@
 """``fastgist demo``: a small Vision Transformer learns new digits from a handful of images, by every method in turn.
 
-It has been pre-trained on the digits 0-4 and adapts to 5-9 with a few images of each. Everything printed was measured
-in that run; test images are looked at once, after training, and choose nothing.
+It has been pre-trained to redraw the digits 0-4 from its class token, and learns to name 5-9 from a few images of each.
+Everything printed was measured in that run; test images are looked at once, after training, and choose nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastgist.train.checkpoint import digest, write_atomically
 from fastgist.train.config import DemoConfig, Method, UserError
 from fastgist.train.data import seed_everything
 from fastgist.train.digits import NEW, DigitImages, Digits
-from fastgist.train.engine import FitResult, evaluate, fit, predict
+from fastgist.train.engine import FitResult, fit, predict
 from fastgist.train.measure import commit, memory_method, trainable_share, versions
 from fastgist.train.models import adapt
 
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ["demo"]
-
-_ORIENTATIONS = 8
 
 
 @dataclass
@@ -87,7 +85,9 @@ def demo(config: DemoConfig) -> dict[str, Any]:
                 runs[contestant.name].append(Run(seed, result, logits, accuracy))
                 shares[contestant.name] = trainable_share(model)
                 if seed == seeds[0]:
-                    reloaded[contestant.name] = _round_trip(config, contestant, model, base, data.test, accelerator, logits)
+                    reloaded[contestant.name] = _round_trip(
+                        config, contestant, model, base, data.test, accelerator, logits
+                    )
         pixels = [_pixels(data, config.shots, seed) for seed in seeds]
 
     rows = [_row(c, runs[c.name], shares[c.name], reloaded[c.name]) for c in contestants]
@@ -137,21 +137,20 @@ def plain_model(num_classes: int) -> nn.Module:
     return VisionTransformer(num_classes=num_classes, **recipes.ARCHITECTURE)
 
 
-def _oriented(part: DigitImages) -> DigitImages:
-    """Every image in its eight rotations and reflections, each a class of its own."""
+def _to_redraw(part: DigitImages) -> DigitImages:
+    """Every image in its eight rotations and reflections, with its own pixels as the target."""
     turned = [torch.rot90(part.images, quarter, (-2, -1)) for quarter in range(4)]
-    turned += [image.flip(-1) for image in turned]
-    labels = [part.labels * _ORIENTATIONS + which for which in range(_ORIENTATIONS)]
-    return DigitImages(torch.cat(turned), torch.cat(labels))
+    images = torch.cat([*turned, *(image.flip(-1) for image in turned)])
+    return DigitImages(images, images.flatten(1))
 
 
 def pretrain(data: Digits, recipe: Recipe, accelerator: Accelerator) -> nn.Module:
-    """The base model, from scratch."""
+    """The base model, from scratch, without labels."""
     seed_everything(recipe.seed)
-    model = plain_model(len(data.old_train.labels.unique()) * _ORIENTATIONS)
+    model = plain_model(data.old_train.images[0].numel())
     fit(
-        model, _oriented(data.old_train), recipe, accelerator, description="pre-training on digits 0-4",
-        measure_memory=False,
+        model, _to_redraw(data.old_train), recipe, accelerator, objective=nn.functional.mse_loss,
+        description="pre-training on digits 0-4", measure_memory=False,
     )  # fmt: skip
     return model
 
@@ -162,8 +161,10 @@ def _base(config: DemoConfig, data: Digits, accelerator: Accelerator) -> tuple[d
     import safetensors.torch
 
     recipe = recipes.quick(recipes.PRETRAIN) if config.quick else recipes.PRETRAIN
-    key = {"recipe": dataclasses.asdict(recipe), "architecture": recipes.ARCHITECTURE, "orientations": _ORIENTATIONS}
-    key |= {name: version for name, version in versions().items() if name in ("fastgist", "torch", "timm", "scikit-learn")}
+    key = {"recipe": dataclasses.asdict(recipe), "architecture": recipes.ARCHITECTURE, "objective": "redraw"}
+    key |= {
+        name: version for name, version in versions().items() if name in ("fastgist", "torch", "timm", "scikit-learn")
+    }
     key["device"] = accelerator.device.type
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgist"
@@ -176,7 +177,7 @@ def _base(config: DemoConfig, data: Digits, accelerator: Accelerator) -> tuple[d
                 weights = {key: file.get_tensor(key) for key in file.keys()}
                 if (file.metadata() or {}).get("sha256") != digest(weights):
                     raise ValueError("checksum")
-        except Exception:  # noqa: BLE001 - whatever is wrong with the file, training again is the answer
+        except Exception:
             print(f"{path} is damaged: pre-training again")
             weights = None
     if weights is None:
@@ -193,14 +194,14 @@ def _base(config: DemoConfig, data: Digits, accelerator: Accelerator) -> tuple[d
                 print(f"could not keep the pre-trained model in {cache}: {error.strerror}")
     model = plain_model(len(weights["head.bias"]))
     model.load_state_dict(weights)
-    held_out = _oriented(data.old_test)
-    accuracy, _ = evaluate(model.to(accelerator.device), held_out, 256, accelerator)
+    held_out = _to_redraw(data.old_test)
+    redrawn, pixels = predict(model.to(accelerator.device), held_out, 256, accelerator.device)
+    explained = 1 - float(nn.functional.mse_loss(redrawn, pixels) / pixels.var())
     words = (
-        f"base: ViT of {sum(p.numel() for p in model.parameters()):,} numbers, digits 0-4 in {_ORIENTATIONS} orientations "
-        f"({len(weights['head.bias'])} classes, chance {1 / len(weights['head.bias']):.1%}): "
-        f"{accuracy:.1%} of {len(held_out)} held-out images ({origin})"
+        f"base: ViT of {sum(p.numel() for p in model.parameters()):,} numbers that redraws the digits 0-4 from its "
+        f"class token: {explained:.1%} of the pixel variance of {len(data.old_test)} held-out images ({origin})"
     )
-    return weights, {"words": words, "held_out_accuracy": accuracy, "pretrain_seconds": seconds, "cached": not seconds}
+    return weights, {"words": words, "explained": explained, "pretrain_seconds": seconds, "cached": not seconds}
 
 
 # -- one run ---------------------------------------------------------------------------------------------------------
@@ -211,24 +212,32 @@ def fresh(base: dict[str, Tensor], classes: int, seed: int) -> nn.Module:
     model = plain_model(len(base["head.bias"]))
     model.load_state_dict(base)
     seed_everything(seed)
-    model.reset_classifier(classes)
+    model.reset_classifier(classes)  # type: ignore[operator]
     return model
 
 
 def adapt_to(
-    base: dict[str, Tensor], contestant: recipes.Contestant, train: DigitImages, recipe: Recipe, accelerator: Accelerator
+    base: dict[str, Tensor],
+    contestant: recipes.Contestant,
+    train: DigitImages,
+    recipe: Recipe,
+    accelerator: Accelerator,
 ) -> tuple[nn.Module, FitResult]:
-    """Adapt a fresh copy of the base model to a few-shot draw; the last step's weights are kept: nothing is selected."""
+    """Adapt a copy of the base model to a few-shot draw; the last step's weights are kept: nothing is selected."""
     model = fresh(base, len(train.labels.unique()), recipe.seed)
     model = adapt(model, Method(contestant.method), gist=contestant.gist, **contestant.options)
     result = fit(model, train, recipe, accelerator, progress=False)
-    accelerator.free_memory()
     return model, result
 
 
 def _round_trip(
-    config: DemoConfig, contestant: recipes.Contestant, model: nn.Module, base: dict[str, Tensor], test: DigitImages,
-    accelerator: Accelerator, logits: Tensor,
+    config: DemoConfig,
+    contestant: recipes.Contestant,
+    model: nn.Module,
+    base: dict[str, Tensor],
+    test: DigitImages,
+    accelerator: Accelerator,
+    logits: Tensor,
 ) -> bool:
     """Save the adapter, load it into a fresh base model, and compare the logits of every test image, bitwise."""
     import fastgist
@@ -278,14 +287,15 @@ def _print_table(metrics: dict[str, Any], config: DemoConfig, figure: Path) -> N
     def percent(entry: dict[str, Any]) -> str:
         return f"{entry['mean']:.1%}" + (f" ± {100 * entry['std']:.1f}" if entry["std"] is not None else "")
 
-    table = Table(title=f"digits 5-9 from {config.shots} images each, {len(metrics['seeds'])} draws", title_justify="left")
-    table.add_column("method")
-    for column in ("accuracy", "trained / all numbers", "share", "images/s", "peak memory"):
+    draws = f"{len(metrics['seeds'])} draw{'s' if len(metrics['seeds']) > 1 else ''}"
+    table = Table(title=f"digits 5-9 from {config.shots} images each, {draws}", title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for column in ("accuracy", "trained of all", "share", "images/s", "peak"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in metrics["rows"]:
         speed = f"{row['images_per_second']:,.0f}" if row["images_per_second"] else "-"
         memory = f"{row['peak_memory_bytes'] / 2**20:.2f} MiB" if row["peak_memory_bytes"] else "-"
-        counts = f"{row['trained']:,} / {row['all']:,}"
+        counts = f"{row['trained']:,} of {row['all']:,}"
         table.add_row(row["name"], percent(row), counts, f"{row['trained'] / row['all']:.2%}", speed, memory)
     table.add_section()
     table.add_row("pixels, no network", percent(metrics["pixels_logistic_regression"]), "", "", "", "")
@@ -300,7 +310,7 @@ def _print_table(metrics: dict[str, Any], config: DemoConfig, figure: Path) -> N
         f"saved, reloaded into a fresh model, logits bitwise the same: {same} of {len(metrics['rows'])} adapters",
     ]
     if config.quick:
-        lines.append("--quick: an eighth of the training; these accuracies mean nothing")
+        lines.append("--quick: an eighth of the training; these accuracies say nothing about the methods")
     lines.append(f"{figure}, {config.output_dir / 'metrics.json'}; {metrics['seconds']:.0f} s on {metrics['device']}")
     for line in lines:
         console.print(line, highlight=False)

@@ -34,7 +34,10 @@ def environment() -> dict[str, Any]:
     """Versions, devices, the compiled extension, and what each operation runs on here: JSON values."""
     found: dict[str, Any] = {"versions": versions()}
     found["versions"] |= {"commit": commit() or "not a git checkout", "platform": platform.platform()}
-    found["versions"] |= {"CUDA of PyTorch": torch.version.cuda or "none", "ROCm of PyTorch": torch.version.hip or "none"}
+    found["versions"] |= {
+        "CUDA of PyTorch": torch.version.cuda or "none",
+        "ROCm of PyTorch": torch.version.hip or "none",
+    }
     threads = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     found["devices"] = [{"name": "cpu", "about": f"{platform.machine()}, {os.cpu_count()} cores, {threads}"}]
     if torch.cuda.is_available():
@@ -68,11 +71,13 @@ def warmup(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device")
     dtypes = [_dtype(name.strip()) for name in dtype.split(",") if name.strip()]
-    chosen = {(op, d): backends.resolve(op, "auto", torch.empty(0, dtype=d, device=device)) for op in backends.OPS for d in dtypes}
+    probes = [torch.empty(0, dtype=d, device=device) for d in dtypes]
+    chosen = {(op, probe.dtype): backends.resolve(op, "auto", probe) for op in backends.OPS for probe in probes}
     if "triton" not in chosen.values():
         print(f"nothing to compile for {device}: {_implementations(chosen)}")
         return
-    cases = [(op, d, run) for d in dtypes for op, run in _cases(device, d, batch, tokens, dim, classes, rank, bottleneck_dim)]
+    shapes = (batch, tokens, dim, classes, rank, bottleneck_dim)
+    cases = [(op, d, run) for d in dtypes for op, run in _cases(device, d, *shapes)]
     lines = []
     for op, d, run in tqdm(cases, desc="compiling", unit="op"):
         seconds = []

@@ -101,8 +101,13 @@ def evaluate(
 
 
 def _save(
-    checkpoints: Checkpoints, state: _State, model: nn.Module, optimizer: torch.optim.Optimizer, loss_sum: Tensor,
-    accelerator: Accelerator, identity: Mapping[str, Any],
+    checkpoints: Checkpoints,
+    state: _State,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_sum: Tensor,
+    accelerator: Accelerator,
+    identity: Mapping[str, Any],
 ) -> None:
     loss_sum = accelerator.reduce(loss_sum, reduction="mean")
     if accelerator.is_main_process:
@@ -118,8 +123,12 @@ def _save(
 
 
 def _restore(
-    checkpoints: Checkpoints, model: nn.Module, optimizer: torch.optim.Optimizer, loss_sum: Tensor,
-    accelerator: Accelerator, identity: Mapping[str, Any],
+    checkpoints: Checkpoints,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_sum: Tensor,
+    accelerator: Accelerator,
+    identity: Mapping[str, Any],
 ) -> tuple[_State, list[str]]:
     """The newest complete checkpoint into model and optimiser; a fresh state where there is none."""
     found = checkpoints.latest()
@@ -158,6 +167,7 @@ def fit(
     accelerator: Accelerator,
     *,
     val: Dataset | None = None,
+    objective: Callable[[Any, Tensor], Tensor] | None = None,
     workers: int = 0,
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 0,
@@ -171,8 +181,9 @@ def fit(
 ) -> FitResult:
     """Train ``model`` in place on ``train``; with ``val``, end with the weights of its best epoch there.
 
-    ``train`` is indexed by :class:`~fastgist.train.data.Draw` (index and epoch). ``identity`` is what a resumed run
-    must have in common with the run it continues. Without ``val`` the last epoch's weights stay.
+    ``train`` is indexed by :class:`~fastgist.train.data.Draw` (index and epoch). ``objective`` (output, target) -> loss
+    is cross-entropy, or GIST's loss for a gist model, if not given. ``identity`` is what a resumed run must have in
+    common with the run it continues. Without ``val`` the last epoch's weights stay.
     """
     from timm.optim import param_groups_weight_decay
     from timm.scheduler import CosineLRScheduler
@@ -181,20 +192,28 @@ def fit(
     device, world = accelerator.device, accelerator.num_processes
     sampler = EpochBatches(len(train), recipe.batch_size, recipe.seed, accelerator.process_index, world)  # type: ignore[arg-type]
     loader = DataLoader(
-        train, batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0, generator=torch.Generator(),
+        train,
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),
     )
     per_epoch = sampler.steps
     total = per_epoch * recipe.epochs
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, recipe.weight_decay), lr=recipe.lr)
     scheduler = CosineLRScheduler(
-        optimizer, t_initial=total, lr_min=recipe.min_lr, warmup_t=round(recipe.warmup * per_epoch),
-        warmup_lr_init=recipe.warmup_lr, t_in_epochs=False,
+        optimizer,
+        t_initial=total,
+        lr_min=recipe.min_lr,
+        warmup_t=round(recipe.warmup * per_epoch),
+        warmup_lr_init=recipe.warmup_lr,
+        t_in_epochs=False,
     )
     prepared = accelerator.prepare_model(model)
     stepper = accelerator.prepare_optimizer(optimizer)
     inner = accelerator.unwrap_model(prepared)
-    objective = _objective(recipe)
+    objective = objective or _objective(recipe)
     loss_sum = torch.zeros((), device=device)
     state, notes = _State(), list[str]()
     identity = {**(identity or {}), "global batch": recipe.batch_size * world}
@@ -244,7 +263,7 @@ def fit(
             timed_images += images_since
             loss_sum.zero_()
             if not math.isfinite(mean_loss):
-                raise RuntimeError(f"the loss became {mean_loss} in epoch {epoch + 1}: try a lower --lr than {recipe.lr}")
+                raise RuntimeError(f"the loss became {mean_loss} in epoch {epoch + 1}: try an --lr below {recipe.lr:g}")
             record: dict[str, float] = {"epoch": epoch + 1, "step": state.step, "lr": optimizer.param_groups[0]["lr"]}
             record["train_loss"] = mean_loss
             if val is not None:

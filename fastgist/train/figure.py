@@ -38,7 +38,9 @@ def _accuracies(figure: Any, metrics: dict[str, Any]) -> None:
         values = [100 * v for v in row["accuracies"].values()]
         axes.plot(values, [place] * len(values), marker, mfc="none", mec=colour, ms=6, alpha=0.8, zorder=3)
         spread = 100 * row["std"] if row["std"] is not None else None
-        axes.errorbar(100 * row["mean"], place, xerr=spread, fmt="|", color=colour, ms=18, mew=3, capsize=5, lw=2, zorder=2)
+        axes.errorbar(
+            100 * row["mean"], place, xerr=spread, fmt="|", color=colour, ms=18, mew=3, capsize=5, lw=2, zorder=2
+        )
         deviation = f" ± {spread:.1f}" if spread is not None else ""
         axes.annotate(
             f"{100 * row['mean']:.1f}%{deviation}", (100 * row["mean"], place), xytext=(0, 15), ha="center",
@@ -67,8 +69,8 @@ def _sample(figure: Any, metrics: dict[str, Any], test: DigitImages, predicted: 
     right = predicted == test.labels
     figure.suptitle(
         f"{shown}, first draw: {100 * float(right.double().mean()):.1f}% right\n"
-        "test images at even steps, not picked; wrong ones framed: true > predicted",
-        fontsize=11,
+        f"every {round(len(test) / (_ROWS * _COLUMNS))}th test image; wrong ones framed: true > predicted",
+        fontsize=12,
     )
     grid = figure.subplots(_ROWS, _COLUMNS)
     picks = torch.linspace(0, len(test) - 1, _ROWS * _COLUMNS).round().long().tolist()

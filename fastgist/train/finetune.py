@@ -44,11 +44,11 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
     _set_transforms(splits, model, config)
     if min(len(split) for split in splits.named().values()) < 1 or len(splits.train) < len(splits.classes):
         raise UserError(f"too few images: {len(splits.train)} to train on for {len(splits.classes)} classes")
-    model = adapt(
-        model, config.method, gist=config.gist, rank=config.rank, bottleneck_dim=config.bottleneck_dim
-    )
+    model = adapt(model, config.method, gist=config.gist, rank=config.rank, bottleneck_dim=config.bottleneck_dim)
     identity = {
-        **config.trajectory(), "data": splits.train.fingerprint(), "classes": splits.classes,
+        **config.trajectory(),
+        "data": splits.train.fingerprint(),
+        "classes": splits.classes,
         "frozen weights": frozen_fingerprint(model),
     }
     trained, all_numbers = trainable_share(model)
@@ -73,9 +73,20 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
 
     try:
         result = fit(
-            model, splits.train, config, accelerator, val=splits.val, workers=config.workers, checkpoints=checkpoints,
-            checkpoint_every=config.checkpoint_every, resume=config.resume, identity=identity, on_epoch=journal.add,
-            on_start=start, progress=config.progress, description=method,
+            model,
+            splits.train,
+            config,
+            accelerator,
+            val=splits.val,
+            workers=config.workers,
+            checkpoints=checkpoints,
+            checkpoint_every=config.checkpoint_every,
+            resume=config.resume,
+            identity=identity,
+            on_epoch=journal.add,
+            on_start=start,
+            progress=config.progress,
+            description=method,
         )
     except KeyboardInterrupt:
         newest = next(iter(checkpoints), None)
@@ -135,8 +146,10 @@ def _checked_splits(config: FinetuneConfig, accelerator: Accelerator) -> images.
         found: list[Any] = [None]
         if accelerator.is_main_process:
             found = [
-                {name: images.unreadable(split, f"checking {name}", config.progress)
-                 for name, split in splits.named().items()}
+                {
+                    name: images.unreadable(split, f"checking {name}", config.progress)
+                    for name, split in splits.named().items()
+                }
             ]
         splits = images.without(splits, broadcast_object_list(found)[0], config.skip_unreadable)
     return images.hold_out(splits, config.val_split, config.seed)
@@ -179,7 +192,11 @@ class _Journal:
 
 
 def _finish(
-    config: FinetuneConfig, accelerator: Accelerator, model: Any, splits: images.Splits, result: FitResult,
+    config: FinetuneConfig,
+    accelerator: Accelerator,
+    model: Any,
+    splits: images.Splits,
+    result: FitResult,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Judge the selected weights on the test split, once; save the adapter and the summary."""

@@ -34,7 +34,7 @@ def build_backbone(config: FinetuneConfig, num_classes: int) -> nn.Module:
     download = config.pretrained and config.checkpoint is None
     try:
         model = timm.create_model(name, pretrained=download, **options)
-    except Exception as error:  # noqa: BLE001 - from argument errors to the network's
+    except Exception as error:
         reason = " ".join(str(error).split())
         if download:
             raise UserError(
@@ -58,14 +58,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise UserError(f"no such file: {path}")
     try:
         state = safetensors.torch.load_file(path)
-    except Exception as error:  # noqa: BLE001 - whatever this file is, it is not safetensors
+    except Exception as error:
         raise UserError(f"{path} is not a complete safetensors file ({error})") from error
     own = model.state_dict()
     filter_fn = getattr(importlib.import_module(type(model).__module__), "checkpoint_filter_fn", None)
     if filter_fn is not None:
         try:
             state = filter_fn(state, model)
-        except Exception as error:  # noqa: BLE001 - the filter assumes the weights are of its family
+        except Exception as error:
             raise UserError(f"{path} does not fit {type(model).__name__}: {error}") from error
     head = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
     replaced = {k for k, v in own.items() if k.startswith(f"{head}.") and (k not in state or state[k].shape != v.shape)}
@@ -118,5 +118,5 @@ def frozen_fingerprint(model: nn.Module) -> str:
     frozen: Mapping[str, Tensor] = {k: p for k, p in model.named_parameters() if not p.requires_grad}
     for name in sorted(frozen):
         sha.update(name.encode())
-        sha.update(frozen[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        sha.update(frozen[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()[:16]

@@ -28,7 +28,10 @@ __all__ = ["ARCHITECTURES", "MODULES", "SHARED_LIMIT", "Resources", "Spec", "all
 ARCHITECTURES = (80, 90, 100)
 #: Shared memory a block may take, bytes.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-MODULES = ("bidirectional_kl", "gist_loss", "gist_linear_loss", "cp_linear", "adapter")
+#: Every module beside this one that may hold kernels.
+MODULES = tuple(
+    sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in {"__init__", "aot", "common"})
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ class Spec:
     """One compilation of a kernel: argument types, constexprs (unit strides too), launch options.
 
     Every pointer and stride counts as a multiple of 16, as the launcher's specialisation finds them on ordinary
-    tensors, but for those named in ``unaligned``; so do the sizes named in ``aligned``. ``matrix``: the kernel multiplies tiles of >= 64 rows, so Hopper's SASS must show
-    HGMMA.
+    tensors, but for those named in ``unaligned``; so do the sizes named in ``aligned``. ``archs``:
+    the architectures whose launches use this tile. ``matrix``: the kernel
+    multiplies tiles of >= 64 rows, so Hopper's SASS must show HGMMA.
     """
 
     kernel: object
@@ -49,6 +53,7 @@ class Spec:
     matrix: bool = False
     unaligned: tuple[str, ...] = field(default=())
     aligned: tuple[str, ...] = field(default=())
+    archs: tuple[int, ...] = ARCHITECTURES
 
     @property
     def name(self) -> str:
@@ -70,7 +75,7 @@ COLUMNS = ("triton", "kernel", "arch", *(f.name for f in fields(Resources)))
 
 
 def all_specs() -> list[Spec]:
-    return [spec for module in _modules() for spec in module.SPECS]
+    return [spec for module in _modules() for spec in getattr(module, "SPECS", ())]
 
 
 def all_kernels() -> list[object]:
@@ -185,14 +190,14 @@ def _row(task: tuple[int, int]) -> dict[str, object]:
     spec = all_specs()[index]
     row: dict[str, object] = {"triton": triton.__version__, "kernel": spec.name, "arch": arch, "matrix": spec.matrix}
     row |= asdict(resources(compile_spec(spec, arch)))
-    if arch == ARCHITECTURES[0]:
+    if arch == spec.archs[0]:
         row["narrow"] = narrow_offsets(written_ir(spec))
     return row
 
 
 def compile_all(only: str = "", jobs: int = 1) -> list[dict[str, object]]:
     """One row for every spec whose name contains ``only`` and every architecture, in order."""
-    tasks = [(i, arch) for i, spec in enumerate(all_specs()) if only in spec.name for arch in ARCHITECTURES]
+    tasks = [(i, arch) for i, spec in enumerate(all_specs()) if only in spec.name for arch in spec.archs]
     if jobs == 1:
         return [_row(task) for task in tasks]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastgist_kernels.aot import Spec
-from fastgist_kernels.common import LOG2E, cdiv, device_arch, launch_config, next_power_of_2
+from fastgist_kernels.common import LOG2E, cdiv, device_arch, launch, launch_config, next_power_of_2
 
 __all__ = ["SPECS", "bidirectional_kl_bwd", "bidirectional_kl_fwd", "centred_pair", "finite_max", "online_pair", "rows_config"]
 
@@ -194,7 +194,6 @@ def rows_config(kernel: str, device: torch.device, classes: int, elements: int) 
         "BLOCK_M": max(1, min(8, elements // (4 * block_v))),
         "num_warps": 8 if block_v >= 2048 else 4,
         "num_stages": 1,
-        "enable_fp_fusion": True,
     }
     return default | launch_config(kernel, device_arch(device), f"v{next_power_of_2(classes)}")
 
@@ -203,8 +202,10 @@ def bidirectional_kl_fwd(logits, other_logits, mask, temperature, row_loss, stat
     """Write row_loss (M,) and stats (6, M), float32, from logits (M, V) of any strides and mask (M,) or None."""
     rows, classes = logits.shape
     config = rows_config("bidirectional_kl_fwd", logits.device, classes, elements=4096)
-    grid = (cdiv(rows, config["BLOCK_M"]),)
-    _bidirectional_kl_fwd_kernel[grid](
+    launch(
+        _bidirectional_kl_fwd_kernel,
+        lambda c: (cdiv(rows, c["BLOCK_M"]),),
+        config,
         logits,
         other_logits,
         mask,
@@ -217,7 +218,6 @@ def bidirectional_kl_fwd(logits, other_logits, mask, temperature, row_loss, stat
         0 if mask is None else mask.stride(0),
         1.0 / temperature,
         HAS_MASK=mask is not None,
-        **config,
     )
 
 
@@ -227,8 +227,10 @@ def bidirectional_kl_bwd(
     """Write the gradients (M, V), contiguous, that are not None; row_grad (M,) float32 of any stride."""
     rows, classes = logits.shape
     config = rows_config("bidirectional_kl_bwd", logits.device, classes, elements=2048)
-    grid = (cdiv(rows, config["BLOCK_M"]), cdiv(classes, config["BLOCK_V"]))
-    _bidirectional_kl_bwd_kernel[grid](
+    launch(
+        _bidirectional_kl_bwd_kernel,
+        lambda c: (cdiv(rows, c["BLOCK_M"]), cdiv(classes, c["BLOCK_V"])),
+        config,
         logits,
         other_logits,
         mask,
@@ -246,7 +248,6 @@ def bidirectional_kl_bwd(
         HAS_MASK=mask is not None,
         NEED_Z=grad_logits is not None,
         NEED_O=grad_other is not None,
-        **config,
     )
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
 
-__all__ = ["INTERPRET", "LOG2E", "cdiv", "device_arch", "dot", "launch_config", "next_power_of_2"]
+__all__ = ["INTERPRET", "LOG2E", "cdiv", "device_arch", "dot", "launch", "launch_config", "next_power_of_2"]
 
 #: Whether this process interprets kernels on the CPU (TRITON_INTERPRET=1 before triton is imported).
 INTERPRET: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
@@ -49,3 +51,45 @@ def _tables() -> dict:
 def launch_config(kernel: str, arch: str, shape_class: str) -> dict[str, int]:
     """Measured launch parameters of ``kernel`` on ``arch`` for ``shape_class``; {} where nothing was measured."""
     return _tables().get(kernel, {}).get(arch, {}).get(shape_class, {})
+
+
+_SHRUNK: dict[tuple, dict[str, int]] = {}
+
+
+def _smaller(config: dict[str, int]) -> dict[str, int] | None:
+    """The next thing to try on a device without room for ``config``: fewer stages, then half of the largest side."""
+    if config.get("num_stages", 1) > 2:
+        return config | {"num_stages": config["num_stages"] - 1}
+    sides = [name for name, value in config.items() if name.startswith("BLOCK_") and value > 16]
+    if not sides:
+        return None
+    largest = max(sides, key=config.__getitem__)
+    return config | {largest: config[largest] // 2}
+
+
+def launch(kernel, grid: Callable[[dict], tuple], config: dict[str, int], *args, **constexprs) -> None:
+    """``kernel[grid(config)](*args)`` on the device of the first tensor.
+
+    Where that device has too little shared memory for the tile, a smaller one is taken and remembered. Inside a CUDA
+    graph capture a kernel cannot be compiled or loaded: its first use there raises and names the way out.
+    """
+    tensor = next(a for a in args if isinstance(a, torch.Tensor))
+    key = (kernel, device_arch(tensor.device), *sorted(constexprs.items()), *sorted(config.items()))
+    config = _SHRUNK.get(key, config)
+    while True:
+        try:
+            with torch.cuda.device_of(tensor):
+                kernel[grid(config)](*args, **constexprs, enable_fp_fusion=True, **config)
+            return
+        except OutOfResources:
+            smaller = _smaller(config)
+            if smaller is None:
+                raise
+            config = _SHRUNK[key] = smaller
+        except Exception as error:
+            if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"{kernel.fn.__name__}: the first use of a kernel, which compiles and loads it, cannot be inside a CUDA "
+                    "graph capture. Run the same step once before capturing, or `fastgist warmup` for the shapes in use"
+                ) from error
+            raise

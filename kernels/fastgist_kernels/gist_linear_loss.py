@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.bidirectional_kl import finite_max, rows_config
-from fastgist_kernels.common import LOG2E, cdiv
+from fastgist_kernels.common import LOG2E, cdiv, launch
 from fastgist_kernels.gist_loss import (
     SCALAR_TYPES,
     class_weights,
@@ -118,7 +118,10 @@ def gist_linear_loss_chunk(
     pairs, classes = row_loss.shape[0], logits.shape[1]
     config = rows_config("gist_linear_loss_chunk", logits.device, classes, elements=2048)
     scalars, flags = loss_arguments(target, classes, alpha, beta, temperature, label_smoothing, ignore_index)
-    _gist_linear_loss_chunk_kernel[(cdiv(pairs, config["BLOCK_M"]),)](
+    launch(
+        _gist_linear_loss_chunk_kernel,
+        lambda c: (cdiv(pairs, c["BLOCK_M"]),),
+        config,
         logits,
         target,
         scale,
@@ -132,7 +135,6 @@ def gist_linear_loss_chunk(
         *scalars,
         **flags,
         NEED_GRAD=need_grad,
-        **config,
     )
 
 

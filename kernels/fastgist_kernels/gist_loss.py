@@ -12,7 +12,7 @@ import triton.language as tl
 
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.bidirectional_kl import centred_pair, finite_max, online_pair, rows_config
-from fastgist_kernels.common import LOG2E, cdiv
+from fastgist_kernels.common import LOG2E, cdiv, launch
 
 __all__ = ["SPECS", "gist_gradients", "gist_loss_bwd", "gist_loss_fwd", "gist_row_loss", "gist_row_state", "target_rows"]
 
@@ -328,7 +328,10 @@ def gist_loss_fwd(
     rows, classes = logits.shape
     config = rows_config("gist_loss_fwd", logits.device, classes, elements=2048)
     scalars, flags = loss_arguments(target, classes, alpha, beta, temperature, label_smoothing, ignore_index)
-    _gist_loss_fwd_kernel[(cdiv(rows, config["BLOCK_M"]),)](
+    launch(
+        _gist_loss_fwd_kernel,
+        lambda c: (cdiv(rows, c["BLOCK_M"]),),
+        config,
         logits,
         gist_logits,
         target,
@@ -342,7 +345,6 @@ def gist_loss_fwd(
         target.stride(1) if target.dim() == 2 else 0,
         *scalars,
         **flags,
-        **config,
     )
 
 
@@ -364,7 +366,10 @@ def gist_loss_bwd(
     rows, classes = logits.shape
     config = rows_config("gist_loss_bwd", logits.device, classes, elements=2048)
     scalars, flags = loss_arguments(target, classes, alpha, beta, temperature, label_smoothing, ignore_index)
-    _gist_loss_bwd_kernel[(cdiv(rows, config["BLOCK_M"]), cdiv(classes, config["BLOCK_V"]))](
+    launch(
+        _gist_loss_bwd_kernel,
+        lambda c: (cdiv(rows, c["BLOCK_M"]), cdiv(classes, c["BLOCK_V"])),
+        config,
         logits,
         gist_logits,
         target,
@@ -383,7 +388,6 @@ def gist_loss_bwd(
         **flags,
         NEED_Z=grad_logits is not None,
         NEED_G=grad_gist is not None,
-        **config,
     )
 
 

@@ -3,7 +3,7 @@
     out[c, r] = factor * sum_m a[m, c] b[m, r]
 
 Stage one gives each program a range of rows and writes its float32 partial result; stage two adds the partials in a
-fixed order. Also here: the dot for low-rank operands and a launch that shrinks its tile where a device has less room.
+fixed order. Also here: the dot for low-rank operands, and the rounding that belongs to it.
 """
 
 from __future__ import annotations
@@ -13,21 +13,31 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.errors import OutOfResources
 
 from fastgist_kernels.aot import Spec
-from fastgist_kernels.common import cdiv, device_arch, dot, launch_config, next_power_of_2
+from fastgist_kernels.common import INTERPRET, cdiv, device_arch, dot, launch, launch_config, next_power_of_2
 
-__all__ = ["SPECS", "low_dot", "launch", "outer", "outer_partials", "processors", "rank_block", "reduce_partials"]
+__all__ = ["SPECS", "low_dot", "narrow", "outer", "outer_partials", "processors", "rank_block", "reduce_partials"]
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """``x`` as DTYPE, to nearest even. The interpreter cuts bfloat16 off: there the bits are rounded first."""
+    if INTERPRET:
+        if DTYPE == tl.bfloat16 and x.dtype == tl.float32:
+            bits = x.to(tl.int32, bitcast=True)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+            x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
 
 
 @triton.jit
 def low_dot(a, b, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a @ b. WIDE (float16 inputs): ``a`` is a float32 intermediate that may exceed float16's range, so both go in as
-    float32; tf32 keeps float16's ten bits. Otherwise ``a`` takes the dtype of ``b``."""
+    float32; tf32 keeps float16's ten bits. Otherwise a float32 ``a`` takes the dtype of ``b``."""
     if WIDE:
         return dot(a.to(tl.float32), b.to(tl.float32), acc, PRECISION)
-    return dot(a.to(b.dtype), b, acc, PRECISION)
+    return dot(narrow(a, b.dtype), b, acc, PRECISION)
 
 
 @triton.jit
@@ -100,10 +110,10 @@ def _outer_reduce_kernel(
     acc = acc * factor
     mask_out = offs < products
     out_ptrs = out_ptr + (offs // R) * stride_oc + (offs % R) * stride_or
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_out)
+    tl.store(out_ptrs, narrow(acc, out_ptr.dtype.element_ty), mask=mask_out)
     mask_tail = mask_part & (offs >= products)
     tail_ptrs = tail_ptr + (offs - products) * stride_tail
-    tl.store(tail_ptrs, acc.to(tail_ptr.dtype.element_ty), mask=mask_tail)
+    tl.store(tail_ptrs, narrow(acc, tail_ptr.dtype.element_ty), mask=mask_tail)
 
 
 # -- launching -------------------------------------------------------------------------------------------------------
@@ -118,38 +128,6 @@ def rank_block(rank: int, most: int = 64) -> int:
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors; 4 where kernels are interpreted, so that small tests still split their rows."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-_SHRUNK: dict[tuple, dict[str, int]] = {}
-
-
-def _smaller(config: dict[str, int]) -> dict[str, int] | None:
-    """The next thing to try on a device without room for ``config``: fewer stages, then half of the largest side."""
-    if config.get("num_stages", 1) > 2:
-        return config | {"num_stages": config["num_stages"] - 1}
-    sides = [name for name in ("BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK_M") if config.get(name, 0) > 16]
-    if not sides:
-        return None
-    largest = max(sides, key=config.__getitem__)
-    return config | {largest: config[largest] // 2}
-
-
-def launch(kernel, grid, config: dict[str, int], *args, **constexprs) -> None:
-    """``kernel[grid(config)](*args)``; where the device has too little shared memory for the tile, with a smaller one,
-    remembered. ``grid`` is a function of the config."""
-    device = next(a.device for a in args if isinstance(a, torch.Tensor))
-    key = (kernel, device_arch(device), *sorted(constexprs.items()), *sorted(config.items()))
-    config = _SHRUNK.get(key, config)
-    while True:
-        try:
-            with torch.cuda.device_of(next(a for a in args if isinstance(a, torch.Tensor))):
-                kernel[grid(config)](*args, **constexprs, **config)
-            return
-        except OutOfResources:
-            config = _smaller(config)
-            if config is None:
-                raise
-            _SHRUNK[key] = config
 
 
 def _partial_config(device: torch.device, dtype: torch.dtype, columns: int, rank: int) -> dict[str, int]:

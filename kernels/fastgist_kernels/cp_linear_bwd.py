@@ -1,0 +1,302 @@
+"""The backward of cp_linear in Triton: dL/dh and dV from dy, then dx as a matmul that starts from the update, and dU.
+
+    dL/dh = drop'(scale * sum_g (dy_g V) * gain_g)      P_g = scale * dy_g^T h      dV = sum_g P_g * gain_g
+    dx = dy W + dL/dh U^T      dU = x^T dL/dh           dgain_g = colsum(P_g * V): no reduction over M
+
+At small ranks one kernel takes dL/dh and P from a single read of dy; else a projection and outer.py read it once each.
+Every sum over rows is made of partial sums in float32, added in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastgist_kernels.aot import Spec
+from fastgist_kernels.common import cdiv, device_arch, dot, launch
+from fastgist_kernels.cp_linear import (
+    argument_types,
+    cp_linear_form,
+    dropout_args,
+    dropped,
+    family,
+    gain_strides,
+    low_rank_empty,
+    matmul,
+    product_precision,
+    project,
+)
+from fastgist_kernels.outer import low_dot, narrow, outer, outer_partials, rank_block
+
+__all__ = ["SPECS", "cp_linear_bwd"]
+
+
+@triton.jit
+def _cp_linear_bwd_dy_kernel(
+    dy_ptr,
+    v_ptr,
+    gain_ptr,
+    seed_ptr,
+    h_ptr,
+    grad_h_ptr,
+    part_ptr,
+    M,
+    N,
+    R,
+    fold_n,
+    stride_dym,
+    stride_dyn,
+    stride_vn,
+    stride_vr,
+    stride_gg,
+    stride_gr,
+    scale,
+    threshold,
+    inv_keep,
+    HAS_GAIN: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One read of dy for grad_h (M, R) = drop'(scale * sum_g (dy_g V) * gain_g) and this row block's part of dy^T h, (N, R)."""
+    pid_m = tl.program_id(0).to(tl.int64)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
+    offs_j = tl.arange(0, BLOCK_N).to(tl.int64)
+    mask_m = offs_m < M
+    mask_r = offs_r < R
+    mask_h = mask_m[:, None] & mask_r[None, :]
+    h = tl.load(h_ptr + offs_m[:, None] * R + offs_r[None, :], mask=mask_h, other=0.0)
+    part_ptr += pid_m * N * R
+    grad_h = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for fold in range(0, N // fold_n):
+        first_n = tl.cast(fold, tl.int64) * fold_n
+        acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        for first_j in range(0, fold_n, BLOCK_N):
+            offs_c = first_j + offs_j
+            offs_n = first_n + offs_c
+            mask_c = offs_c < fold_n
+            dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
+            v_ptrs = v_ptr + offs_c[:, None] * stride_vn + offs_r[None, :] * stride_vr
+            dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
+            v = tl.load(v_ptrs, mask=mask_c[:, None] & mask_r[None, :], other=0.0)
+            acc = dot(dy, v, acc, PRECISION)
+            part = low_dot(tl.trans(dy), h, tl.zeros([BLOCK_N, BLOCK_R], tl.float32), WIDE, PRECISION)
+            part_ptrs = part_ptr + offs_n[:, None] * R + offs_r[None, :]
+            tl.store(part_ptrs, part, mask=mask_c[:, None] & mask_r[None, :])
+        if HAS_GAIN:
+            gain_ptrs = gain_ptr + tl.cast(fold, tl.int64) * stride_gg + offs_r * stride_gr
+            acc = acc * tl.load(gain_ptrs, mask=mask_r, other=0.0).to(tl.float32)[None, :]
+        grad_h += acc
+    grad_h = grad_h * scale
+    if HAS_DROPOUT:
+        grad_h = dropped(grad_h, seed_ptr, offs_m, 0, R, threshold, inv_keep, BLOCK_M, BLOCK_R)
+    grad_h_ptrs = grad_h_ptr + offs_m[:, None] * R + offs_r[None, :]
+    tl.store(grad_h_ptrs, narrow(grad_h, grad_h_ptr.dtype.element_ty), mask=mask_h)
+
+
+@triton.jit
+def _cp_linear_bwd_reduce_kernel(
+    part_ptr,
+    v_ptr,
+    gain_ptr,
+    grad_v_ptr,
+    grad_gain_ptr,
+    splits,
+    N,
+    R,
+    fold_n,
+    stride_vn,
+    stride_vr,
+    stride_gg,
+    stride_gr,
+    scale,
+    HAS_GAIN: tl.constexpr,
+    NEED_V: tl.constexpr,
+    NEED_GAIN: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """P_g = scale * sum over part (splits, N, R) of fold g. grad_v = sum_g P_g * gain_g, in a fixed order, and this block's
+    part of grad_gain_g = colsum(P_g * V), (blocks, G, R) float32."""
+    pid_j = tl.program_id(0).to(tl.int64)
+    folds = N // fold_n
+    offs_j = pid_j * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
+    mask_jr = (offs_j < fold_n)[:, None] & mask_r[None, :]
+    v = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    if NEED_GAIN:
+        v_ptrs = v_ptr + offs_j[:, None] * stride_vn + offs_r[None, :] * stride_vr
+        v = tl.load(v_ptrs, mask=mask_jr, other=0.0).to(tl.float32)
+    grad_v = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    for g in range(0, folds):
+        fold = tl.cast(g, tl.int64)
+        offs_nr = (fold * fold_n + offs_j)[:, None] * R + offs_r[None, :]
+        outer = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        for first_s in range(0, splits, BLOCK_S):
+            offs_s = first_s + tl.arange(0, BLOCK_S).to(tl.int64)
+            mask_s = offs_s < splits
+            part_ptrs = part_ptr + offs_s[:, None, None] * (tl.cast(N, tl.int64) * R) + offs_nr[None, :, :]
+            part = tl.load(part_ptrs, mask=mask_s[:, None, None] & mask_jr[None, :, :], other=0.0)
+            outer += tl.sum(part, 0)
+        outer = outer * scale
+        if NEED_GAIN:
+            grad_gain = tl.sum(outer * v, 0)
+            tl.store(grad_gain_ptr + (pid_j * folds + fold) * R + offs_r, grad_gain, mask=mask_r)
+        if HAS_GAIN:
+            gain = tl.load(gain_ptr + fold * stride_gg + offs_r * stride_gr, mask=mask_r, other=0.0)
+            outer = outer * gain.to(tl.float32)[None, :]
+        grad_v += outer
+    if NEED_V:
+        grad_v_ptrs = grad_v_ptr + offs_j[:, None] * R + offs_r[None, :]
+        tl.store(grad_v_ptrs, narrow(grad_v, grad_v_ptr.dtype.element_ty), mask=mask_jr)
+
+
+# -- launching -------------------------------------------------------------------------------------------------------
+
+
+def cp_linear_bwd(
+    grad, x, weight, u, v, gain, seed, h, folds, scale, dropout_p, tf32, grad_x, grad_u, grad_v, grad_gain
+) -> None:
+    """Write the gradients that are not None: grad_x (M, K), grad_u (K, R), grad_v (n, R), grad_gain (1 or G, R), contiguous,
+    from grad (M, N) of any strides. Inputs that none of them needs may be None."""
+    rank = h.shape[1] if v is None else v.shape[1]
+    need_grad_h = grad_x is not None or grad_u is not None
+    need_outer = grad_v is not None or grad_gain is not None
+    grad_h = low_rank_empty(grad, rank) if need_grad_h else None
+    part = None
+    if need_grad_h and need_outer and _one_pass(grad, rank):
+        part = _dy_pass(grad, v, gain, seed, h, scale, dropout_p, tf32, grad_h)
+    elif need_grad_h:
+        project(grad, v, gain, seed, scale, dropout_p, tf32, grad_h)
+    if need_outer:
+        part = outer_partials(grad, h, tf32=tf32) if part is None else part
+        _reduce(part, v, gain, grad.shape[1], rank, folds, scale, grad_v, grad_gain)
+    if grad_u is not None:
+        outer(x, grad_h, grad_u, tf32=tf32)
+    if grad_x is None:
+        return
+    if cp_linear_form(grad, weight.shape[1], weight.shape[1], rank, tf32, forward=False) == "blas":
+        torch.mm(grad, weight, out=grad_x)
+        grad_x.addmm_(grad_h, u.t())
+    else:
+        matmul(grad, weight.t(), None, None, u, None, None, 1.0, 0.0, tf32, grad_x, grad_h, fused=False)
+
+
+def _one_pass(grad: torch.Tensor, rank: int) -> bool:
+    """Whether one kernel takes both dL/dh and dV from dy. It writes N R floats a row block (128 rows), so a second read of
+    dy is cheaper from rank 32 on; and what it writes must stay small beside dy."""
+    arch = device_arch(grad.device)
+    if arch == "interpret":
+        return rank <= 16
+    return family(arch) == "sm_90" and grad.dtype != torch.float32 and rank <= 32 and grad.shape[0] <= 32768
+
+
+def _dy_pass(grad, v, gain, seed, h, scale, dropout_p, tf32, grad_h) -> torch.Tensor:
+    """Write grad_h and return the partial dy^T h, (row blocks, N R) float32."""
+    rows, columns = grad.shape
+    fold_n, rank = v.shape
+    if device_arch(grad.device) == "interpret":
+        block_m, config = 16, {"BLOCK_N": 16}
+    else:
+        block_m, config = 128, {"BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+    part = torch.empty(cdiv(rows, block_m), columns * rank, dtype=torch.float32, device=grad.device)
+    launch(
+        _cp_linear_bwd_dy_kernel,
+        lambda c: (part.shape[0],),
+        config,
+        grad,
+        v,
+        gain,
+        seed,
+        h,
+        grad_h,
+        part,
+        rows,
+        columns,
+        rank,
+        fold_n,
+        *grad.stride(),
+        *v.stride(),
+        *gain_strides(gain),
+        scale,
+        *dropout_args(seed, dropout_p),
+        HAS_GAIN=gain is not None,
+        HAS_DROPOUT=seed is not None,
+        WIDE=grad.dtype == torch.float16,
+        PRECISION=product_precision(grad.dtype, tf32),
+        BLOCK_M=block_m,
+        BLOCK_R=rank_block(rank),
+    )
+    return part
+
+
+def _reduce(part, v, gain, columns, rank, folds, scale, grad_v, grad_gain) -> None:
+    fold_n = columns // folds
+    block_n = 16
+    blocks = cdiv(fold_n, block_n)
+    gains = None
+    if grad_gain is not None:
+        gains = torch.empty(blocks, folds, rank, dtype=torch.float32, device=part.device)
+    launch(
+        _cp_linear_bwd_reduce_kernel,
+        lambda c: (blocks, cdiv(rank, c["BLOCK_R"])),
+        {"BLOCK_S": 2 if device_arch(part.device) == "interpret" else 16, "BLOCK_R": rank_block(rank, 32)},
+        part,
+        v,
+        gain,
+        grad_v,
+        gains,
+        part.shape[0],
+        columns,
+        rank,
+        fold_n,
+        *((0, 0) if v is None else v.stride()),
+        *gain_strides(gain),
+        scale,
+        HAS_GAIN=gain is not None,
+        NEED_V=grad_v is not None,
+        NEED_GAIN=grad_gain is not None,
+        BLOCK_N=block_n,
+    )
+    if grad_gain is not None:
+        gains = gains.sum(0)
+        grad_gain.copy_(gains.sum(0, keepdim=True) if gain.shape[0] == 1 else gains)
+
+
+# -- ahead-of-time specs ---------------------------------------------------------------------------------------------
+
+
+def _specs() -> list[Spec]:
+    out = []
+    unit = {"stride_dyn": 1, "stride_vr": 1, "stride_gr": 1}
+    for dtype, precision, rank in (("bf16", "ieee", 16), ("bf16", "ieee", 32), ("fp16", "tf32", 32)):
+        constexprs = unit | {"HAS_GAIN": True, "HAS_DROPOUT": True, "WIDE": dtype == "fp16", "PRECISION": precision}
+        constexprs |= {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_R": rank}
+        out.append(
+            Spec(
+                _cp_linear_bwd_dy_kernel,
+                f"{dtype}_r{rank}",
+                argument_types(_cp_linear_bwd_dy_kernel, constexprs, dtype),
+                constexprs,
+                num_warps=8,
+                num_stages=3,
+                matrix=True,
+                aligned=("M", "N", "R", "fold_n"),
+                archs=(90, 100),
+            )
+        )
+    constexprs = {"stride_vr": 1, "stride_gr": 1, "HAS_GAIN": True, "NEED_V": True, "NEED_GAIN": True}
+    constexprs |= {"BLOCK_S": 16, "BLOCK_N": 16, "BLOCK_R": 32}
+    types = argument_types(_cp_linear_bwd_reduce_kernel, constexprs, "bf16")
+    out.append(Spec(_cp_linear_bwd_reduce_kernel, "bf16_r32", types, constexprs, aligned=("N", "R", "fold_n")))
+    return out
+
+
+SPECS = _specs()

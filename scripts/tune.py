@@ -1,0 +1,212 @@
+#!/usr/bin/env python3
+"""Measures launch parameters on this GPU and writes them to kernels/fastgist_kernels/launch_tables.json.
+
+    python scripts/tune.py --op bidirectional_kl          tune what its benchmark cases launch
+    python scripts/tune.py --minutes 9 --out results/     stop in time; the measurements go to results/tuning-<op>.json
+
+For each case of benchmarks/cases.py it notes which entries of the table the kernels ask for, then tries candidates for
+one entry after the other: a candidate must pass the parity check, and replaces the default only if it is faster by more
+than the spread between two timings of the default. Entries of other architectures and shapes are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import itertools
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+TABLE = ROOT / "kernels" / "fastgist_kernels" / "launch_tables.json"
+
+Config = dict[str, int]
+Key = tuple[str, str, str]  # kernel, architecture, shape class
+
+_ROWS = {"BLOCK_V": (256, 512, 1024, 2048, 4096, 8192), "BLOCK_M": (1, 2, 4, 8), "num_warps": (2, 4, 8, 16)}
+_TILE = {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
+#: What may vary in each entry. Every kernel name that the launchers ask the table for has a line here (tested).
+SPACES: dict[str, dict[str, tuple[int, ...]]] = {
+    "bidirectional_kl_fwd": _ROWS,
+    "bidirectional_kl_bwd": _ROWS,
+    "gist_loss_fwd": _ROWS,
+    "gist_loss_bwd": _ROWS,
+    "gist_linear_loss_chunk": _ROWS,
+    "outer_partial": {"BLOCK_M": (32, 64, 128), "BLOCK_C": (64, 128, 256)} | _TILE,
+}
+#: A tile of a row kernel holds at most this many elements of one tensor.
+MOST_ELEMENTS = 8192
+
+
+@dataclass(frozen=True)
+class Trial:
+    kernel: str
+    arch: str
+    shape_class: str
+    case: str
+    config: Config
+    seconds: float | None
+    verdict: str  # "default", "kept", "slower", "within noise", or why it does not count
+
+
+def candidates(kernel: str, limit: int, seed: int = 0) -> list[Config]:
+    """Configurations to try for ``kernel``: the whole space where it is small, else a fixed draw from it."""
+    space = SPACES[kernel]
+    every = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+    every = [c for c in every if c.get("BLOCK_V", 1) * c.get("BLOCK_M", 1) <= MOST_ELEMENTS or "BLOCK_V" not in c]
+    return every if len(every) <= limit else random.Random(f"{kernel}{seed}").sample(every, limit)
+
+
+def decide(default: tuple[float, float], trials: list[tuple[Config, float]]) -> tuple[Config, float] | None:
+    """The fastest trial if it beats both timings of the default by more than they differ from each other, else None."""
+    if not trials:
+        return None
+    best = min(trials, key=lambda t: t[1])
+    noise = abs(default[0] - default[1])
+    return best if best[1] < min(default) - max(noise, 0.02 * min(default)) else None
+
+
+def merge(table: dict, found: dict[Key, Config]) -> dict:
+    """``table`` with the entries of ``found`` put in; sorted, so that a diff shows only what changed."""
+    merged = json.loads(json.dumps(table))
+    for (kernel, arch, shape_class), config in found.items():
+        merged.setdefault(kernel, {}).setdefault(arch, {})[shape_class] = dict(config)
+    return {k: {a: dict(sorted(c.items())) for a, c in sorted(v.items())} for k, v in sorted(merged.items())}
+
+
+def write_table(found: dict[Key, Config], path: Path = TABLE) -> None:
+    table = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(merge(table, found), indent=1) + "\n")
+
+
+class Overrides:
+    """Stands in for ``launch_config`` in every kernel module: notes what is asked and answers with ``active`` first."""
+
+    def __init__(self) -> None:
+        from fastgist_kernels import aot, common
+
+        self.asked: set[Key] = set()
+        self.active: dict[Key, Config] = {}
+        self._table = common.launch_config
+        for name in ("common", *aot.MODULES):
+            module = importlib.import_module(f"fastgist_kernels.{name}")
+            if hasattr(module, "launch_config"):
+                module.launch_config = self
+        self.modules = aot.MODULES
+
+    def __call__(self, kernel: str, arch: str, shape_class: str) -> Config:
+        key = kernel, arch, shape_class
+        self.asked.add(key)
+        return self.active.get(key, self._table(kernel, arch, shape_class))
+
+
+def tune_case(op: str, case, device, overrides: Overrides, deadline: float, limit: int) -> Iterator[Trial]:
+    from benchmarks import harness
+    from benchmarks.peers import PEERS
+
+    problem = harness.make_problem(op, case, device)
+    provider = PEERS[op]["fastgist triton"](problem.tensors)
+    overrides.asked.clear()
+    if wrong := harness.parity(problem, provider):
+        raise RuntimeError(f"{op} {case.id}: not tuned, its result is wrong: {wrong}")
+    step = harness.make_step(problem, provider, "fwd_bwd")
+    clock = harness.Clock(device)
+
+    def measure() -> float:
+        rounds = harness.rounds_for(step, clock, 0.1)
+        return statistics.median(harness.sample(step, clock, rounds))
+
+    for key in sorted(overrides.asked):
+        default = (measure(), measure())
+        yield Trial(*key, case.id, {}, min(default), "default")
+        good: list[tuple[Config, float]] = []
+        for config in candidates(key[0], limit):
+            if time.monotonic() > deadline:
+                break
+            overrides.active[key] = config
+            seconds, verdict = _try(functools.partial(harness.parity, problem, provider), measure)
+            overrides.active.pop(key)
+            if seconds is not None:
+                good.append((config, seconds))
+            yield Trial(*key, case.id, config, seconds, verdict)
+        chosen = decide(default, good)
+        if chosen is not None:
+            overrides.active[key] = chosen[0]
+            yield Trial(*key, case.id, chosen[0], chosen[1], "kept")
+
+
+def _try(check: Callable[[], str | None], measure: Callable[[], float]) -> tuple[float | None, str]:
+    import torch
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        if wrong := check():
+            return None, f"wrong: {wrong}"
+        return measure(), "timed"
+    except (OutOfResources, torch.OutOfMemoryError) as e:
+        return None, f"does not fit: {e}"
+    except Exception as e:  # a candidate that the compiler refuses is one that does not count, not the end of tuning
+        return None, f"fails: {type(e).__name__}: {e}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", action="append", default=[], help="tune this operation (may be repeated; default all)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="stop after this long (default 9)")
+    parser.add_argument("--candidates", type=int, default=12, help="configurations tried for an entry (default 12)")
+    parser.add_argument("--out", type=Path, help="folder for the measurements, tuning.json")
+    parser.add_argument("--table", type=Path, default=TABLE, help="the table to bring up to date")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be tried and stop")
+    args = parser.parse_args(argv)
+    from benchmarks.cases import CASES
+
+    ops = args.op or sorted({op for op, _ in CASES})
+    if args.dry_run:
+        for op in ops:
+            print(op, *(case.id for case in CASES[op, "cuda"]))
+        for kernel in SPACES:
+            print(f"{kernel}: {len(candidates(kernel, args.candidates))} candidates of {SPACES[kernel]}")
+        return 0
+    import torch
+    from tqdm import tqdm
+
+    if not torch.cuda.is_available():
+        print("tune: needs a CUDA device", file=sys.stderr)
+        return 2
+    overrides = Overrides()
+    deadline = time.monotonic() + 60 * args.minutes
+    trials: list[Trial] = []
+    failures: list[str] = []
+    work = [(op, case) for op in ops for case in CASES[op, "cuda"]]
+    for op, case in tqdm(work, desc="cases", unit="case"):
+        if time.monotonic() > deadline:
+            tqdm.write(f"out of time before {op} {case.id}")
+            break
+        try:
+            for trial in tune_case(op, case, torch.device("cuda"), overrides, deadline, args.candidates):
+                trials.append(trial)
+        except Exception as e:  # the other cases are still worth tuning
+            failures.append(f"{op} {case.id}: {type(e).__name__}: {e}")
+            tqdm.write(failures[-1])
+    found = {(t.kernel, t.arch, t.shape_class): t.config for t in trials if t.verdict == "kept"}
+    write_table(found, args.table)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        measured = {"device": torch.cuda.get_device_name(), "trials": [asdict(t) for t in trials], "failures": failures}
+        (args.out / "tuning.json").write_text(json.dumps(measured, indent=1) + "\n")
+    for key, config in found.items():
+        print(*key, config)
+    print(f"{len(trials)} timings, {len(found)} entries changed, {len(failures)} cases failed")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""The CUDA sources of the extension, compiled by nvcc for each architecture without a GPU: no spills, and registers
+held against csrc/cuda/resources.csv. ``make aot UPDATE=1`` rewrites that table: commit it with the change behind it.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import functools
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+DEVICE_CODE = sorted(p for p in (ROOT / "csrc" / "cuda").iterdir() if p.suffix in {".cu", ".cuh", ".h"})
+RESOURCES = ROOT / "csrc" / "cuda" / "resources.csv"
+FIELDS = ("nvcc", "kernel", "arch", "registers", "stack", "spill_stores", "spill_loads")
+ARCHS = ("80", "90a", "100a")
+#: Registers may grow this much before the table must be looked at and rewritten.
+SLACK = 1.10
+NVCC = shutil.which("nvcc")
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+
+
+def nvcc(*arguments: str | Path) -> str:
+    done = subprocess.run([NVCC, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=560)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@functools.cache
+def version() -> str:
+    return re.search(r"release (\d+\.\d+)", nvcc("--version"))[1]
+
+
+KERNEL = re.compile(
+    r"Compiling entry function '(?P<symbol>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill "
+    r"stores, (?P<spill_loads>\d+) bytes spill loads\s.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+#: The template arguments of csrc/cuda's kernels: storage type, vectorised or not, warps a row.
+SYMBOL = re.compile(r"(?<=\d)(?P<name>_[a-z]\w*?_kernel)I(?P<type>\d*\w+?)Lb(?P<vectorised>[01])ELi(?P<warps>\d+)E")
+TYPES = {"f": "float", "d": "double", "13__nv_bfloat16": "bfloat16", "6__half": "half"}
+
+
+def kernel_name(symbol: str) -> str:
+    found = SYMBOL.search(symbol)
+    assert found, f"a kernel whose name this test cannot read: {symbol}"
+    path = "vectorised" if found["vectorised"] == "1" else "strided"
+    return f"{found['name']}[{TYPES[found['type']]} {path} {found['warps']}]"
+
+
+def compile_for(source: Path, arch: str, folder: Path) -> list[dict[str, str]]:
+    """What ptxas says of each kernel in ``source``."""
+    out = folder / f"{source.stem}.sm_{arch}.cubin"
+    said = nvcc("-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", "-Xptxas=-v", "-o", out, source)
+    assert out.stat().st_size > 0
+    warnings = [line for line in said.splitlines() if "warning" in line.lower()]
+    assert not warnings, warnings
+    return [
+        {"nvcc": version(), "kernel": kernel_name(k["symbol"]), "arch": arch}
+        | {field: k[field] for field in FIELDS if field in k.groupdict()}
+        for k in KERNEL.finditer(said)
+    ]
+
+
+def recorded() -> list[dict[str, str]]:
+    if not RESOURCES.exists():
+        return []
+    with RESOURCES.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def record(rows: list[dict[str, str]]) -> None:
+    """Put ``rows`` in the place of their like. Several processes may do so at once."""
+    lock = os.open(RESOURCES.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        key = lambda row: (row["nvcc"], row["kernel"], ARCHS.index(row["arch"]))  # noqa: E731
+        table = {key(row): row for row in recorded()} | {key(row): row for row in rows}
+        with RESOURCES.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table[k] for k in sorted(table))
+    finally:
+        os.close(lock)
+
+
+def test_there_are_sources():
+    assert SOURCES
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)
+def test_compiles_without_spills(source, arch, tmp_path):
+    rows = compile_for(source, arch, tmp_path)
+    text = source.read_text() + "".join(p.read_text() for p in source.parent.glob("*.cuh"))
+    kernels = {row["kernel"].split("[")[0] for row in rows}
+    assert kernels == set(re.findall(r"\b(_\w+_kernel)\(", text)), "a kernel was not compiled"
+    for row in rows:
+        assert (row["spill_stores"], row["spill_loads"]) == ("0", "0"), f"{row['kernel']} spills on sm_{arch}: {row}"
+    if os.environ.get("UPDATE", "0") not in ("", "0"):
+        record(rows)
+    before = {(row["nvcc"], row["kernel"], row["arch"]): row for row in recorded()}
+    for row in rows:
+        old = before.get((row["nvcc"], row["kernel"], row["arch"]))
+        if old is None:
+            # Another nvcc than the recorded ones has no numbers to hold; a new kernel must bring its own.
+            assert row["nvcc"] not in {r["nvcc"] for r in before.values()}, (
+                f"{row['kernel']} on sm_{arch} is not in {RESOURCES.name}: run 'make aot UPDATE=1' and commit the table"
+            )
+        else:
+            assert int(row["registers"]) <= int(old["registers"]) * SLACK, (
+                f"{row['kernel']} on sm_{arch}: {row['registers']} registers, {old['registers']} recorded; "
+                "if this is meant, run 'make aot UPDATE=1' and commit the table"
+            )
+
+
+@needs_nvcc
+def test_online_sums_on_the_host(tmp_path):
+    """The arithmetic of the CUDA kernels' sums needs no GPU: nvcc compiles it for the host too."""
+    program = tmp_path / "check"
+    nvcc("-std=c++17", "-arch=sm_90a", "-O1", "-o", program, ROOT / "csrc" / "tests" / "check_cuda_sums.cu")
+    done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 failures" in done.stdout
+
+
+@pytest.mark.parametrize("path", DEVICE_CODE, ids=lambda p: p.name)
+def test_device_code_includes_cuda_headers_only(path):
+    allowed = re.compile(
+        r"cuda\w*\.h|c?(algorithm|std\w+|limits|type_traits|cmath)|\.\./bidirectional_kl\.h|\w+\.(cuh|h)"
+    )
+    for include in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), flags=re.MULTILINE):
+        assert allowed.fullmatch(include), f"{path.name} includes {include}"

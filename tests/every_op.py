@@ -1,0 +1,84 @@
+"""Each operation at one small ragged shape, behind one interface: what tests of all five have in common."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from conftest import DEVICE, implementations
+from torch import Tensor
+
+from fastgist import functional
+from fastgist.backends import OPS
+
+#: (op, implementation) for each implementation that this run checks.
+PAIRS = [(op, impl) for op in OPS for impl in implementations(op)]
+
+
+@dataclass
+class Call:
+    """An operation with its tensors, in argument order, and which of them get gradients."""
+
+    op: str
+    tensors: dict[str, Tensor | None]
+    leaves: tuple[str, ...]
+    options: dict[str, object] = field(default_factory=dict)
+
+    def __call__(self, *values: Tensor, impl: str = "auto", **options: object) -> Tensor:
+        return getattr(functional, self.op)(*values, impl=impl, **self.options, **options)
+
+    def formula(self, *values: Tensor) -> Tensor:
+        return self.function()(*values, **self.options)
+
+    def function(self) -> Callable[..., Tensor]:
+        return getattr(importlib.import_module(f"fastgist.reference.{self.op}"), self.op)
+
+    def values(self, dtype: torch.dtype | None = None, grad: bool = True) -> list[Tensor | None]:
+        """Fresh copies of the tensors, the leaves requiring grad."""
+        out = []
+        for name, t in self.tensors.items():
+            if t is not None:
+                t = t.detach().clone()
+                t = t.to(dtype) if dtype is not None and t.is_floating_point() else t
+                t.requires_grad_(grad and name in self.leaves)
+            out.append(t)
+        return out
+
+    def wanted(self, values: list[Tensor | None]) -> list[Tensor]:
+        return [v for name, v in zip(self.tensors, values, strict=True) if name in self.leaves]
+
+    def run(self, function: Callable[..., Tensor] | None = None, *, impl: str = "auto", dtype=None):
+        """(result, gradients of the leaves) of ``function`` (default: the operation) with a fixed incoming gradient."""
+        values = self.values(dtype)
+        out = self(*values, impl=impl) if function is None else function(*values)
+        incoming = torch.linspace(0.5, 1.5, out.numel(), device=out.device).reshape(out.shape).to(out.dtype)
+        return out.detach(), list(torch.autograd.grad(out, self.wanted(values), incoming))
+
+
+def make(op: str, dtype: torch.dtype = torch.float32, device: str = DEVICE, rows: int = 9) -> Call:
+    generator = torch.Generator().manual_seed(7)
+
+    def randn(*shape: int, spread: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * spread).to(device, dtype)
+
+    def classes(n: int) -> Tensor:
+        return torch.randint(0, n, (rows,), generator=generator).to(device)
+
+    if op == "bidirectional_kl":
+        return Call(op, {"z": randn(rows, 131), "o": randn(rows, 131)}, ("z", "o"), {"temperature": 2.0})
+    if op == "gist_loss":
+        tensors = {"z": randn(rows, 131), "g": randn(rows, 131), "target": classes(131)}
+        return Call(op, tensors, ("z", "g"))
+    if op == "gist_linear_loss":
+        tensors = {"hidden": randn(rows, 24), "gist": randn(rows, 24), "weight": randn(37, 24, spread=0.2)}
+        tensors |= {"bias": randn(37), "target": classes(37)}
+        return Call(op, tensors, ("hidden", "gist", "weight", "bias"))
+    if op == "cp_linear":
+        tensors = {"x": randn(rows, 72), "weight": randn(48, 72, spread=0.1), "bias": randn(48)}
+        tensors |= {"u": randn(72, 5, spread=0.1), "v": randn(24, 5), "gain": randn(2, 5)}
+        return Call(op, tensors, ("x", "u", "v", "gain"), {"scale": 0.5})
+    tensors = {"x": randn(rows, 72), "down": randn(9, 72, spread=0.1), "down_bias": randn(9)}
+    tensors |= {"up": randn(72, 9), "up_bias": randn(72)}
+    return Call(op, tensors, ("x", "down", "down_bias", "up", "up_bias"), {"scale": 0.5})

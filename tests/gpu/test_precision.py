@@ -1,0 +1,62 @@
+"""Every dtype on the card against float64, and float32 products both ways: ieee and tf32. Needs a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from every_op import make
+
+from fastgist.backends import OPS
+from fastgist.testing import assert_within_budget
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=["highest", "high"])
+def precision(request):
+    """torch's switch for float32 products: "highest" is ieee float32, "high" allows tf32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+def _check(op: str, dtype: torch.dtype, rows: int) -> None:
+    call = make(op, dtype, device="cuda", rows=rows)
+    ours, grads = call.run(impl="triton")
+    plain, plain_grads = call.run(call.formula, dtype=dtype)
+    exact, exact_grads = call.run(call.formula, dtype=torch.float64)
+    if dtype != torch.float32 and op in ("cp_linear", "adapter"):  # the formula computes in float32: the peer is eager
+        plain, plain_grads = call.run(impl="reference")
+    scale = float(exact.abs()) + 1.0 if exact.dim() == 0 else None
+    assert_within_budget(ours.to(plain.dtype), plain, exact, what=f"{op} result", scale=scale)
+    for leaf, mine, p, e in zip(call.leaves, grads, plain_grads, exact_grads, strict=True):
+        assert_within_budget(mine, p, e, what=f"{op} gradient of {leaf}")
+
+
+@pytest.mark.parametrize("rows", [9, 257])
+@pytest.mark.parametrize("op", OPS)
+def test_float32_products(op, rows, precision):
+    """Against plain torch under the same switch: with tf32 off, tf32 errors (3e-4) would exceed the budget a hundredfold."""
+    _check(op, torch.float32, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", OPS)
+def test_half_precision(op, dtype):
+    _check(op, dtype, 257)
+
+
+def test_tf32_is_really_used_and_really_not():
+    """The switch changes the result of a float32 layer: neither setting is ignored."""
+    results = {}
+    before = torch.get_float32_matmul_precision()
+    for setting in ("highest", "high"):
+        torch.set_float32_matmul_precision(setting)
+        call = make("cp_linear", device="cuda", rows=257)
+        results[setting], _ = call.run(impl="triton")
+        exact, _ = call.run(call.formula, dtype=torch.float64)
+        error = float((results[setting] - exact).norm() / exact.norm())
+        assert error < (1e-6 if setting == "highest" else 2e-3), (setting, error)
+    torch.set_float32_matmul_precision(before)
+    assert not torch.equal(results["highest"], results["high"])

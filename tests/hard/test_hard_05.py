@@ -1,0 +1,51 @@
+"""Hard case 5: offsets past 2^31 elements are exact. The tensors are sparse: only the pages that are touched exist."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from every_op import PAIRS, make
+
+from fastgist.testing import assert_within_budget
+
+pytestmark = pytest.mark.kernel
+FAR = 2**31 + 16
+
+
+def _spread(t: torch.Tensor, dim: int) -> torch.Tensor:
+    """The values of ``t`` (2-D) with its last row (dim 0) or column (dim 1) more than 2^31 elements from the first."""
+    step = -(-FAR // (t.shape[dim] - 1))
+    strides = (step, 1) if dim == 0 else (1, step)
+    far = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device)
+    far.copy_(t)
+    return far
+
+
+def _inputs(op: str) -> tuple[str, ...]:
+    return {"cp_linear": ("x", "weight"), "adapter": ("x",), "gist_linear_loss": ("hidden", "weight")}.get(op, ("z",))
+
+
+@pytest.mark.parametrize(("op", "by"), PAIRS)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_offsets_past_two_to_the_31(op, by, dim):
+    call = make(op, torch.float16)
+    near, near_grads = call.run(impl=by)
+    _, exact_grads = call.run(call.formula, dtype=torch.float64)
+    exact, _ = call.run(call.formula, dtype=torch.float64)
+    for name in _inputs(op):
+        values = dict(zip(call.tensors, call.values(), strict=True))
+        try:
+            values[name] = _spread(values[name].detach(), dim).requires_grad_(name in call.leaves)
+        except (RuntimeError, torch.OutOfMemoryError):
+            pytest.skip("this machine does not lend 4 GiB of address space")
+        out = call(*values.values(), impl=by)
+        incoming = torch.linspace(0.5, 1.5, out.numel(), device=out.device).reshape(out.shape).to(out.dtype)
+        grads = torch.autograd.grad(out, call.wanted(list(values.values())), incoming)
+        assert_within_budget(out.detach(), near, exact, what=f"{name} far apart", scale=_scale(exact))
+        for leaf, mine, ours, want in zip(call.leaves, grads, near_grads, exact_grads, strict=True):
+            assert_within_budget(mine, ours, want, what=f"gradient of {leaf}, {name} far apart")
+        del values, out, grads
+
+
+def _scale(exact: torch.Tensor) -> float | None:
+    return float(exact.abs()) + 1.0 if exact.dim() == 0 else None

@@ -1,0 +1,181 @@
+"""torch.compile(fullgraph=True), autocast, checkpointing, deterministic mode, opcheck: the same demands on all five ops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from every_op import DEVICE, PAIRS, make
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from fastgist import functional  # noqa: F401  (defines the raw ops)
+from fastgist.backends import OPS
+
+pytestmark = pytest.mark.kernel
+every = pytest.mark.parametrize(("op", "by"), PAIRS)
+
+
+def _same(ours, want) -> None:
+    assert torch.equal(ours[0], want[0])
+    for mine, w in zip(ours[1], want[1], strict=True):
+        assert torch.equal(mine, w)
+
+
+@every
+def test_fullgraph(op, by):
+    """One graph, forward and backward, the same numbers. aot_eager runs the traced graph with the ops' own kernels."""
+    call = make(op)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *v: call(*v, impl=by), fullgraph=True, backend="aot_eager")
+    want, got = call.run(impl=by), call.run(compiled)
+    torch.testing.assert_close(got[0], want[0])
+    for mine, w in zip(got[1], want[1], strict=True):
+        torch.testing.assert_close(mine, w)
+
+
+@every
+def test_fullgraph_with_other_row_counts(op, by):
+    """A second shape makes dimensions symbolic; a third must not fail or recompile wrongly."""
+    torch._dynamo.reset()
+    shared = make(op)
+    compiled = torch.compile(lambda *v: shared(*v, impl=by), fullgraph=True, backend="aot_eager")
+    for rows in (9, 14, 5):
+        call = make(op, rows=rows)
+        torch.testing.assert_close(call.run(compiled)[0], call.run(impl=by)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["gist_loss", "cp_linear"])
+def test_inductor(op):
+    call = make(op)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *v: call(*v), fullgraph=True)
+    try:
+        got = call.run(compiled)
+    except Exception as e:
+        if "compiler" in str(e).lower() and "InvalidCxxCompiler" in type(e).__name__ + str(e):
+            pytest.skip("no C++ compiler for inductor")
+        raise
+    want = call.run()
+    torch.testing.assert_close(got[0], want[0])
+    for mine, w in zip(got[1], want[1], strict=True):
+        torch.testing.assert_close(mine, w)
+
+
+@every
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_autocast(op, by, narrow):
+    """Layers run in autocast's dtype as nn.Linear does, losses give float32; gradients come in the leaves' dtype."""
+    call = make(op)
+    want, want_grads = call.run(impl=by)
+
+    def cast(*values):
+        with torch.autocast(DEVICE, dtype=narrow):
+            return call(*values, impl=by)
+
+    out, grads = call.run(cast)
+    assert out.dtype == (narrow if op in ("cp_linear", "adapter") else torch.float32)
+    torch.testing.assert_close(out.float(), want, rtol=3e-2, atol=3e-2)
+    for grad, w in zip(grads, want_grads, strict=True):
+        assert grad.dtype == torch.float32
+        assert float((grad - w).norm() / w.norm()) < 3e-2
+
+
+@every
+def test_autocast_under_fullgraph(op, by):
+    call = make(op)
+    torch._dynamo.reset()
+
+    def cast(*values):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            return call(*values, impl=by)
+
+    compiled = torch.compile(cast, fullgraph=True, backend="aot_eager")
+    want, got = call.run(cast), call.run(compiled)
+    assert got[0].dtype == want[0].dtype
+    torch.testing.assert_close(got[0], want[0])
+
+
+@every
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(op, by, reentrant):
+    call = make(op)
+    _same(call.run(lambda *v: checkpoint(lambda *w: call(*w, impl=by), *v, use_reentrant=reentrant)), call.run(impl=by))
+
+
+@pytest.mark.parametrize(("op", "by"), [pair for pair in PAIRS if pair[0] == "cp_linear"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_sees_one_dropout_mask(op, by, reentrant):
+    call = make(op)
+
+    def dropped(*values):
+        return call(*values, impl=by, dropout_p=0.4, training=True)
+
+    torch.manual_seed(3)
+    want = call.run(dropped)
+    torch.manual_seed(3)
+    _same(call.run(lambda *v: checkpoint(dropped, *v, use_reentrant=reentrant)), want)
+
+
+@every
+def test_deterministic_mode(op, by):
+    call = make(op)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, again = call.run(impl=by), call.run(impl=by)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    _same(first, again)
+
+
+class _RawOps(TorchDispatchMode):
+    """Collects every call of a raw op that passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastgist":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def _raw_calls(op: str, by: str) -> list:
+    with _RawOps() as seen:
+        make(op).run(impl=by)
+    assert seen.calls, f"{op} called no raw op: nothing was checked"
+    return seen.calls
+
+
+def _detached(args):
+    return tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)
+
+
+@every
+def test_opcheck(op, by):
+    for raw, args in _raw_calls(op, by):
+        torch.library.opcheck(raw, _detached(args))
+
+
+@every
+def test_a_raw_op_refuses_what_requires_grad(op, by):
+    for raw, args in _raw_calls(op, by):
+        leaves = tuple(
+            a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in _detached(args)
+        )
+        with pytest.raises(RuntimeError, match=rf"computes without autograd.*fastgist\.functional\.{op} instead"):
+            raw(*leaves)
+
+
+def test_every_raw_op_was_reached():
+    """opcheck saw each op of the library: one added later must be reachable from a public function above."""
+    names = {
+        n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastgist::")
+    }
+    missing = [n for n in names if not n.startswith(OPS)]
+    assert not missing, f"raw ops that belong to no operation: {missing}"
+    reached = {raw._opname for op, by in PAIRS for raw, _ in _raw_calls(op, by)}
+    # An implementation that finishes gradients in its forward has no backward op to call; the others reach it.
+    unreached = {n for n in names - reached if not n.endswith("_bwd")}
+    assert not unreached, f"raw ops that no public function calls here: {unreached}"
