@@ -115,7 +115,7 @@ $(PACKAGES): setup.py pyproject.toml constraints.txt
 	touch $@
 endif
 
-$(EXTENSION): $(CSRC) setup.py $(PACKAGES)
+$(EXTENSION): $(filter-out csrc/tests/%,$(CSRC)) setup.py $(PACKAGES)
 	@mkdir -p build
 	echo "fastgist: building the extension (half a minute; log in build/extension.log)"
 	if ! $(PY) setup.py build_ext --inplace >build/extension.log 2>&1; then

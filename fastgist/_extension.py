@@ -7,6 +7,7 @@ not a Python module. ``fastgist._build_info`` is one, and only says what was bui
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import threading
 from pathlib import Path
@@ -64,7 +65,7 @@ def build_info() -> dict[str, object] | None:
     if load() is not None:
         return None
     try:
-        from fastgist import _build_info
+        built = importlib.import_module("fastgist._build_info").info()
     except ImportError:
-        return {"cuda_kernels": has_cuda()}
-    return {**_build_info.info(), "cuda_kernels": has_cuda()}
+        built = {}
+    return {**built, "cuda_kernels": has_cuda()}

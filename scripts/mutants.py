@@ -79,7 +79,26 @@ def copy_tree(folder: Path) -> Path:
     return folder
 
 
-def run_tests(tree: Path, tests: list[str], interpret: bool, timeout: float) -> subprocess.CompletedProcess:
+class Baseline:
+    """Which tests pass on the unchanged tree, asked of one test at a time and remembered."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.known: dict[tuple[str, bool], bool] = {}
+
+    def passes(self, test: str, interpret: bool, tree: Path) -> bool:
+        key = test, interpret
+        if key not in self.known:
+            self.known[key] = run_tests(tree, [test], interpret, self.timeout).returncode == 0
+        return self.known[key]
+
+    def failing(self) -> list[str]:
+        return sorted({test for (test, _), passed in self.known.items() if not passed})
+
+
+def run_tests(
+    tree: Path, tests: list[str], interpret: bool, timeout: float, without: list[str] | None = None
+) -> subprocess.CompletedProcess:
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "kernels"), str(tree / "tests")]),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -108,34 +127,37 @@ def run_tests(tree: Path, tests: list[str], interpret: bool, timeout: float) -> 
     )
 
 
-def judge(done: subprocess.CompletedProcess) -> tuple[str, str]:
-    """(verdict, what decided it) from one run of pytest."""
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?", done.stdout, flags=re.MULTILINE)
+def judge(done: subprocess.CompletedProcess) -> tuple[str, str, str | None]:
+    """(verdict, what decided it, the test that failed) from one run of pytest."""
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - (.*))?$", done.stdout, flags=re.MULTILINE)
     if done.returncode == 0:
-        return "survived", (done.stdout.strip().splitlines() or [""])[-1]
+        return "survived", (done.stdout.strip().splitlines() or [""])[-1], None
     if done.returncode < 0:
-        return "killed", f"the process died with signal {-done.returncode}"
+        return "killed", f"the process died with signal {-done.returncode}", None
     if done.returncode == 1 and failed:
-        name, reason = failed[0]
+        test, reason = failed[0]
         if BROKEN.search(reason or ""):
-            return "broken", f"{name}: {reason}"
-        return "killed", name.removeprefix("tests/")
-    return "broken", (done.stdout + done.stderr).strip()[-300:]
+            return "broken", f"{test}: {reason}", None
+        return "killed", test.removeprefix("tests/"), test
+    return "broken", (done.stdout + done.stderr).strip()[-300:], None
 
 
-def try_mutant(mutant: Mutant, tree: Path, timeout: float) -> Outcome:
+def try_mutant(mutant: Mutant, tree: Path, timeout: float, baseline: Baseline) -> Outcome:
+    """Run the mutant's tests until one fails that passes without the mutant."""
     started = time.monotonic()
     path = tree / mutant.file
     original = path.read_text()
-    try:
-        path.write_text(original.replace(mutant.old, mutant.new))
+    while True:
         try:
-            verdict, by = judge(run_tests(tree, tests_of(mutant), mutant.interpret, timeout))
+            path.write_text(original.replace(mutant.old, mutant.new))
+            done = run_tests(tree, tests_of(mutant), mutant.interpret, timeout, baseline.failing())
+            verdict, by, test = judge(done)
         except subprocess.TimeoutExpired:
-            verdict, by = "killed", f"no end within {timeout:.0f} s"
-    finally:
-        path.write_text(original)
-    return Outcome(mutant.name, mutant.op, verdict, by, round(time.monotonic() - started, 1))
+            verdict, by, test = "killed", f"no end within {timeout:.0f} s", None
+        finally:
+            path.write_text(original)
+        if test is None or baseline.passes(test, mutant.interpret, tree):
+            return Outcome(mutant.name, mutant.op, verdict, by, round(time.monotonic() - started, 1))
 
 
 def sample(mutants: list[Mutant], size: int) -> list[Mutant]:
@@ -156,7 +178,7 @@ def sample(mutants: list[Mutant], size: int) -> list[Mutant]:
     return taken
 
 
-def check(mutants: list[Mutant], jobs: int, timeout: float) -> list[Outcome]:
+def check(mutants: list[Mutant], jobs: int, timeout: float, baseline: Baseline) -> list[Outcome]:
     from tqdm import tqdm
 
     with tempfile.TemporaryDirectory(prefix="fastgist-mutants-") as folder:
@@ -171,17 +193,10 @@ def check(mutants: list[Mutant], jobs: int, timeout: float) -> list[Outcome]:
             finally:
                 trees.put(tree)
 
-        def clean(tests: tuple[str, ...], interpret: bool) -> str | None:
-            done = with_tree(lambda tree: run_tests(tree, list(tests), interpret, timeout * 4))
-            return f"{' '.join(tests)} fails on the unchanged tree:\n{done.stdout[-1500:]}" if done.returncode else None
-
         with ThreadPoolExecutor(jobs) as pool:
-            unmutated = sorted({(tuple(tests_of(m)), m.interpret) for m in mutants})
-            futures = [pool.submit(clean, *key) for key in unmutated]
-            found = [f.result() for f in tqdm(as_completed(futures), total=len(futures), desc="unchanged", unit="run")]
-            if faults := [fault for fault in found if fault]:
-                raise SystemExit("\n".join(["mutants: nothing can be said, because", *faults]))
-            futures = [pool.submit(with_tree, lambda tree, m=m: try_mutant(m, tree, timeout)) for m in mutants]
+            futures = [
+                pool.submit(with_tree, lambda tree, m=m: try_mutant(m, tree, timeout, baseline)) for m in mutants
+            ]
             done = [f.result() for f in tqdm(as_completed(futures), total=len(futures), desc="mutants", unit="mutant")]
     order = {m.name: i for i, m in enumerate(mutants)}
     return sorted(done, key=lambda o: order[o.mutant])
@@ -219,12 +234,15 @@ def main(argv: list[str] | None = None) -> int:
         for m in chosen:
             print(f"{m.name:<48} {m.file}: {m.why}")
         return 0
-    outcomes = check(chosen, args.jobs, args.timeout)
+    baseline = Baseline(args.timeout)
+    outcomes = check(chosen, args.jobs, args.timeout, baseline)
     print_table(outcomes)
+    if broken := baseline.failing():
+        print("these tests fail without any mutant, and were left out:", *broken, sep="\n  ", file=sys.stderr)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
-    return int(any(o.verdict != "killed" for o in outcomes))
+    return int(bool(broken) or any(o.verdict != "killed" for o in outcomes))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastgist import _extension
-from fastgist.reference.bidirectional_kl import STATS
+from fastgist.ops.bidirectional_kl import STATS
 from fastgist.reference.bidirectional_kl import bidirectional_kl as formula
 from fastgist.testing import assert_within_budget, layouts
 

@@ -82,11 +82,15 @@ def test_tucker_is_the_formula_and_a_superdiagonal_core_is_cp() -> None:
 
 def test_cp_initialisation() -> None:
     f = CPFactors(64, 32, 8, 100)
-    assert (f.v == 0).all() and (f.lam == 1).all()
-    assert f.u.abs().max() <= 1 / 8 and f.u.std().item() == pytest.approx(1 / 8 / math.sqrt(3), rel=0.1)
-    assert f.p.abs().max() <= math.sqrt(6 / 108) and f.p.std() > 0.1
+    assert (f.v == 0).all()
+    assert (f.lam == 1).all()
+    assert f.u.abs().max() <= 1 / 8
+    assert f.u.std().item() == pytest.approx(1 / 8 / math.sqrt(3), rel=0.1)
+    assert f.p.abs().max() <= math.sqrt(6 / 108)
+    assert f.p.std() > 0.1
     core = CPFactors(64, 32, 8, 4, core="tucker").c
-    assert core.shape == (8, 8, 8) and 0 < core.abs().max() <= math.sqrt(6 / 128)
+    assert core.shape == (8, 8, 8)
+    assert 0 < core.abs().max() <= math.sqrt(6 / 128)
     assert set(dict(CPFactors(4, 4, 2, 3, core="tucker").named_parameters())) == {"u", "v", "p", "c"}
 
 
@@ -180,7 +184,8 @@ def test_forward_slice_is_the_slice_of_forward(kind, cut) -> None:
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     part = linear_slice(layer, x, *cut)
     if part is None:
-        assert cut == (2, 6) and kind != "tucker"  # not between folds
+        assert cut == (2, 6)
+        assert kind != "tucker"
     else:
         close(part, layer(x)[..., slice(*cut)])
     layer.merge()
@@ -242,13 +247,15 @@ def test_merged_output_is_within_the_budget_and_unmerge_is_bitwise(kind, dtype) 
     x = torch.randn(9, 6, dtype=dtype)
     original = layer.base_layer.weight.clone()
     layer.merge()
-    assert layer.merged and not torch.equal(layer.base_layer.weight, original)
+    assert layer.merged
+    assert not torch.equal(layer.base_layer.weight, original)
     plain = (x @ (original.double() + exact.get_delta_weight()).to(dtype).T) + layer.base_layer.bias
     assert_within_budget(layer(x), plain, exact(x.double()))
     with pytest.raises(RuntimeError, match="merged already"):
         layer.merge()
     layer.unmerge()
-    assert torch.equal(layer.base_layer.weight, original) and not layer.merged
+    assert torch.equal(layer.base_layer.weight, original)
+    assert not layer.merged
     with pytest.raises(RuntimeError, match="not merged"):
         layer.unmerge()
 
@@ -261,7 +268,8 @@ def test_merging_an_overflow_is_refused() -> None:
     original = layer.base_layer.weight.clone()
     with pytest.raises(RuntimeError, match="not finite in float16"):
         layer.merge()
-    assert torch.equal(layer.base_layer.weight, original) and not layer.merged
+    assert torch.equal(layer.base_layer.weight, original)
+    assert not layer.merged
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -283,7 +291,8 @@ def test_float32_factors_serve_a_half_precision_layer() -> None:
     assert layer.u.dtype == torch.float32
     y = layer(torch.randn(3, 6, dtype=torch.bfloat16))
     y.sum().backward()
-    assert y.dtype == torch.bfloat16 and layer.v.grad.dtype == torch.float32
+    assert y.dtype == torch.bfloat16
+    assert layer.v.grad.dtype == torch.float32
     with pytest.raises(TypeError, match="bfloat16"):
         layer(torch.randn(3, 6))
     assert LoRALinear(nn.Linear(6, 12), 2, dtype=torch.float64).u.dtype == torch.float64
@@ -319,12 +328,14 @@ def test_state_dict_deepcopy_pickle_and_repr(kind) -> None:
     x = torch.randn(3, 6)
     other = wrapped(kind, nn.Linear(6, 12))
     other.load_state_dict(layer.state_dict())
-    assert torch.equal(other(x), layer(x)) and torch.equal(copy.deepcopy(layer)(x), layer(x))
+    assert torch.equal(other(x), layer(x))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     buffer.seek(0)
     assert torch.equal(torch.load(buffer, weights_only=False)(x), layer(x))
-    assert "in_features=6, out_features=12" in repr(layer) and "merged=False" in repr(layer)
+    assert "in_features=6, out_features=12" in repr(layer)
+    assert "merged=False" in repr(layer)
     layer.reset_parameters()
     assert torch.equal(layer.get_delta_weight(), torch.zeros(12, 6))
     assert not hasattr(layer, "weight")  # code that reads past the layer must fail, not lose the update
@@ -367,12 +378,14 @@ def test_adapter_initialisations() -> None:
     x = torch.randn(4, 64)
     assert torch.equal(Adapter(64, 8)(x), x)
     paper = Adapter(64, 8, init="paper")
-    assert paper.up_weight.std().item() == pytest.approx(0.02, rel=0.2) and paper.down_weight.std().item() == pytest.approx(0.02, rel=0.2)
-    assert (paper.up_bias == 0).all() and (paper.down_bias == 0).all()
+    assert paper.up_weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert paper.down_weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert (paper.up_bias == 0).all()
+    assert (paper.down_bias == 0).all()
 
 
 def test_adapter_errors() -> None:
-    with pytest.raises(ValueError, match="activation must be one of gelu, .*got 'tanh'"):
+    with pytest.raises(ValueError, match=r"activation must be one of gelu, .*got 'tanh'"):
         Adapter(6, 3, "tanh")
     with pytest.raises(ValueError, match="init must be one of"):
         Adapter(6, 3, init="zero")
@@ -396,10 +409,12 @@ def test_float32_adapter_in_a_half_precision_model() -> None:
 def test_gist_token() -> None:
     token = GistToken(512, length=4, dropout=0.1)
     assert token.token.shape == (1, 4, 512)
-    assert token.token.abs().max() <= 0.5 and token.token.std().item() == pytest.approx(1 / math.sqrt(12), rel=0.1)
+    assert token.token.abs().max() <= 0.5
+    assert token.token.std().item() == pytest.approx(1 / math.sqrt(12), rel=0.1)
     x = torch.zeros(300, 2, dtype=torch.bfloat16)
     out = token.train()(x)
-    assert out.shape == (300, 4, 512) and out.dtype == torch.bfloat16
+    assert out.shape == (300, 4, 512)
+    assert out.dtype == torch.bfloat16
     dropped = out == 0
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert not torch.equal(dropped[0], dropped[1])  # a mask of its own for each sample
@@ -439,7 +454,9 @@ def test_gist_loss_is_the_formula(name, t_squared) -> None:
     exact = cross_entropy(z, y) + 0.3 * cross_entropy(g, y) + factor * interaction(name, z, g, 2.0)
     for ours in (loss(z, g, y), loss(GistOutput(logits=z, gist_logits=g), y), loss({"logits": z, "gist_logits": g}, y)):
         close(ours, exact)
-        for a, b in zip(torch.autograd.grad(ours, (z, g)), torch.autograd.grad(exact, (z, g), retain_graph=True), strict=True):
+        for a, b in zip(
+            torch.autograd.grad(ours, (z, g)), torch.autograd.grad(exact, (z, g), retain_graph=True), strict=True
+        ):
             close(a, b)
 
 
@@ -455,7 +472,8 @@ def test_ignored_rows_count_nowhere(name, reduction) -> None:
     ours, exact = loss(z, g, y), loss(z[kept], g[kept], y[kept])
     close(ours[kept] if reduction == "none" else ours, exact)
     (grad,) = torch.autograd.grad(ours.sum(), z)
-    assert (grad[~kept] == 0).all() and grad.isfinite().all()
+    assert (grad[~kept] == 0).all()
+    assert grad.isfinite().all()
     nothing = loss(z, g, torch.full((6,), -100))
     assert (nothing == 0).all()
 
@@ -469,14 +487,16 @@ def test_without_gist_logits_the_loss_is_plain_cross_entropy() -> None:
     soft = torch.softmax(torch.randn(6, 5), -1)
     torch.testing.assert_close(GistLoss()(z, soft), nn.functional.cross_entropy(z, soft))
     sequence, targets = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
-    torch.testing.assert_close(GistLoss()(sequence, targets), nn.functional.cross_entropy(sequence.transpose(1, 2), targets))
+    torch.testing.assert_close(
+        GistLoss()(sequence, targets), nn.functional.cross_entropy(sequence.transpose(1, 2), targets)
+    )
     assert GistLoss()(z.bfloat16(), y).dtype == torch.float32
     assert GistLoss()(z[:0], y[:0]) == 0
 
 
 def test_loss_errors() -> None:
     z, y = torch.randn(2, 3), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(ValueError, match="interaction must be one of bkld, .*got 'kl'"):
+    with pytest.raises(ValueError, match=r"interaction must be one of bkld, .*got 'kl'"):
         GistLoss(interaction="kl")
     for module in (GistLoss, BidirectionalKLLoss):
         with pytest.raises(ValueError, match=f"{module.__name__}: temperature must be finite and > 0, got 0"):

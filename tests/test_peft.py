@@ -65,10 +65,12 @@ def test_where_the_layers_go() -> None:
     lora = get_peft_model(vit(), LoraConfig(rank=2, targets=("q", "v", "fc1", "attn.proj")))
     kinds = {n: type(m) for n, m in lora.named_modules() if isinstance(m, LoRALinear)}
     assert set(kinds) == {f"blocks.{i}.{n}" for i in range(2) for n in ("attn.qkv", "attn.proj", "mlp.fc1")}
-    assert lora.blocks[0].attn.qkv.parts == (0, 2) and lora.blocks[0].attn.qkv.u.shape == (32, 4)
+    assert lora.blocks[0].attn.qkv.parts == (0, 2)
+    assert lora.blocks[0].attn.qkv.u.shape == (32, 4)
 
     one = get_peft_model(vit(), LoraConfig(rank=2, targets=("blocks.1.attn.qkv",)))
-    assert isinstance(one.blocks[1].attn.qkv, LoRALinear) and type(one.blocks[0].attn.qkv) is nn.Linear
+    assert isinstance(one.blocks[1].attn.qkv, LoRALinear)
+    assert type(one.blocks[0].attn.qkv) is nn.Linear
     assert one.blocks[1].attn.qkv.v.shape == (96, 2)  # the layer as a whole
 
     houlsby = get_peft_model(vit(), AdapterConfig(4, "houlsby"))
@@ -78,7 +80,8 @@ def test_where_the_layers_go() -> None:
 
     split = get_peft_model(eva(qkv_fused=False), LoraConfig(rank=2))
     assert type(split.blocks[0].attn.k_proj) is nn.Linear
-    assert isinstance(split.blocks[0].attn.q_proj, LoRALinear) and isinstance(split.blocks[0].attn.v_proj, LoRALinear)
+    assert isinstance(split.blocks[0].attn.q_proj, LoRALinear)
+    assert isinstance(split.blocks[0].attn.v_proj, LoRALinear)
 
 
 def test_cp_shares_factors_between_layers_of_a_shape() -> None:
@@ -89,7 +92,12 @@ def test_cp_shares_factors_between_layers_of_a_shape() -> None:
         (32, 32): 3 * (2 + 1 + 4),  # q, v, proj and fc1 as four square matrices, of each of three blocks
         (128, 32): 3,
     }
-    used = [m for layer in layers if layer.in_features == 32 for m in ((layer.mode,), layer.mode)[isinstance(layer.mode, tuple)]]
+    used = [
+        m
+        for layer in layers
+        if layer.in_features == 32
+        for m in ((layer.mode,), layer.mode)[isinstance(layer.mode, tuple)]
+    ]
     assert sorted(m for m in used if m is not None) == list(range(21))  # every matrix has a row of its own
     assert model.blocks[0].attn.qkv.mode == (0, None, 1)
 
@@ -116,26 +124,39 @@ def test_report_and_print(capsys) -> None:
     print_trainable_parameters(model)
     r = report(model)
     assert capsys.readouterr().out == (
-        f"trainable params: {r.trainable:,} || all params: {r.total:,} || trainable%: {100 * r.trainable / r.total:.4f}\n"
+        f"trainable params: {r.trainable:,} || all params: {r.total:,} || "
+        f"trainable%: {100 * r.trainable / r.total:.4f}\n"
     )
     text = str(r)
-    for part in ("VisionTransformer", f"{r.trainable:,} of {r.total:,}", "'pets'", "LoraConfig(rank=3", "2 x LoRALinear", "float32"):
+    for part in (
+        "VisionTransformer",
+        f"{r.trainable:,} of {r.total:,}",
+        "'pets'",
+        "LoraConfig(rank=3",
+        "2 x LoRALinear",
+        "float32",
+    ):
         assert part in text
     plain = report(vit())
-    assert plain.adapter is None and plain.trainable == plain.total and "other" in str(plain)
+    assert plain.adapter is None
+    assert plain.trainable == plain.total
+    assert "other" in str(plain)
 
 
 # -- merging ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [LoraConfig(targets=("q", "v", "fc2")), CPConfig(rank=4), CPConfig(3, "tucker")], ids=repr)
+@pytest.mark.parametrize(
+    "config", [LoraConfig(targets=("q", "v", "fc2")), CPConfig(rank=4), CPConfig(3, "tucker")], ids=repr
+)
 def test_merge_and_unmerge(config) -> None:
     model = stir(get_peft_model(vit().double(), config))
     x = images(dtype=torch.float64)
     before, state = logits(model, x), copy.deepcopy(model.state_dict())
     assert merge(model) is model
     torch.testing.assert_close(logits(model, x), before, rtol=1e-9, atol=1e-11)
-    assert report(model).merged and "(merged)" in str(report(model))
+    assert report(model).merged
+    assert "(merged)" in str(report(model))
     weight = model.blocks[0].attn.qkv.base_layer.weight
     assert not torch.equal(weight, state["blocks.0.attn.qkv.base_layer.weight"])
     with pytest.raises(RuntimeError, match="merge: adapter 'default' is merged; call unmerge"):
@@ -152,13 +173,16 @@ def test_merge_and_unmerge(config) -> None:
 
 def test_what_cannot_merge_says_so_and_changes_nothing() -> None:
     adapted = get_peft_model(vit(), AdapterConfig(4))
-    with pytest.raises(RuntimeError, match=r"an adapter .*AdapterConfig, adapter 'default'.*cannot be merged.*nothing was"):
+    with pytest.raises(
+        RuntimeError, match=r"an adapter .*AdapterConfig, adapter 'default'.*cannot be merged.*nothing was"
+    ):
         merge(adapted)
     model = stir(add_gist(get_peft_model(vit(), LoraConfig())))
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match="the gist token .*cannot be merged"):
+    with pytest.raises(RuntimeError, match=r"the gist token .*cannot be merged"):
         merge(model)
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()) and not report(model).merged
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert not report(model).merged
 
 
 def test_merging_is_all_or_nothing() -> None:
@@ -169,7 +193,8 @@ def test_merging_is_all_or_nothing() -> None:
     with pytest.raises(RuntimeError, match="not finite"):
         merge(model)
     frozen = [k for k in state if not k.endswith((".u", ".v"))]
-    assert all(torch.equal(model.state_dict()[k], state[k]) for k in frozen) and not report(model).merged
+    assert all(torch.equal(model.state_dict()[k], state[k]) for k in frozen)
+    assert not report(model).merged
 
     class Odd(nn.Linear):
         """A linear layer of another library."""
@@ -196,10 +221,12 @@ def test_unload_gives_the_plain_model_back(config, merged) -> None:
         merge(model)
     head = model.head.weight.clone()
     plain = unload(model)
-    assert plain is model and type(plain.blocks[0].attn.qkv) is nn.Linear
+    assert plain is model
+    assert type(plain.blocks[0].attn.qkv) is nn.Linear
     assert plain.state_dict().keys() == base.state_dict().keys()
     assert all(torch.equal(v, base.state_dict()[k]) for k, v in plain.state_dict().items() if not k.startswith("head."))
-    assert torch.equal(plain.head.weight, head) and not torch.equal(head, base.head.weight)
+    assert torch.equal(plain.head.weight, head)
+    assert not torch.equal(head, base.head.weight)
     assert {n: p.requires_grad for n, p in plain.named_parameters()} == {
         n: p.requires_grad for n, p in base.named_parameters()
     }
@@ -222,9 +249,10 @@ def test_unload_of_a_gist_model_warns() -> None:
     base = vit()
     inner = copy.deepcopy(base)
     model = stir(add_gist(get_peft_model(inner, LoraConfig())))
-    with pytest.warns(UserWarning, match="the gist token .*logits change"):
+    with pytest.warns(UserWarning, match=r"the gist token .*logits change"):
         plain = unload(model, keep_head=False)
-    assert plain is inner and plain.num_prefix_tokens == 1
+    assert plain is inner
+    assert plain.num_prefix_tokens == 1
     x = images()
     assert torch.equal(logits(plain, x), logits(base, x))
     assert plain.state_dict().keys() == base.state_dict().keys()
@@ -245,10 +273,12 @@ def test_named_adapters_are_apart(with_gist) -> None:
     stir(model)
     a = logits(model, x)
     assert get_peft_model(model, AdapterConfig(4), name="b") is model
-    assert report(model).adapter == "b" and report(model).others == ("a",)
+    assert report(model).adapter == "b"
+    assert report(model).others == ("a",)
     inner = model.model if with_gist else model
     assert torch.equal(inner.head.weight, base.head.weight)  # a head of its own, as before wrapping
-    assert inner.head.weight.requires_grad and type(inner.blocks[0].attn.qkv) is nn.Linear
+    assert inner.head.weight.requires_grad
+    assert type(inner.blocks[0].attn.qkv) is nn.Linear
     if not with_gist:
         assert torch.equal(logits(model, x), logits(base, x))
     stir(model)
@@ -275,7 +305,8 @@ def test_a_gist_token_added_late_is_one_an_adapter() -> None:
     model = add_gist(model)
     token = model.gist.token.detach().clone()
     set_adapter(model, "a")
-    assert not torch.equal(model.gist.token, token) and "model.norm_pre.gist.token" in trainable(model)
+    assert not torch.equal(model.gist.token, token)
+    assert "model.norm_pre.gist.token" in trainable(model)
     with torch.no_grad():
         model.gist.token.zero_()
     set_adapter(model, "b")
@@ -289,9 +320,11 @@ def test_heads_of_different_sizes() -> None:
     x = images()
     assert logits(model, x).shape == (3, 9)
     set_adapter(model, "five")
-    assert logits(model, x).shape == (3, 5) and model.num_classes == 5
+    assert logits(model, x).shape == (3, 5)
+    assert model.num_classes == 5
     set_adapter(model, "nine")
-    assert logits(model, x).shape == (3, 9) and model.num_classes == 9
+    assert logits(model, x).shape == (3, 9)
+    assert model.num_classes == 9
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
@@ -304,10 +337,15 @@ def test_disable_adapter(config, with_gist) -> None:
     with disable_adapter(model) as same:
         assert same is model
         assert torch.equal(logits(model, x), logits(base, x))
-        for call in (lambda: set_adapter(model, "default"), lambda: merge(model), lambda: disable_adapter(model).__enter__()):
+        for call in (
+            lambda: set_adapter(model, "default"),
+            lambda: merge(model),
+            lambda: disable_adapter(model).__enter__(),
+        ):
             with pytest.raises(RuntimeError, match="not inside disable_adapter"):
                 call()
-    assert torch.equal(logits(model, x), adapted) and trainable(model) == names
+    assert torch.equal(logits(model, x), adapted)
+    assert trainable(model) == names
     with pytest.raises(KeyError), disable_adapter(model):
         raise KeyError
     assert torch.equal(logits(model, x), adapted)
@@ -340,8 +378,10 @@ def test_assert_training_leaves_everything_as_it_was(config) -> None:
     assert_training(model)
     assert_training(model, x)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), rng) and not model.training
-    assert (model.gist.token.grad == 1).all() and model.model.head.weight.grad is None
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert not model.training
+    assert (model.gist.token.grad == 1).all()
+    assert model.model.head.weight.grad is None
 
 
 def test_assert_training_finds_what_is_not_trained() -> None:
@@ -399,7 +439,7 @@ def test_third_parties_can_add_methods(scale_method, tmp_path) -> None:
     base, x = vit(), images()
     model = stir(get_peft_model(copy.deepcopy(base), ScaleConfig()))
     assert "blocks.0.mlp.weight" in trainable(model)
-    with pytest.raises(RuntimeError, match="a scale .*cannot be merged"):
+    with pytest.raises(RuntimeError, match=r"a scale .*cannot be merged"):
         merge(model)
     fastgist.save_adapter(model, tmp_path)
     other = fastgist.load_adapter(copy.deepcopy(base), tmp_path)
@@ -410,7 +450,7 @@ def test_third_parties_can_add_methods(scale_method, tmp_path) -> None:
 
 
 def test_unregistered_configurations() -> None:
-    with pytest.raises(TypeError, match="config must be one of AdapterConfig, .*got ScaleConfig"):
+    with pytest.raises(TypeError, match=r"config must be one of AdapterConfig, .*got ScaleConfig"):
         get_peft_model(vit(), ScaleConfig())
     with pytest.raises(TypeError, match="targets must be a tuple of names, got the string 'q'"):
         LoraConfig(targets="q")  # type: ignore[arg-type]

@@ -32,7 +32,11 @@ def eva(**options) -> nn.Module:
 def dinov3(**options) -> nn.Module:
     """A DINOv3-like Eva: four register tokens, no position embedding but rotary, LayerScale."""
     settings = {"num_reg_tokens": 4, "use_abs_pos_emb": False, "rope_type": "dinov3", "init_values": 0.5}
-    return eva(**settings | {"ref_feat_shape": None, "attn_type": "rope", "qkv_bias": True, "rope_temperature": 100.0} | options)
+    return eva(
+        **settings
+        | {"ref_feat_shape": None, "attn_type": "rope", "qkv_bias": True, "rope_temperature": 100.0}
+        | options
+    )
 
 
 @torch.no_grad()
@@ -72,7 +76,7 @@ def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def by_hand(model: nn.Module, x: Tensor, token: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(logits, gist logits) of a plain VisionTransformer with token pooling, written out; ``token`` (1, L, D) or None."""
+    """(logits, gist logits) of a VisionTransformer with token pooling, written out; ``token`` (1, L, D) or None."""
     batch, width, patch = x.shape[0], model.embed_dim, model.patch_embed.patch_size[0]
     side = x.shape[-1] // patch
     cut = x.reshape(batch, 3, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5).reshape(batch, side * side, -1)

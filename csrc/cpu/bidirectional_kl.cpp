@@ -36,10 +36,11 @@ FASTGIST_INLINE A centre(A max) {
 }
 
 // Sums over the classes seen so far, about the maxima seen so far. w is the sum of p^ d (q^ d) with d not yet over T.
+// A block is summed in A, many lanes wide; the blocks add up in double, or fifty of them would cost fifty roundings.
 template <typename A, bool kFma>
 struct OnlinePair {
   A m_z = -kInf<A>, m_o = -kInf<A>;
-  A s_p = 0, s_q = 0, w_p = 0, w_q = 0;
+  double s_p = 0, s_q = 0, w_p = 0, w_q = 0;
   bool lone = false;  // some class is -inf on one side only
 
   // Move the sums to new maxima. When the maxima rise by (a, b), p^ shrinks by exp(-a / T) and d by a - b.
@@ -126,9 +127,9 @@ FASTGIST_INLINE void forward_rows(const LogitPair& in, const ForwardOutputs& out
           sums.template add<true>(z_block, o_block, n, inv_t);
         }
       }
-      e_p = sums.w_p / sums.s_p * inv_t;
-      e_q = sums.w_q / sums.s_q * inv_t;
-      loss = e_p - e_q;
+      e_p = static_cast<A>(sums.w_p / sums.s_p * inv_t);
+      e_q = static_cast<A>(sums.w_q / sums.s_q * inv_t);
+      loss = static_cast<A>((sums.w_p / sums.s_p - sums.w_q / sums.s_q) * inv_t);
       if (sums.lone && loss == loss) {
         loss = kInf<A>;
         e_p = e_q = std::numeric_limits<A>::quiet_NaN();
@@ -137,8 +138,8 @@ FASTGIST_INLINE void forward_rows(const LogitPair& in, const ForwardOutputs& out
     row_loss[row] = loss;
     stats[kMaxZ * in.rows + row] = counts ? centre(sums.m_z) : A(0);
     stats[kMaxO * in.rows + row] = counts ? centre(sums.m_o) : A(0);
-    stats[kSumP * in.rows + row] = sums.s_p;
-    stats[kSumQ * in.rows + row] = sums.s_q;
+    stats[kSumP * in.rows + row] = static_cast<A>(sums.s_p);
+    stats[kSumQ * in.rows + row] = static_cast<A>(sums.s_q);
     stats[kMeanP * in.rows + row] = e_p;
     stats[kMeanQ * in.rows + row] = e_q;
   }

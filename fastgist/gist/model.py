@@ -132,6 +132,8 @@ class GistModel(_state.Front):
     In ``forward``, hooks on ``model`` itself do not run: its parts are called one by one. Hooks on any part do.
     """
 
+    model: Any
+
     def __init__(self, model: nn.Module, config: GistConfig, host: GistHost) -> None:
         super().__init__()
         self.model = model

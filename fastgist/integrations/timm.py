@@ -22,7 +22,7 @@ __all__ = ["TimmViT", "TimmViTGist"]
 _QKV = ("q", "k", "v")
 
 
-def _classes() -> tuple[type, type]:
+def _classes() -> tuple[Any, Any]:
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
@@ -34,14 +34,14 @@ class TimmViT(Family):
 
     name = "timm VisionTransformer and Eva"
 
-    def matches(self, model: nn.Module) -> bool:
+    def matches(self, model: Any) -> bool:
         return isinstance(model, _classes())
 
-    def head_paths(self, model: nn.Module) -> tuple[str, ...]:
+    def head_paths(self, model: Any) -> tuple[str, ...]:
         heads = ("head", "head_dist")
         return tuple(name for name in heads if isinstance(getattr(model, name, None), nn.Module))
 
-    def linears(self, model: nn.Module) -> list[LinearSite]:
+    def linears(self, model: Any) -> list[LinearSite]:
         sites = []
         for path, module in model.blocks.named_modules(prefix="blocks"):
             if not all(isinstance(getattr(module, a, None), int) for a in ("in_features", "out_features")):
@@ -54,7 +54,7 @@ class TimmViT(Family):
                 sites.append(LinearSite(path, module, aliases))
         return sites
 
-    def sublayers(self, model: nn.Module) -> dict[str, list[str]]:
+    def sublayers(self, model: Any) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {"mlp": [], "attention": []}
         for path, _ in model.blocks.named_modules(prefix="blocks"):
             leaf = path.rsplit(".", 1)[-1]
@@ -64,10 +64,10 @@ class TimmViT(Family):
                 found["attention"].append(path)
         return found
 
-    def width(self, model: nn.Module, path: str) -> int:
+    def width(self, model: Any, path: str) -> int:
         return model.embed_dim
 
-    def after_change(self, model: nn.Module) -> None:
+    def after_change(self, model: Any) -> None:
         head = model.head
         if isinstance(head, nn.Linear):
             model.num_classes = head.out_features
@@ -82,12 +82,13 @@ class TimmViT(Family):
                     module.qkv_bias_separate = mine
                     del module._fastgist_bias_was
 
-    def example_inputs(self, model: nn.Module) -> tuple[Tensor]:
+    def example_inputs(self, model: Any) -> tuple[Tensor]:
         size = model.patch_embed.img_size or (224, 224)
         p = next(model.parameters())
-        return (torch.randn(2, model.in_chans, *size, device=p.device, dtype=p.dtype),)
+        channels = getattr(model, "in_chans", None) or model.patch_embed.proj.in_channels
+        return (torch.randn(2, channels, *size, device=p.device, dtype=p.dtype),)
 
-    def gist_host(self, model: nn.Module) -> TimmViTGist:
+    def gist_host(self, model: Any) -> TimmViTGist:
         return TimmViTGist(model)
 
 
@@ -100,7 +101,7 @@ class TimmViTGist(GistHost):
 
     path = "norm_pre"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         vit, eva = _classes()
         name = type(model).__name__
         family = vit if isinstance(model, vit) else eva
@@ -128,27 +129,27 @@ class TimmViTGist(GistHost):
         self.rowwise = _Rowwise() if self.plain_forward else None
 
     # -- bookkeeping of prefix tokens --------------------------------------------------------------------------------
-    def attached(self, model: nn.Module, length: int) -> None:
+    def attached(self, model: Any, length: int) -> None:
         self._count(model, length)
         if model.dynamic_img_size:
             model._pos_embed = _WithoutGist(model, "_pos_embed", self.index)
         if hasattr(model, "set_input_size"):
             model.set_input_size = _WithoutGist(model, "set_input_size", self.index)
 
-    def detached(self, model: nn.Module, length: int) -> None:
+    def detached(self, model: Any, length: int) -> None:
         self._count(model, -length)
         model.__dict__.pop("_pos_embed", None)
         model.__dict__.pop("set_input_size", None)
 
     @staticmethod
-    def _count(model: nn.Module, length: int) -> None:
+    def _count(model: Any, length: int) -> None:
         model.num_prefix_tokens += length
         for module in model.blocks.modules():  # rotary attention leaves the prefix unrotated
             if isinstance(getattr(module, "num_prefix_tokens", None), int):
                 module.num_prefix_tokens += length
 
     # -- forward -----------------------------------------------------------------------------------------------------
-    def forward(self, model: nn.Module, config: GistConfig, want_gist: bool, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, model: Any, config: GistConfig, want_gist: bool, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x: (B, 3, H, W) -> logits (B, C) and gist logits (B, C) or None."""
         if self.rowwise is not None and model.global_pool == "token" and self.rowwise.serves(model):
             rows = self._last_rows(model, config, want_gist, x)
@@ -167,7 +168,7 @@ class TimmViTGist(GistHost):
         batch = x.shape[0]
         return logits[:batch], logits[batch:]
 
-    def _last_rows(self, model: nn.Module, config: GistConfig, want_gist: bool, x: Tensor) -> Tensor:
+    def _last_rows(self, model: Any, config: GistConfig, want_gist: bool, x: Tensor) -> Tensor:
         """forward_features, but of the last block and the norm only the rows that are read: (B, 1 or 1 + rows, D)."""
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
         checkpointing = model.grad_checkpointing
@@ -185,26 +186,28 @@ class TimmViTGist(GistHost):
 
 
 class _WithoutGist:
-    """A method of ``model`` that sees the number of prefix tokens from before the gist token; copied, pickled with it."""
+    """A method of ``model`` that sees the number of prefix tokens before the gist token; copied and pickled with it."""
 
-    def __init__(self, model: nn.Module, method: str, prefix: int) -> None:
+    def __init__(self, model: Any, method: str, prefix: int) -> None:
         self.model, self.method, self.prefix = model, method, prefix
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.method == "_pos_embed":  # runs in every forward: read through a view, so that threads do not meet
             return type(self.model)._pos_embed(_View(self.model, self.prefix), *args, **kwargs)
-        counted = self.model.num_prefix_tokens
+        counted, pos_embed = self.model.num_prefix_tokens, self.model.pos_embed
         self.model.num_prefix_tokens = self.prefix
         try:
             return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
         finally:
             self.model.num_prefix_tokens = counted
+            if pos_embed is not None:  # a resampled one is a new parameter, which older versions of timm unfreeze
+                self.model.pos_embed.requires_grad_(pos_embed.requires_grad)
 
 
 class _View:
     """Reads a model's attributes, but for num_prefix_tokens."""
 
-    def __init__(self, model: nn.Module, prefix: int) -> None:
+    def __init__(self, model: Any, prefix: int) -> None:
         self.model = model
         self.num_prefix_tokens = prefix
 
@@ -241,7 +244,7 @@ class _Rowwise:
         self.block_parts = frozenset({"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"})
         self.attention_parts = frozenset({"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"})
 
-    def serves(self, model: nn.Module) -> bool:
+    def serves(self, model: Any) -> bool:
         """Whether the last block may be computed in part."""
         from torch.nn.modules import module as torch_module
 
@@ -258,14 +261,15 @@ class _Rowwise:
             return False
         if type(model.norm) not in self.norms or is_hooked(model.norm):
             return False
-        return self._known(block)
+        modules = [block]
+        while modules:  # in every forward: a plain loop
+            module = modules.pop()
+            if type(module) not in self.known or is_hooked(module):
+                return False
+            modules += [child for child in module._modules.values() if child is not None]
+        return True
 
-    def _known(self, module: nn.Module) -> bool:
-        if type(module) not in self.known or is_hooked(module):
-            return False
-        return all(child is None or self._known(child) for child in module._modules.values())
-
-    def block(self, block: nn.Module, x: Tensor, index: int, count: int) -> Tensor:
+    def block(self, block: Any, x: Tensor, index: int, count: int) -> Tensor:
         """Rows 0 and ``index .. index + count`` of ``block(x)``, x (B, N, D)."""
         out = self._attend(block.attn, block.norm1(x), index, count)
         x = self._pick(x, index, count) + block.drop_path1(block.ls1(out))
@@ -278,7 +282,7 @@ class _Rowwise:
             return x[:, : 1 + count]
         return torch.cat((x[:, :1], x[:, index : index + count]), dim=1)
 
-    def _attend(self, attention: nn.Module, h: Tensor, index: int, count: int) -> Tensor:
+    def _attend(self, attention: Any, h: Tensor, index: int, count: int) -> Tensor:
         """The picked rows of attention's output for its input h (B, N, D): their queries, all keys and values."""
         rows = self._pick(h, index, count)
         if isinstance(attention, AdaptedLayer):
@@ -291,7 +295,7 @@ class _Rowwise:
             q = self._pick(q, index, count)
         else:
             kv = linear_slice(attention.qkv, h, width, 3 * width)
-        k, v = kv.reshape(batch, -1, 2, heads, attention.head_dim).permute(2, 0, 3, 1, 4).unbind(0)  # type: ignore[union-attr]
+        k, v = kv.reshape(batch, -1, 2, heads, attention.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         q = q.reshape(batch, number, heads, attention.head_dim).transpose(1, 2)
         q, k = attention.q_norm(q), attention.k_norm(k)
         if attention.fused_attn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,10 +81,10 @@ class TunerLinear(nn.Module, ABC):
         ValueError: ``base_layer`` is wrapped already.
     """
 
-    base_layer: nn.Module
+    base_layer: Any
     _original_weight: Tensor | None
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: Any) -> None:
         super().__init__()
         owner = type(self).__name__
         if isinstance(base_layer, TunerLinear):
@@ -232,7 +232,7 @@ class TunerLinear(nn.Module, ABC):
         return f"in_features={self.in_features}, out_features={self.out_features}, merged={self.merged}"
 
 
-def linear_slice(layer: nn.Module, x: Tensor, start: int, stop: int) -> Tensor | None:
+def linear_slice(layer: Any, x: Tensor, start: int, stop: int) -> Tensor | None:
     """Columns ``start:stop`` of ``layer(x)``, or None where only the whole can be computed."""
     if isinstance(layer, TunerLinear):
         return layer.forward_slice(x, start, stop)
@@ -241,14 +241,14 @@ def linear_slice(layer: nn.Module, x: Tensor, start: int, stop: int) -> Tensor |
     return nn.functional.linear(x, layer.weight[start:stop], None if layer.bias is None else layer.bias[start:stop])
 
 
-def factory(layer: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> dict:
+def factory(layer: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> dict[str, Any]:
     """Where and in what a layer's own parameters are made: as asked, else beside ``layer``'s, in float32 or wider."""
     weight = getattr(layer, "weight", None)
-    if device is None and isinstance(weight, Tensor):
-        device = weight.device
-    if dtype is None:
-        known = isinstance(weight, Tensor) and weight.dtype in _DTYPES
-        dtype = torch.promote_types(weight.dtype, torch.float32) if known else torch.get_default_dtype()
+    if isinstance(weight, Tensor):
+        device = weight.device if device is None else device
+        if dtype is None and weight.dtype in _DTYPES:
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = torch.get_default_dtype() if dtype is None else dtype
     return {"device": device, "dtype": dtype}
 
 

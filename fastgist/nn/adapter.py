@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class Adapter(nn.Module):
         if not math.isfinite(scale):
             raise ValueError(f"Adapter: scale must be finite, got {scale}")
         self.activation, self.scale, self.init = activation, float(scale), init
-        kwargs = {"device": device, "dtype": dtype}
+        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.down_weight = nn.Parameter(torch.empty(bottleneck_dim, dim, **kwargs))
         self.down_bias = nn.Parameter(torch.empty(bottleneck_dim, **kwargs))
         self.up_weight = nn.Parameter(torch.empty(dim, bottleneck_dim, **kwargs))

@@ -13,6 +13,7 @@ layer is the layer it wraps: the paper's own initialisation already is the ident
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class CPFactors(nn.Module):
         self.modes = check_positive("CPFactors", "modes", modes)
         self.core = core
         self.dropout = check_dropout("CPFactors", dropout)
-        kwargs = {"device": device, "dtype": dtype}
+        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.u = nn.Parameter(torch.empty(in_features, rank, **kwargs))
         self.v = nn.Parameter(torch.empty(out_features, rank, **kwargs))
         self.p = nn.Parameter(torch.empty(modes, rank, **kwargs))

@@ -97,7 +97,7 @@ class GistLoss(nn.Module):
         logits, gist_logits, target = self._unpack(args)
         if gist_logits is None:
             return self._cross_entropy(logits, target)
-        common = {"label_smoothing": self.label_smoothing, "ignore_index": self.ignore_index}
+        common: dict[str, Any] = {"label_smoothing": self.label_smoothing, "ignore_index": self.ignore_index}
         if self.interaction == "bkld":
             return functional.gist_loss(
                 logits,

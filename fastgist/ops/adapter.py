@@ -1,8 +1,314 @@
-"""Placeholder while the kernel engineer of this op writes it: the differentiable formula, impl ignored."""
-from fastgist.reference.adapter import adapter as _formula
+"""adapter: schema, fake, checks, dispatch and autograd. The formula is in fastgist/reference/adapter.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgist import backends
+from fastgist.ops import _common
+from fastgist.ops._low_rank import cast_for_autocast, check_number, empty_unless
+from fastgist.reference import adapter as reference
+from fastgist.reference.adapter import ACTIVATIONS
+from fastgist.reference.cp_linear import low_rank_dtype
 
 __all__ = ["adapter"]
 
+_OP = "adapter"
 
-def adapter(*args, impl="auto", **kwargs):
-    return _formula(*args, **kwargs)
+#: Bottlenecks to which the kernels form z again in the backward; wider ones save it.
+_RECOMPUTED_WIDTH = 64
+
+
+def _saves_z(impl: str, hidden: int) -> bool:
+    """Eager PyTorch has z in hand. A kernel's second pass over x is cheaper than writing and reading a small z."""
+    return impl == "reference" or hidden > _RECOMPUTED_WIDTH
+
+
+# -- raw ops ---------------------------------------------------------------------------------------------------------
+# 2-D throughout: x (M, D), down (H, D), up (D', H), up_bias (D',) or (E, D'), residual (M, D'), gate (M, E). Results that
+# were not asked for are empty. Inputs that no wanted gradient needs are None in the backward.
+
+
+def _fwd(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    activation: str,
+    scale: float,
+    residual_scale: float,
+    need_z: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    impl = backends.resolve(_OP, impl, x)
+    save_z = need_z and _saves_z(impl, down_weight.shape[0])
+    if impl == "reference" or x.numel() == 0:
+        y, z = reference.forward(
+            x, down_weight, down_bias, up_weight, up_bias, residual, gate, activation, scale, residual_scale
+        )
+        return y, empty_unless(z if save_z else None, x)
+    from fastgist_kernels import adapter as kernels
+
+    rows, (out, hidden) = x.shape[0], up_weight.shape
+    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
+    z = torch.empty(rows, hidden, dtype=low_rank_dtype(x.dtype), device=x.device) if save_z else None
+    tensors = (x, down_weight, down_bias, up_weight, up_bias, residual, gate)
+    kernels.adapter_fwd(*tensors, activation, scale, residual_scale, _common.tf32_allowed(), y, z)
+    return y, empty_unless(z, x)
+
+
+def _fwd_fake(
+    x, down_weight, down_bias, up_weight, up_bias, residual, gate, activation, scale, residual_scale, need_z, impl
+):
+    impl = backends.resolve(_OP, impl, x)
+    y = x.new_empty(x.shape[0], up_weight.shape[0])
+    if not (need_z and _saves_z(impl, down_weight.shape[0])):
+        return y, x.new_empty(0)
+    return y, x.new_empty(x.shape[0], down_weight.shape[0], dtype=low_rank_dtype(x.dtype))
+
+
+def _bwd(
+    grad: Tensor,
+    x: Tensor | None,
+    down_weight: Tensor | None,
+    down_bias: Tensor | None,
+    up_weight: Tensor | None,
+    up_bias: Tensor | None,
+    gate: Tensor | None,
+    z: Tensor | None,
+    activation: str,
+    scale: float,
+    residual_scale: float,
+    residual_is_x: bool,
+    needs: list[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    impl = backends.resolve(_OP, impl, grad)
+    if impl == "reference" or grad.numel() == 0 or (x is not None and x.numel() == 0):
+        if z is None and any(needs[i] for i in (0, 1, 2, 3, 5)):  # zero rows, of which nothing was saved
+            z = grad.new_empty(0, up_weight.shape[1])
+        grads = reference.backward(
+            grad, x, down_weight, up_weight, up_bias, gate, z, activation, scale, residual_scale, residual_is_x, *needs
+        )
+    else:
+        from fastgist_kernels import adapter_bwd as kernels
+
+        grads = _empty_grads(grad, x, down_weight, up_weight, up_bias, gate, needs)
+        tensors = (grad, x, down_weight, down_bias, up_weight, up_bias, gate, z)
+        tf32 = _common.tf32_allowed()
+        kernels.adapter_bwd(*tensors, activation, scale, residual_scale, residual_is_x, tf32, *grads)
+    return tuple(empty_unless(g, grad) for g in grads)
+
+
+def _empty_grads(grad, x, down_weight, up_weight, up_bias, gate, needs):
+    """Uninitialised gradients in ``grad``'s dtype, None where not wanted."""
+    need_x, need_down, need_down_bias, need_up, need_up_bias, need_gate = needs
+    return (
+        grad.new_empty(grad.shape[0], down_weight.shape[1]) if need_x else None,
+        grad.new_empty(up_weight.shape[1], x.shape[1]) if need_down else None,
+        grad.new_empty(up_weight.shape[1]) if need_down_bias else None,
+        grad.new_empty(up_weight.shape) if need_up else None,
+        grad.new_empty(up_bias.shape) if need_up_bias else None,
+        grad.new_empty(gate.shape) if need_gate else None,
+    )
+
+
+def _bwd_fake(
+    grad, x, down_weight, down_bias, up_weight, up_bias, gate, z, activation, scale, residual_scale, residual_is_x, needs,
+    impl,
+):  # fmt: skip
+    grads = _empty_grads(grad, x, down_weight, up_weight, up_bias, gate, needs)
+    return tuple(empty_unless(g, grad) for g in grads)
+
+
+_fwd_op = _common.define(
+    "adapter_fwd(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, Tensor? residual, "
+    "Tensor? gate, str activation, float scale, float residual_scale, bool need_z, str impl) -> (Tensor, Tensor)",
+    _fwd,
+    _fwd_fake,
+    _OP,
+)
+_bwd_op = _common.define(
+    "adapter_bwd(Tensor grad, Tensor? x, Tensor? down_weight, Tensor? down_bias, Tensor? up_weight, Tensor? up_bias, "
+    "Tensor? gate, Tensor? z, str activation, float scale, float residual_scale, bool residual_is_x, bool[] needs, "
+    "str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _bwd,
+    _bwd_fake,
+    _OP,
+)
+
+
+class _Adapter(torch.autograd.Function):
+    """y (M, D'). Saves x, and z (M, H) where the backward does not form it again."""
+
+    @staticmethod
+    def forward(
+        ctx, x, down_weight, down_bias, up_weight, up_bias, gate, residual, residual_is_x, activation, scale,
+        residual_scale, record, impl,
+    ):  # fmt: skip
+        needs = list(ctx.needs_input_grad[:6]) if record else [False] * 6
+        need_x, need_down, need_down_bias, need_up, need_up_bias, need_gate = needs
+        need_z = need_x or need_down or need_down_bias or need_up or need_gate
+        added = x if residual_is_x else residual
+        y, z = _fwd_op(
+            x, down_weight, down_bias, up_weight, up_bias, added, gate, activation, scale, residual_scale, need_z, impl
+        )
+        saved = z.dim() == 2
+        again = need_z and not saved  # the backward forms z from x
+        gated_bias = up_bias is not None and up_bias.dim() == 2
+        ctx.save_for_backward(
+            x if need_down or again else None,
+            down_weight if need_x or again else None,
+            down_bias if again else None,
+            up_weight if need_z else None,
+            up_bias if need_up_bias or (need_gate and gated_bias) else None,
+            gate if need_z or (need_up_bias and gated_bias) else None,
+            z if saved else None,
+        )
+        ctx.needs, ctx.activation, ctx.scale, ctx.impl = needs, activation, scale, impl
+        ctx.residual_scale, ctx.residual_is_x = residual_scale, residual_is_x
+        return y
+
+    @staticmethod
+    @_common.single_backward(_OP)
+    def backward(ctx, grad):
+        grads = [None] * 6
+        if any(ctx.needs):
+            options = (ctx.activation, ctx.scale, ctx.residual_scale, ctx.residual_is_x, ctx.needs, ctx.impl)
+            computed = _bwd_op(grad, *ctx.saved_tensors, *options)
+            grads = [g if needed else None for g, needed in zip(computed, ctx.needs, strict=True)]
+        grad_residual = None
+        if ctx.needs_input_grad[6]:
+            grad_residual = grad if ctx.residual_scale == 1.0 else grad * ctx.residual_scale
+        return *grads, grad_residual, None, None, None, None, None, None
+
+
+# -- the public function ---------------------------------------------------------------------------------------------
+
+
+def _check_shapes(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    residual_is_x: bool,
+) -> None:
+    for name, t in (("down_weight", down_weight), ("up_weight", up_weight)):
+        if t.dim() != 2 or t.numel() == 0:
+            raise ValueError(f"{_OP}: {name} must be 2-D with no empty side, got shape {tuple(t.shape)}")
+    (hidden, inner), out = down_weight.shape, up_weight.shape[0]
+    if x.dim() == 0:
+        raise ValueError(f"{_OP}: x must be (..., {inner}), got a 0-dimensional tensor")
+    if x.shape[-1] != inner:
+        raise ValueError(f"{_OP}: expected x.shape[-1] == {inner} (down_weight is {hidden} x {inner}), got {x.shape[-1]}")
+    if up_weight.shape[1] != hidden:
+        raise ValueError(
+            f"{_OP}: expected up_weight.shape[1] == {hidden} (down_weight is {hidden} x {inner}), got {up_weight.shape[1]}"
+        )
+    if down_bias is not None and tuple(down_bias.shape) != (hidden,):
+        raise ValueError(f"{_OP}: expected down_bias.shape == ({hidden},), got {tuple(down_bias.shape)}")
+    experts = None
+    if gate is not None:
+        if gate.dim() != x.dim() or gate.shape[:-1] != x.shape[:-1]:
+            raise ValueError(f"{_OP}: expected gate.shape == {(*x.shape[:-1], 'E')}, got {tuple(gate.shape)}")
+        experts = gate.shape[-1]
+        if experts == 0 or hidden % experts:
+            raise ValueError(f"{_OP}: expected gate.shape[-1] to divide the {hidden} hidden units, got {experts}")
+    if up_bias is not None and tuple(up_bias.shape) not in ((out,), (experts, out)):
+        wanted = f"({out},)" if experts is None else f"({out},) or ({experts}, {out})"
+        raise ValueError(
+            f"{_OP}: expected up_bias.shape == {wanted} (up_weight is {out} x {hidden}"
+            f"{', no gate' if experts is None else ''}), got {tuple(up_bias.shape)}"
+        )
+    if residual_is_x and out != inner:
+        raise ValueError(
+            f"{_OP}: residual=None adds x, but expected up_weight.shape[0] == {inner} (x's width) then, got {out}; give a "
+            "residual of the output's shape, or False for none"
+        )
+    if residual is not None and tuple(residual.shape) != (*x.shape[:-1], out):
+        raise ValueError(f"{_OP}: expected residual.shape == {(*x.shape[:-1], out)}, got {tuple(residual.shape)}")
+
+
+def adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    *,
+    activation: str = "gelu",
+    scale: float = 1.0,
+    residual: Tensor | bool | None = None,
+    residual_scale: float = 1.0,
+    gate: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""The adapter bottleneck, fused: y = residual_scale * residual + scale * (U (act(D x + b_d) * gate) + b_u).
+
+    Houlsby et al. (2019); the form that GIST (arXiv 2312.07255) adds tokens to. With a gate, experts side by side: E dense
+    experts of width h are one adapter of width E h whose units, and output biases, are scaled by the gate.
+
+    Args:
+        x: (..., D), float32, bfloat16, float16 or float64, any strides.
+        down_weight: (H, D), as nn.Linear stores it.
+        down_bias: (H,) or None.
+        up_weight: (D', H).
+        up_bias: (D',) or None; with a gate also (E, D'), then b_u = sum_e gate_e up_bias[e].
+        activation: "gelu" (erf), "gelu_tanh", "relu", "silu" or "identity".
+        scale: a Python number.
+        residual: None adds x itself (D' = D), a tensor (..., D') adds that, False adds nothing.
+        residual_scale: a Python number.
+        gate: (..., E), E dividing H: the H / E hidden units of expert e are scaled by gate[..., e].
+        impl: "auto", "triton" or "reference"; see :mod:`fastgist.backends`.
+
+    Returns:
+        (..., D') in x's dtype (autocast's, where it is on, as nn.Linear's). Products accumulate in float32; hidden units of
+        float16 inputs are kept in float32, so that one above 65504 does no harm where the output fits.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown activation, a scale that is not finite.
+        TypeError: dtypes that differ outside autocast, or are not floating point.
+        RuntimeError: an explicit ``impl`` that cannot run here; a second derivative.
+    """
+    if residual is True or isinstance(residual, (int, float)) and residual is not False:
+        raise TypeError(f"{_OP}: residual must be None (adds x), a Tensor or False (adds nothing), got {residual!r}")
+    residual_is_x = residual is None or residual is x
+    named = {"x": x, "down_weight": down_weight, "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias}
+    named |= {"residual": None if residual_is_x or residual is False else residual, "gate": gate}
+    for name, t in named.items():
+        if t is not None or name in ("x", "down_weight", "up_weight"):
+            _common.check_floating(_OP, name, t)
+    named = dict(zip(named, cast_for_autocast(*named.values()), strict=True))
+    _common.check_same_dtype(_OP, **named)
+    _common.check_same_device(_OP, **named)
+    _check_shapes(**named, residual_is_x=residual_is_x)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{_OP}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    scale = check_number(_OP, "scale", scale)
+    residual_scale = check_number(_OP, "residual_scale", residual_scale)
+    x, down_weight, down_bias, up_weight, up_bias, residual, gate = named.values()
+    leading, out = x.shape[:-1], up_weight.shape[0]
+    rows = leading.numel()
+    y = _Adapter.apply(
+        x.reshape(rows, x.shape[-1]),
+        down_weight,
+        down_bias,
+        up_weight,
+        up_bias,
+        None if gate is None else gate.reshape(rows, gate.shape[-1]),
+        None if residual is None else residual.reshape(rows, out),
+        residual_is_x,
+        activation,
+        scale,
+        residual_scale,
+        torch.is_grad_enabled(),
+        impl,
+    )
+    return y.reshape(*leading, out)

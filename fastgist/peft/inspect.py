@@ -71,7 +71,7 @@ def report(model: nn.Module) -> Report:
         parts=dict(parts),
         layers=dict(layers),
         dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in trained})),
-        merged=bool(record) and any(getattr(layer, "merged", False) for layer in record.sites.values()),
+        merged=record is not None and any(getattr(layer, "merged", False) for layer in record.sites.values()),
     )
 
 
@@ -115,7 +115,7 @@ def assert_training(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
         )
     heads = {id(p) for path in (state.original_heads if state else {}) for p in plain.get_submodule(path).parameters()}
     ours = [g for p, g in zip(trained.values(), gradients, strict=True) if id(p) not in heads]
-    if ours and not any(bool(g.any()) for g in ours):
+    if ours and not any(g is not None and bool(g.any()) for g in ours):
         raise RuntimeError(
             "assert_training: every gradient outside the head is zero: nothing but the head would be trained"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -119,7 +119,7 @@ class _LoRA(Method):
         built: dict[str, nn.Module] = {}
         for choice in select("LoraConfig", family.linears(model), config.targets):
             site = choice.site
-            fused = {} if choice.parts is None else {"folds": len(site.parts), "parts": choice.parts}
+            fused: dict[str, Any] = {} if choice.parts is None else {"folds": len(site.parts), "parts": choice.parts}
             built[site.path] = LoRALinear(
                 site.module, config.rank, config.alpha, config.dropout, init=config.init, **fused
             )
@@ -161,7 +161,8 @@ class _CP(Method):
     @staticmethod
     def _shape(choice: Selection) -> tuple[int, int, int]:
         """(in, width of a fold, folds) of a chosen layer."""
-        inner, outer = choice.site.module.in_features, choice.site.module.out_features
+        layer: Any = choice.site.module
+        inner, outer = layer.in_features, layer.out_features
         square = outer // inner if outer % inner == 0 else 1
         folds = square if choice.parts is None else len(choice.site.parts)
         return inner, outer // folds, folds

@@ -40,7 +40,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
 class Front(nn.Module):
     """A module around a model that has a state, such as a gist model: functions of this package look through it."""
 
-    model: nn.Module
+    model: Any
 
 
 class Extension(ABC):
@@ -79,7 +79,7 @@ class Record:
 
     name: str
     config: PeftConfig
-    sites: dict[str, nn.Module]
+    sites: dict[str, Any]
     heads: dict[str, nn.Module] | None = None
     extra: nn.Module | None = None
 

@@ -58,7 +58,7 @@ CONTESTANTS = (
     Contestant("linear probe", "linear-probe", False, 1e-2),
     Contestant("adapter", "adapter", False, 1e-2),
     Contestant("adapter + GIST", "adapter", True, 1e-2),
-    Contestant("LoRA + GIST", "lora", True, 1e-2, {"rank": 4, "alpha": 8}),
+    Contestant("LoRA + GIST", "lora", True, 3e-3, {"rank": 4, "alpha": 8}),
     Contestant("CP + GIST", "cp", True, 1e-2, {"rank": 16}),
 )
 

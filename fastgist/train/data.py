@@ -83,7 +83,7 @@ class HubSource:
 class Draw(NamedTuple):
     """One image in one epoch: what a sampler asks a split for."""
 
-    index: int
+    row: int
     epoch: int
 
 
@@ -103,7 +103,7 @@ class Split(Dataset):
     def __getitem__(self, draw: Draw | int) -> tuple[torch.Tensor, int]:
         from PIL import Image
 
-        index, epoch = draw if isinstance(draw, Draw) else (draw, 0)
+        index, epoch = (draw.row, draw.epoch) if isinstance(draw, Draw) else (draw, 0)
         with self.source.open(self.rows[index]) as file, Image.open(file) as picture:
             try:
                 image = picture.convert("RGB")
@@ -188,8 +188,9 @@ def _load_folder(root: Path, config: FinetuneConfig) -> Splits:
     test_folder = folders.get("test")
     train_folder = folders.get("train")
     if train_folder is None:
-        if val_folder or test_folder:
-            raise UserError(f"{root} has {(val_folder or test_folder).name}/ but no train/ folder")
+        held_out_folder = val_folder or test_folder
+        if held_out_folder is not None:
+            raise UserError(f"{root} has {held_out_folder.name}/ but no train/ folder")
         if not folders:
             raise UserError(f"{root} holds no train/ folder and no class folders (one folder a class, images inside)")
         train_folder = root
@@ -284,7 +285,7 @@ def _columns(name: str, table: Any, config: FinetuneConfig) -> tuple[str, str]:
                 f"found no {kind} column in data set {name} (it has {', '.join(table.features)}): "
                 f"name one with --{kind}-column"
             )
-    return image_column, label_column
+    return str(image_column), str(label_column)
 
 
 # -- checks and the validation split ---------------------------------------------------------------------------------

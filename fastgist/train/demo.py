@@ -212,7 +212,7 @@ def fresh(base: dict[str, Tensor], classes: int, seed: int) -> nn.Module:
     model = plain_model(len(base["head.bias"]))
     model.load_state_dict(base)
     seed_everything(seed)
-    model.reset_classifier(classes)  # type: ignore[operator]
+    model.reset_classifier(classes)
     return model
 
 

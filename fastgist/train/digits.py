@@ -33,7 +33,7 @@ class DigitImages(Dataset):
         return len(self.labels)
 
     def __getitem__(self, draw: Draw | int) -> tuple[Tensor, Tensor]:
-        index = draw.index if isinstance(draw, Draw) else draw
+        index = draw.row if isinstance(draw, Draw) else draw
         return self.images[index], self.labels[index]
 
     def cut(self, share: float, seed: int) -> tuple[DigitImages, DigitImages]:

@@ -49,8 +49,12 @@ class _State:
 
     step: int = 0
     best_accuracy: float | None = None
+    best_loss: float | None = None
     best_epoch: int | None = None
     best: dict[str, Tensor] = field(default_factory=dict)
+
+
+_NUMBERS = ("best_accuracy", "best_loss", "best_epoch")
 
 
 def _logits(output: Any) -> Tensor:
@@ -64,6 +68,13 @@ def _objective(recipe: Recipe) -> Callable[[Any, Tensor], Tensor]:
     gist = GistLoss(alpha=recipe.alpha, beta=recipe.beta, temperature=recipe.temperature)
     plain = nn.CrossEntropyLoss()
     return lambda output, target: (plain if isinstance(output, Tensor) else gist)(output, target)
+
+
+def _better(accuracy: float, loss: float, state: _State) -> bool:
+    """A higher accuracy, or an equal one at a lower loss."""
+    if state.best_accuracy is None or state.best_loss is None:
+        return True
+    return (accuracy, -loss) > (state.best_accuracy, -state.best_loss)
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -117,8 +128,8 @@ def _save(
             tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in entry.items()}
         tensors["loss_sum"] = loss_sum
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        numbers = {"best_accuracy": state.best_accuracy, "best_epoch": state.best_epoch, "scaler": scaler}
-        checkpoints.save(state.step, tensors, {**numbers, "identity": identity})
+        numbers = {key: getattr(state, key) for key in _NUMBERS}
+        checkpoints.save(state.step, tensors, {**numbers, "scaler": scaler, "identity": identity})
     accelerator.wait_for_everyone()
 
 
@@ -156,7 +167,7 @@ def _restore(
     if accelerator.scaler is not None and saved["scaler"] is not None:
         accelerator.scaler.load_state_dict(saved["scaler"])
     best = {name.removeprefix("best/"): t for name, t in tensors.items() if name.startswith("best/")}
-    state = _State(saved["step"], saved["best_accuracy"], saved["best_epoch"], best)
+    state = _State(saved["step"], best=best, **{key: saved[key] for key in _NUMBERS})
     return state, [*complaints, f"resuming after step {state.step} from {path}"]
 
 
@@ -269,8 +280,8 @@ def fit(
             if val is not None:
                 accuracy, loss = evaluate(inner, val, recipe.batch_size, accelerator, workers)
                 record |= {"val_accuracy": accuracy, "val_loss": loss}
-                if state.best_accuracy is None or accuracy > state.best_accuracy:
-                    state.best_accuracy, state.best_epoch = accuracy, epoch + 1
+                if _better(accuracy, loss, state):
+                    state.best_accuracy, state.best_loss, state.best_epoch = accuracy, loss, epoch + 1
                     state.best = {k: v.detach().to("cpu", copy=True) for k, v in trained_tensors(inner).items()}
             bar.set_postfix({k: f"{record[k]:.3f}" for k in ("train_loss", "val_accuracy") if k in record})
             result.history.append(record)

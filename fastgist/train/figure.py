@@ -24,9 +24,9 @@ def draw(path: Path, metrics: dict[str, Any], test: DigitImages, predicted: Tens
 
     figure = Figure(figsize=(12.5, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
-    _accuracies(left, metrics)
-    _sample(right, metrics, test, predicted, shown)
+    halves: Any = figure.subfigures(1, 2, width_ratios=(1.15, 1))
+    _accuracies(halves[0], metrics)
+    _sample(halves[1], metrics, test, predicted, shown)
     figure.savefig(path, dpi=150)
 
 

@@ -1,1 +1,319 @@
-SPECS=[]
+"""adapter in Triton: y = residual_scale * residual + scale * (U (act(D x + b_d) * gate) + b_u), one launch.
+
+A program takes BLOCK_M rows: a loop over the D columns of x for z = D x + b_d, the activation and the gate on the tile
+[BLOCK_M, BLOCK_H] in registers, then a loop over output columns, residual and both scales in the store. The second read
+of x, as the residual, hits shared memory or L2. A bottleneck wider than one tile goes in chunks of hidden units, launch by
+launch, the output collected in float32. Gated experts' units and biases are scaled by the gate within the same tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastgist_kernels.aot import Spec
+from fastgist_kernels.common import cdiv, device_arch, dot, launch, launch_config, next_power_of_2
+from fastgist_kernels.outer import low_dot, narrow, processors, rank_block
+
+__all__ = ["SPECS", "activate", "activation_slope", "adapter_fwd", "chunks", "hidden_tile", "tile_config"]
+
+
+@triton.jit
+def sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        return z * sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    elif ACTIVATION == "relu":
+        return tl.where(z <= 0.0, 0.0, z)
+    elif ACTIVATION == "silu":
+        return z * sigmoid(z)
+    else:
+        return z
+
+
+@triton.jit
+def activation_slope(z, ACTIVATION: tl.constexpr):
+    """act'(z)."""
+    if ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        return cdf + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    elif ACTIVATION == "gelu_tanh":
+        s = sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        return s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    elif ACTIVATION == "relu":
+        return tl.where(z <= 0.0, 0.0, 1.0)
+    elif ACTIVATION == "silu":
+        s = sigmoid(z)
+        return s * (1.0 + z * (1.0 - s))
+    else:
+        return tl.full(z.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def project_down(
+    x_ptr,
+    down_ptr,
+    down_bias_ptr,
+    offs_m,
+    offs_h,
+    mask_m,
+    mask_h,
+    D,
+    stride_xm,
+    stride_xd,
+    stride_dh,
+    stride_dd,
+    stride_db,
+    HAS_DOWN_BIAS: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """z [BLOCK_M, BLOCK_H] = x D^T + b_d in float32; 0 in padded hidden units."""
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    z = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+    for first_d in range(0, D, BLOCK_D):
+        offs_c = first_d + offs_d
+        mask_x = mask_m[:, None]
+        mask_w = mask_h[None, :]
+        if not EVEN_D:
+            mask_d = offs_c < D
+            mask_x = mask_x & mask_d[None, :]
+            mask_w = mask_w & mask_d[:, None]
+        x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_c[None, :] * stride_xd
+        w_ptrs = down_ptr + offs_c[:, None] * stride_dd + offs_h[None, :] * stride_dh
+        x = tl.load(x_ptrs, mask=mask_x, other=0.0)
+        w = tl.load(w_ptrs, mask=mask_w, other=0.0)
+        z = dot(x, w, z, PRECISION)
+    if HAS_DOWN_BIAS:
+        bias = tl.load(down_bias_ptr + offs_h * stride_db, mask=mask_h, other=0.0)
+        z += bias.to(tl.float32)[None, :]
+    return z
+
+
+@triton.jit
+def load_gate(gate_ptr, offs_m, offs_h, mask_m, mask_h, first_h, unit_width, stride_gm, stride_ge):
+    """The gate of each row's hidden units, [BLOCK_M, BLOCK_H] float32: unit h belongs to expert h // unit_width."""
+    expert = (first_h + offs_h) // unit_width
+    gate_ptrs = gate_ptr + offs_m[:, None] * stride_gm + expert[None, :] * stride_ge
+    return tl.load(gate_ptrs, mask=mask_m[:, None] & mask_h[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _adapter_fwd_kernel(
+    x_ptr,
+    down_ptr,
+    down_bias_ptr,
+    up_ptr,
+    up_bias_ptr,
+    residual_ptr,
+    gate_ptr,
+    z_ptr,
+    y_ptr,
+    M,
+    D,
+    H,
+    N,
+    E,
+    first_h,
+    unit_width,
+    stride_xm,
+    stride_xd,
+    stride_dh,
+    stride_dd,
+    stride_db,
+    stride_un,
+    stride_uh,
+    stride_be,
+    stride_bn,
+    stride_rm,
+    stride_rn,
+    stride_gm,
+    stride_ge,
+    stride_zm,
+    scale,
+    residual_scale,
+    ACTIVATION: tl.constexpr,
+    HAS_DOWN_BIAS: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    GATED_BIAS: tl.constexpr,
+    STORE_Z: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Hidden units first_h .. first_h + H, which all fit in BLOCK_H. y (M, N) contiguous, z (M, H) with unit inner stride."""
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_h = tl.arange(0, BLOCK_H).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
+    offs_e = tl.arange(0, BLOCK_E).to(tl.int64)
+    mask_m = offs_m < M
+    mask_h = offs_h < H
+    mask_e = offs_e < E
+    z = project_down(
+        x_ptr,
+        down_ptr,
+        down_bias_ptr,
+        offs_m,
+        offs_h,
+        mask_m,
+        mask_h,
+        D,
+        stride_xm,
+        stride_xd,
+        stride_dh,
+        stride_dd,
+        stride_db,
+        HAS_DOWN_BIAS,
+        EVEN_D,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_D,
+        BLOCK_H,
+    )
+    if STORE_Z:
+        z_ptrs = z_ptr + offs_m[:, None] * stride_zm + offs_h[None, :]
+        tl.store(z_ptrs, narrow(z, z_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_h[None, :])
+    hidden = activate(z, ACTIVATION)
+    if HAS_GATE:
+        gate = load_gate(gate_ptr, offs_m, offs_h, mask_m, mask_h, first_h, unit_width, stride_gm, stride_ge)
+        hidden = hidden * gate
+    if GATED_BIAS:
+        expert_ptrs = gate_ptr + offs_m[:, None] * stride_gm + offs_e[None, :] * stride_ge
+        experts = tl.load(expert_ptrs, mask=mask_m[:, None] & mask_e[None, :], other=0.0)
+    for first_n in range(0, N, BLOCK_N):
+        offs_c = first_n + offs_n
+        mask_c = offs_c < N
+        mask_out = mask_m[:, None] & mask_c[None, :]
+        up_ptrs = up_ptr + offs_h[:, None] * stride_uh + offs_c[None, :] * stride_un
+        up = tl.load(up_ptrs, mask=mask_h[:, None] & mask_c[None, :], other=0.0)
+        acc = low_dot(hidden, up, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), WIDE, PRECISION)
+        if GATED_BIAS:
+            bias_ptrs = up_bias_ptr + offs_e[:, None] * stride_be + offs_c[None, :] * stride_bn
+            bias = tl.load(bias_ptrs, mask=mask_e[:, None] & mask_c[None, :], other=0.0)
+            acc = dot(experts, bias, acc, PRECISION)
+        elif HAS_UP_BIAS:
+            bias = tl.load(up_bias_ptr + offs_c * stride_bn, mask=mask_c, other=0.0)
+            acc += bias.to(tl.float32)[None, :]
+        acc = acc * scale
+        if HAS_RESIDUAL:
+            residual_ptrs = residual_ptr + offs_m[:, None] * stride_rm + offs_c[None, :] * stride_rn
+            residual = tl.load(residual_ptrs, mask=mask_out, other=0.0)
+            acc += residual.to(tl.float32) * residual_scale
+        y_ptrs = y_ptr + offs_m[:, None] * N + offs_c[None, :]
+        tl.store(y_ptrs, narrow(acc, y_ptr.dtype.element_ty), mask=mask_out)
+
+
+# -- launching -------------------------------------------------------------------------------------------------------
+
+
+def hidden_tile(dtype: torch.dtype, tf32: bool, arch: str) -> int:
+    """The most hidden units a launch takes; float16's second product is in tf32, full float32 takes registers."""
+    if arch == "interpret":
+        return 32
+    if dtype == torch.float32:
+        return 128 if tf32 else 64
+    return 128 if dtype == torch.float16 else 256
+
+
+def chunks(x: torch.Tensor, hidden: int, tf32: bool) -> list[tuple[int, int]]:
+    """(first unit, units) of every launch."""
+    most = hidden_tile(x.dtype, tf32, device_arch(x.device))
+    return [(first, min(most, hidden - first)) for first in range(0, hidden, most)]
+
+
+def tile_config(kernel: str, x: torch.Tensor, hidden: int, tf32: bool) -> tuple[int, int, dict[str, int]]:
+    """BLOCK_M, BLOCK_H, and what may shrink on a smaller device, for a launch over ``hidden`` units."""
+    arch = device_arch(x.device)
+    block_h = rank_block(hidden, 256)
+    if arch == "interpret":
+        return 16, block_h, {"BLOCK_D": 16, "BLOCK_N": 32}
+    rows = x.shape[0]
+    sms = processors(x.device)
+    block_m = 16 if rows <= 16 * sms else 32 if rows <= 32 * sms else 64
+    config = {"BLOCK_D": 64, "BLOCK_N": 64, "num_warps": 8 if block_h > 64 else 4, "num_stages": 3}
+    if x.dtype == torch.float32:
+        config |= {"BLOCK_D": 32, "BLOCK_N": 32, "num_warps": 8}
+    config |= launch_config(kernel, arch, f"m{next_power_of_2(rows)}_d{next_power_of_2(x.shape[1])}_h{block_h}")
+    return config.pop("BLOCK_M", block_m), block_h, config
+
+
+def adapter_fwd(
+    x, down_weight, down_bias, up_weight, up_bias, residual, gate, activation, scale, residual_scale, tf32, y, z
+) -> None:
+    """Write y (M, D') and, where z is not None, z = D x + b_d (M, H), both contiguous. Inputs of any strides: x (M, D),
+    down_weight (H, D), up_weight (D', H), up_bias (D',) or (E, D'), residual (M, D') or None, gate (M, E) or None."""
+    rows, inner = x.shape
+    out, hidden = up_weight.shape
+    experts = 1 if gate is None else gate.shape[1]
+    parts = chunks(x, hidden, tf32)
+    collected = torch.empty(rows, out, dtype=torch.float32, device=x.device) if len(parts) > 1 else None
+    for index, (first, width) in enumerate(parts):
+        units = slice(first, first + width)
+        block_m, block_h, config = tile_config("adapter_fwd", x, width, tf32)
+        down, up = down_weight[units], up_weight[:, units]
+        bias = None if down_bias is None else down_bias[units]
+        add = collected if index else residual
+        add_bias = up_bias is not None and index == 0
+        gated_bias = add_bias and up_bias.dim() == 2
+        bias_strides = (0, 0) if not add_bias else up_bias.stride() if gated_bias else (0, up_bias.stride(0))
+        launch(
+            _adapter_fwd_kernel,
+            lambda c, block_m=block_m: (cdiv(rows, block_m),),
+            config,
+            x,
+            down,
+            bias,
+            up,
+            up_bias if add_bias else None,
+            add,
+            gate,
+            None if z is None else z[:, units],
+            y if index == len(parts) - 1 else collected,
+            rows,
+            inner,
+            width,
+            out,
+            experts,
+            first,
+            hidden // experts,
+            *x.stride(),
+            *down.stride(),
+            0 if bias is None else bias.stride(0),
+            *up.stride(),
+            *bias_strides,
+            *((0, 0) if add is None else add.stride()),
+            *((0, 0) if gate is None else gate.stride()),
+            hidden,
+            scale,
+            1.0 if index else residual_scale,
+            ACTIVATION=activation,
+            HAS_DOWN_BIAS=bias is not None,
+            HAS_UP_BIAS=add_bias,
+            HAS_RESIDUAL=add is not None,
+            HAS_GATE=gate is not None,
+            GATED_BIAS=gated_bias,
+            STORE_Z=z is not None,
+            EVEN_D=inner % config["BLOCK_D"] == 0,
+            WIDE=x.dtype == torch.float16,
+            PRECISION="tf32" if tf32 or x.dtype == torch.float16 else "ieee",
+            BLOCK_M=block_m,
+            BLOCK_H=block_h,
+            BLOCK_E=rank_block(experts, 256),
+        )

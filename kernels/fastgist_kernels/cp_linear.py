@@ -14,12 +14,11 @@ import triton.language as tl
 
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, device_arch, dot, launch, launch_config, next_power_of_2
-from fastgist_kernels.outer import low_dot, narrow, processors, rank_block
+from fastgist_kernels.outer import argument_types, low_dot, narrow, processors, rank_block
 from fastgist_kernels.philox import keep_mask
 
 __all__ = [
     "SPECS",
-    "argument_types",
     "cp_linear_form",
     "cp_linear_fwd",
     "dropout_args",
@@ -428,27 +427,6 @@ def cp_linear_fwd(x, weight, bias, u, v, gain, seed, scale, dropout_p, tf32, y, 
 
 # -- ahead-of-time specs ---------------------------------------------------------------------------------------------
 
-_POINTERS = {"seed_ptr": "*i64", "part_ptr": "*fp32", "grad_gain_ptr": "*fp32"}
-_LOW_RANK = ("h_ptr", "grad_h_ptr")
-
-
-def argument_types(kernel, constexprs: dict[str, object], dtype: str) -> dict[str, str]:
-    """Types of what is not a constexpr; h and its gradient are float32 for float16 inputs."""
-    types = {}
-    for name in kernel.arg_names:
-        if name in constexprs:
-            continue
-        if name in _POINTERS:
-            types[name] = _POINTERS[name]
-        elif name.endswith("_ptr"):
-            types[name] = "*fp32" if name in _LOW_RANK and dtype == "fp16" else f"*{dtype}"
-        elif name.startswith("stride_"):
-            types[name] = "i64"
-        else:
-            types[name] = "fp32" if name in ("scale", "inv_keep") else "i32"
-    return types
-
-
 _ALIGNED = ("M", "N", "K", "R", "fold_n")
 
 
@@ -468,9 +446,14 @@ def _specs() -> list[Spec]:
         ("fp32", "ieee", "ieee", 32, True, True),
         ("fp32", "ieee", "ieee", 32, False, True),
     ]
-    for family_name, archs in (("sm_80", (80,)), ("sm_90", (90, 100))):
+    seen = set()
+    for family_name, archs in (("sm_90", (90, 100)), ("sm_80", (80,))):
         for dtype, precision, kind, rank, fused, even in cases:
             tile = dict(zip(_TILE_NAMES, _TILES[family_name][kind], strict=True))
+            shared = _TILES["sm_80"][kind] == _TILES["sm_90"][kind]
+            if shared and (dtype, kind, rank, fused) in seen:
+                continue
+            seen.add((dtype, kind, rank, fused))
             warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
             flags = {"FUSED": fused, "HAS_BIAS": True, "HAS_GAIN": True, "HAS_DROPOUT": fused, "STORE_H": fused}
             flags |= {"EVEN_K": even, "WIDE": dtype == "fp16", "PRECISION": precision, "BLOCK_R": rank, "GROUP_M": 8}
@@ -479,14 +462,14 @@ def _specs() -> list[Spec]:
             out.append(
                 Spec(
                     _cp_linear_fwd_kernel,
-                    f"{family_name}_{dtype}_{kind}_{form}_r{rank}{'' if even else '_ragged'}",
+                    f"{'' if shared else family_name + '_'}{dtype}_{kind}_{form}_r{rank}{'' if even else '_ragged'}",
                     argument_types(_cp_linear_fwd_kernel, constexprs, dtype),
                     constexprs,
                     num_warps=warps,
                     num_stages=stages,
                     matrix=tile["BLOCK_M"] >= 64 and kind != "ieee",
                     aligned=_ALIGNED,
-                    archs=archs,
+                    archs=(80, 90, 100) if shared else archs,
                 )
             )
     unit = {"stride_an": 1, "stride_br": 1, "stride_gr": 1}

@@ -16,7 +16,6 @@ import triton.language as tl
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, device_arch, dot, launch
 from fastgist_kernels.cp_linear import (
-    argument_types,
     cp_linear_form,
     dropout_args,
     dropped,
@@ -27,7 +26,7 @@ from fastgist_kernels.cp_linear import (
     product_precision,
     project,
 )
-from fastgist_kernels.outer import low_dot, narrow, outer, outer_partials, rank_block
+from fastgist_kernels.outer import argument_types, low_dot, narrow, outer, outer_partials, rank_block
 
 __all__ = ["SPECS", "cp_linear_bwd"]
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import INTERPRET, cdiv, device_arch, dot, launch, launch_config, next_power_of_2
 
-__all__ = ["SPECS", "low_dot", "narrow", "outer", "outer_partials", "processors", "rank_block", "reduce_partials"]
+__all__ = ["SPECS", "argument_types", "low_dot", "narrow", "outer", "outer_partials", "processors", "rank_block", "reduce_partials"]
 
 
 @triton.jit
@@ -197,6 +197,32 @@ def reduce_partials(part, out, tail=None, *, factor: float = 1.0) -> None:
 def outer(a, b, out, *, tf32: bool, factor: float = 1.0) -> None:
     """Write out (C, R), of any strides, = factor a^T b."""
     reduce_partials(outer_partials(a, b, tf32=tf32), out, factor=factor)
+
+
+# -- ahead-of-time specs ---------------------------------------------------------------------------------------------
+
+_FLOAT32 = ("part_ptr", "grad_gain_ptr", "sum_dz_ptr", "sum_dy_ptr", "base_ptr")
+_LOW_RANK = ("h_ptr", "grad_h_ptr", "z_ptr", "dz_ptr")
+_FLOATS = ("scale", "residual_scale", "inv_keep", "factor")
+
+
+def argument_types(kernel, constexprs: dict[str, object], dtype: str) -> dict[str, str]:
+    """Types of what is not a constexpr, by name; low-rank intermediates are float32 for float16 inputs."""
+    types = {}
+    for name in kernel.arg_names:
+        if name in constexprs:
+            continue
+        if name == "seed_ptr":
+            types[name] = "*i64"
+        elif name in _FLOAT32 or (name in _LOW_RANK and dtype == "fp16"):
+            types[name] = "*fp32"
+        elif name.endswith("_ptr"):
+            types[name] = f"*{dtype}"
+        elif name.startswith("stride_"):
+            types[name] = "i64"
+        else:
+            types[name] = "fp32" if name in _FLOATS else "i32"
+    return types
 
 
 def _specs() -> list[Spec]:

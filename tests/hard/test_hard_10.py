@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 
 import pytest
@@ -40,14 +41,14 @@ def test_a_tile_that_does_not_fit_is_replaced_and_remembered():
 @needs_triton
 def test_a_rank_block_is_never_shrunk():
     """A kernel that holds the whole rank in one tile would drop columns without a word."""
+    from triton.runtime.errors import OutOfResources
+
     from fastgist_kernels import common
 
     config = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_R": 256, "num_stages": 1}
     kernel = _Kernel(_out_of_resources(), None)
-    try:
+    with contextlib.suppress(OutOfResources):  # refusing is right as well
         common.launch(kernel, lambda c: (1,), config, torch.zeros(3))
-    except Exception as e:
-        assert type(e).__name__ == "OutOfResources"  # refusing is right as well
     assert all(options["BLOCK_R"] == 256 for _, options in kernel.configs)
 
 
@@ -81,8 +82,7 @@ def test_out_of_memory_leaves_everything_as_it_was(op):
                 except torch.OutOfMemoryError:
                     break
         with pytest.raises(torch.OutOfMemoryError):
-            for _ in range(64):  # the caching allocator may have kept a few small blocks
-                hoard.append(call(*values))
+            hoard.extend(call(*values) for _ in range(64))  # the allocator may have kept a few small blocks
     finally:
         del hoard
         torch.cuda.empty_cache()

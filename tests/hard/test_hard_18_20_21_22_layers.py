@@ -1,4 +1,4 @@
-"""Hard cases 18 (sizes), 20 (fresh layers, merging), 21 (dropout), 22 (shared factors), for the layers and the models they go into."""
+"""Hard cases 18 (sizes), 20 (fresh layers, merging), 21 (dropout), 22 (shared factors), for layers and models."""
 
 from __future__ import annotations
 

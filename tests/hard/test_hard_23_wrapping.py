@@ -1,4 +1,4 @@
-"""Hard case 23: nothing matched, nothing trainable, matched twice, wrapped twice; a frozen first layer with checkpointing."""
+"""Hard case 23: nothing matched or trainable, matched twice, wrapped twice; a frozen first layer with checkpointing."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def test_23_a_failed_second_adapter_leaves_the_first_in_place() -> None:
     with pytest.raises(ValueError, match="nothing in this model is called 'query'"):
         get_peft_model(model, LoraConfig(targets=("query",)), "b")
     _unchanged(model, before)
-    assert report(model).adapter == "a" and report(model).others == ()
+    assert report(model).adapter == "a"
+    assert report(model).others == ()
     set_adapter(model, "a")
 
 
@@ -122,7 +123,7 @@ def test_23_strangers() -> None:
 
 @pytest.mark.parametrize("config", [LoraConfig(rank=2), AdapterConfig(4), CPConfig(rank=2)], ids=repr)
 def test_23_a_frozen_first_layer_with_reentrant_checkpointing(config) -> None:
-    """Nothing before the first block requires a gradient, so a reentrant checkpoint cuts the graph: silently, but for us."""
+    """Nothing before the first block requires a gradient, so a reentrant checkpoint cuts the graph, silently."""
     from timm.layers import set_reentrant_ckpt
 
     model = get_peft_model(vit(), config)
@@ -133,7 +134,8 @@ def test_23_a_frozen_first_layer_with_reentrant_checkpointing(config) -> None:
         with pytest.warns(UserWarning, match="requires_grad"), pytest.raises(RuntimeError) as error:
             assert_training(model)
         text = str(error.value)
-        assert "receive no gradient: blocks.0." in text and "eentrant gradient checkpointing" in text
+        assert "receive no gradient: blocks.0." in text
+        assert "eentrant gradient checkpointing" in text
         gist = add_gist(model)  # the token is trained and goes in before the blocks: the graph holds
         assert_training(gist)
         assert_training(gist, images())

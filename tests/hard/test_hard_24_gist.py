@@ -1,4 +1,4 @@
-"""Hard case 24 for images: a sample's outputs are its own, and the modes a gist model must work in. Values: tests/test_gist.py."""
+"""Hard case 24 for images: a sample's outputs are its own, what is trained, modes. Values are in tests/test_gist.py."""
 
 from __future__ import annotations
 

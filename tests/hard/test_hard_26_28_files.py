@@ -1,4 +1,4 @@
-"""Hard cases 26 (damaged files, files that do not fit), 27 (killed while saving) and 28 (files that must be refused)."""
+"""Hard cases 26 (damaged files, and files that do not fit), 27 (killed while saving), 28 (files to refuse)."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_26_truncated_at_any_length(saved) -> None:
     header = 8 + int.from_bytes(data[:8], "little")
     for length in (0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(data) // 2, len(data) - 1):
         (folder / NAME).write_bytes(data[:length])
-        with pytest.raises(ValueError, match="damaged|truncated") as error:
+        with pytest.raises(ValueError, match=r"damaged|truncated") as error:
             load_adapter(vit(), folder)
         assert str(folder / NAME) in str(error.value)
     refused(base, folder, "damaged or truncated")
@@ -100,7 +100,7 @@ def test_26_any_flipped_bit_is_noticed(saved) -> None:
 
 
 def test_26_missing_unexpected_and_wrong_shape(saved) -> None:
-    base, model, folder = saved
+    base, _model, folder = saved
     data = (folder / NAME).read_bytes()
     key = "adapter.blocks.0.attn.qkv.factors.u"
     for change, message in (
@@ -151,7 +151,7 @@ def test_26_the_json_beside_it_is_for_people_only(saved) -> None:
 
 
 def test_26_unlucky_module_and_adapter_names(tmp_path) -> None:
-    """A module called weight_weight, one called base_layer, an adapter named lora: nothing is found by part of a name."""
+    """Modules called weight_weight and base_layer, an adapter named lora: nothing is found by part of a name."""
 
     def renamed():
         model = vit()
@@ -183,8 +183,8 @@ def test_26_unlucky_module_and_adapter_names(tmp_path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kill -9")
 def test_27_killed_while_saving(tmp_path) -> None:
-    """Processes that overwrite an adapter and are killed, before each system call of a save in turn and then at any time:
-    the file is always the old adapter or the new one, whole."""
+    """A process that overwrites an adapter, killed before each system call of a save in turn, and then at any time: the
+    file is always the old adapter or the new one, whole."""
     script = textwrap.dedent(
         """
         import os, signal, sys, time
@@ -233,7 +233,7 @@ def test_27_killed_while_saving(tmp_path) -> None:
     found = [line.split() for line in run.stdout.splitlines()][:12]
     # For each of the two files: open, fsync, replace, then open and fsync of the folder. The first replace commits.
     assert [which for which, _ in found] == ["0"] * 3 + ["1"] * 9
-    assert [litter for _, litter in found] == list("011" "000" "110000")
+    assert [litter for _, litter in found] == list("011000110000")
     storage.write(folder, {}, {})  # the next save sweeps what they left
     assert not [p for p in folder.iterdir() if p.name.endswith(".tmp")]
 
@@ -285,7 +285,8 @@ def test_28_adapter_names_that_are_paths(name, saved) -> None:
     model = copy.deepcopy(base)
     with pytest.raises(ValueError, match="an adapter's name is letters, digits") as error:
         load_adapter(model, folder)
-    assert str(folder) in str(error.value) and all(p.requires_grad for p in model.parameters())
+    assert str(folder) in str(error.value)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_28_a_link_out_of_the_folder(saved, tmp_path) -> None:

@@ -1,0 +1,323 @@
+"""The backward of adapter in Triton: dx, and from the same rows h, dz and the gate's gradient; weights by outer.py.
+
+    dh = scale * dy U     da = dh * gate     dz = da * act'(z)     dx = dz D  (+ residual_scale * dy where x is the residual)
+    dD = dz^T x           db_d = colsum(dz)  dU = scale * dy^T h   db_u = scale * colsum(dy), or scale * gate^T dy
+    dgate_e = sum over e's units of dh * act(z)  (+ scale * dy b_u,e)
+
+z is read where the forward saved it, else formed again. Column sums leave a row of partials a program, in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastgist_kernels.adapter import activate, activation_slope, chunks, load_gate, project_down, tile_config
+from fastgist_kernels.aot import Spec
+from fastgist_kernels.common import cdiv, device_arch, dot, launch
+from fastgist_kernels.outer import low_dot, narrow, outer, rank_block, reduce_partials
+
+__all__ = ["SPECS", "adapter_bwd"]
+
+
+@triton.jit
+def _adapter_bwd_dx_kernel(
+    dy_ptr,
+    x_ptr,
+    down_ptr,
+    down_bias_ptr,
+    up_ptr,
+    up_bias_ptr,
+    gate_ptr,
+    z_ptr,
+    base_ptr,
+    h_ptr,
+    dz_ptr,
+    dx_ptr,
+    grad_gate_ptr,
+    sum_dz_ptr,
+    sum_dy_ptr,
+    M,
+    D,
+    H,
+    N,
+    E,
+    first_h,
+    unit_width,
+    stride_dym,
+    stride_dyn,
+    stride_xm,
+    stride_xd,
+    stride_dh,
+    stride_dd,
+    stride_db,
+    stride_un,
+    stride_uh,
+    stride_be,
+    stride_bn,
+    stride_gm,
+    stride_ge,
+    stride_zm,
+    stride_hm,
+    stride_sum,
+    scale,
+    residual_scale,
+    ACTIVATION: tl.constexpr,
+    HAS_DOWN_BIAS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    GATED_BIAS: tl.constexpr,
+    LOAD_Z: tl.constexpr,
+    ADD_DY: tl.constexpr,
+    ADD_BASE: tl.constexpr,
+    NEED_DX: tl.constexpr,
+    NEED_DZ: tl.constexpr,
+    NEED_H: tl.constexpr,
+    NEED_GATE: tl.constexpr,
+    SUM_DZ: tl.constexpr,
+    SUM_DY: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Hidden units first_h .. first_h + H. NEED_DZ: dz is stored; h and dz (M, H) have unit inner stride; dx is contiguous.
+    ADD_DY: x is the residual (N = D), ADD_BASE: dx of earlier hidden units is added; SUM_DY goes with ADD_DY."""
+    pid_m = tl.program_id(0).to(tl.int64)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_h = tl.arange(0, BLOCK_H).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    offs_e = tl.arange(0, BLOCK_E).to(tl.int64)
+    mask_m = offs_m < M
+    mask_h = offs_h < H
+    mask_e = offs_e < E
+    mask_mh = mask_m[:, None] & mask_h[None, :]
+
+    if LOAD_Z:
+        z = tl.load(z_ptr + offs_m[:, None] * stride_zm + offs_h[None, :], mask=mask_mh, other=0.0).to(tl.float32)
+    else:
+        z = project_down(
+            x_ptr,
+            down_ptr,
+            down_bias_ptr,
+            offs_m,
+            offs_h,
+            mask_m,
+            mask_h,
+            D,
+            stride_xm,
+            stride_xd,
+            stride_dh,
+            stride_dd,
+            stride_db,
+            HAS_DOWN_BIAS,
+            EVEN_D,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_D,
+            BLOCK_H,
+        )
+    if HAS_GATE:
+        gate = load_gate(gate_ptr, offs_m, offs_h, mask_m, mask_h, first_h, unit_width, stride_gm, stride_ge)
+    if NEED_H:
+        hidden = activate(z, ACTIVATION)
+        if HAS_GATE:
+            hidden = hidden * gate
+        h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_h[None, :]
+        tl.store(h_ptrs, narrow(hidden, h_ptr.dtype.element_ty), mask=mask_mh)
+
+    if NEED_DX or NEED_DZ or SUM_DZ or NEED_GATE:
+        dh = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+        by_bias = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+        for first_n in range(0, N, BLOCK_N):
+            offs_c = first_n + offs_n
+            mask_c = offs_c < N
+            dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_c[None, :] * stride_dyn
+            up_ptrs = up_ptr + offs_c[:, None] * stride_un + offs_h[None, :] * stride_uh
+            dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
+            up = tl.load(up_ptrs, mask=mask_c[:, None] & mask_h[None, :], other=0.0)
+            dh = dot(dy, up, dh, PRECISION)
+            if GATED_BIAS and NEED_GATE:
+                bias_ptrs = up_bias_ptr + offs_c[:, None] * stride_bn + offs_e[None, :] * stride_be
+                bias = tl.load(bias_ptrs, mask=mask_c[:, None] & mask_e[None, :], other=0.0)
+                by_bias = dot(dy, bias, by_bias, PRECISION)
+        dh = dh * scale
+        if NEED_GATE:
+            by_unit = dh * activate(z, ACTIVATION)
+            expert = (first_h + offs_h) // unit_width
+            for e in range(0, E):
+                own = mask_h & (expert == e)
+                grad_gate = tl.sum(tl.where(own[None, :], by_unit, 0.0), 1)
+                if GATED_BIAS:
+                    grad_gate += tl.sum(tl.where((offs_e == e)[None, :], by_bias, 0.0), 1) * scale
+                grad_gate_ptrs = grad_gate_ptr + offs_m * E + e
+                tl.store(grad_gate_ptrs, narrow(grad_gate, grad_gate_ptr.dtype.element_ty), mask=mask_m)
+        if HAS_GATE:
+            dh = dh * gate
+        dz = dh * activation_slope(z, ACTIVATION)
+        if NEED_DZ:
+            dz_ptrs = dz_ptr + offs_m[:, None] * stride_hm + offs_h[None, :]
+            tl.store(dz_ptrs, narrow(dz, dz_ptr.dtype.element_ty), mask=mask_mh)
+        if SUM_DZ:
+            tl.store(sum_dz_ptr + pid_m * stride_sum + offs_h, tl.sum(dz, 0), mask=mask_h)
+
+    if NEED_DX:
+        for first_d in range(0, D, BLOCK_D):
+            offs_c = first_d + offs_d
+            mask_c = offs_c < D
+            mask_out = mask_m[:, None] & mask_c[None, :]
+            down_ptrs = down_ptr + offs_h[:, None] * stride_dh + offs_c[None, :] * stride_dd
+            down = tl.load(down_ptrs, mask=mask_h[:, None] & mask_c[None, :], other=0.0)
+            dx = low_dot(dz, down, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), WIDE, PRECISION)
+            if ADD_DY:
+                dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_c[None, :] * stride_dyn
+                dy = tl.load(dy_ptrs, mask=mask_out, other=0.0).to(tl.float32)
+                dx += dy * residual_scale
+                if SUM_DY:
+                    tl.store(sum_dy_ptr + pid_m * stride_sum + offs_c, tl.sum(dy, 0) * scale, mask=mask_c)
+            offs_out = offs_m[:, None] * D + offs_c[None, :]
+            if ADD_BASE:
+                dx += tl.load(base_ptr + offs_out, mask=mask_out, other=0.0)
+            tl.store(dx_ptr + offs_out, narrow(dx, dx_ptr.dtype.element_ty), mask=mask_out)
+
+
+# -- launching -------------------------------------------------------------------------------------------------------
+
+
+def adapter_bwd(
+    grad, x, down_weight, down_bias, up_weight, up_bias, gate, z, activation, scale, residual_scale, residual_is_x, tf32,
+    grad_x, grad_down, grad_down_bias, grad_up, grad_up_bias, grad_gate,
+) -> None:  # fmt: skip
+    """Write the gradients that are not None, contiguous, in the shapes of their inputs: grad_x (M, D), grad_down (H, D),
+    grad_down_bias (H,), grad_up (D', H), grad_up_bias (D',) or (E, D'), grad_gate (M, E), from grad (M, D') of any strides.
+    z (M, H) or None: what the forward saved. Inputs that none of them needs may be None."""
+    rows = grad.shape[0]
+    single_bias = up_bias is not None and up_bias.dim() == 1
+    in_kernel = grad_up_bias is not None and single_bias and grad_x is not None and residual_is_x
+    need_dz = grad_down is not None
+    low = torch.float32 if grad.dtype == torch.float16 else grad.dtype
+    hidden = up_weight.shape[1] if up_weight is not None else 0
+    h = torch.empty(rows, hidden, dtype=low, device=grad.device) if grad_up is not None else None
+    dz = torch.empty(rows, hidden, dtype=low, device=grad.device) if need_dz else None
+    if any(t is not None for t in (grad_x, h, dz, grad_down_bias, grad_gate)):
+        _dx(
+            grad, x, down_weight, down_bias, up_weight, up_bias, gate, z, activation, scale, residual_scale,
+            residual_is_x, tf32, h, dz, grad_x, grad_down_bias, grad_up_bias if in_kernel else None, grad_gate,
+        )  # fmt: skip
+    if grad_down is not None:
+        outer(x, dz, grad_down.t(), tf32=tf32)
+    if grad_up is not None:
+        outer(grad, h, grad_up, tf32=tf32, factor=scale)
+    if grad_up_bias is None or in_kernel:
+        return
+    if single_bias:
+        grad_up_bias.copy_(grad.sum(0, dtype=torch.float32).mul_(scale))
+    else:
+        outer(grad, gate, grad_up_bias.t(), tf32=tf32, factor=scale)
+
+
+def _dx(
+    grad, x, down_weight, down_bias, up_weight, up_bias, gate, z, activation, scale, residual_scale, residual_is_x, tf32,
+    h, dz, grad_x, grad_down_bias, grad_up_bias, grad_gate,
+) -> None:  # fmt: skip
+    """Launch the kernel over every chunk of hidden units; grad_up_bias: the one for all experts, where dy is read for dx."""
+    rows, out = grad.shape
+    hidden = up_weight.shape[1] if up_weight is not None else z.shape[1] if z is not None else down_weight.shape[0]
+    inner = grad_x.shape[1] if grad_x is not None else 1 if x is None else x.shape[1]
+    experts = 1 if gate is None else gate.shape[1]
+    device = grad.device
+    parts = chunks(grad, hidden, tf32)
+    collected = None
+    if grad_x is not None and len(parts) > 1:
+        collected = torch.empty(rows, inner, dtype=torch.float32, device=device)
+    gates = None
+    if grad_gate is not None:
+        gates = [grad_gate]
+        if len(parts) > 1:
+            gates = torch.empty(len(parts), rows, experts, dtype=torch.float32, device=device)
+    for index, (first, width) in enumerate(parts):
+        last = index == len(parts) - 1
+        units = slice(first, first + width)
+        block_m, block_h, config = tile_config("adapter_bwd", grad, width, tf32)
+        programs = cdiv(rows, block_m)
+        sum_dz = grad_down_bias is not None
+        sum_dy = grad_up_bias is not None and index == 0
+        sums = None
+        if sum_dz or sum_dy:
+            columns = (width if sum_dz else 0) + (out if sum_dy else 0)
+            sums = torch.empty(programs, columns, dtype=torch.float32, device=device)
+        sums_dy = sums[:, width if sum_dz else 0 :] if sum_dy else None
+        down = None if down_weight is None else down_weight[units]
+        up = None if up_weight is None else up_weight[:, units]
+        bias = None if down_bias is None else down_bias[units]
+        gated_bias = up_bias is not None and up_bias.dim() == 2 and index == 0
+        launch(
+            _adapter_bwd_dx_kernel,
+            lambda c, programs=programs: (programs,),
+            config,
+            grad,
+            x,
+            down,
+            bias,
+            up,
+            up_bias if gated_bias else None,
+            gate,
+            None if z is None else z[:, units],
+            collected if index else None,
+            None if h is None else h[:, units],
+            None if dz is None else dz[:, units],
+            collected if collected is not None and not last else grad_x,
+            None if gates is None else gates[index],
+            sums if sum_dz else None,
+            sums_dy,
+            rows,
+            inner,
+            width,
+            out,
+            experts,
+            first,
+            hidden // experts,
+            *grad.stride(),
+            *((0, 0) if x is None else x.stride()),
+            *((0, 0) if down is None else down.stride()),
+            0 if bias is None else bias.stride(0),
+            *((0, 0) if up is None else up.stride()),
+            *(up_bias.stride() if gated_bias else (0, 0)),
+            *((0, 0) if gate is None else gate.stride()),
+            0 if z is None else z.stride(0),
+            hidden,
+            0 if sums is None else sums.stride(0),
+            scale,
+            residual_scale,
+            ACTIVATION=activation,
+            HAS_DOWN_BIAS=bias is not None,
+            HAS_GATE=gate is not None,
+            GATED_BIAS=gated_bias,
+            LOAD_Z=z is not None,
+            ADD_DY=residual_is_x and index == 0,
+            ADD_BASE=index > 0,
+            NEED_DX=grad_x is not None,
+            NEED_DZ=dz is not None,
+            NEED_H=h is not None,
+            NEED_GATE=grad_gate is not None,
+            SUM_DZ=sum_dz,
+            SUM_DY=sum_dy,
+            EVEN_D=inner % config["BLOCK_D"] == 0,
+            WIDE=grad.dtype == torch.float16,
+            PRECISION="tf32" if tf32 or grad.dtype == torch.float16 else "ieee",
+            BLOCK_M=block_m,
+            BLOCK_H=block_h,
+            BLOCK_E=rank_block(experts, 256),
+        )
+        if sum_dz:
+            tail = grad_up_bias if sum_dy else None
+            reduce_partials(sums, grad_down_bias[units][:, None], tail)
+        elif sum_dy:
+            reduce_partials(sums, grad_up_bias[:, None])
+    if grad_gate is not None and len(parts) > 1:
+        grad_gate.copy_(gates.sum(0))
