@@ -165,6 +165,7 @@ def explain(op: str) -> dict[str, str]:
             if name == chosen:
                 continue
             obstacle = _obstacle(op, name, device, torch.float32)
-            passed.append(f"{name}: {obstacle or 'not measured faster; ask for it with impl='}")
+            reason = obstacle.split(" (", 1)[0] if obstacle else f"not measured faster; impl={name!r} takes it"
+            passed.append(f"{name}: {reason}")
         out[device] = chosen + (f" ({'; '.join(passed)})" if passed else "")
     return out

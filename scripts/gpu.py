@@ -38,7 +38,11 @@ _STUB = '''"""Stands in where hypothesis is not installed: its tests are skipped
 import pytest
 
 def given(*args, **kwargs):
-    return lambda test: pytest.mark.skip(reason="hypothesis is not installed")(lambda: None)
+    def skipped(test):
+        def stand_in(): pass
+        stand_in.__name__ = test.__name__
+        return pytest.mark.skip(reason="hypothesis is not installed")(stand_in)
+    return skipped
 
 def settings(*args, **kwargs):
     return lambda test: test

@@ -127,6 +127,19 @@ def test_no_logits_outlive_a_chunk(device):
     assert largest == 2 * chunk * classes < rows * classes
 
 
+def test_evaluation_computes_no_gradient(impl, device, monkeypatch):
+    """Under no_grad a trainable head asks for nothing: no product beyond the logits'."""
+    hidden, gist, weight, bias, y = case(device=device)
+    weight.requires_grad_()
+    products = []
+    original = torch.addmm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: pytest.fail("a gradient's product was computed"))
+    monkeypatch.setattr(torch, "addmm", lambda *a, **k: products.append(1) or original(*a, **k))
+    with torch.no_grad():
+        gist_linear_loss(hidden, gist, weight, bias, y, chunk_rows=6, impl=impl)
+    assert len(products) == 2
+
+
 def test_default_chunks():
     from fastgist.ops.gist_linear_loss import default_chunk_rows
 

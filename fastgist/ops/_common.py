@@ -18,6 +18,7 @@ __all__ = [
     "autocast_dtype",
     "dtype_name",
     "filled",
+    "needs",
     "scale_rows",
     "single_backward",
     "tf32_allowed",
@@ -103,6 +104,12 @@ class _NoSecondDerivative(torch.autograd.Function):
 def filled(results: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """The results of a raw op, whose arity is fixed: an empty tensor where nothing was computed."""
     return tuple(like.new_empty(0) if r is None else r for r in results)
+
+
+def needs(ctx, count: int, record: bool) -> tuple[bool, ...]:
+    """Which of a Function's first ``count`` inputs want a gradient. Under no_grad (``record`` False) none does, but
+    ctx.needs_input_grad still names the parameters: an evaluation would compute gradients for nobody."""
+    return tuple(ctx.needs_input_grad[:count]) if record else (False,) * count
 
 
 def scale_rows(grads: Iterable[Tensor], scales: Iterable[Tensor]) -> list[Tensor]:

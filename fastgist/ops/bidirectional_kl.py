@@ -119,8 +119,8 @@ class _BidirectionalKL(torch.autograd.Function):
     """(M, V) x 2 -> row losses (M,). Saves the logits and six scalars a row, or the finished gradients."""
 
     @staticmethod
-    def forward(ctx, logits, other_logits, mask, temperature, impl):
-        need_logits, need_other = ctx.needs_input_grad[:2]
+    def forward(ctx, logits, other_logits, mask, temperature, record, impl):
+        ctx.needs = need_logits, need_other = _common.needs(ctx, 2, record)
         row_loss, stats, grad_logits, grad_other = _fwd_op(
             logits, other_logits, mask, temperature, need_logits, need_other, impl
         )
@@ -135,7 +135,7 @@ class _BidirectionalKL(torch.autograd.Function):
     @staticmethod
     @_common.single_backward(_OP)
     def backward(ctx, row_grad):
-        need_logits, need_other = ctx.needs_input_grad[:2]
+        need_logits, need_other = ctx.needs
         if ctx.finished:
             scale = row_grad / ctx.temperature
             grad_logits, grad_other = _common.scale_rows(ctx.saved_tensors, (scale, -scale))
@@ -144,7 +144,7 @@ class _BidirectionalKL(torch.autograd.Function):
             grad_logits, grad_other = _bwd_op(
                 logits, other_logits, mask, stats, row_grad, ctx.temperature, need_logits, need_other, ctx.impl
             )
-        return grad_logits if need_logits else None, grad_other if need_other else None, None, None, None
+        return grad_logits if need_logits else None, grad_other if need_other else None, None, None, None, None
 
 
 def _check(logits: Tensor, other_logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -215,6 +215,7 @@ def bidirectional_kl(
         other_logits.reshape(rows, classes),
         None if mask is None else mask.reshape(rows),
         temperature,
+        torch.is_grad_enabled(),
         impl,
     ).reshape(leading)
     if t_squared:

@@ -132,8 +132,8 @@ class _GistLinearLoss(torch.autograd.Function):
     """hidden (M, H) x 2, head and targets -> row losses (M,) for "none", else the scalar loss."""
 
     @staticmethod
-    def forward(ctx, hidden, gist_hidden, weight, bias, target, inv_count, options, chunk_rows, impl):
-        needs = ctx.needs_input_grad[:4]
+    def forward(ctx, hidden, gist_hidden, weight, bias, target, inv_count, options, chunk_rows, record, impl):
+        ctx.needs = needs = _common.needs(ctx, 4, record)
         ctx.options, ctx.chunk_rows, ctx.impl, ctx.per_row = options, chunk_rows, impl, inv_count is None
         ctx.dtypes = (hidden.dtype, hidden.dtype, weight.dtype, weight.dtype)
         # Rows enter unscaled: 1 / count in a float16 gradient would underflow before any loss scale could lift it.
@@ -150,7 +150,7 @@ class _GistLinearLoss(torch.autograd.Function):
     @staticmethod
     @_common.single_backward(_OP)
     def backward(ctx, grad):
-        needs = ctx.needs_input_grad[:4]
+        needs = ctx.needs
         if ctx.per_row:
             _, *grads = _op(*ctx.saved_tensors, grad, *ctx.options, ctx.chunk_rows, *needs, ctx.impl)
         else:
@@ -158,7 +158,7 @@ class _GistLinearLoss(torch.autograd.Function):
             scale = grad * inv_count
             grads = [g * scale for g in grads]
         narrowed = (g.to(d) if need else None for g, need, d in zip(grads, needs, ctx.dtypes, strict=True))
-        return *narrowed, None, None, None, None, None
+        return *narrowed, None, None, None, None, None, None
 
 
 def gist_linear_loss(
@@ -254,6 +254,7 @@ def gist_linear_loss(
             int(ignore_index),
         ),
         max(chunk_rows, 1),
+        torch.is_grad_enabled(),
         impl,
     )
     return loss.reshape(leading) if reduction == "none" else loss

@@ -131,8 +131,8 @@ class _GistLoss(torch.autograd.Function):
     """(M, V) x 2 and targets -> row losses (M,). Saves the logits and nine scalars a row, or the finished gradients."""
 
     @staticmethod
-    def forward(ctx, logits, gist_logits, target, options, impl):
-        need_logits, need_gist = ctx.needs_input_grad[:2]
+    def forward(ctx, logits, gist_logits, target, options, record, impl):
+        ctx.needs = need_logits, need_gist = _common.needs(ctx, 2, record)
         row_loss, stats, grad_logits, grad_gist = _fwd_op(
             logits, gist_logits, target, *options, need_logits, need_gist, impl
         )
@@ -147,7 +147,7 @@ class _GistLoss(torch.autograd.Function):
     @staticmethod
     @_common.single_backward(_OP)
     def backward(ctx, row_grad):
-        need_logits, need_gist = ctx.needs_input_grad[:2]
+        need_logits, need_gist = ctx.needs
         if ctx.finished:
             grads = _common.scale_rows(ctx.saved_tensors, (row_grad, row_grad))
         else:
@@ -155,7 +155,7 @@ class _GistLoss(torch.autograd.Function):
             grads = _bwd_op(
                 logits, gist_logits, target, stats, row_grad, *ctx.options, need_logits, need_gist, ctx.impl
             )
-        return grads[0] if need_logits else None, grads[1] if need_gist else None, None, None, None
+        return grads[0] if need_logits else None, grads[1] if need_gist else None, None, None, None, None
 
 
 # -- checks, shared with gist_linear_loss ------------------------------------------------------------------------------
@@ -256,6 +256,7 @@ def gist_loss(
         gist_logits.reshape(rows, classes),
         flat_target,
         (float(alpha), beta_t, temperature, float(label_smoothing), int(ignore_index)),
+        torch.is_grad_enabled(),
         impl,
     ).reshape(leading)
     return reduce_rows(row_loss, reduction, reference.kept_rows(target, ignore_index))

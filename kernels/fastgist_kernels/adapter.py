@@ -101,11 +101,18 @@ def project_down(
 
 
 @triton.jit
-def load_gate(gate_ptr, offs_m, offs_h, mask_m, mask_h, first_h, unit_width, stride_gm, stride_ge):
-    """The gate of each row's hidden units, [BLOCK_M, BLOCK_H] float32: unit h belongs to expert h // unit_width."""
+def load_experts(gate_ptr, offs_m, offs_e, mask_m, mask_e, stride_gm, stride_ge):
+    """The gate of each row, [BLOCK_M, BLOCK_E], in its own dtype."""
+    gate_ptrs = gate_ptr + offs_m[:, None] * stride_gm + offs_e[None, :] * stride_ge
+    return tl.load(gate_ptrs, mask=mask_m[:, None] & mask_e[None, :], other=0.0)
+
+
+@triton.jit
+def unit_owners(offs_h, offs_e, mask_h, first_h, unit_width):
+    """[BLOCK_E, BLOCK_H] of ones where hidden unit first_h + h belongs to expert e, else zeros: to spread a gate over its
+    units, and to sum over them, as dots (a gather would hold a pointer an element)."""
     expert = (first_h + offs_h) // unit_width
-    gate_ptrs = gate_ptr + offs_m[:, None] * stride_gm + expert[None, :] * stride_ge
-    return tl.load(gate_ptrs, mask=mask_m[:, None] & mask_h[None, :], other=0.0).to(tl.float32)
+    return ((expert[None, :] == offs_e[:, None]) & mask_h[None, :]).to(tl.float32)
 
 
 @triton.jit
@@ -192,11 +199,9 @@ def _adapter_fwd_kernel(
         tl.store(z_ptrs, narrow(z, z_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_h[None, :])
     hidden = activate(z, ACTIVATION)
     if HAS_GATE:
-        gate = load_gate(gate_ptr, offs_m, offs_h, mask_m, mask_h, first_h, unit_width, stride_gm, stride_ge)
-        hidden = hidden * gate
-    if GATED_BIAS:
-        expert_ptrs = gate_ptr + offs_m[:, None] * stride_gm + offs_e[None, :] * stride_ge
-        experts = tl.load(expert_ptrs, mask=mask_m[:, None] & mask_e[None, :], other=0.0)
+        experts = load_experts(gate_ptr, offs_m, offs_e, mask_m, mask_e, stride_gm, stride_ge)
+        owners = unit_owners(offs_h, offs_e, mask_h, first_h, unit_width).to(experts.dtype)
+        hidden = hidden * dot(experts, owners, tl.zeros([BLOCK_M, BLOCK_H], tl.float32), "ieee")
     for first_n in range(0, N, BLOCK_N):
         offs_c = first_n + offs_n
         mask_c = offs_c < N

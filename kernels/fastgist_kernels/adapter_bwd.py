@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgist_kernels.adapter import activate, activation_slope, chunks, load_gate, project_down, tile_config
+from fastgist_kernels.adapter import activate, activation_slope, chunks, load_experts, project_down, tile_config, unit_owners
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, device_arch, dot, launch
 from fastgist_kernels.outer import low_dot, narrow, outer, rank_block, reduce_partials
@@ -79,6 +79,7 @@ def _adapter_bwd_dx_kernel(
     EVEN_D: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    GATE_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -98,9 +99,7 @@ def _adapter_bwd_dx_kernel(
     mask_e = offs_e < E
     mask_mh = mask_m[:, None] & mask_h[None, :]
 
-    if LOAD_Z:
-        z = tl.load(z_ptr + offs_m[:, None] * stride_zm + offs_h[None, :], mask=mask_mh, other=0.0).to(tl.float32)
-    else:
+    if not LOAD_Z:
         z = project_down(
             x_ptr,
             down_ptr,
@@ -122,18 +121,9 @@ def _adapter_bwd_dx_kernel(
             BLOCK_D,
             BLOCK_H,
         )
-    if HAS_GATE:
-        gate = load_gate(gate_ptr, offs_m, offs_h, mask_m, mask_h, first_h, unit_width, stride_gm, stride_ge)
-    if NEED_H:
-        hidden = activate(z, ACTIVATION)
-        if HAS_GATE:
-            hidden = hidden * gate
-        h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_h[None, :]
-        tl.store(h_ptrs, narrow(hidden, h_ptr.dtype.element_ty), mask=mask_mh)
-
+    dh = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+    by_bias = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     if NEED_DX or NEED_DZ or SUM_DZ or NEED_GATE:
-        dh = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
-        by_bias = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
         for first_n in range(0, N, BLOCK_N):
             offs_c = first_n + offs_n
             mask_c = offs_c < N
@@ -146,25 +136,34 @@ def _adapter_bwd_dx_kernel(
                 bias_ptrs = up_bias_ptr + offs_c[:, None] * stride_bn + offs_e[None, :] * stride_be
                 bias = tl.load(bias_ptrs, mask=mask_c[:, None] & mask_e[None, :], other=0.0)
                 by_bias = dot(dy, bias, by_bias, PRECISION)
-        dh = dh * scale
-        if NEED_GATE:
-            by_unit = dh * activate(z, ACTIVATION)
-            expert = (first_h + offs_h) // unit_width
-            for e in range(0, E):
-                own = mask_h & (expert == e)
-                grad_gate = tl.sum(tl.where(own[None, :], by_unit, 0.0), 1)
-                if GATED_BIAS:
-                    grad_gate += tl.sum(tl.where((offs_e == e)[None, :], by_bias, 0.0), 1) * scale
-                grad_gate_ptrs = grad_gate_ptr + offs_m * E + e
-                tl.store(grad_gate_ptrs, narrow(grad_gate, grad_gate_ptr.dtype.element_ty), mask=mask_m)
+    dh = dh * scale
+
+    if LOAD_Z:  # after the loop: one tile less to hold in it
+        z = tl.load(z_ptr + offs_m[:, None] * stride_zm + offs_h[None, :], mask=mask_mh, other=0.0).to(tl.float32)
+    if HAS_GATE:
+        owners = unit_owners(offs_h, offs_e, mask_h, first_h, unit_width)
+        experts = load_experts(gate_ptr, offs_m, offs_e, mask_m, mask_e, stride_gm, stride_ge)
+        gate = dot(experts, owners.to(experts.dtype), tl.zeros([BLOCK_M, BLOCK_H], tl.float32), "ieee")
+    if NEED_GATE:
+        by_unit = dh * activate(z, ACTIVATION)
+        grad_gate = dot(by_unit, tl.trans(owners), by_bias * scale, GATE_PRECISION)
+        grad_gate_ptrs = grad_gate_ptr + offs_m[:, None] * E + offs_e[None, :]
+        mask_gate = mask_m[:, None] & mask_e[None, :]
+        tl.store(grad_gate_ptrs, narrow(grad_gate, grad_gate_ptr.dtype.element_ty), mask=mask_gate)
+    if NEED_H:
+        hidden = activate(z, ACTIVATION)
         if HAS_GATE:
-            dh = dh * gate
-        dz = dh * activation_slope(z, ACTIVATION)
-        if NEED_DZ:
-            dz_ptrs = dz_ptr + offs_m[:, None] * stride_hm + offs_h[None, :]
-            tl.store(dz_ptrs, narrow(dz, dz_ptr.dtype.element_ty), mask=mask_mh)
-        if SUM_DZ:
-            tl.store(sum_dz_ptr + pid_m * stride_sum + offs_h, tl.sum(dz, 0), mask=mask_h)
+            hidden = hidden * gate
+        h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_h[None, :]
+        tl.store(h_ptrs, narrow(hidden, h_ptr.dtype.element_ty), mask=mask_mh)
+    dz = dh * activation_slope(z, ACTIVATION)
+    if HAS_GATE:
+        dz = dz * gate
+    if NEED_DZ:
+        dz_ptrs = dz_ptr + offs_m[:, None] * stride_hm + offs_h[None, :]
+        tl.store(dz_ptrs, narrow(dz, dz_ptr.dtype.element_ty), mask=mask_mh)
+    if SUM_DZ:
+        tl.store(sum_dz_ptr + pid_m * stride_sum + offs_h, tl.sum(dz, 0), mask=mask_h)
 
     if NEED_DX:
         for first_d in range(0, D, BLOCK_D):
@@ -310,6 +309,7 @@ def _dx(
             EVEN_D=inner % config["BLOCK_D"] == 0,
             WIDE=grad.dtype == torch.float16,
             PRECISION="tf32" if tf32 or grad.dtype == torch.float16 else "ieee",
+            GATE_PRECISION="ieee" if grad.dtype == torch.float32 and not tf32 else "tf32",
             BLOCK_M=block_m,
             BLOCK_H=block_h,
             BLOCK_E=rank_block(experts, 256),

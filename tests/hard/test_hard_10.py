@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 
 import pytest
@@ -39,17 +38,15 @@ def test_a_tile_that_does_not_fit_is_replaced_and_remembered():
 
 
 @needs_triton
-def test_a_rank_block_is_never_shrunk():
-    """A kernel that holds the whole rank in one tile would drop columns without a word."""
-    from triton.runtime.errors import OutOfResources
-
+def test_only_what_is_in_the_config_shrinks():
+    """A tile that must hold the whole rank or bottleneck goes in as a constexpr: halved, it would drop columns."""
     from fastgist_kernels import common
 
-    config = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_R": 256, "num_stages": 1}
-    kernel = _Kernel(_out_of_resources(), None)
-    with contextlib.suppress(OutOfResources):  # refusing is right as well
-        common.launch(kernel, lambda c: (1,), config, torch.zeros(3))
-    assert all(options["BLOCK_R"] == 256 for _, options in kernel.configs)
+    config = {"BLOCK_M": 32, "BLOCK_N": 32, "num_stages": 1}
+    kernel = _Kernel(_out_of_resources(), _out_of_resources(), None)
+    common.launch(kernel, lambda c: (1,), config, torch.zeros(3), BLOCK_H=256)
+    assert all(options["BLOCK_H"] == 256 for _, options in kernel.configs)
+    assert kernel.configs[-1][1]["BLOCK_M"] * kernel.configs[-1][1]["BLOCK_N"] == 256
 
 
 @needs_triton
