@@ -68,13 +68,19 @@ endef
 ifeq ($(VENV),none)
 # What the tests and the demo import, and the package it comes in. What is missing is installed if pip can; torch stays.
 define CHECK_PACKAGES
-import importlib.util, os, subprocess, sys, tempfile
+import importlib.metadata, importlib.util, subprocess, sys, tempfile
 wanted = dict(accelerate="accelerate", datasets="datasets", expecttest="expecttest", huggingface_hub="huggingface_hub",
     hypothesis="hypothesis", matplotlib="matplotlib", ninja="ninja", numpy="numpy", pybind11="pybind11", pytest="pytest",
-    pytest_benchmark="pytest-benchmark", rich="rich", safetensors="safetensors", setuptools="setuptools",
+    pytest_benchmark="pytest-benchmark", rich="rich", safetensors="safetensors",
     sklearn="scikit-learn", timm="timm", torchvision="torchvision", tqdm="tqdm", transformers="transformers",
     typer="typer", xdist="pytest-xdist")
-missing = lambda: [package for module, package in wanted.items() if importlib.util.find_spec(module) is None]
+def missing():
+    absent = [package for module, package in wanted.items() if importlib.util.find_spec(module) is None]
+    try:  # older ones cannot read our pyproject.toml; torch 2.11 wants no newer
+        old = int(importlib.metadata.version("setuptools").split(".")[0]) < 77
+    except importlib.metadata.PackageNotFoundError:
+        old = True
+    return absent + ["setuptools>=77,<82"] * old
 if importlib.util.find_spec("torch") is None:
     sys.exit(f"fastgist: VENV=none, but {sys.executable} has no torch; leave VENV=none out and a .venv is made")
 import torch
@@ -88,10 +94,8 @@ if lacking:
             "--timeout", "15", "-c", held.name, *lacking], stderr=subprocess.DEVNULL)
     importlib.invalidate_caches()
     lacking = missing()
-if "pytest" in lacking:
-    sys.exit("fastgist: pytest is missing and could not be installed")
 if lacking:
-    print("fastgist: could not be installed, so what needs them is skipped:", *lacking)
+    print("fastgist: WARNING: could not be installed, and what needs them cannot run:", *lacking)
 print("fastgist: using", sys.executable, "with torch", torch.__version__)
 endef
 export CHECK_PACKAGES
@@ -120,7 +124,8 @@ $(EXTENSION): $(filter-out csrc/tests/%,$(CSRC)) setup.py $(PACKAGES)
 	echo "fastgist: building the extension (half a minute; log in build/extension.log)"
 	if ! $(PY) setup.py build_ext --inplace >build/extension.log 2>&1; then
 	  tail -n 30 build/extension.log >&2
-	  exit 1
+	  if [ "$${FASTGIST_REQUIRE_EXT:-0}$${FASTGIST_CUDA:-0}" != 00 ]; then exit 1; fi
+	  echo "fastgist: WARNING: the extension could not be built; going on without it" >&2
 	fi
 	grep -a '^fastgist: ' build/extension.log || true
 	$(PY) -c 'from fastgist import _extension as e; print("fastgist: extension:", e.load() or e.build_info())'
@@ -139,7 +144,7 @@ test: setup ## everything that runs without a GPU
 	  local name=$$1 verdict=passed start=$$SECONDS; shift
 	  echo; echo "== $$name: $$*"
 	  "$$@" 2>&1 | tee "build/test/$$name.log" || { verdict=FAILED; status=1; }
-	  summary+=$$(printf '%-12s %-7s %4d s  %s' "$$name" "$$verdict" $$((SECONDS - start)) "$$(tail -n 1 "build/test/$$name.log")")$$'\n'
+	  summary+=$$(printf '%-12s %-7s %4d s  %s' "$$name" "$$verdict" $$((SECONDS - start)) "$$(grep . "build/test/$$name.log" | tail -n 1)")$$'\n'
 	}
 	spread=""
 	if $(PY) -c 'import xdist' 2>/dev/null; then spread="-n $(WORKERS)"; fi

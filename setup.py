@@ -24,6 +24,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
@@ -225,4 +226,6 @@ def plan() -> dict:
     return {"ext_modules": extensions(home), "cmdclass": {"build_ext": Build}}
 
 
+if int(setuptools.__version__.split(".")[0]) < 77:  # it could not read pyproject.toml, and says so in forty lines
+    raise SystemExit(f"fastgist: building needs setuptools >= 77, found {setuptools.__version__}")
 setup(**plan())

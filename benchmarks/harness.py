@@ -89,8 +89,8 @@ def _formula(op: str) -> Callable[..., Tensor]:
 
 
 def _rows(name: str, t: Tensor) -> Tensor:
-    """The rows that parity compares: those of the first and of the last chunk."""
-    if name not in ROWWISE or t.shape[0] <= 2 * CHUNK:
+    """The rows that parity compares: those of the first and of the last chunk. A large weight's are as many."""
+    if t.shape[0] <= 2 * CHUNK or (name not in ROWWISE and t.numel() <= 2**25):
         return t
     return torch.cat([t[:CHUNK], t[(t.shape[0] - 1) // CHUNK * CHUNK :]])
 
@@ -128,7 +128,7 @@ def _evaluate(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, dict[str, T
             for name in grads:
                 grads[name].append(part[name].grad)
     found = {name: torch.cat(parts).cpu() for name, parts in grads.items()}
-    found |= {name: fixed[name].grad.cpu() for name in problem.leaves if name in fixed}
+    found |= {name: _rows(name, fixed[name].grad).cpu() for name in problem.leaves if name in fixed}
     if problem.is_loss:
         return torch.stack(outs).double().sum().to(outs[0].dtype).cpu(), found
     return _rows("x", torch.cat(outs)).cpu(), found

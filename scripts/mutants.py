@@ -5,9 +5,10 @@
     python scripts/mutants.py --sample 8         a sample, fixed for a given state of the sources
     python scripts/mutants.py --op adapter --list
 
-The mutants are in mutant_list.py. Each is applied to a private copy of the tree, where the tests of its operation run
-until the first failure. A mutant is killed when a test fails on what was computed; one that does not even run (a name
-error, a compilation error) or whose text is no longer found is a fault of the list and fails the check as well.
+The mutants are in mutants_of_losses.py and mutants_of_layers.py. Each is applied to a private copy of the tree, where
+the tests of its operation run until the first failure. A mutant is killed when a test fails on what was computed; one
+that does not even run (a name error, a compilation error) or whose text is no longer found is a fault of the list and
+fails the check as well.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ from pathlib import Path
 from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).parent))
-from mutant_list import MUTANTS, Mutant
+from mutant_list import Mutant
+from mutants_of_layers import LAYERS
+from mutants_of_losses import LOSSES
 
 T = TypeVar("T")
+MUTANTS: list[Mutant] = [*LOSSES, *LAYERS]
 ROOT = Path(__file__).resolve().parents[1]
 #: What a copy needs: sources, tests, and the extension where it is built.
 COPIED = ("fastgist", "kernels", "tests", "csrc", "benchmarks", "pyproject.toml")
@@ -223,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [m for m in MUTANTS if (not args.op or m.op in args.op) and args.only in m.name]
     stale = [problem for m in chosen if (problem := find(m))]
     if stale:
-        print("stale mutants (bring mutant_list.py up to date):", *stale, sep="\n  ", file=sys.stderr)
+        print("stale mutants (bring the list up to date):", *stale, sep="\n  ", file=sys.stderr)
         return 1
     if args.sample:
         chosen = sample(chosen, args.sample)

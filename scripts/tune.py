@@ -33,6 +33,7 @@ Key = tuple[str, str, str]  # kernel, architecture, shape class
 
 _ROWS = {"BLOCK_V": (256, 512, 1024, 2048, 4096, 8192), "BLOCK_M": (1, 2, 4, 8), "num_warps": (2, 4, 8, 16)}
 _TILE = {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
+_ADAPTER = {"BLOCK_M": (16, 32, 64, 128), "BLOCK_D": (32, 64, 128), "BLOCK_N": (32, 64, 128)} | _TILE
 #: What may vary in each entry. Every kernel name that the launchers ask the table for has a line here (tested).
 SPACES: dict[str, dict[str, tuple[int, ...]]] = {
     "bidirectional_kl_fwd": _ROWS,
@@ -41,6 +42,12 @@ SPACES: dict[str, dict[str, tuple[int, ...]]] = {
     "gist_loss_bwd": _ROWS,
     "gist_linear_loss_chunk": _ROWS,
     "outer_partial": {"BLOCK_M": (32, 64, 128), "BLOCK_C": (64, 128, 256)} | _TILE,
+    "cp_linear_form": {"form": (0, 1, 2)},
+    "cp_linear_fwd": {"BLOCK_M": (64, 128), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64, 128), "GROUP_M": (8,)}
+    | _TILE,
+    "cp_linear_project": {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128)} | _TILE,
+    "adapter_fwd": _ADAPTER,
+    "adapter_bwd": _ADAPTER,
 }
 #: A tile of a row kernel holds at most this many elements of one tensor.
 MOST_ELEMENTS = 8192
@@ -96,11 +103,11 @@ class Overrides:
         self.asked: set[Key] = set()
         self.active: dict[Key, Config] = {}
         self._table = common.launch_config
+        common._smaller = lambda config: None  # a candidate that does not fit is one that does not count
         for name in ("common", *aot.MODULES):
             module = importlib.import_module(f"fastgist_kernels.{name}")
             if hasattr(module, "launch_config"):
                 module.launch_config = self
-        self.modules = aot.MODULES
 
     def __call__(self, kernel: str, arch: str, shape_class: str) -> Config:
         key = kernel, arch, shape_class

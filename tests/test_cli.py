@@ -16,9 +16,9 @@ from fastgist import backends
 
 pytest.importorskip("typer")
 
-from typer.testing import CliRunner  # noqa: E402
+from typer.testing import CliRunner
 
-from fastgist import cli  # noqa: E402
+from fastgist import cli
 
 
 def invoke(*arguments: str):
@@ -65,7 +65,9 @@ def test_env_needs_torch_and_the_table_printer_only() -> None:
     assert "operations" in json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(("package", "command"), [("typer", "env"), ("rich", "env"), ("timm", "demo"), ("sklearn", "demo")])
+@pytest.mark.parametrize(
+    ("package", "command"), [("typer", "env"), ("rich", "env"), ("timm", "demo"), ("sklearn", "demo")]
+)
 def test_a_missing_package_is_one_line_that_says_what_to_install(package: str, command: str, tmp_path: Path) -> None:
     code = f"import sys; sys.modules[{package!r}] = None; sys.argv = ['fastgist', {command!r}]"
     code += f" + ['--output-dir', {str(tmp_path)!r}]" if command == "demo" else ""

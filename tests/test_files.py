@@ -241,6 +241,15 @@ def test_stale_temporaries_are_swept_and_others_left(tmp_path) -> None:
     assert {p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")} == {alive.name, elsewhere.name, mine.name}
 
 
+def test_a_compiled_model_is_seen_through(tmp_path) -> None:
+    base, x = vit(), images()
+    model = made(base, LoraConfig(rank=2), True)
+    compiled = torch.compile(model, backend="eager")
+    save_adapter(compiled, tmp_path)
+    assert report(compiled).parts == report(model).parts
+    assert torch.equal(logits(load_adapter(copy.deepcopy(base), tmp_path), x), logits(model, x))
+
+
 def test_not_wrapped(tmp_path) -> None:
     with pytest.raises(ValueError, match="save_adapter: VisionTransformer is not wrapped"):
         save_adapter(vit(), tmp_path)

@@ -7,7 +7,6 @@ import io
 import warnings
 
 import pytest
-import timm.layers
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -250,8 +249,9 @@ def test_dropout_inside_a_wrapped_qkv_stays_one_mask() -> None:
 def test_parallel_blocks_and_other_attention_take_the_full_path() -> None:
     from timm.models.vision_transformer import ParallelScalingBlock
 
+    layers = pytest.importorskip("timm.layers")
     others = [{"block_fn": ParallelScalingBlock}]
-    if hasattr(timm.layers, "DiffAttention"):
+    if hasattr(layers, "DiffAttention"):
         others.append({"attn_layer": "diff"})
     for options in others:
         model, x = gist(**options).eval(), images()

@@ -161,7 +161,7 @@ def test_every_mutant_finds_its_text_once():
     sys.path.insert(0, str(ROOT / "scripts"))
     mutants = _load("scripts/mutants.py")
     stale = [problem for m in mutants.MUTANTS if (problem := mutants.find(m))]
-    assert not stale, "bring scripts/mutant_list.py up to date:\n" + "\n".join(stale)
+    assert not stale, "bring scripts/mutants_of_*.py up to date:\n" + "\n".join(stale)
     names = [m.name for m in mutants.MUTANTS]
     assert len(names) == len(set(names))
     assert all((ROOT / test).exists() for m in mutants.MUTANTS for test in mutants.tests_of(m))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from fastgist.nn import TunerLinear
 
-TIMM = __import__("pytest").importorskip("timm")
+pytest.importorskip("timm")
 
 
 def vit(**options) -> nn.Module:

@@ -28,7 +28,8 @@ Mode = int | tuple[int | None, ...]
 
 class CPFactors(nn.Module):
     """The factors that all layers of a group share. Layers reach them through :meth:`forward`, so that a sharding or
-    hooking wrapper around this module sees every use.
+    hooking wrapper around this module sees every use. The call returns parameters themselves: under FSDP2 shard this
+    module before the blocks and with ``reshard_after_forward=False``.
 
     Args:
         in_features: K of the adapted matrices.

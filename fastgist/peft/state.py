@@ -101,10 +101,16 @@ class State:
 
 
 def inner(model: nn.Module) -> nn.Module:
-    """The plain model inside a front."""
-    while isinstance(model, Front):
-        model = model.model
-    return model
+    """The plain model inside a front, torch.compile's wrapper or DistributedDataParallel."""
+    while True:
+        if isinstance(model, Front):
+            model = model.model
+        elif "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
 
 
 def state_of(model: nn.Module) -> State | None:

@@ -197,8 +197,8 @@ def unload(model: nn.Module, keep_head: bool = True) -> nn.Module:
     """Take everything out: the plain model again, its frozen parts bitwise the original, requires_grad as before
     wrapping.
 
-    Updates are dropped, not merged (merge, then keep the weights, if that is wanted). All named adapters go. Where a
-    gist token goes, a warning says that the logits change.
+    Updates are dropped, not kept in the weights: to run at the plain model's speed, leave it merged instead. All named
+    adapters go. Where a gist token goes, a warning says that the logits change.
 
     Args:
         keep_head: keep the head as trained; False puts the head from before wrapping back.

@@ -234,6 +234,7 @@ def fit(
 
     result = FitResult()
     memory = StepMemory(device)
+    measure_memory = measure_memory and (world == 1 or device.type == "cuda")  # the CPU profiler stumbles over DDP
     first = state.step
     timed_images, timed_seconds = 0, 0.0
     show = progress and accelerator.is_main_process

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fastgist.train import data as images
 from fastgist.train.checkpoint import Checkpoints, write_atomically
 from fastgist.train.config import FinetuneConfig, UserError
@@ -88,6 +90,7 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
             progress=config.progress,
             description=method,
         )
+        return _finish(config, accelerator, model, splits, result, tell)
     except KeyboardInterrupt:
         newest = next(iter(checkpoints), None)
         hint = (
@@ -96,7 +99,6 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
             else "no checkpoint had been written yet"
         )
         raise Interrupted(f"interrupted: {hint}") from None
-    return _finish(config, accelerator, model, splits, result, tell)
 
 
 def _check_numbers(config: FinetuneConfig) -> None:
@@ -156,12 +158,18 @@ def _checked_splits(config: FinetuneConfig, accelerator: Accelerator) -> images.
 
 
 def _set_transforms(splits: images.Splits, model: Any, config: FinetuneConfig) -> None:
-    """timm's transforms for this model: random for training if asked, the centre crop elsewhere."""
+    """timm's transforms for this model: random for training if asked, the centre crop elsewhere; tried on a blank."""
     from timm.data import create_transform, resolve_model_data_config
 
     settings = resolve_model_data_config(model)
     if config.image_size is not None:
         settings["input_size"] = (3, config.image_size, config.image_size)
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *settings["input_size"]))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        size = " x ".join(map(str, settings["input_size"]))
+        raise UserError(f"{config.model} does not take images of {size}: {error}") from error
     for name, split in splits.named().items():
         split.seed = config.seed
         random = name == "train" and config.augment
@@ -211,7 +219,7 @@ def _finish(
         "val_accuracy": result.best_accuracy, "selected_epoch": result.best_epoch or config.epochs,
         "trained_numbers": trained, "all_numbers": all_numbers,
         "images_per_second": result.images_per_second, "peak_memory_bytes": result.peak_memory_bytes,
-        "peak_memory_method": memory_method(accelerator.device), "device": accelerator.device.type,
+        "peak_memory_method": memory_method(accelerator.device) if result.peak_memory_bytes else None, "device": accelerator.device.type,
         "processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision,
         "versions": versions(), "commit": commit(),
     }  # fmt: skip

@@ -101,18 +101,14 @@ def project_down(
 
 
 @triton.jit
-def load_experts(gate_ptr, offs_m, offs_e, mask_m, mask_e, stride_gm, stride_ge):
-    """The gate of each row, [BLOCK_M, BLOCK_E], in its own dtype."""
-    gate_ptrs = gate_ptr + offs_m[:, None] * stride_gm + offs_e[None, :] * stride_ge
-    return tl.load(gate_ptrs, mask=mask_m[:, None] & mask_e[None, :], other=0.0)
-
-
-@triton.jit
-def unit_owners(offs_h, offs_e, mask_h, first_h, unit_width):
-    """[BLOCK_E, BLOCK_H] of ones where hidden unit first_h + h belongs to expert e, else zeros: to spread a gate over its
-    units, and to sum over them, as dots (a gather would hold a pointer an element)."""
-    expert = (first_h + offs_h) // unit_width
-    return ((expert[None, :] == offs_e[:, None]) & mask_h[None, :]).to(tl.float32)
+def spread_gate(gate_ptr, offs_m, mask_m, expert, E, stride_gm, stride_ge, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The gate of each row's hidden units, [BLOCK_M, BLOCK_H] float32; unit h belongs to expert[h]. A loop over experts,
+    since a gather would hold a 64-bit pointer an element."""
+    gate = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+    for e in range(0, E):
+        column = tl.load(gate_ptr + offs_m * stride_gm + tl.cast(e, tl.int64) * stride_ge, mask=mask_m, other=0.0)
+        gate = tl.where((expert == e)[None, :], column.to(tl.float32)[:, None], gate)
+    return gate
 
 
 @triton.jit
@@ -199,9 +195,11 @@ def _adapter_fwd_kernel(
         tl.store(z_ptrs, narrow(z, z_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_h[None, :])
     hidden = activate(z, ACTIVATION)
     if HAS_GATE:
-        experts = load_experts(gate_ptr, offs_m, offs_e, mask_m, mask_e, stride_gm, stride_ge)
-        owners = unit_owners(offs_h, offs_e, mask_h, first_h, unit_width).to(experts.dtype)
-        hidden = hidden * dot(experts, owners, tl.zeros([BLOCK_M, BLOCK_H], tl.float32), "ieee")
+        expert = (first_h + tl.arange(0, BLOCK_H)) // unit_width
+        hidden = hidden * spread_gate(gate_ptr, offs_m, mask_m, expert, E, stride_gm, stride_ge, BLOCK_M, BLOCK_H)
+    if GATED_BIAS:
+        gate_ptrs = gate_ptr + offs_m[:, None] * stride_gm + offs_e[None, :] * stride_ge
+        experts = tl.load(gate_ptrs, mask=mask_m[:, None] & mask_e[None, :], other=0.0)
     for first_n in range(0, N, BLOCK_N):
         offs_c = first_n + offs_n
         mask_c = offs_c < N

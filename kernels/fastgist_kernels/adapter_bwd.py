@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgist_kernels.adapter import activate, activation_slope, chunks, load_experts, project_down, tile_config, unit_owners
+from fastgist_kernels.adapter import activate, activation_slope, chunks, project_down, spread_gate, tile_config
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, device_arch, dot, launch
 from fastgist_kernels.outer import low_dot, narrow, outer, rank_block, reduce_partials
@@ -79,7 +79,6 @@ def _adapter_bwd_dx_kernel(
     EVEN_D: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    GATE_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -140,16 +139,17 @@ def _adapter_bwd_dx_kernel(
 
     if LOAD_Z:  # after the loop: one tile less to hold in it
         z = tl.load(z_ptr + offs_m[:, None] * stride_zm + offs_h[None, :], mask=mask_mh, other=0.0).to(tl.float32)
-    if HAS_GATE:
-        owners = unit_owners(offs_h, offs_e, mask_h, first_h, unit_width)
-        experts = load_experts(gate_ptr, offs_m, offs_e, mask_m, mask_e, stride_gm, stride_ge)
-        gate = dot(experts, owners.to(experts.dtype), tl.zeros([BLOCK_M, BLOCK_H], tl.float32), "ieee")
+    expert = (first_h + tl.arange(0, BLOCK_H)) // unit_width
     if NEED_GATE:
         by_unit = dh * activate(z, ACTIVATION)
-        grad_gate = dot(by_unit, tl.trans(owners), by_bias * scale, GATE_PRECISION)
-        grad_gate_ptrs = grad_gate_ptr + offs_m[:, None] * E + offs_e[None, :]
-        mask_gate = mask_m[:, None] & mask_e[None, :]
-        tl.store(grad_gate_ptrs, narrow(grad_gate, grad_gate_ptr.dtype.element_ty), mask=mask_gate)
+        for e in range(0, E):
+            grad_gate = tl.sum(tl.where((expert == e)[None, :], by_unit, 0.0), 1)
+            if GATED_BIAS:
+                grad_gate += tl.sum(tl.where((offs_e == e)[None, :], by_bias, 0.0), 1) * scale
+            grad_gate_ptrs = grad_gate_ptr + offs_m * E + e
+            tl.store(grad_gate_ptrs, narrow(grad_gate, grad_gate_ptr.dtype.element_ty), mask=mask_m)
+    if HAS_GATE:
+        gate = spread_gate(gate_ptr, offs_m, mask_m, expert, E, stride_gm, stride_ge, BLOCK_M, BLOCK_H)
     if NEED_H:
         hidden = activate(z, ACTIVATION)
         if HAS_GATE:
@@ -309,7 +309,6 @@ def _dx(
             EVEN_D=inner % config["BLOCK_D"] == 0,
             WIDE=grad.dtype == torch.float16,
             PRECISION="tf32" if tf32 or grad.dtype == torch.float16 else "ieee",
-            GATE_PRECISION="ieee" if grad.dtype == torch.float32 and not tf32 else "tf32",
             BLOCK_M=block_m,
             BLOCK_H=block_h,
             BLOCK_E=rank_block(experts, 256),

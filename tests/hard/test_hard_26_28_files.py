@@ -99,6 +99,23 @@ def test_26_any_flipped_bit_is_noticed(saved) -> None:
     refused(base, folder, "the checksum does not match")
 
 
+def test_26_names_dtypes_and_shapes_are_sealed_too(saved) -> None:
+    """The checksum covers what a tensor is, not only its bytes: the same numbers under another shape are noticed."""
+    _, _, folder = saved
+    data = (folder / NAME).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    for old, new in (
+        (b'"shape":[32,2]', b'"shape":[2,32]'),
+        (b'"dtype":"F32"', b'"dtype":"I32"'),
+        (b"factors.lam", b"factors.law"),
+        (b'\\"rank\\": 2', b'\\"rank\\": 3'),
+    ):
+        assert old in data[:end]
+        (folder / NAME).write_bytes(data[:end].replace(old, new, 1) + data[end:])
+        with pytest.raises(ValueError, match="the checksum does not match"):
+            storage.read(folder)
+
+
 def test_26_missing_unexpected_and_wrong_shape(saved) -> None:
     base, _model, folder = saved
     data = (folder / NAME).read_bytes()
