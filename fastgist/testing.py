@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,8 @@ __all__ = ["assert_within_budget", "error_floor", "layouts", "poisoned_allocatio
 def error_floor(exact: Tensor, dtype: torch.dtype, scale: float | None = None) -> float:
     """What representing ``exact`` (float64) in ``dtype`` costs, at scale ``s`` (default max |exact|), twice over.
 
-    A grid over [-1, 1] (of numbers with long fractions) joins the tensor's own values, so that one number that happens to round exactly does not make
-    the floor zero. At most 2^-7 s in bfloat16: an all-zero result still fails.
+    A grid over [-1, 1] joins the tensor's own values, so that one number that happens to round exactly does not make the
+    floor zero. At most 2^-7 s in bfloat16: an all-zero result still fails.
     """
     finite = exact[exact.isfinite()].double()
     s = float(finite.abs().max()) if scale is None and finite.numel() else (scale or 0.0)
@@ -60,7 +61,8 @@ def within_budget(
         wrong = test(ours64) != test(exact)
         if bool(wrong.any()):
             where = tuple(int(i) for i in wrong.nonzero()[0])
-            return f"{kind} at {int(wrong.sum())} places that differ, first at {where}: ours {ours64[where]}, exact {exact[where]}"
+            places = f"{kind} at {int(wrong.sum())} places that differ, first at {where}"
+            return f"{places}: ours {ours64[where]}, exact {exact[where]}"
     finite = exact.isfinite()
     if not bool(finite.any()):
         return None
@@ -107,12 +109,15 @@ def poisoned_allocations() -> Iterator[None]:
         def wrapped(*args, **kwargs):
             out = make(*args, **kwargs)
             if isinstance(out, Tensor) and out.numel() and out.device.type != "meta":
-                out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).max if out.dtype != torch.bool else 1)
+                if out.is_floating_point():
+                    out.fill_(torch.nan)
+                elif out.dtype != torch.bool:
+                    out.fill_(torch.iinfo(out.dtype).max)
             return out
 
         return wrapped
 
-    originals = {
+    originals: dict[tuple[Any, str], Callable[..., Any]] = {
         (torch, "empty"): torch.empty,
         (torch, "empty_like"): torch.empty_like,
         (Tensor, "new_empty"): Tensor.new_empty,

@@ -201,7 +201,11 @@ def check(mutants: list[Mutant], jobs: int, timeout: float, baseline: Baseline) 
             futures = [
                 pool.submit(with_tree, lambda tree, m=m: try_mutant(m, tree, timeout, baseline)) for m in mutants
             ]
-            done = [f.result() for f in tqdm(as_completed(futures), total=len(futures), desc="mutants", unit="mutant")]
+            done = []
+            for future in tqdm(as_completed(futures), total=len(futures), desc="mutants", unit="mutant"):
+                done.append(future.result())
+                if done[-1].verdict != "killed":
+                    tqdm.write(f"{done[-1].verdict}: {done[-1].mutant}")
     order = {m.name: i for i, m in enumerate(mutants)}
     return sorted(done, key=lambda o: order[o.mutant])
 

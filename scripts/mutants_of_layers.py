@@ -275,10 +275,16 @@ ADAPTER = [
         ),
         ("scale takes the residual too", "        acc = acc * scale\n", "        acc = acc * 1.0\n", "scale"),
         (
-            "gate left out of the units",
-            "        hidden = hidden * gate\n",
-            "        hidden = hidden * 1.0\n",
+            "gate of another expert",
+            "gate = tl.where((expert == e)[None, :]",
+            "gate = tl.where((expert != e)[None, :]",
             "a gate scales its expert",
+        ),
+        (
+            "experts counted from each chunk",
+            "expert = (first_h + tl.arange(0, BLOCK_H)) // unit_width",
+            "expert = tl.arange(0, BLOCK_H) // unit_width",
+            "wide bottlenecks go in chunks",
         ),
         (
             "strides of up swapped",

@@ -129,9 +129,7 @@ def test_properties(rows, classes, temperature, spread, offset, seed):
     for value in (loss, swapped):
         assert_within_budget(value, exact.sum().float(), exact.sum(), scale=scale)
     assert float(loss) >= -1e-6 * scale
-    exact_grads = evaluate(
-        formula, (z.double(), o.double()), (True, True), temperature=temperature, reduction="sum"
-    )[1]
+    exact_grads = evaluate(formula, (z.double(), o.double()), (True, True), temperature=temperature, reduction="sum")[1]
     plain_grads = evaluate(formula, (z, o), (True, True), temperature=temperature, reduction="sum")[1]
     gradient_scale = gradient_terms(z, o, temperature)
     for mine, mirrored, plain, want in zip((gz, go), (ho, hz), plain_grads, exact_grads, strict=True):
@@ -140,9 +138,7 @@ def test_properties(rows, classes, temperature, spread, offset, seed):
     moved, _ = evaluate(
         bidirectional_kl, ((z + offset), (o - offset)), (False, False), temperature=temperature, reduction="sum"
     )
-    exact_moved = formula(
-        (z + offset).double(), (o - offset).double(), temperature=temperature, reduction="none"
-    ).sum()
+    exact_moved = formula((z + offset).double(), (o - offset).double(), temperature=temperature, reduction="none").sum()
     assert_within_budget(moved, exact_moved.float(), exact_moved, scale=scale)
 
 
@@ -197,9 +193,7 @@ def test_hard_04_layouts(impl, device, dtype):
             for g, p, e in zip(got, plain, exact, strict=True):
                 assert_within_budget(g, p, e, what=f"gradient, {name_z} x {name_o}", scale=grad_scale)
     repeated = z[:1].expand(9, 130)
-    loss, got = evaluate(
-        bidirectional_kl, (repeated, o), (True, True), grad[:1].expand(9), reduction="none", impl=impl
-    )
+    loss, got = evaluate(bidirectional_kl, (repeated, o), (True, True), grad[:1].expand(9), reduction="none", impl=impl)
     same_loss, same = evaluate(
         bidirectional_kl, (repeated.clone(), o), (True, True), grad[:1].repeat(9), reduction="none", impl=impl
     )

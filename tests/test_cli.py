@@ -65,14 +65,13 @@ def test_env_needs_torch_and_the_table_printer_only() -> None:
     assert "operations" in json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(
-    ("package", "command"), [("typer", "env"), ("rich", "env"), ("timm", "demo"), ("sklearn", "demo")]
-)
+@pytest.mark.parametrize(("package", "command"), [("typer", "env"), ("sklearn", "demo")])
 def test_a_missing_package_is_one_line_that_says_what_to_install(package: str, command: str, tmp_path: Path) -> None:
     code = f"import sys; sys.modules[{package!r}] = None; sys.argv = ['fastgist', {command!r}]"
     code += f" + ['--output-dir', {str(tmp_path)!r}]" if command == "demo" else ""
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}; from fastgist.cli import main; main()"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", f"{code}; from fastgist.cli import main; main()"],
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     (line,) = done.stderr.strip().splitlines()
     assert done.returncode == 2
@@ -141,8 +140,8 @@ def test_flags_become_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "finetune", seen.append)
     assert invoke("finetune", "data").exit_code == 0
     assert invoke(
-        "finetune", "data", "--method", "cp", "--rank", "7", "--no-gist", "--temperature", "10", "--mixed-precision", "bf16",
-        "--checkpoint", "w.safetensors", "--warmup-epochs", "3",
+        "finetune", "data", "--method", "cp", "--rank", "7", "--no-gist", "--temperature", "10",
+        "--mixed-precision", "bf16", "--checkpoint", "w.safetensors", "--warmup-epochs", "3",
     ).exit_code == 0  # fmt: skip
     plain, changed = seen
     for name in ("epochs", "warmup", "warmup_lr", "lr", "weight_decay", "batch_size", "alpha", "beta", "temperature"):
@@ -164,9 +163,10 @@ def test_a_real_ctrl_c(tmp_path: Path) -> None:
     for package in ("timm", "accelerate", "sklearn"):
         pytest.importorskip(package)
     data, out = write_digits(tmp_path / "data"), tmp_path / "out"
-    flags = "--model test_vit --no-pretrained --image-size 32 --workers 0 --epochs 5000 --batch-size 8 --no-progress"
+    flags = "--model test_vit --no-pretrained --image-size 32 --workers 0 --epochs 5000 --batch-size 8"
+    flags += " --no-progress --device cpu"
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastgist", "finetune", str(data), *flags.split(), "--device", "cpu", "--output-dir", str(out)],
+        [sys.executable, "-m", "fastgist", "finetune", str(data), *flags.split(), "--output-dir", str(out)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from every_op import DEVICE, PAIRS, make
+from conftest import DEVICE, INTERPRETING
+from every_op import PAIRS, make
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -45,6 +46,7 @@ def test_fullgraph_with_other_row_counts(op, by):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(INTERPRETING, reason="the ordinary run has shown it")
 @pytest.mark.parametrize("op", ["gist_loss", "cp_linear"])
 def test_inductor(op):
     call = make(op)

@@ -37,7 +37,7 @@ def test_the_table_and_the_numbers(ran) -> None:
     metrics = json.loads((folder / "out" / "metrics.json").read_text())
     assert [row["name"] for row in metrics["rows"]] == [c.name for c in recipes.CONTESTANTS]
     for row in metrics["rows"]:
-        assert row["name"] in result.stdout and f"{row['trained']:,} of {row['all']:,}" in result.stdout
+        assert row["name"] in result.stdout and f"{row['trained']:,}/{row['all']:,}" in result.stdout
         assert set(row["accuracies"]) == {"0", "1"} and row["std"] is not None
         assert row["mean"] == pytest.approx(sum(row["accuracies"].values()) / 2)
         assert row["reloaded_identical"] is True

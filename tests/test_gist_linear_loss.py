@@ -226,7 +226,12 @@ def test_float16_gradients_survive_a_mean_over_many_rows(impl, device):
     weight, bias = weight.repeat(200, 1), bias.repeat(200)
     weight += 0.01 * torch.randn_like(weight)
     if impl == "triton" and device.type == "cpu":
-        hidden, gist, y, scale = hidden[:256], gist[:256], y[:256], scale / 16  # interpreted: fewer rows, same scale a row
+        hidden, gist, y, scale = (
+            hidden[:256],
+            gist[:256],
+            y[:256],
+            scale / 16,
+        )  # interpreted: fewer rows, same scale a row
     y[:] = torch.arange(len(y), device=device) % 200
     grad = torch.tensor(scale, device=device)
     inputs = (hidden, gist, weight, bias)

@@ -55,7 +55,9 @@ def test_formula_gradcheck():
     inputs = (z.double().requires_grad_(), g.double().requires_grad_())
     y[1] = -100
     for run in (formula, lambda *a, **k: gist_loss(*a, impl="reference", **k)):
-        assert torch.autograd.gradcheck(lambda a, b, run=run: run(a, b, y, label_smoothing=0.1, reduction="none"), inputs)
+        assert torch.autograd.gradcheck(
+            lambda a, b, run=run: run(a, b, y, label_smoothing=0.1, reduction="none"), inputs
+        )
 
 
 # -- accuracy --------------------------------------------------------------------------------------------------------
@@ -129,9 +131,7 @@ def test_terms_of_weight_zero_are_absent(impl, device):
     ours = gist_loss(z, g, y, beta=0.0, impl=impl)
     torch.testing.assert_close(ours, F.cross_entropy(z, y) + 0.5 * F.cross_entropy(g, y))
     g[:, 5] = -torch.inf
-    ours, grads = evaluate(
-        lambda a, b: gist_loss(a, b, y, alpha=0.0, beta=0.0, impl=impl), (z, g), (True, True)
-    )
+    ours, grads = evaluate(lambda a, b: gist_loss(a, b, y, alpha=0.0, beta=0.0, impl=impl), (z, g), (True, True))
     torch.testing.assert_close(ours, F.cross_entropy(z, y))
     assert bool((grads[1] == 0).all())
 
@@ -187,7 +187,10 @@ def test_hard_04_layouts(impl, device, soft):
     for ((_, z_laid), (_, g_laid)), target in zip(layout_pairs(z, g), itertools.cycle(targets)):
         strided = grad.repeat_interleave(2)[::2]
         loss, got = evaluate(
-            lambda a, b, t=target: gist_loss(a, b, t, reduction="none", impl=impl), (z_laid, g_laid), (True, True), strided
+            lambda a, b, t=target: gist_loss(a, b, t, reduction="none", impl=impl),
+            (z_laid, g_laid),
+            (True, True),
+            strided,
         )
         assert_within_budget(loss, plain[0], exact[0], what="loss", scale=limits["scale"])
         for mine, p, e in zip(got, plain[1], exact[1], strict=True):
@@ -201,7 +204,9 @@ def test_hard_06_07_subsets_poison_and_bad_rows(impl, device, wanted):
     with poisoned_allocations():
         loss, got = evaluate(lambda a, b: gist_loss(a, b, y, reduction="none", impl=impl), (z, g), wanted)
     rest = torch.arange(8, device=device) != 3
-    clean = evaluate(lambda a, b: gist_loss(a, b, y[rest], reduction="none", impl=impl), (z[rest], g[rest]), (True, True))
+    clean = evaluate(
+        lambda a, b: gist_loss(a, b, y[rest], reduction="none", impl=impl), (z[rest], g[rest]), (True, True)
+    )
     assert bool(loss[3].isnan()) and torch.equal(loss[rest], clean[0])
     for w, mine, want in zip(wanted, got, clean[1], strict=True):
         assert (mine is not None) == w

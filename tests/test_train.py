@@ -14,7 +14,7 @@ import pytest
 import torch
 from images import write_digits
 
-from fastgist.train.config import FinetuneConfig, Method, UserError
+from fastgist.train.config import FinetuneConfig, Method, MixedPrecision, UserError
 from fastgist.train.data import Draw, EpochBatches, derive_seed
 
 pytest.importorskip("timm")
@@ -33,8 +33,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(data: Path | str, output_dir: Path, **changes: object) -> FinetuneConfig:
     """A run of a second or two."""
     base = FinetuneConfig(
-        data=str(data), output_dir=output_dir, model="test_vit", pretrained=False, image_size=32, epochs=3, batch_size=8,
-        workers=0, device="cpu", progress=False, lr=0.01,
+        data=str(data), output_dir=output_dir, model="test_vit", pretrained=False, image_size=32, epochs=3,
+        batch_size=8, workers=0, device="cpu", progress=False, lr=0.01,
     )  # fmt: skip
     return replace(base, **changes)
 
@@ -104,10 +104,10 @@ def test_a_run_writes_what_it_says(digits: Path, tmp_path: Path) -> None:
     assert summary["val_accuracy"] == best["val_accuracy"] and summary["selected_epoch"] == best["epoch"]
     assert summary["selected_by"] == "val accuracy" and summary["classes"] == ["digit0", "digit1", "digit2"]
     assert summary["images"] == {"train": 24, "val": 12, "test": 12}
-    assert 0 < summary["trained_numbers"] < summary["all_numbers"]
-    assert summary["peak_memory_bytes"] > 4 * summary["all_numbers"] and summary["images_per_second"] > 0
+    assert 0 < summary["trained_parameters"] < summary["all_parameters"]
+    assert summary["peak_memory_bytes"] > 4 * summary["all_parameters"] and summary["images_per_second"] > 0
     assert json.loads((out / "summary.json").read_text())["test_accuracy"] == summary["test_accuracy"]
-    assert any("adapter + GIST" in line and "numbers trained" in line for line in lines)
+    assert any("adapter + GIST" in line and "parameters trained" in line for line in lines)
 
     run.images.seed_everything(settings.seed)  # the same random backbone; a new head, adapter and gist token follow
     model = load_adapter(build_backbone(settings, 3), out / "adapter")
@@ -138,11 +138,16 @@ def test_a_single_folder_is_split_and_test_images_choose_nothing(tmp_path: Path)
 
 
 def test_half_precision(digits: Path, tmp_path: Path) -> None:
-    """In a process of its own: accelerate keeps one precision a process."""
-    command = [sys.executable, "-m", "fastgist", "finetune", str(digits), *FLAGS, "--epochs", "1", "--device", "cpu"]
-    done = _process([*command, "--mixed-precision", "bf16", "--output-dir", str(tmp_path / "out")])
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["mixed_precision"] == "bf16"
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps one precision a process
+    try:
+        summary = quiet(config(digits, tmp_path / "out", epochs=1, mixed_precision=MixedPrecision.BF16))
+        assert summary["mixed_precision"] == "bf16"
+        with pytest.raises(UserError, match="accelerate refuses these settings"):
+            quiet(config(digits, tmp_path / "other", mixed_precision=MixedPrecision.NO))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # -- resuming --------------------------------------------------------------------------------------------------------
@@ -344,7 +349,7 @@ def test_a_saved_data_set_with_names_for_labels_and_a_bad_image(digits: Path, tm
     summary = quiet(replace(settings, skip_unreadable=True))
     assert summary["classes"] == ["digit0", "digit1", "digit2"] and summary["images"] == {"train": 18, "val": 5}
     with pytest.raises(UserError, match=r"no column 'picture' \(it has image, label\)"):
-        quiet(replace(settings, image_column="picture"))
+        quiet(replace(settings, image_column="picture", output_dir=tmp_path / "other"))
 
 
 @pytest.mark.usefixtures("datasets_cache")

@@ -74,7 +74,10 @@ def single_backward(op: str) -> Callable[[Callable], Callable]:
     once_differentiable does so only where the incoming gradient requires grad, so a gradient penalty on a plain
     ``loss.backward()`` would silently be taken as a constant.)
     """
-    message = f"{op}: no second derivative: its backward is a kernel. Double backward needs the formula in plain torch (fastgist.reference)"
+    message = (
+        f"{op}: no second derivative: its backward is a kernel. Double backward needs the formula in plain torch "
+        "(fastgist.reference)"
+    )
 
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)

@@ -41,7 +41,7 @@ def _fwd(
     need_logits: bool,
     need_other: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     impl = backends.resolve(_OP, impl, logits)
     rows, classes = logits.shape
     empty = logits.new_empty(0)
@@ -61,7 +61,9 @@ def _fwd_fake(logits, other_logits, mask, temperature, need_logits, need_other, 
     dtype = accumulate_dtype(logits.dtype)
     row_loss = logits.new_empty(rows, dtype=dtype)
     with_gradients = impl == "reference" or rows == 0 or classes == 0
-    stats = logits.new_empty(0 if with_gradients else (len(STATS), rows), dtype=logits.dtype if with_gradients else dtype)
+    stats = logits.new_empty(
+        0 if with_gradients else (len(STATS), rows), dtype=logits.dtype if with_gradients else dtype
+    )
     return (
         row_loss,
         stats,
@@ -80,7 +82,7 @@ def _bwd(
     need_logits: bool,
     need_other: bool,
     impl: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     impl = backends.resolve(_OP, impl, logits)
     if impl == "reference":
         raise RuntimeError(f"{_OP}: the reference returns its gradients from the forward; there is no backward to call")
@@ -147,7 +149,7 @@ class _BidirectionalKL(torch.autograd.Function):
         return grad_logits if need_logits else None, grad_other if need_other else None, None, None, None, None
 
 
-def _check(logits: Tensor, other_logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _check(logits: Tensor, other_logits: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
     _common.check_floating(_OP, "logits", logits)
     _common.check_floating(_OP, "other_logits", other_logits)
     if logits.dtype != other_logits.dtype and _common.autocast_dtype(logits.device.type) is not None:

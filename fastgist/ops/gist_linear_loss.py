@@ -27,10 +27,10 @@ def default_chunk_rows(rows: int, hidden: int, classes: int) -> int:
     return min(rows, max(128, rows * hidden // max(classes, 1) // 128 * 128))
 
 
-def _reference_chunk(logits, target, scale, options, row_loss, need_grad) -> None:
+def _reference_chunk(logits: Tensor, target: Tensor, scale: Tensor, options: tuple, row_loss: Tensor, need_grad: bool):
     """What the kernel does to a chunk, in plain PyTorch: see fastgist_kernels.gist_linear_loss."""
     pairs = row_loss.shape[0]
-    loss, *grads = reference.forward(logits[:pairs], logits[pairs:], target, *options, need_grad, need_grad)
+    loss, *grads = reference.forward(logits[:pairs], logits[pairs:], target, *options, need_grad, need_grad)  # type: ignore[call-arg]
     row_loss.copy_(loss)
     if need_grad:
         for half, grad in zip((logits[:pairs], logits[pairs:]), grads, strict=True):
@@ -55,7 +55,7 @@ def _run(
     need_weight: bool,
     need_bias: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Row losses (M,) and the gradients asked for, each row's scaled by row_scale (M,); empty where not asked for.
 
     The head's gradients come in row_scale's dtype: sums over the rows, which the caller scales before it narrows them.

@@ -38,7 +38,7 @@ def _fwd(
     need_logits: bool,
     need_gist: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     check_targets_in_range(_OP, target, logits.shape[1], ignore_index)
     impl = backends.resolve(_OP, impl, logits)
     options = (alpha, beta, temperature, label_smoothing, ignore_index)
@@ -92,13 +92,15 @@ def _bwd(
     need_logits: bool,
     need_gist: bool,
     impl: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     if backends.resolve(_OP, impl, logits) == "reference":
         raise RuntimeError(f"{_OP}: the reference returns its gradients from the forward; there is no backward to call")
     from fastgist_kernels import gist_loss as kernels
 
     shape = logits.shape
-    grads = [torch.empty(shape, dtype=logits.dtype, device=logits.device) if n else None for n in (need_logits, need_gist)]
+    grads = [
+        torch.empty(shape, dtype=logits.dtype, device=logits.device) if n else None for n in (need_logits, need_gist)
+    ]
     if logits.numel() and (need_logits or need_gist):
         options = (alpha, beta, temperature, label_smoothing, ignore_index)
         kernels.gist_loss_bwd(logits, gist_logits, target, stats, row_grad, *options, *grads)
@@ -169,7 +171,9 @@ def check_targets_in_range(op: str, target: Tensor, classes: int, ignore_index: 
     wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0, 0])
-        raise IndexError(f"{op}: target[{row}] is {int(target[row])}, and there are {classes} classes (ignore_index={ignore_index})")
+        raise IndexError(
+            f"{op}: target[{row}] is {int(target[row])}, and there are {classes} classes (ignore_index={ignore_index})"
+        )
 
 
 def check_target(op: str, target: Tensor, leading: torch.Size, classes: int) -> None:
@@ -185,7 +189,9 @@ def check_target(op: str, target: Tensor, leading: torch.Size, classes: int) -> 
     else:
         raise TypeError(f"{op}: target must be int64 (classes) or floating point (soft targets), got {target.dtype}")
     if tuple(target.shape) != wanted:
-        raise ValueError(f"{op}: expected target.shape == {wanted} for {target.dtype} targets, got {tuple(target.shape)}")
+        raise ValueError(
+            f"{op}: expected target.shape == {wanted} for {target.dtype} targets, got {tuple(target.shape)}"
+        )
 
 
 def check_options(op: str, alpha: float, beta: float, label_smoothing: float, reduction: str) -> None:

@@ -175,7 +175,7 @@ def backward(
         grad_hidden = torch.mm(grad, up_weight * scale)
         if need_gate:
             product = grad_hidden * activate(z, activation)
-            grad_gate = product.view(z.shape[0], gate.shape[1], -1).sum(-1)
+            grad_gate = product.view(*gate.shape, z.shape[1] // gate.shape[1]).sum(-1)
             if up_bias is not None and up_bias.dim() == 2:
                 grad_gate = grad_gate.addmm_(grad, up_bias.transpose(0, 1), alpha=scale)
         if gate is not None:

@@ -26,6 +26,7 @@ from fastgist.reference._numerics import accumulate
 
 __all__ = ["bidirectional_kl", "forward", "narrow", "pair", "reduce_rows"]
 
+
 def reduce_rows(row_loss: Tensor, reduction: str, mask: Tensor | None) -> Tensor:
     """Reduce per-row losses. ``mask`` (bool, same shape): rows that count. "mean" of no rows is 0."""
     if reduction == "none":

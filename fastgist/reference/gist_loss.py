@@ -67,9 +67,7 @@ def gist_loss(
     return _kl.reduce_rows(row_loss, reduction, kept)
 
 
-def _cross_entropy(
-    x: Tensor, weights: Tensor | None, target: Tensor, need_grad: bool
-) -> tuple[Tensor, Tensor | None]:
+def _cross_entropy(x: Tensor, weights: Tensor | None, target: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Row CE and its gradient, from logits (M, V). ``weights`` (M, V): dense class weights, or None for one-hot
     ``target`` (M,)."""
     log_p = torch.log_softmax(x, -1)

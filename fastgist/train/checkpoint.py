@@ -113,7 +113,7 @@ class Checkpoints:
             version = int(metadata.get("format_version", 0))
             if version > FORMAT:
                 raise UserError(f"{path} has format {version}; this version of fastgist reads up to {FORMAT}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # not a view of the file
         if digest(tensors) != metadata.get("sha256"):
             raise ValueError("its checksum does not match")
         return tensors, json.loads(metadata["state"])

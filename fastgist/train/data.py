@@ -104,11 +104,11 @@ class Split(Dataset):
         from PIL import Image
 
         index, epoch = (draw.row, draw.epoch) if isinstance(draw, Draw) else (draw, 0)
-        with self.source.open(self.rows[index]) as file, Image.open(file) as picture:
-            try:
+        try:
+            with self.source.open(self.rows[index]) as file, Image.open(file) as picture:
                 image = picture.convert("RGB")
-            except OSError as error:
-                raise RuntimeError(f"cannot read image {self.source.name(self.rows[index])}: {error}") from None
+        except OSError as error:
+            raise RuntimeError(f"cannot read image {self.source.name(self.rows[index])}: {error}") from None
         if self.transform is None:
             raise RuntimeError("this split has no transform yet")
         seed_everything(self.seed, epoch, self.rows[index])

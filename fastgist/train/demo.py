@@ -174,7 +174,7 @@ def _base(config: DemoConfig, data: Digits, accelerator: Accelerator) -> tuple[d
     if config.cache and path.is_file():
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                weights = {key: file.get_tensor(key) for key in file.keys()}
+                weights = {key: file.get_tensor(key).clone() for key in file.keys()}
                 if (file.metadata() or {}).get("sha256") != digest(weights):
                     raise ValueError("checksum")
         except Exception:
@@ -198,7 +198,7 @@ def _base(config: DemoConfig, data: Digits, accelerator: Accelerator) -> tuple[d
     redrawn, pixels = predict(model.to(accelerator.device), held_out, 256, accelerator.device)
     explained = 1 - float(nn.functional.mse_loss(redrawn, pixels) / pixels.var())
     words = (
-        f"base: ViT of {sum(p.numel() for p in model.parameters()):,} numbers that redraws the digits 0-4 from its "
+        f"base: ViT of {sum(p.numel() for p in model.parameters()):,} parameters that redraws the digits 0-4 from its "
         f"class token: {explained:.1%} of the pixel variance of {len(data.old_test)} held-out images ({origin})"
     )
     return weights, {"words": words, "explained": explained, "pretrain_seconds": seconds, "cached": not seconds}
@@ -290,15 +290,15 @@ def _print_table(metrics: dict[str, Any], config: DemoConfig, figure: Path) -> N
     draws = f"{len(metrics['seeds'])} draw{'s' if len(metrics['seeds']) > 1 else ''}"
     table = Table(title=f"digits 5-9 from {config.shots} images each, {draws}", title_justify="left")
     table.add_column("method", no_wrap=True)
-    for column in ("accuracy", "trained of all", "share", "images/s", "peak"):
+    for column in ("accuracy", "trained/all", "share", "images/s", "peak MiB"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in metrics["rows"]:
         speed = f"{row['images_per_second']:,.0f}" if row["images_per_second"] else "-"
-        memory = f"{row['peak_memory_bytes'] / 2**20:.2f} MiB" if row["peak_memory_bytes"] else "-"
-        counts = f"{row['trained']:,} of {row['all']:,}"
+        memory = f"{row['peak_memory_bytes'] / 2**20:.2f}" if row["peak_memory_bytes"] else "-"
+        counts = f"{row['trained']:,}/{row['all']:,}"
         table.add_row(row["name"], percent(row), counts, f"{row['trained'] / row['all']:.2%}", speed, memory)
     table.add_section()
-    table.add_row("pixels, no network", percent(metrics["pixels_logistic_regression"]), "", "", "", "")
+    table.add_row("pixels alone", percent(metrics["pixels_logistic_regression"]), "", "", "", "")
     console = Console()
     console.print(table)
     same = sum(row["reloaded_identical"] for row in metrics["rows"])
@@ -306,11 +306,12 @@ def _print_table(metrics: dict[str, Any], config: DemoConfig, figure: Path) -> N
         f"accuracy: mean ± standard deviation over draws, on {metrics['test_images']} held-out images; "
         "training: images/s while training, peak memory of one training step",
         f"peak memory is {metrics['peak_memory_method']}",
-        "pixels: logistic regression on the 64 raw pixels of the same training images",
+        "pixels alone: logistic regression on the 64 pixels of the same training images, no network",
+        "differences within the spread say nothing about the methods; --seeds gives more draws",
         f"saved, reloaded into a fresh model, logits bitwise the same: {same} of {len(metrics['rows'])} adapters",
     ]
     if config.quick:
         lines.append("--quick: an eighth of the training; these accuracies say nothing about the methods")
     lines.append(f"{figure}, {config.output_dir / 'metrics.json'}; {metrics['seconds']:.0f} s on {metrics['device']}")
     for line in lines:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)

@@ -75,7 +75,7 @@ def _sample(figure: Any, metrics: dict[str, Any], test: DigitImages, predicted: 
     grid = figure.subplots(_ROWS, _COLUMNS)
     picks = torch.linspace(0, len(test) - 1, _ROWS * _COLUMNS).round().long().tolist()
     for axes, index in zip(grid.flat, picks, strict=True):
-        axes.imshow(test.images[index, 0], cmap="gray_r", vmin=-1, vmax=1)
+        axes.imshow(test.images[index, 0].numpy(), cmap="gray_r", vmin=-1, vmax=1)
         axes.set_xticks([])
         axes.set_yticks([])
         truth, guess = int(test.labels[index]) + first, int(predicted[index]) + first

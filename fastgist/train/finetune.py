@@ -53,10 +53,12 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
         "classes": splits.classes,
         "frozen weights": frozen_fingerprint(model),
     }
-    trained, all_numbers = trainable_share(model)
+    trained, all_parameters = trainable_share(model)
     sizes = ", ".join(f"{len(split)} {name}" for name, split in splits.named().items())
     method = config.method.value + (" + GIST" if config.gist else "")
-    tell(f"{config.model}, {method}: {trained:,} of {all_numbers:,} numbers trained ({trained / all_numbers:.3%})")
+    tell(
+        f"{config.model}, {method}: {trained:,} of {all_parameters:,} parameters trained ({trained / all_parameters:.3%})"
+    )
     tell(f"{len(splits.classes)} classes; images: {sizes}; {accelerator.num_processes} x {accelerator.device.type}")
     for note in splits.notes:
         tell(f"note: {note}")
@@ -211,15 +213,16 @@ def _finish(
     import fastgist
 
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    trained, all_numbers = trainable_share(model)
+    trained, all_parameters = trainable_share(model)
     summary: dict[str, Any] = {
         "model": config.model, "method": config.method.value, "gist": config.gist, "classes": splits.classes,
         "images": {name: len(split) for name, split in splits.named().items()},
         "steps": result.steps, "selected_by": "val accuracy" if splits.val is not None else "last epoch",
         "val_accuracy": result.best_accuracy, "selected_epoch": result.best_epoch or config.epochs,
-        "trained_numbers": trained, "all_numbers": all_numbers,
+        "trained_parameters": trained, "all_parameters": all_parameters,
         "images_per_second": result.images_per_second, "peak_memory_bytes": result.peak_memory_bytes,
-        "peak_memory_method": memory_method(accelerator.device) if result.peak_memory_bytes else None, "device": accelerator.device.type,
+        "peak_memory_method": memory_method(accelerator.device) if result.peak_memory_bytes else None,
+        "device": accelerator.device.type,
         "processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision,
         "versions": versions(), "commit": commit(),
     }  # fmt: skip

@@ -14,9 +14,9 @@ import triton.language as tl
 
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, device_arch, dot, launch, launch_config, next_power_of_2
-from fastgist_kernels.outer import low_dot, narrow, processors, rank_block
+from fastgist_kernels.outer import argument_types, low_dot, narrow, processors, rank_block
 
-__all__ = ["SPECS", "activate", "activation_slope", "adapter_fwd", "chunks", "hidden_tile", "tile_config"]
+__all__ = ["SPECS", "activate", "activation_slope", "adapter_fwd", "chunks", "project_down", "spread_gate", "tile_config", "tile_defaults"]
 
 
 @triton.jit
@@ -226,22 +226,31 @@ def _adapter_fwd_kernel(
 # -- launching -------------------------------------------------------------------------------------------------------
 
 
-def hidden_tile(dtype: torch.dtype, tf32: bool, arch: str) -> int:
-    """The most hidden units a launch takes; float16's second product is in tf32, full float32 takes registers."""
-    if arch == "interpret":
-        return 32
-    if dtype == torch.float32:
-        return 128 if tf32 else 64
-    return 128 if dtype == torch.float16 else 256
-
-
-def chunks(x: torch.Tensor, hidden: int, tf32: bool) -> list[tuple[int, int]]:
-    """(first unit, units) of every launch."""
-    most = hidden_tile(x.dtype, tf32, device_arch(x.device))
+def chunks(
+    x: torch.Tensor, hidden: int, tf32: bool, *, gated: bool, backward: bool = False
+) -> list[tuple[int, int]]:
+    """(first unit, units) of every launch: a tile holds 256 hidden units; 128 with float32 operands (float16's low-rank ones
+    are) or the sums of a gate's gradient; 64 with a gate and float32 operands, or in full float32."""
+    most = 128 if gated and backward else 256
+    if x.dtype in (torch.float16, torch.float32):
+        most = 64 if gated or (x.dtype == torch.float32 and not tf32) else 128
+    if device_arch(x.device) == "interpret":
+        most = 32
     return [(first, min(most, hidden - first)) for first in range(0, hidden, most)]
 
 
-def tile_config(kernel: str, x: torch.Tensor, hidden: int, tf32: bool) -> tuple[int, int, dict[str, int]]:
+def tile_defaults(kernel: str, float32: bool, block_h: int, gated: bool) -> dict[str, int]:
+    """Read off the compiler (registers, shared memory, no spill), not off a clock."""
+    if float32:
+        return {"BLOCK_D": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3}
+    width = 128 if block_h <= (64 if kernel == "adapter_fwd" and not gated else 16) else 64
+    warps = 8 if block_h > 64 or (gated and kernel == "adapter_bwd") else 4
+    return {"BLOCK_D": width, "BLOCK_N": width, "num_warps": warps, "num_stages": 3}
+
+
+def tile_config(
+    kernel: str, x: torch.Tensor, hidden: int, tf32: bool, gated: bool = False
+) -> tuple[int, int, dict[str, int]]:
     """BLOCK_M, BLOCK_H, and what may shrink on a smaller device, for a launch over ``hidden`` units."""
     arch = device_arch(x.device)
     block_h = rank_block(hidden, 256)
@@ -249,10 +258,8 @@ def tile_config(kernel: str, x: torch.Tensor, hidden: int, tf32: bool) -> tuple[
         return 16, block_h, {"BLOCK_D": 16, "BLOCK_N": 32}
     rows = x.shape[0]
     sms = processors(x.device)
-    block_m = 16 if rows <= 16 * sms else 32 if rows <= 32 * sms else 64
-    config = {"BLOCK_D": 64, "BLOCK_N": 64, "num_warps": 8 if block_h > 64 else 4, "num_stages": 3}
-    if x.dtype == torch.float32:
-        config |= {"BLOCK_D": 32, "BLOCK_N": 32, "num_warps": 8}
+    block_m = 16 if rows <= 16 * sms else 32 if rows <= 32 * sms or (kernel == "adapter_bwd" and block_h > 128) else 64
+    config = tile_defaults(kernel, x.dtype == torch.float32, block_h, gated)
     config |= launch_config(kernel, arch, f"m{next_power_of_2(rows)}_d{next_power_of_2(x.shape[1])}_h{block_h}")
     return config.pop("BLOCK_M", block_m), block_h, config
 
@@ -265,11 +272,11 @@ def adapter_fwd(
     rows, inner = x.shape
     out, hidden = up_weight.shape
     experts = 1 if gate is None else gate.shape[1]
-    parts = chunks(x, hidden, tf32)
+    parts = chunks(x, hidden, tf32, gated=gate is not None)
     collected = torch.empty(rows, out, dtype=torch.float32, device=x.device) if len(parts) > 1 else None
     for index, (first, width) in enumerate(parts):
         units = slice(first, first + width)
-        block_m, block_h, config = tile_config("adapter_fwd", x, width, tf32)
+        block_m, block_h, config = tile_config("adapter_fwd", x, width, tf32, gate is not None)
         down, up = down_weight[units], up_weight[:, units]
         bias = None if down_bias is None else down_bias[units]
         add = collected if index else residual
@@ -320,3 +327,48 @@ def adapter_fwd(
             BLOCK_H=block_h,
             BLOCK_E=rank_block(experts, 256),
         )
+
+
+# -- ahead-of-time specs ---------------------------------------------------------------------------------------------
+
+
+def _specs() -> list[Spec]:
+    out = []
+    unit = {n: 1 for n in ("stride_xd", "stride_dd", "stride_db", "stride_uh", "stride_bn", "stride_rn", "stride_ge")}
+    # (dtype, precision, hidden tile, gate, rows a program)
+    cases = [
+        ("bf16", "ieee", 16, False, 64),
+        ("bf16", "ieee", 64, False, 64),
+        ("bf16", "ieee", 64, True, 64),
+        ("bf16", "ieee", 256, False, 64),
+        ("bf16", "ieee", 256, True, 64),
+        ("bf16", "ieee", 64, False, 16),
+        ("fp16", "tf32", 64, False, 64),
+        ("fp16", "tf32", 64, True, 64),
+        ("fp16", "tf32", 128, False, 64),
+        ("fp32", "tf32", 64, True, 64),
+        ("fp32", "tf32", 128, False, 64),
+        ("fp32", "ieee", 64, True, 64),
+    ]
+    for dtype, precision, hidden, gated, rows in cases:
+        config = tile_defaults("adapter_fwd", dtype == "fp32", hidden, gated)
+        warps, stages = config.pop("num_warps"), config.pop("num_stages")
+        flags = {"ACTIVATION": "gelu", "HAS_DOWN_BIAS": True, "HAS_UP_BIAS": True, "HAS_RESIDUAL": True, "HAS_GATE": gated}
+        flags |= {"GATED_BIAS": gated, "STORE_Z": hidden > 64, "EVEN_D": True, "WIDE": dtype == "fp16"}
+        constexprs = unit | flags | config | {"PRECISION": precision, "BLOCK_M": rows, "BLOCK_H": hidden, "BLOCK_E": 16}
+        out.append(
+            Spec(
+                _adapter_fwd_kernel,
+                f"{dtype}_{precision}_h{hidden}{'_gate' if gated else ''}_m{rows}",
+                argument_types(_adapter_fwd_kernel, constexprs, dtype),
+                constexprs,
+                num_warps=warps,
+                num_stages=stages,
+                matrix=rows >= 64 and (dtype, precision) != ("fp32", "ieee"),
+                aligned=("M", "D", "N", "H"),
+            )
+        )
+    return out
+
+
+SPECS = _specs()

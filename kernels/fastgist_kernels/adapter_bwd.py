@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgist_kernels.adapter import activate, activation_slope, chunks, project_down, spread_gate, tile_config
+from fastgist_kernels.adapter import activate, activation_slope, chunks, project_down, spread_gate, tile_config, tile_defaults
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, device_arch, dot, launch
-from fastgist_kernels.outer import low_dot, narrow, outer, rank_block, reduce_partials
+from fastgist_kernels.cp_linear import project
+from fastgist_kernels.outer import argument_types, low_dot, narrow, outer, reduce_partials
 
 __all__ = ["SPECS", "adapter_bwd"]
 
@@ -28,14 +29,13 @@ def _adapter_bwd_dx_kernel(
     down_ptr,
     down_bias_ptr,
     up_ptr,
-    up_bias_ptr,
     gate_ptr,
     z_ptr,
     base_ptr,
     h_ptr,
     dz_ptr,
     dx_ptr,
-    grad_gate_ptr,
+    gate_sum_ptr,
     sum_dz_ptr,
     sum_dy_ptr,
     M,
@@ -54,8 +54,6 @@ def _adapter_bwd_dx_kernel(
     stride_db,
     stride_un,
     stride_uh,
-    stride_be,
-    stride_bn,
     stride_gm,
     stride_ge,
     stride_zm,
@@ -66,7 +64,6 @@ def _adapter_bwd_dx_kernel(
     ACTIVATION: tl.constexpr,
     HAS_DOWN_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr,
-    GATED_BIAS: tl.constexpr,
     LOAD_Z: tl.constexpr,
     ADD_DY: tl.constexpr,
     ADD_BASE: tl.constexpr,
@@ -83,7 +80,6 @@ def _adapter_bwd_dx_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_E: tl.constexpr,
 ):
     """Hidden units first_h .. first_h + H. NEED_DZ: dz is stored; h and dz (M, H) have unit inner stride; dx is contiguous.
     ADD_DY: x is the residual (N = D), ADD_BASE: dx of earlier hidden units is added; SUM_DY goes with ADD_DY."""
@@ -92,10 +88,8 @@ def _adapter_bwd_dx_kernel(
     offs_h = tl.arange(0, BLOCK_H).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    offs_e = tl.arange(0, BLOCK_E).to(tl.int64)
     mask_m = offs_m < M
     mask_h = offs_h < H
-    mask_e = offs_e < E
     mask_mh = mask_m[:, None] & mask_h[None, :]
 
     if not LOAD_Z:
@@ -121,7 +115,6 @@ def _adapter_bwd_dx_kernel(
             BLOCK_H,
         )
     dh = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
-    by_bias = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     if NEED_DX or NEED_DZ or SUM_DZ or NEED_GATE:
         for first_n in range(0, N, BLOCK_N):
             offs_c = first_n + offs_n
@@ -131,10 +124,6 @@ def _adapter_bwd_dx_kernel(
             dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
             up = tl.load(up_ptrs, mask=mask_c[:, None] & mask_h[None, :], other=0.0)
             dh = dot(dy, up, dh, PRECISION)
-            if GATED_BIAS and NEED_GATE:
-                bias_ptrs = up_bias_ptr + offs_c[:, None] * stride_bn + offs_e[None, :] * stride_be
-                bias = tl.load(bias_ptrs, mask=mask_c[:, None] & mask_e[None, :], other=0.0)
-                by_bias = dot(dy, bias, by_bias, PRECISION)
     dh = dh * scale
 
     if LOAD_Z:  # after the loop: one tile less to hold in it
@@ -143,11 +132,9 @@ def _adapter_bwd_dx_kernel(
     if NEED_GATE:
         by_unit = dh * activate(z, ACTIVATION)
         for e in range(0, E):
-            grad_gate = tl.sum(tl.where((expert == e)[None, :], by_unit, 0.0), 1)
-            if GATED_BIAS:
-                grad_gate += tl.sum(tl.where((offs_e == e)[None, :], by_bias, 0.0), 1) * scale
-            grad_gate_ptrs = grad_gate_ptr + offs_m * E + e
-            tl.store(grad_gate_ptrs, narrow(grad_gate, grad_gate_ptr.dtype.element_ty), mask=mask_m)
+            gate_sum = tl.sum(tl.where((expert == e)[None, :], by_unit, 0.0), 1)
+            offs_gate = offs_m * E + e
+            tl.store(gate_sum_ptr + offs_gate, gate_sum, mask=mask_m)
     if HAS_GATE:
         gate = spread_gate(gate_ptr, offs_m, mask_m, expert, E, stride_gm, stride_ge, BLOCK_M, BLOCK_H)
     if NEED_H:
@@ -230,19 +217,17 @@ def _dx(
     inner = grad_x.shape[1] if grad_x is not None else 1 if x is None else x.shape[1]
     experts = 1 if gate is None else gate.shape[1]
     device = grad.device
-    parts = chunks(grad, hidden, tf32)
+    parts = chunks(grad, hidden, tf32, gated=gate is not None, backward=True)
     collected = None
     if grad_x is not None and len(parts) > 1:
         collected = torch.empty(rows, inner, dtype=torch.float32, device=device)
     gates = None
     if grad_gate is not None:
-        gates = [grad_gate]
-        if len(parts) > 1:
-            gates = torch.empty(len(parts), rows, experts, dtype=torch.float32, device=device)
+        gates = torch.empty(len(parts), rows, experts, dtype=torch.float32, device=device)
     for index, (first, width) in enumerate(parts):
         last = index == len(parts) - 1
         units = slice(first, first + width)
-        block_m, block_h, config = tile_config("adapter_bwd", grad, width, tf32)
+        block_m, block_h, config = tile_config("adapter_bwd", grad, width, tf32, gate is not None)
         programs = cdiv(rows, block_m)
         sum_dz = grad_down_bias is not None
         sum_dy = grad_up_bias is not None and index == 0
@@ -254,7 +239,6 @@ def _dx(
         down = None if down_weight is None else down_weight[units]
         up = None if up_weight is None else up_weight[:, units]
         bias = None if down_bias is None else down_bias[units]
-        gated_bias = up_bias is not None and up_bias.dim() == 2 and index == 0
         launch(
             _adapter_bwd_dx_kernel,
             lambda c, programs=programs: (programs,),
@@ -264,7 +248,6 @@ def _dx(
             down,
             bias,
             up,
-            up_bias if gated_bias else None,
             gate,
             None if z is None else z[:, units],
             collected if index else None,
@@ -286,7 +269,6 @@ def _dx(
             *((0, 0) if down is None else down.stride()),
             0 if bias is None else bias.stride(0),
             *((0, 0) if up is None else up.stride()),
-            *(up_bias.stride() if gated_bias else (0, 0)),
             *((0, 0) if gate is None else gate.stride()),
             0 if z is None else z.stride(0),
             hidden,
@@ -296,7 +278,6 @@ def _dx(
             ACTIVATION=activation,
             HAS_DOWN_BIAS=bias is not None,
             HAS_GATE=gate is not None,
-            GATED_BIAS=gated_bias,
             LOAD_Z=z is not None,
             ADD_DY=residual_is_x and index == 0,
             ADD_BASE=index > 0,
@@ -311,12 +292,61 @@ def _dx(
             PRECISION="tf32" if tf32 or grad.dtype == torch.float16 else "ieee",
             BLOCK_M=block_m,
             BLOCK_H=block_h,
-            BLOCK_E=rank_block(experts, 256),
         )
         if sum_dz:
             tail = grad_up_bias if sum_dy else None
             reduce_partials(sums, grad_down_bias[units][:, None], tail)
         elif sum_dy:
             reduce_partials(sums, grad_up_bias[:, None])
-    if grad_gate is not None and len(parts) > 1:
-        grad_gate.copy_(gates.sum(0))
+    if grad_gate is not None:
+        total = gates.sum(0)
+        if up_bias is not None and up_bias.dim() == 2:
+            by_bias = torch.empty_like(total)
+            project(grad, up_bias.t(), None, None, scale, 0.0, tf32, by_bias)
+            total += by_bias
+        grad_gate.copy_(total)
+
+
+# -- ahead-of-time specs ---------------------------------------------------------------------------------------------
+
+
+def _specs() -> list[Spec]:
+    out = []
+    unit = {n: 1 for n in ("stride_dyn", "stride_xd", "stride_dd", "stride_db", "stride_uh", "stride_ge")}
+    # (dtype, precision, hidden tile, gate, rows a program)
+    cases = [
+        ("bf16", "ieee", 16, False, 64),
+        ("bf16", "ieee", 64, False, 64),
+        ("bf16", "ieee", 64, True, 64),
+        ("bf16", "ieee", 128, True, 64),
+        ("bf16", "ieee", 256, False, 32),
+        ("bf16", "ieee", 64, False, 16),
+        ("fp16", "tf32", 64, True, 64),
+        ("fp16", "tf32", 128, False, 64),
+        ("fp32", "tf32", 64, True, 64),
+        ("fp32", "tf32", 128, False, 64),
+        ("fp32", "ieee", 64, True, 64),
+    ]
+    for dtype, precision, hidden, gated, rows in cases:
+        config = tile_defaults("adapter_bwd", dtype == "fp32", hidden, gated)
+        warps, stages = config.pop("num_warps"), config.pop("num_stages")
+        flags = {"ACTIVATION": "gelu", "HAS_DOWN_BIAS": True, "HAS_GATE": gated, "LOAD_Z": hidden > 64, "ADD_DY": True}
+        flags |= {"ADD_BASE": False, "NEED_DX": True, "NEED_DZ": True, "NEED_H": True, "NEED_GATE": gated}
+        flags |= {"SUM_DZ": True, "SUM_DY": True, "EVEN_D": True, "WIDE": dtype == "fp16", "PRECISION": precision}
+        constexprs = unit | flags | config | {"BLOCK_M": rows, "BLOCK_H": hidden}
+        out.append(
+            Spec(
+                _adapter_bwd_dx_kernel,
+                f"{dtype}_{precision}_h{hidden}{'_gate' if gated else ''}_m{rows}",
+                argument_types(_adapter_bwd_dx_kernel, constexprs, dtype),
+                constexprs,
+                num_warps=warps,
+                num_stages=stages,
+                matrix=rows >= 64 and (dtype, precision) != ("fp32", "ieee"),
+                aligned=("M", "D", "N", "H"),
+            )
+        )
+    return out
+
+
+SPECS = _specs()

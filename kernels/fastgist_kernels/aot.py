@@ -15,9 +15,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -44,10 +46,10 @@ class Spec:
     multiplies tiles of >= 64 rows, so Hopper's SASS must show HGMMA.
     """
 
-    kernel: object
+    kernel: Any
     label: str
-    signature: dict[str, str]
-    constexprs: dict[str, object]
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, object]
     num_warps: int = 4
     num_stages: int = 2
     matrix: bool = False
@@ -107,7 +109,7 @@ def _source(spec: Spec, integer_strides: str | None = None) -> ASTSource:
     return ASTSource(spec.kernel, signature, constexprs, attrs)
 
 
-def _options(spec: Spec) -> dict[str, object]:
+def _options(spec: Spec) -> dict[str, Any]:
     return {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True}
 
 
@@ -184,18 +186,18 @@ def resources(compiled) -> Resources:
     )
 
 
-def _row(task: tuple[int, int]) -> dict[str, object]:
+def _row(task: tuple[int, int]) -> dict[str, Any]:
     """Compile spec ``index`` for ``arch``. Takes an index because a spec does not travel between processes."""
     index, arch = task
     spec = all_specs()[index]
-    row: dict[str, object] = {"triton": triton.__version__, "kernel": spec.name, "arch": arch, "matrix": spec.matrix}
+    row: dict[str, Any] = {"triton": triton.__version__, "kernel": spec.name, "arch": arch, "matrix": spec.matrix}
     row |= asdict(resources(compile_spec(spec, arch)))
     if arch == spec.archs[0]:
         row["narrow"] = narrow_offsets(written_ir(spec))
     return row
 
 
-def compile_all(only: str = "", jobs: int = 1) -> list[dict[str, object]]:
+def compile_all(only: str = "", jobs: int = 1) -> list[dict[str, Any]]:
     """One row for every spec whose name contains ``only`` and every architecture, in order."""
     tasks = [(i, arch) for i, spec in enumerate(all_specs()) if only in spec.name for arch in spec.archs]
     if jobs == 1:
@@ -211,7 +213,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
-def update_csv(path: Path, rows: list[dict[str, object]]) -> None:
+def update_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Replace the rows of the Triton versions that ``rows`` come from; keep those of others."""
     versions = {row["triton"] for row in rows}
     kept = [row for row in read_csv(path) if row["triton"] not in versions]

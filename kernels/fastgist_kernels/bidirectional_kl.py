@@ -15,7 +15,15 @@ import triton.language as tl
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import LOG2E, cdiv, device_arch, launch, launch_config, next_power_of_2
 
-__all__ = ["SPECS", "bidirectional_kl_bwd", "bidirectional_kl_fwd", "centred_pair", "finite_max", "online_pair", "rows_config"]
+__all__ = [
+    "SPECS",
+    "bidirectional_kl_bwd",
+    "bidirectional_kl_fwd",
+    "centred_pair",
+    "finite_max",
+    "online_pair",
+    "rows_config",
+]
 
 
 @triton.jit
@@ -221,9 +229,7 @@ def bidirectional_kl_fwd(logits, other_logits, mask, temperature, row_loss, stat
     )
 
 
-def bidirectional_kl_bwd(
-    logits, other_logits, mask, stats, row_grad, temperature, grad_logits, grad_other
-) -> None:
+def bidirectional_kl_bwd(logits, other_logits, mask, stats, row_grad, temperature, grad_logits, grad_other) -> None:
     """Write the gradients (M, V), contiguous, that are not None; row_grad (M,) float32 of any stride."""
     rows, classes = logits.shape
     config = rows_config("bidirectional_kl_bwd", logits.device, classes, elements=2048)
@@ -252,7 +258,7 @@ def bidirectional_kl_bwd(
 
 
 def _specs() -> list[Spec]:
-    strides = {name: "i64" for name in ("stride_zm", "stride_om", "stride_mask")}
+    strides = dict.fromkeys(("stride_zm", "stride_om", "stride_mask"), "i64")
     unit = {"stride_zv": 1, "stride_ov": 1}
     sizes = {"M": "i32", "V": "i32"}
     out = []

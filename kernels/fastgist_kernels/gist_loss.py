@@ -14,7 +14,15 @@ from fastgist_kernels.aot import Spec
 from fastgist_kernels.bidirectional_kl import centred_pair, finite_max, online_pair, rows_config
 from fastgist_kernels.common import LOG2E, cdiv, launch
 
-__all__ = ["SPECS", "gist_gradients", "gist_loss_bwd", "gist_loss_fwd", "gist_row_loss", "gist_row_state", "target_rows"]
+__all__ = [
+    "SPECS",
+    "gist_gradients",
+    "gist_loss_bwd",
+    "gist_loss_fwd",
+    "gist_row_loss",
+    "gist_row_state",
+    "target_rows",
+]
 
 NUM_STATS = 9
 
@@ -52,7 +60,17 @@ def target_rows(target_ptr, offs_m, mask_m, stride_tm, V, ignore_index, SOFT: tl
 
 @triton.jit
 def class_weights(
-    target_ptr, offs_m, offs_v, mask_mv, label, stride_tm, stride_tv, keep, smooth, SOFT: tl.constexpr, SMOOTH: tl.constexpr
+    target_ptr,
+    offs_m,
+    offs_v,
+    mask_mv,
+    label,
+    stride_tm,
+    stride_tv,
+    keep,
+    smooth,
+    SOFT: tl.constexpr,
+    SMOOTH: tl.constexpr,
 ):
     """[BLOCK_M, BLOCK_V] weights of the classes in the cross-entropy; 0 in the padding, which no label can equal."""
     if SOFT:
@@ -391,7 +409,7 @@ def gist_loss_bwd(
     )
 
 
-SCALAR_TYPES = {"ignore_index": "i32"} | {name: "fp32" for name in ("alpha", "beta", "inv_t", "keep", "smooth")}
+SCALAR_TYPES = {"ignore_index": "i32"} | dict.fromkeys(("alpha", "beta", "inv_t", "keep", "smooth"), "fp32")
 
 
 def _specs() -> list[Spec]:

@@ -157,23 +157,30 @@ def test_shared_memory_fits(rows):
     )
 
 
-def test_registers_and_spills_against_the_table(rows):
+def test_nothing_spills(rows):
+    """Not even where the table says it did: a kernel that spills wants a smaller tile."""
+    _fail(
+        [
+            f"{_label(row)}: {column} {row[column]}"
+            for row in rows
+            for column in ("stack", "spill_loads", "spill_stores")
+            if row[column]
+        ]
+    )
+
+
+def test_registers_against_the_table(rows):
     from fastgist_kernels import aot
 
     table = {(r["triton"], r["kernel"], int(r["arch"])): r for r in aot.read_csv(RESOURCES)}
-    known_version = any(version == rows[0]["triton"] for version, _, _ in table)
+    if not any(version == rows[0]["triton"] for version, _, _ in table):
+        pytest.skip(f"the table has no rows of Triton {rows[0]['triton']}")
     problems = []
     for row in rows:
         was = table.get((row["triton"], row["kernel"], row["arch"]))
-        if was is None and known_version:
+        if was is None:
             problems.append(f"{_label(row)} is not in {RESOURCES.name}: {REGENERATE}")
-        for column in ("stack", "spill_loads", "spill_stores"):
-            allowed = int(was[column]) if was else 0
-            if row[column] > allowed:
-                problems.append(
-                    f"{_label(row)}: {column} {row[column]}, the table has {allowed}; a spill is a regression"
-                )
-        if was and row["registers"] > int(was["registers"]) * REGISTER_SLACK:
+        elif row["registers"] > int(was["registers"]) * REGISTER_SLACK:
             problems.append(
                 f"{_label(row)}: {row['registers']} registers, the table has {was['registers']}: {REGENERATE}"
             )

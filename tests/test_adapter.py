@@ -1,0 +1,279 @@
+"""adapter on every implementation against float64. Hard cases 1-4, 6, 7, 18, 19 for this op are here, by number."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastgist.functional import adapter
+from fastgist.reference.adapter import ACTIVATIONS
+from fastgist.reference.adapter import adapter as formula
+from fastgist.testing import assert_within_budget, layouts, poisoned_allocations
+
+OP = "adapter"
+NAMES = ("x", "down_weight", "down_bias", "up_weight", "up_bias", "residual", "gate")
+ACT = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "identity": lambda z: z,
+}
+
+
+def case(rows=19, inner=40, hidden=8, out=None, experts=None, dtype=torch.float32, device="cpu", residual=False):
+    def randn(*shape, spread=1.0):
+        return (torch.randn(*shape, device=device) * spread).to(dtype)
+
+    out = inner if out is None else out
+    return {
+        "x": randn(rows, inner),
+        "down_weight": randn(hidden, inner, spread=inner**-0.5),
+        "down_bias": randn(hidden),
+        "up_weight": randn(out, hidden, spread=hidden**-0.5),
+        "up_bias": randn(out) if experts is None else randn(experts, out),
+        "residual": randn(rows, out) if residual else None,
+        "gate": None if experts is None else randn(rows, experts).softmax(-1),
+    }
+
+
+def plain(x, down_weight, down_bias, up_weight, up_bias, *, activation, scale, residual, residual_scale, gate):
+    """The expression in the inputs' own dtype, as anyone would write it."""
+    hidden = ACT[activation](F.linear(x, down_weight, down_bias))
+    if gate is not None:
+        hidden = hidden * gate.repeat_interleave(hidden.shape[-1] // gate.shape[-1], dim=-1)
+    y = F.linear(hidden, up_weight)
+    if up_bias is not None:
+        y = y + (gate @ up_bias if up_bias.dim() == 2 else up_bias)
+    y = scale * y
+    return y if residual is False else y + residual_scale * (x if residual is None else residual)
+
+
+def evaluate(function, inputs, wanted, grad, **options):
+    leaves = {k: None if t is None else t.detach().requires_grad_(wanted[k]) for k, t in inputs.items()}
+    named = dict(leaves)
+    residual, gate = named.pop("residual"), named.pop("gate")
+    options = {"activation": "gelu", "scale": 1.0, "residual_scale": 1.0, "residual": residual} | options
+    y = function(*named.values(), gate=gate, **options)
+    if any(wanted.values()):
+        y.backward(grad.to(y.dtype))
+    return y.detach(), {k: None if t is None else t.grad for k, t in leaves.items()}
+
+
+def check(inputs, grad, impl, wanted=None, ours=None, **options):
+    wanted = {k: t is not None for k, t in inputs.items()} if wanted is None else wanted
+    y, grads = evaluate(adapter, inputs if ours is None else ours, wanted, grad, impl=impl, **options)
+    plain_y, plain_grads = evaluate(plain, inputs, wanted, grad, **options)
+    double = {k: None if t is None else t.double() for k, t in inputs.items()}
+    exact_y, exact_grads = evaluate(formula, double, wanted, grad, **options)
+    assert_within_budget(y, plain_y, exact_y, what="y")
+    for name in NAMES:
+        assert (grads[name] is not None) == wanted[name], name
+        if wanted[name]:
+            # a bias gradient is a sum over the rows, whose terms may cancel: the floor is at the size of the terms
+            terms = (
+                float((grad.abs() @ inputs["up_weight"].abs().float()).sum(0).max()) if name == "down_bias" else None
+            )
+            what = f"gradient of {name}"
+            assert_within_budget(grads[name], plain_grads[name], exact_grads[name], what=what, scale=terms)
+    return y, grads
+
+
+# -- the formula -----------------------------------------------------------------------------------------------------
+
+
+def test_formula_gradcheck():
+    inputs = case(3, 4, 4, experts=2, residual=True)
+    for function in (formula, lambda *a, **k: adapter(*a, impl="reference", **k)):
+        for activation in ACTIVATIONS:
+            leaves = [t.double().requires_grad_() for t in inputs.values()]
+            assert torch.autograd.gradcheck(
+                lambda x, d, db, u, ub, r, g, f=function, a=activation: f(
+                    x, d, db, u, ub, activation=a, scale=0.3, residual=r, residual_scale=0.6, gate=g
+                ),
+                leaves,
+            )
+
+
+def test_experts_are_one_adapter():
+    inputs = case(5, 6, 6, experts=3)
+    x, gate = inputs["x"], inputs["gate"]
+    one = formula(*list(inputs.values())[:5], gate=gate)
+    want = x.clone()
+    for e in range(3):
+        part = slice(2 * e, 2 * e + 2)
+        hidden = F.gelu(F.linear(x, inputs["down_weight"][part], inputs["down_bias"][part]))
+        want += gate[:, e : e + 1] * F.linear(hidden, inputs["up_weight"][:, part], inputs["up_bias"][e])
+    torch.testing.assert_close(one, want)
+
+
+# -- accuracy --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "inner", "hidden"), [(1, 16, 16), (33, 40, 8), (64, 64, 64), (70, 130, 24)])
+def test_matches_float64(impl, device, dtype, rows, inner, hidden):
+    inputs = case(rows, inner, hidden, dtype=dtype, device=device)
+    check(inputs, torch.randn(rows, inner, device=device), impl, scale=0.7)
+
+
+@pytest.mark.parametrize("hidden", [1, 4, 8, 65, 130])
+def test_hard_18_bottlenecks(impl, device, hidden):
+    inputs = case(21, 44, hidden, device=device)
+    check(inputs, torch.randn(21, 44, device=device), impl)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(impl, device, activation):
+    inputs = case(device=device)
+    check(inputs, torch.randn(19, 40, device=device), impl, activation=activation, scale=2.0)
+
+
+@pytest.mark.parametrize("experts", [1, 2, 6])
+@pytest.mark.parametrize("per_expert_bias", [False, True])
+def test_gates(impl, device, experts, per_expert_bias):
+    inputs = case(17, 36, 12, experts=experts, device=device)
+    if not per_expert_bias:
+        inputs["up_bias"] = torch.randn(36, device=device)
+    check(inputs, torch.randn(17, 36, device=device), impl, scale=0.4, residual_scale=0.6)
+
+
+@pytest.mark.parametrize("kind", ["x", "none", "tensor", "wider"])
+@pytest.mark.parametrize("biases", [False, True])
+def test_residuals_and_biases(impl, device, kind, biases):
+    inputs = case(out=56 if kind == "wider" else None, residual=kind in ("tensor", "wider"), device=device)
+    if not biases:
+        inputs["down_bias"] = inputs["up_bias"] = None
+    options = {"residual": False} if kind == "none" else {}
+    grad = torch.randn(19, inputs["up_weight"].shape[0], device=device)
+    check(inputs, grad, impl, scale=0.1, residual_scale=-1.5, **options)
+
+
+def test_leading_dimensions(impl, device):
+    inputs = case(24, device=device)
+    parts = list(inputs.values())[:5]
+    flat = adapter(*parts, impl=impl)
+    assert torch.equal(adapter(parts[0].view(2, 3, 4, 40), *parts[1:], impl=impl).view(24, 40), flat)
+
+
+def test_fresh_adapter_is_the_identity(impl, device):
+    inputs = case(device=device)
+    parts = [*list(inputs.values())[:3], torch.zeros(40, 8, device=device), torch.zeros(40, device=device)]
+    assert torch.equal(adapter(*parts, impl=impl), inputs["x"])
+
+
+# -- hard cases ------------------------------------------------------------------------------------------------------
+
+
+def test_hard_01_zero_rows(impl, device):
+    inputs = case(rows=0, experts=2, residual=True, device=device)
+    wanted = dict.fromkeys(NAMES, True)
+    y, grads = evaluate(adapter, inputs, wanted, torch.zeros(0, 40, device=device), impl=impl)
+    assert y.shape == (0, 40)
+    for name in NAMES:
+        assert grads[name].shape == inputs[name].shape and bool((grads[name] == 0).all()), name
+
+
+def test_hard_02_03_bad_arguments(impl, device):
+    x, down, down_bias, up, up_bias, *_ = case(device=device).values()
+    with pytest.raises(ValueError, match=r"adapter: expected x\.shape\[-1\] == 40 \(down_weight is 8 x 40\), got 39"):
+        adapter(x[:, :39], down, down_bias, up, up_bias, impl=impl)
+    with pytest.raises(ValueError, match=r"up_weight\.shape\[1\] == 8 .*got 7"):
+        adapter(x, down, down_bias, up[:, :7], up_bias, impl=impl)
+    with pytest.raises(ValueError, match="activation must be one of .*got 'swish'"):
+        adapter(x, down, down_bias, up, up_bias, activation="swish", impl=impl)
+    with pytest.raises(ValueError, match=r"gate\.shape\[-1\] to divide the 8 hidden units, got 3"):
+        adapter(x, down, down_bias, up, up_bias, gate=torch.rand(19, 3, device=device), impl=impl)
+    with pytest.raises(ValueError, match=r"residual=None adds x"):
+        adapter(x, down, down_bias, up[:30], up_bias[:30], impl=impl)
+    with pytest.raises(TypeError, match="x is float32 and up_weight is bfloat16"):
+        adapter(x, down, down_bias, up.bfloat16(), up_bias, impl=impl)
+    with pytest.raises(TypeError, match="residual must be None"):
+        adapter(x, down, down_bias, up, up_bias, residual=True, impl=impl)
+
+
+@pytest.mark.parametrize("name", ["x", "down_weight", "up_weight", "residual", "gate"])
+def test_hard_04_layouts(impl, device, name):
+    inputs = case(experts=2, residual=True, device=device)
+    grad = torch.randn(19, 40, device=device)
+    for layout, laid in layouts(inputs[name]):
+        if layout != "contiguous":
+            check(inputs, grad, impl, ours=inputs | {name: laid})
+
+
+def test_hard_04_layouts_of_the_incoming_gradient(impl, device):
+    inputs = case(device=device)
+    grad = torch.randn(19, 40, device=device)
+    for _, laid in layouts(grad):
+        check(inputs, laid, impl)
+    check(inputs, torch.randn(1, 1, device=device).expand(19, 40), impl)
+    check(inputs | {"x": inputs["x"][:1].expand(19, 40)}, grad, impl)
+
+
+def test_hard_06_bad_rows_stay_alone_and_inputs_untouched(impl, device):
+    inputs = case(device=device)
+    inputs["x"][4, 3] = torch.nan
+    before = {k: None if t is None else t.clone() for k, t in inputs.items()}
+    wanted = {k: t is not None for k, t in inputs.items()}
+    with poisoned_allocations():
+        y, grads = evaluate(adapter, inputs, wanted, torch.ones(19, 40, device=device), impl=impl)
+    assert all(torch.equal(inputs[k].nan_to_num(), t.nan_to_num()) for k, t in before.items() if t is not None)
+    rest = torch.arange(19, device=device) != 4
+    assert bool(y[4].isnan().all()) and bool(y[rest].isfinite().all())
+    assert bool(grads["x"][rest].isfinite().all())
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=7)))
+def test_hard_07_gradient_subsets(impl, device, wanted):
+    inputs = case(9, 24, 6, experts=2, residual=True, device=device)
+    with poisoned_allocations():
+        check(inputs, torch.randn(9, 24, device=device), impl, dict(zip(NAMES, wanted, strict=True)), scale=0.5)
+
+
+def test_hard_07_second_backward_and_double_backward(impl, device):
+    x, *rest = list(case(device=device).values())[:5]
+    x.requires_grad_()
+    loss = adapter(x, *rest, impl=impl).square().sum()
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, x, retain_graph=True)
+    assert torch.equal(first, again)
+    (g,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="adapter: no second derivative"):
+        g.sum().backward()
+
+
+def test_hard_19_large_hidden_units_in_float16(impl, device):
+    """Hidden units above 65504 where the output fits: finite and right."""
+
+    def half(*shape, value):
+        return torch.full(shape, value, device=device, dtype=torch.float16)
+
+    parts = (half(4, 64, value=60.0), half(2, 64, value=30.0), None, half(64, 2, value=1e-3), None)
+    y = adapter(*parts, activation="relu", impl=impl)
+    exact = formula(*(None if t is None else t.double() for t in parts), activation="relu")
+    assert bool(y.isfinite().all())
+    assert_within_budget(y, exact.half(), exact)
+
+
+def test_autocast_casts_as_nn_linear(impl, device):
+    parts = list(case(device=device).values())[:5]
+    leaves = [t.detach().requires_grad_() for t in parts]
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y = adapter(*leaves, impl=impl)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, adapter(*(t.bfloat16() for t in parts), impl=impl))
+    y.float().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in leaves)
+
+
+def test_runs_are_bitwise_equal(impl, device):
+    inputs = case(70, 130, 24, device=device)
+    wanted = {k: t is not None for k, t in inputs.items()}
+    grad = torch.randn(70, 130, device=device)
+    first = evaluate(adapter, inputs, wanted, grad, impl=impl)
+    again = evaluate(adapter, inputs, wanted, grad, impl=impl)
+    assert torch.equal(first[0], again[0])
+    assert all(first[1][k] is None or torch.equal(first[1][k], again[1][k]) for k in NAMES)
