@@ -79,7 +79,7 @@ def test_formula_is_the_dense_update_and_gradcheck():
     seed = torch.tensor([3])
     for function in (formula, lambda *a, **k: cp_linear(*a, impl="reference", **k)):
         options = {"scale": 0.7, "dropout_p": 0.3, "training": True, "seed": seed}
-        assert torch.autograd.gradcheck(lambda *a, f=function: f(*a, **options), inputs)
+        assert torch.autograd.gradcheck(lambda *a, f=function, o=options: f(*a, **o), inputs)
 
 
 # -- accuracy --------------------------------------------------------------------------------------------------------

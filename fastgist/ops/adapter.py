@@ -207,7 +207,9 @@ def _check_shapes(
     if x.dim() == 0:
         raise ValueError(f"{_OP}: x must be (..., {inner}), got a 0-dimensional tensor")
     if x.shape[-1] != inner:
-        raise ValueError(f"{_OP}: expected x.shape[-1] == {inner} (down_weight is {hidden} x {inner}), got {x.shape[-1]}")
+        raise ValueError(
+            f"{_OP}: expected x.shape[-1] == {inner} (down_weight is {hidden} x {inner}), got {x.shape[-1]}"
+        )
     if up_weight.shape[1] != hidden:
         raise ValueError(
             f"{_OP}: expected up_weight.shape[1] == {hidden} (down_weight is {hidden} x {inner}), got {up_weight.shape[1]}"
@@ -277,7 +279,7 @@ def adapter(
         TypeError: dtypes that differ outside autocast, or are not floating point.
         RuntimeError: an explicit ``impl`` that cannot run here; a second derivative.
     """
-    if residual is True or isinstance(residual, (int, float)) and residual is not False:
+    if residual is True or (isinstance(residual, (int, float)) and residual is not False):
         raise TypeError(f"{_OP}: residual must be None (adds x), a Tensor or False (adds nothing), got {residual!r}")
     residual_is_x = residual is None or residual is x
     named = {"x": x, "down_weight": down_weight, "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias}

@@ -170,7 +170,9 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: 
     if x.shape[-1] != columns:
         raise ValueError(f"{_OP}: expected x.shape[-1] == {columns} (weight is {rows} x {columns}), got {x.shape[-1]}")
     if bias is not None and tuple(bias.shape) != (rows,):
-        raise ValueError(f"{_OP}: expected bias.shape == ({rows},) (weight is {rows} x {columns}), got {tuple(bias.shape)}")
+        raise ValueError(
+            f"{_OP}: expected bias.shape == ({rows},) (weight is {rows} x {columns}), got {tuple(bias.shape)}"
+        )
     if u.shape[0] != columns:
         raise ValueError(f"{_OP}: expected u.shape[0] == {columns} (weight is {rows} x {columns}), got {u.shape[0]}")
     if rank == 0:

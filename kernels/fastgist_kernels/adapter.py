@@ -16,7 +16,17 @@ from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, device_arch, dot, launch, launch_config, next_power_of_2
 from fastgist_kernels.outer import argument_types, low_dot, narrow, processors, rank_block
 
-__all__ = ["SPECS", "activate", "activation_slope", "adapter_fwd", "chunks", "project_down", "spread_gate", "tile_config", "tile_defaults"]
+__all__ = [
+    "SPECS",
+    "activate",
+    "activation_slope",
+    "adapter_fwd",
+    "chunks",
+    "project_down",
+    "spread_gate",
+    "tile_config",
+    "tile_defaults",
+]
 
 
 @triton.jit
@@ -101,7 +111,9 @@ def project_down(
 
 
 @triton.jit
-def spread_gate(gate_ptr, offs_m, mask_m, expert, E, stride_gm, stride_ge, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr):
+def spread_gate(
+    gate_ptr, offs_m, mask_m, expert, E, stride_gm, stride_ge, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr
+):
     """The gate of each row's hidden units, [BLOCK_M, BLOCK_H] float32; unit h belongs to expert[h]. A loop over experts,
     since a gather would hold a 64-bit pointer an element."""
     gate = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
@@ -226,14 +238,12 @@ def _adapter_fwd_kernel(
 # -- launching -------------------------------------------------------------------------------------------------------
 
 
-def chunks(
-    x: torch.Tensor, hidden: int, tf32: bool, *, gated: bool, backward: bool = False
-) -> list[tuple[int, int]]:
-    """(first unit, units) of every launch: a tile holds 256 hidden units; 128 with float32 operands (float16's low-rank ones
-    are) or the sums of a gate's gradient; 64 with a gate and float32 operands, or in full float32."""
+def chunks(x: torch.Tensor, hidden: int, tf32: bool, *, gated: bool, backward: bool = False) -> list[tuple[int, int]]:
+    """(first unit, units) of every launch. A tile holds 256 hidden units, or 128 where it also sums a gate's gradient; with
+    float32 operands (float16's low-rank ones are) 128, or 64 in full float32, with a gate, and in the backward."""
     most = 128 if gated and backward else 256
     if x.dtype in (torch.float16, torch.float32):
-        most = 64 if gated or (x.dtype == torch.float32 and not tf32) else 128
+        most = 64 if gated or backward or (x.dtype == torch.float32 and not tf32) else 128
     if device_arch(x.device) == "interpret":
         most = 32
     return [(first, min(most, hidden - first)) for first in range(0, hidden, most)]
@@ -334,7 +344,7 @@ def adapter_fwd(
 
 def _specs() -> list[Spec]:
     out = []
-    unit = {n: 1 for n in ("stride_xd", "stride_dd", "stride_db", "stride_uh", "stride_bn", "stride_rn", "stride_ge")}
+    unit = dict.fromkeys(("stride_xd", "stride_dd", "stride_db", "stride_uh", "stride_bn", "stride_rn", "stride_ge"), 1)
     # (dtype, precision, hidden tile, gate, rows a program)
     cases = [
         ("bf16", "ieee", 16, False, 64),
@@ -353,7 +363,13 @@ def _specs() -> list[Spec]:
     for dtype, precision, hidden, gated, rows in cases:
         config = tile_defaults("adapter_fwd", dtype == "fp32", hidden, gated)
         warps, stages = config.pop("num_warps"), config.pop("num_stages")
-        flags = {"ACTIVATION": "gelu", "HAS_DOWN_BIAS": True, "HAS_UP_BIAS": True, "HAS_RESIDUAL": True, "HAS_GATE": gated}
+        flags = {
+            "ACTIVATION": "gelu",
+            "HAS_DOWN_BIAS": True,
+            "HAS_UP_BIAS": True,
+            "HAS_RESIDUAL": True,
+            "HAS_GATE": gated,
+        }
         flags |= {"GATED_BIAS": gated, "STORE_Z": hidden > 64, "EVEN_D": True, "WIDE": dtype == "fp16"}
         constexprs = unit | flags | config | {"PRECISION": precision, "BLOCK_M": rows, "BLOCK_H": hidden, "BLOCK_E": 16}
         out.append(

@@ -13,9 +13,17 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgist_kernels.adapter import activate, activation_slope, chunks, project_down, spread_gate, tile_config, tile_defaults
+from fastgist_kernels.adapter import (
+    activate,
+    activation_slope,
+    chunks,
+    project_down,
+    spread_gate,
+    tile_config,
+    tile_defaults,
+)
 from fastgist_kernels.aot import Spec
-from fastgist_kernels.common import cdiv, device_arch, dot, launch
+from fastgist_kernels.common import cdiv, dot, launch
 from fastgist_kernels.cp_linear import project
 from fastgist_kernels.outer import argument_types, low_dot, narrow, outer, reduce_partials
 
@@ -312,7 +320,7 @@ def _dx(
 
 def _specs() -> list[Spec]:
     out = []
-    unit = {n: 1 for n in ("stride_dyn", "stride_xd", "stride_dd", "stride_db", "stride_uh", "stride_ge")}
+    unit = dict.fromkeys(("stride_dyn", "stride_xd", "stride_dd", "stride_db", "stride_uh", "stride_ge"), 1)
     # (dtype, precision, hidden tile, gate, rows a program)
     cases = [
         ("bf16", "ieee", 16, False, 64),
@@ -322,9 +330,7 @@ def _specs() -> list[Spec]:
         ("bf16", "ieee", 256, False, 32),
         ("bf16", "ieee", 64, False, 16),
         ("fp16", "tf32", 64, True, 64),
-        ("fp16", "tf32", 128, False, 64),
         ("fp32", "tf32", 64, True, 64),
-        ("fp32", "tf32", 128, False, 64),
         ("fp32", "ieee", 64, True, 64),
     ]
     for dtype, precision, hidden, gated, rows in cases:

@@ -1,9 +1,10 @@
 """cp_linear in Triton: y = x W^T + b + scale * (drop(x U) * gain) V^T. Sizes M rows, N out, K in, R rank, n = N / G.
 
-Forward: one matmul kernel in two forms. Fused, it accumulates h = x U beside x W^T, as R more columns of the same loop
-over K, and adds the update in the epilogue. Started, h comes from a kernel of its own and the accumulator starts from the
-update. Fused costs R / BLOCK_N more products, started a second read of x: equal near N R = 47,000 at BLOCK_N = 256.
-dx = dy W + dL/dh U^T is the started form again; the rest of the backward is in cp_linear_bwd.py. A column tile never straddles folds: tiles are counted fold by fold and masked at each fold's end.
+One matmul kernel in two forms. Fused, it accumulates h = x U beside x W^T, as R more columns of the same loop over K, and
+adds the update in the epilogue. Started, h comes from a kernel of its own and the accumulator starts from the update.
+Fused costs R / BLOCK_N more products, started a second read of x: equal near N R = 47,000 at BLOCK_N = 256.
+dx = dy W + dL/dh U^T is the started form again; the rest of the backward is in cp_linear_bwd.py.
+A column tile never straddles folds: tiles are counted fold by fold and masked at each fold's end.
 """
 
 from __future__ import annotations
@@ -247,7 +248,9 @@ _TILES = {
 
 
 def _shape_class(rows: int, out: int, inner: int, rank: int) -> str:
-    return "_".join(f"{name}{next_power_of_2(size)}" for name, size in zip("mnkr", (rows, out, inner, rank), strict=True))
+    return "_".join(
+        f"{name}{next_power_of_2(size)}" for name, size in zip("mnkr", (rows, out, inner, rank), strict=True)
+    )
 
 
 def family(arch: str) -> str:

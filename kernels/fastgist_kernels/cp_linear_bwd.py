@@ -61,7 +61,7 @@ def _cp_linear_bwd_dy_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One read of dy for grad_h (M, R) = drop'(scale * sum_g (dy_g V) * gain_g) and this row block's part of dy^T h, (N, R)."""
+    """One read of dy for grad_h (M, R) = drop'(scale * sum_g (dy_g V) * gain_g) and this row block's part of dy^T h."""
     pid_m = tl.program_id(0).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
@@ -246,7 +246,7 @@ def _reduce(part, v, gain, columns, rank, folds, scale, grad_v, grad_gain) -> No
     launch(
         _cp_linear_bwd_reduce_kernel,
         lambda c: (blocks, cdiv(rank, c["BLOCK_R"])),
-        {"BLOCK_S": 2 if device_arch(part.device) == "interpret" else 16, "BLOCK_R": rank_block(rank, 32)},
+        {"BLOCK_S": 2 if device_arch(part.device) == "interpret" else 16, "BLOCK_R": 16},
         part,
         v,
         gain,
@@ -292,9 +292,9 @@ def _specs() -> list[Spec]:
             )
         )
     constexprs = {"stride_vr": 1, "stride_gr": 1, "HAS_GAIN": True, "NEED_V": True, "NEED_GAIN": True}
-    constexprs |= {"BLOCK_S": 16, "BLOCK_N": 16, "BLOCK_R": 32}
+    constexprs |= {"BLOCK_S": 16, "BLOCK_N": 16, "BLOCK_R": 16}
     types = argument_types(_cp_linear_bwd_reduce_kernel, constexprs, "bf16")
-    out.append(Spec(_cp_linear_bwd_reduce_kernel, "bf16_r32", types, constexprs, aligned=("N", "R", "fold_n")))
+    out.append(Spec(_cp_linear_bwd_reduce_kernel, "bf16_r16", types, constexprs, aligned=("N", "R", "fold_n")))
     return out
 
 

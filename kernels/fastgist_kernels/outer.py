@@ -17,7 +17,17 @@ import triton.language as tl
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import INTERPRET, cdiv, device_arch, dot, launch, launch_config, next_power_of_2
 
-__all__ = ["SPECS", "argument_types", "low_dot", "narrow", "outer", "outer_partials", "processors", "rank_block", "reduce_partials"]
+__all__ = [
+    "SPECS",
+    "argument_types",
+    "low_dot",
+    "narrow",
+    "outer",
+    "outer_partials",
+    "processors",
+    "rank_block",
+    "reduce_partials",
+]
 
 
 @triton.jit
