@@ -80,7 +80,20 @@ def copy_tree(folder: Path) -> Path:
             shutil.copytree(source, folder / name, ignore=NOT_COPIED)
         elif source.exists():
             shutil.copy2(source, folder / name)
+    # The package that tests import must be the copy's, whatever is installed.
+    probe = f"import fastgist; assert fastgist.__file__.startswith({str(folder)!r}), fastgist.__file__"
+    subprocess.run([sys.executable, "-c", probe], cwd=folder, env=child_environment(folder, False), check=True)
     return folder
+
+
+def child_environment(tree: Path, interpret: bool) -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "kernels"), str(tree / "tests")]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TRITON_INTERPRET": "1" if interpret else "0",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "300",
+    }
 
 
 class Baseline:
@@ -103,29 +116,9 @@ class Baseline:
 def run_tests(
     tree: Path, tests: list[str], interpret: bool, timeout: float, without: list[str] | None = None
 ) -> subprocess.CompletedProcess:
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "kernels"), str(tree / "tests")]),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "TRITON_INTERPRET": "1" if interpret else "0",
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "300",
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore",
-        "--tb=line",
-        *tests,
-    ]
-    # The package imported must be the copy's, whatever is installed.
-    probe = f"import fastgist; assert fastgist.__file__.startswith({str(tree)!r}), fastgist.__file__"
-    subprocess.run([sys.executable, "-c", probe], cwd=tree, env=env, check=True, capture_output=True)
+    env = child_environment(tree, interpret)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb=line"]
+    command += [*tests, *(f"--deselect={test}" for test in without or ())]
     return subprocess.run(
         command, cwd=tree, env=env, capture_output=True, text=True, timeout=timeout, check=False, errors="replace"
     )

@@ -282,8 +282,8 @@ def _matmul_config(x: torch.Tensor, out: int, fold_n: int, rank: int, tf32: bool
         kind = "tf32" if tf32 else "ieee"
     elif rows <= 32:
         kind = "small"
-    elif x.dtype == torch.bfloat16 and programs >= processors(x.device):
-        kind = "large"
+    elif x.dtype == torch.bfloat16 and programs >= processors(x.device) and (rank <= 16 or rank % 16 == 0):
+        kind = "large"  # ragged ranks load V element by element, for which its registers do not suffice
     else:
         kind = "medium"
     default = dict(zip(_TILE_NAMES, tiles[kind], strict=True)) | {"GROUP_M": 8}
@@ -375,7 +375,7 @@ def project(a, b, gain, seed, scale, dropout_p, tf32, h) -> None:
         config = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_R": rank_block(rank, 32)}
     else:
         config = {"BLOCK_M": 64, "BLOCK_N": 32 if wide else 64, "BLOCK_R": block_r}
-        config |= {"num_warps": 4 if block_r <= 16 else 8, "num_stages": 3 if wide else 4}
+        config |= {"num_warps": 8 if wide or block_r > 16 else 4, "num_stages": 3 if wide else 4}
         config |= launch_config("cp_linear_project", arch, _shape_class(rows, columns, fold_n, rank))
     launch(
         _cp_linear_project_kernel,

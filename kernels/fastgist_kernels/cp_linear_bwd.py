@@ -246,7 +246,7 @@ def _reduce(part, v, gain, columns, rank, folds, scale, grad_v, grad_gain) -> No
     launch(
         _cp_linear_bwd_reduce_kernel,
         lambda c: (blocks, cdiv(rank, c["BLOCK_R"])),
-        {"BLOCK_S": 2 if device_arch(part.device) == "interpret" else 16, "BLOCK_R": 16},
+        {"BLOCK_S": 2 if device_arch(part.device) == "interpret" else 8, "BLOCK_R": 16},
         part,
         v,
         gain,
@@ -292,7 +292,7 @@ def _specs() -> list[Spec]:
             )
         )
     constexprs = {"stride_vr": 1, "stride_gr": 1, "HAS_GAIN": True, "NEED_V": True, "NEED_GAIN": True}
-    constexprs |= {"BLOCK_S": 16, "BLOCK_N": 16, "BLOCK_R": 16}
+    constexprs |= {"BLOCK_S": 8, "BLOCK_N": 16, "BLOCK_R": 16}
     types = argument_types(_cp_linear_bwd_reduce_kernel, constexprs, "bf16")
     out.append(Spec(_cp_linear_bwd_reduce_kernel, "bf16_r16", types, constexprs, aligned=("N", "R", "fold_n")))
     return out
