@@ -133,7 +133,7 @@ $(EXTENSION): $(filter-out csrc/tests/%,$(CSRC)) setup.py $(PACKAGES)
 
 # -- jobs -------------------------------------------------------------------------------------------------------------
 
-demo: setup ## fine-tune on real digits, offline, in under 90 s
+demo: setup ## fine-tune on real digits, in under 90 s once set up
 	@$(FASTGIST) demo $(ARGS)
 
 # Four stages, each in its own process; all run, and one that fails fails the target. Logs in build/test/.

@@ -301,6 +301,8 @@ def unreadable(split: Split, description: str, progress: bool) -> list[tuple[int
             with split.source.open(split.rows[index]) as file, Image.open(file) as picture:
                 picture.draft("RGB", (32, 32))  # a JPEG at an eighth of its size: all bytes read, few computed
                 picture.load()
+        except Image.UnidentifiedImageError:
+            return "not an image, or damaged"
         except Exception as error:
             return " ".join(str(error).split())
         return None

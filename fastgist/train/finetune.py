@@ -16,7 +16,7 @@ from fastgist.train.checkpoint import Checkpoints, write_atomically
 from fastgist.train.config import FinetuneConfig, UserError
 from fastgist.train.engine import FitResult, evaluate, fit
 from fastgist.train.measure import commit, memory_method, trainable_share, versions
-from fastgist.train.models import adapt, build_backbone, frozen_fingerprint
+from fastgist.train.models import adapt, build_backbone, check_name, frozen_fingerprint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,6 +39,7 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
     tell = say if main else lambda line: None
     checkpoints = Checkpoints(config.output_dir / "checkpoints", config.keep_checkpoints)
     _check_output(config, checkpoints)
+    check_name(config)
 
     splits = _checked_splits(config, accelerator)
     images.seed_everything(config.seed)
@@ -98,7 +99,7 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
         hint = (
             f"{newest} is complete; the same command with --resume goes on from there"
             if newest
-            else "no checkpoint had been written yet"
+            else "no checkpoint had been written yet (one comes with each epoch, or --checkpoint-every N steps)"
         )
         raise Interrupted(f"interrupted: {hint}") from None
 

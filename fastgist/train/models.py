@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from fastgist.train.config import FinetuneConfig, Method, UserError
 
-__all__ = ["adapt", "build_backbone", "frozen_fingerprint", "load_weights"]
+__all__ = ["adapt", "build_backbone", "check_name", "frozen_fingerprint", "load_weights"]
 
 
-def build_backbone(config: FinetuneConfig, num_classes: int) -> nn.Module:
-    """The timm model of ``config`` with a head for ``num_classes``, its weights loaded."""
+def check_name(config: FinetuneConfig) -> None:
+    """UserError with the nearest names unless timm knows the model: asked before a minute goes into reading images."""
     import timm
 
     name = config.model
@@ -28,6 +28,14 @@ def build_backbone(config: FinetuneConfig, num_classes: int) -> nn.Module:
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models('vit*') lists them"
         raise UserError(f"timm has no model named {name!r}: {hint}")
+
+
+def build_backbone(config: FinetuneConfig, num_classes: int) -> nn.Module:
+    """The timm model of ``config`` with a head for ``num_classes``, its weights loaded."""
+    import timm
+
+    check_name(config)
+    name = config.model
     options: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": config.drop_path}
     if config.image_size is not None:
         options["img_size"] = config.image_size
