@@ -265,7 +265,7 @@ def _specs() -> list[Spec]:
     for dtype in ("bf16", "fp32"):
         for label, block_m, block_v in (("small_v", 8, 128), ("long_v", 1, 4096)):
             tile = {"BLOCK_M": block_m, "BLOCK_V": block_v}
-            tile_bwd = {"BLOCK_M": block_m, "BLOCK_V": min(block_v, 2048)}
+            tile_bwd = {"BLOCK_M": -(-block_m // 2), "BLOCK_V": min(block_v, 2048)}
             warps = 8 if block_v >= 2048 else 4
             pair = {"z_ptr": f"*{dtype}", "o_ptr": f"*{dtype}", "mask_ptr": "*i1"}
             out.append(

@@ -417,7 +417,7 @@ def _specs() -> list[Spec]:
     unit = {"stride_zv": 1, "stride_gv": 1, "POWER": 3}
     out = []
     for label, dtype, soft, block_m, block_v in (
-        ("bf16_small_v", "bf16", False, 8, 128),
+        ("bf16_small_v", "bf16", False, 4, 128),
         ("bf16_long_v", "bf16", False, 1, 4096),
         ("fp32_long_v", "fp32", False, 1, 4096),
         ("bf16_soft_smooth", "bf16", True, 1, 4096),
