@@ -109,7 +109,17 @@ def test_the_stand_in_for_hypothesis_lets_test_modules_import(tmp_path):
         "@settings(max_examples=3, deadline=None)\n@given(a=st.integers(1, 6), b=st.floats(0.0, 2.0))\n"
         "def test_a(a, b):\n    assert False\n\ndef test_b():\n    pass\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_it.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:hypothesispytest",
+        "test_it.py",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "1 passed, 1 skipped" in done.stdout, done.stdout
 
