@@ -21,6 +21,7 @@ import queue
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,8 @@ ROOT = Path(__file__).resolve().parents[1]
 #: What a copy needs: sources, tests, and the extension where it is built.
 COPIED = ("fastgist", "kernels", "tests", "csrc", "benchmarks", "pyproject.toml")
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.pyc", ".hypothesis", "results")
+#: Signals by which the tests' process may die of the mutant itself; others came from outside and say nothing.
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 #: Failures that say the mutant itself is wrong, not that a test found it.
 BROKEN = re.compile(r"\b(NameError|SyntaxError|IndentationError|ImportError|ModuleNotFoundError|AttributeError|"
                     r"UnboundLocalError|CompilationError|fixture '\w+' not found)\b")  # fmt: skip
@@ -129,8 +132,8 @@ def judge(done: subprocess.CompletedProcess) -> tuple[str, str, str | None]:
     failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - (.*))?$", done.stdout, flags=re.MULTILINE)
     if done.returncode == 0:
         return "survived", (done.stdout.strip().splitlines() or [""])[-1], None
-    if done.returncode < 0:
-        return "killed", f"the process died with signal {-done.returncode}", None
+    if -done.returncode in CRASHES:
+        return "killed", f"the process crashed with signal {-done.returncode}", None
     if done.returncode == 1 and failed:
         test, reason = failed[0]
         if BROKEN.search(reason or ""):

@@ -204,6 +204,7 @@ def test_verdicts():
     assert verdict(1, "FAILED tests/test_a.py::test_x - NameError: name 'y' is not defined") == "broken"
     assert verdict(2, "ERROR collecting") == "broken"
     assert verdict(-11) == "killed"
+    assert verdict(-15) == "broken", "ended from outside: nothing was shown"
 
 
 # -- plot.py ----------------------------------------------------------------------------------------------------------
