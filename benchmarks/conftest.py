@@ -31,6 +31,7 @@ from benchmarks.peers import OTHER_FUNCTION, PEERS, Missing  # noqa: E402
 KIND = os.environ.get("FASTGIST_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 DEVICE = torch.device(KIND)
 CLOCK = harness.Clock(DEVICE)
+KEPT = KIND == "cpu" and harness.keep_freed_memory()
 ROWS = pytest.StashKey[list]()
 
 
@@ -164,7 +165,8 @@ def environment() -> dict[str, object]:
     else:
         name = f"cpu {_cpu_model()}"
         found |= {"device": _cpu_model(), "threads": torch.get_num_threads(), "cpu_capability": _capability()}
-        found |= {"timing": "CPU wall clock, median; load_average stands beside each row"}
+        allocator = "freed memory kept by malloc (mallopt)" if KEPT else "malloc as it comes"
+        found |= {"timing": f"CPU wall clock, median; {allocator}; load_average stands beside each row"}
     found["device_slug"] = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
     found["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     for package in ("fastgist", "triton", "liger_kernel", "peft"):

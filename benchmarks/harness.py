@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -198,6 +200,19 @@ def make_step(problem: Problem, provider: Callable[..., Tensor], direction: str)
     with torch.no_grad():
         grad = incoming(problem, provider(*args), direction)
     return lambda: torch.autograd.grad(provider(*args), wanted, grad, allow_unused=True)
+
+
+def keep_freed_memory() -> bool:
+    """Ask glibc to keep what is freed, for the whole process: else each large result is mapped anew, its page faults cost
+    as much as the arithmetic, and whether they do depends on what ran before. True where it was done."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another C library
+        return False
+    m_mmap_max, m_trim_threshold = -4, -1
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
 
 
 class Clock:

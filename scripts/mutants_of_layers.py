@@ -353,8 +353,8 @@ ADAPTER = [
         ),
         (
             "dU not scaled",
-            "outer = torch.mm(grad.transpose(0, 1), _hidden(z, gate, activation, extra)).mul_(scale)",
-            "outer = torch.mm(grad.transpose(0, 1), _hidden(z, gate, activation, extra))",
+            "outer = torch.mm(_hidden(z, gate, activation, extra).transpose(0, 1), grad).mul_(scale)",
+            "outer = torch.mm(_hidden(z, gate, activation, extra).transpose(0, 1), grad)",
             "scale",
         ),
         (

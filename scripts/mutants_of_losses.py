@@ -123,6 +123,12 @@ BIDIRECTIONAL_KL = [
         ),
         ("loss without 1 / T", "row_loss = spread * inv_t", "row_loss = spread * 1.0", "T in the loss"),
         ("mask not applied", "if mask is not None:  # two", "if False:  # two", "NaN behind the mask leaks"),
+        (
+            "mask of the first block",
+            "masked = ~mask[rows, None]",
+            "masked = ~mask[: len(z), None]",
+            "each block has its own",
+        ),
         ("mean over all rows", "mask.sum().clamp(min=1)", "mask.numel()", "the divisor counts unmasked rows"),
         (
             "one side's -inf ignored",
@@ -233,7 +239,14 @@ GIST_LOSS = [
         ),
     ),
     *reference(
+        "_numerics",
+        ("last block left out", "range(0, rows, step)", "range(0, rows - step, step)", "every row is computed"),
+        ("blocks at the start", "out[block] = part", "out[: len(part)] = part", "a block goes where it came from"),
+        tests=("tests/test_bidirectional_kl.py", "tests/test_gist_loss.py"),
+    ),
+    *reference(
         "gist_loss",
+        ("targets of the first block", "target[rows], *settings", "target, *settings", "each block has its own"),
         ("alpha forgotten in the gradient", "grad_gist.mul_(alpha)", "grad_gist", "the gist's CE has weight alpha"),
         (
             "sign of the gist's divergence",

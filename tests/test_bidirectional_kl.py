@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from losses import check_against_float64, evaluate, gradient_terms, layout_pairs, loss_terms
 
 from fastgist.functional import bidirectional_kl
+from fastgist.reference import _numerics
 from fastgist.reference.bidirectional_kl import bidirectional_kl as formula
 from fastgist.testing import assert_within_budget, poisoned_allocations
 
@@ -337,3 +338,17 @@ def test_hard_11_explicit_implementations_are_taken_or_refused():
     z = torch.randn(2, 3)
     with pytest.raises(ValueError, match="impl must be one of auto, triton, cuda, native, reference, got 'tritno'"):
         bidirectional_kl(z, z, impl="tritno")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_rows_change_nothing(monkeypatch, dtype):
+    """The CPU works through blocks of rows: here of three, the last of two, with a masked row of NaN in one of them."""
+    z, other = (torch.randn(11, 7).to(dtype) for _ in range(2))
+    z[7] = torch.nan
+    mask = torch.arange(11) != 7
+    row = torch.randn(11)
+    options = {"reduction": "none", "mask": mask, "temperature": 2.0, "impl": "reference"}
+    whole = evaluate(bidirectional_kl, (z, other), (True, True), row, **options)
+    monkeypatch.setattr(_numerics, "BLOCK_ELEMENTS", 3 * 7 + 1)
+    blocks = evaluate(bidirectional_kl, (z, other), (True, True), row, **options)
+    torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=1e-7)

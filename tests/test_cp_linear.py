@@ -154,6 +154,8 @@ def test_hard_02_03_bad_arguments(impl, device):
         cp_linear(x, weight, bias, u, v, gain, dropout_p=1.0, training=True, impl=impl)
     with pytest.raises(ValueError, match="rank of at least 1"):
         cp_linear(x, weight, bias, u[:, :0], v[:, :0], None, impl=impl)
+    with pytest.raises(ValueError, match=r"at least 1 input feature, got weight of shape \(64, 0\)"):
+        cp_linear(x[:, :0], weight[:, :0], bias, u[:0], v, gain, impl=impl)
     with pytest.raises(TypeError, match="x is float32 and u is float16"):
         cp_linear(x, weight, bias, u.half(), v, gain, impl=impl)
     with pytest.raises(TypeError, match="seed must be an int64 Tensor"):

@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def contents(folder):
 
 
 def test_what_is_in_the_file(tmp_path) -> None:
-    model = made(vit(), CPConfig(rank=3), True)
+    model = made(base := vit(), CPConfig(rank=3), True)
     save_adapter(model, tmp_path)
     tensors, metadata = contents(tmp_path)
     factors = {f"adapter.blocks.0.attn.qkv.factors.{n}" for n in ("u", "v", "p", "lam")}  # of all layers, once
@@ -94,7 +95,8 @@ def test_what_is_in_the_file(tmp_path) -> None:
     assert config["gist"] == {"length": 2, "dropout": 0.1, "readout": "first"}
     assert json.loads((tmp_path / "fastgist_config.json").read_text()) == config
     assert sorted(p.name for p in tmp_path.iterdir()) == [storage.MODEL_NAME, storage.CONFIG_NAME]
-    loaded = load_adapter(vit(), tmp_path)
+    assert {k: type(v) for k, v in config["backbone"].items()} == {"sha256": str, "dtype": str}
+    loaded = load_adapter(base, tmp_path)
     assert len({id(m) for m in loaded.modules() if isinstance(m, CPFactors)}) == 1
 
 
@@ -111,6 +113,23 @@ def test_merged_models_can_be_saved(tmp_path) -> None:
     expected = logits(model, x)
     save_adapter(merge(model), tmp_path)
     assert torch.equal(logits(load_adapter(copy.deepcopy(base), tmp_path), x), expected)
+
+
+@pytest.mark.parametrize("config", [LoraConfig(), LinearProbeConfig(), AdapterConfig(4)], ids=repr)
+@pytest.mark.parametrize("with_gist", [False, True])
+def test_another_backbone_is_told(config, with_gist, tmp_path) -> None:
+    base = vit()
+    save_adapter(made(base, config, with_gist), tmp_path)
+    with warnings.catch_warnings():  # the same weights in bfloat16 are the same backbone
+        warnings.simplefilter("error")
+        load_adapter(copy.deepcopy(base).bfloat16(), tmp_path)
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.blocks[0].mlp.fc1.weight.mul_(1.01)
+    with pytest.warns(UserWarning, match="trained on other frozen weights than this model's; its predictions"):
+        load_adapter(other, tmp_path)
+    with pytest.warns(UserWarning, match=r"\(float32 there, bfloat16 here\)"):
+        load_adapter(vit().bfloat16(), tmp_path)
 
 
 def test_named_adapters_in_files(tmp_path) -> None:

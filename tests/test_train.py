@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -217,6 +218,45 @@ def test_ctrl_c_leaves_a_complete_checkpoint_and_says_how_to_go_on(
         quiet(settings)
     quiet(replace(settings, resume=True))
     _same(_adapter(settings.output_dir), _adapter(uninterrupted.output_dir))
+
+
+def test_ctrl_c_before_the_first_checkpoint_writes_one(
+    uninterrupted: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """A real signal in the second step, long before an epoch ends: the step is finished and saved."""
+    from fastgist.train import engine
+
+    settings = replace(uninterrupted, output_dir=tmp_path / "out", checkpoint_every=0)
+    seed = engine.seed_everything
+
+    def press(*numbers: int) -> None:
+        if numbers[2:3] == (1,):
+            os.kill(os.getpid(), signal.SIGINT)
+        seed(*numbers)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(engine, "seed_everything", press)
+    with pytest.raises(run.Interrupted, match=r"step-00000002\.safetensors is complete; .*--resume"):
+        quiet(settings)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "stopping after this step" in capfd.readouterr().err
+    monkeypatch.setattr(engine, "seed_everything", seed)
+    quiet(replace(settings, resume=True))
+    _same(_adapter(settings.output_dir), _adapter(uninterrupted.output_dir))
+
+
+def test_a_second_ctrl_c_stops_at_once() -> None:
+    from fastgist.train.interrupt import deferred_interrupt
+
+    with deferred_interrupt(True) as interrupted:
+        assert not interrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with deferred_interrupt(False) as interrupted, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert not interrupted()
 
 
 def test_resuming_something_else_is_refused(uninterrupted: FinetuneConfig, digits: Path, tmp_path: Path) -> None:

@@ -177,6 +177,11 @@ class TunerLinear(nn.Module, ABC):
         """Whether the base weight holds the update at present."""
         return self._original_weight is not None
 
+    @property
+    def original_weight(self) -> Tensor:
+        """The base layer's weight without the update, merged or not."""
+        return self.base_layer.weight if self._original_weight is None else self._original_weight
+
     def check_mergeable(self) -> None:
         """Raise TypeError if the base layer's weight cannot take the update without loss (quantised, parametrised)."""
         base = self.base_layer

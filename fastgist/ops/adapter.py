@@ -86,7 +86,7 @@ def _bwd(
     residual_is_x: bool,
     needs: list[bool],
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     impl = backends.resolve(_OP, impl, grad)
     if impl == "reference" or grad.numel() == 0 or (x is not None and x.numel() == 0):
         if z is None and any(needs[i] for i in (0, 1, 2, 3, 5)):  # zero rows, of which nothing was saved

@@ -70,7 +70,7 @@ def _bwd(
     dropout_p: float,
     needs: list[bool],
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     impl = backends.resolve(_OP, impl, grad)
     need_x, need_weight, need_bias, need_u, need_v, need_gain = needs
     grad_weight = torch.mm(grad.transpose(0, 1), x) if need_weight else None
@@ -165,6 +165,8 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: 
         if t.dim() != 2:
             raise ValueError(f"{_OP}: {name} must be 2-D, got shape {tuple(t.shape)}")
     (rows, columns), rank = weight.shape, u.shape[1]
+    if columns == 0:
+        raise ValueError(f"{_OP}: expected at least 1 input feature, got weight of shape {(rows, columns)}")
     if x.dim() == 0:
         raise ValueError(f"{_OP}: x must be (..., {columns}), got a 0-dimensional tensor")
     if x.shape[-1] != columns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgist.nn._tuner import TunerLinear
 from fastgist.peft import state as _state
 from fastgist.peft import storage, surgery
 from fastgist.peft.config import PeftConfig, config_from_dict
@@ -34,6 +36,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     configuration for people. Killed at any moment, it leaves the old file or the new one. In a distributed run call it
     on one process.
 
+    A fingerprint of the frozen weights goes with it, so that load_adapter can tell another backbone of the same shape.
+
     Raises:
         ValueError: the model is not wrapped.
         OSError: the folder cannot be written.
@@ -46,6 +50,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         "adapter": None if record is None else record.config.to_dict(),
         "model": type(plain).__name__,
         "head": list(state.original_heads),
+        "backbone": backbone_fingerprint(plain, state),
     }
     if state.extension is not None:
         config[state.extension.name] = vars(state.extension.config).copy()
@@ -57,7 +62,8 @@ def load_adapter(
 ) -> nn.Module:
     """Load what :func:`save_adapter` wrote: into a plain model, which is wrapped accordingly, or one wrapped alike.
 
-    Everything is checked first (checksum, names, shapes, configuration); on an error the model is as it was.
+    Everything is checked first (checksum, names, shapes, configuration); on an error the model is as it was. Frozen
+    weights other than those the adapter was trained on are no error, but a UserWarning says so.
 
     Args:
         model: a plain model, or one that get_peft_model / add_gist wrapped with the same configuration.
@@ -84,14 +90,55 @@ def load_adapter(
         surgery._refuse_merged(state, "load_adapter")
     if state is None or (name is not None and name not in state.records) or (adapter and not state.records):
         new_name = name if name is not None else config.get("name", "default")
-        return _load_new(model, state, adapter, extension, new_name, tensors, path, strict)
+        model = _load_new(model, state, adapter, extension, new_name, tensors, path, strict)
+        _check_backbone(model, config, path)
+        return model
     if name is not None and name != state.active:
         raise ValueError(
             f"load_adapter: adapter {name!r} is there and not in place; set_adapter(model, {name!r}) first"
         )
     _check_alike(state, adapter, extension, path)
     _fill(_state.owned_tensors(_state.inner(model), state), tensors, path, strict)
+    _check_backbone(model, config, path)
     return model
+
+
+def backbone_fingerprint(model: nn.Module, state: _state.State) -> dict[str, str]:
+    """A digest of some 256 elements of each parameter that is not the adaptation's own, and their dtypes.
+
+    The elements are rounded to bfloat16 first, so a float32 model and its bfloat16 copy are the same backbone.
+    """
+    owned = {id(t) for t in _state.owned_tensors(model, state).values()}
+    layers = [m for m in model.modules() if isinstance(m, TunerLinear)]
+    unmerged = {id(m.base_layer.weight): m.original_weight for m in layers if m.merged}
+    digests, dtypes = [], set()
+    for parameter in model.parameters():
+        if id(parameter) in owned or parameter.is_meta or parameter.numel() == 0:
+            continue
+        flat = unmerged.get(id(parameter), parameter).detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // 256)].to("cpu", copy=True)
+        some = some.to(torch.bfloat16) if some.is_floating_point() else some
+        shape = ",".join(map(str, parameter.shape)).encode()
+        digests.append(hashlib.sha256(shape + some.contiguous().view(torch.uint8).numpy().tobytes()).digest())
+        dtypes.add(str(parameter.dtype).removeprefix("torch."))
+    return {"sha256": hashlib.sha256(b"".join(sorted(digests))).hexdigest(), "dtype": ", ".join(sorted(dtypes))}
+
+
+def _check_backbone(model: nn.Module, config: Mapping[str, Any], path: Path) -> None:
+    """Warn where the frozen weights are not those that the adapter was saved on."""
+    saved = config.get("backbone")
+    state = _state.state_of(model)
+    if not isinstance(saved, dict) or state is None:
+        return
+    found = backbone_fingerprint(_state.inner(model), state)
+    if found["sha256"] != saved.get("sha256"):
+        dtypes = "" if found["dtype"] == saved.get("dtype") else f" ({saved.get('dtype')} there, {found['dtype']} here)"
+        warnings.warn(
+            f"{path}: was trained on other frozen weights than this model's{dtypes}; its predictions will differ. Build "
+            "the model with the same pretrained weights first",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _adapter_config(config: Mapping[str, Any], path: Path) -> PeftConfig | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgist.reference._numerics import accumulate
+from fastgist.reference._numerics import accumulate, half_in_float32
 
 __all__ = ["ACTIVATIONS", "activate", "activation_grad", "adapter", "backward", "forward"]
 
@@ -79,14 +79,6 @@ def adapter(
     return y.to(x.dtype)
 
 
-def _half(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.half()
-
-
-def _float(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.float()
-
-
 def _hidden(z: Tensor, gate: Tensor | None, activation: str, extra: Tensor | None) -> Tensor:
     """(act(z) * gate | extra): the hidden units, and beside them the columns that the output bias is multiplied by, so that
     the bias and its gradient ride in the products with U."""
@@ -103,6 +95,7 @@ def _bias_columns(x: Tensor, gate: Tensor | None, up_bias: Tensor | None) -> Ten
     return gate if up_bias.dim() == 2 else x.new_ones(x.shape[0], 1)
 
 
+@half_in_float32(narrowed=slice(0, 1))
 def forward(
     x: Tensor,
     down_weight: Tensor,
@@ -117,10 +110,6 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y (M, D') and z = D x + b_d (M, H), in the fewest passes over (M, D) that PyTorch allows: residual, both scales and
     the output bias are folded into the second product. z stays float32 for float16, whose range it may pass."""
-    if x.dtype == torch.float16:
-        wide = (_float(t) for t in (x, down_weight, down_bias, up_weight, up_bias, residual, gate))
-        y, z = forward(*wide, activation, scale, residual_scale)
-        return y.half(), z
     z = torch.nn.functional.linear(x, down_weight, down_bias)
     hidden = _hidden(z, gate, activation, _bias_columns(x, gate, up_bias))
     up = up_weight
@@ -132,6 +121,7 @@ def forward(
     return torch.addmm(residual, hidden, up, beta=residual_scale, alpha=scale), z
 
 
+@half_in_float32(narrowed=slice(0, None))
 def backward(
     grad: Tensor,
     x: Tensor | None,
@@ -153,20 +143,16 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, down_weight, down_bias, up_weight, up_bias and gate from grad = dL/dy (M, D'); None where not wanted.
 
-    dU and the output bias's gradient are one product, grad^T (hidden | ones or gate); dx and the residual's another.
+    dU^T and the output bias's gradient are one product, (hidden | ones or gate)^T grad; dx and the residual's another.
+    A product whose result is narrow is asked for as its transpose, which BLAS does in up to half the time.
     """
-    needs = (need_x, need_down, need_down_bias, need_up, need_up_bias, need_gate)
-    if grad.dtype == torch.float16:
-        wide = (_float(t) for t in (grad, x, down_weight, up_weight, up_bias, gate, z))
-        grads = backward(*wide, activation, scale, residual_scale, residual_is_x, *needs)
-        return tuple(_half(g) for g in grads)
     grad_x = grad_down = grad_down_bias = grad_up = grad_up_bias = grad_gate = None
     width = None if z is None else z.shape[1]
     if need_up:
         extra = _bias_columns(grad, gate, up_bias) if need_up_bias else None
-        outer = torch.mm(grad.transpose(0, 1), _hidden(z, gate, activation, extra)).mul_(scale)
-        grad_up = outer[:, :width].contiguous()
-        grad_up_bias = outer[:, width:].transpose(0, 1).contiguous() if need_up_bias else None
+        outer = torch.mm(_hidden(z, gate, activation, extra).transpose(0, 1), grad).mul_(scale)
+        grad_up = outer[:width].transpose(0, 1).contiguous()
+        grad_up_bias = outer[width:].contiguous() if need_up_bias else None
     elif need_up_bias:
         grad_up_bias = torch.mm(_bias_columns(grad, gate, up_bias).transpose(0, 1), grad).mul_(scale)
     if need_up_bias:

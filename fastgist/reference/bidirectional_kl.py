@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgist.reference._numerics import accumulate
+from fastgist.reference._numerics import accumulate, blockwise
 
 __all__ = ["bidirectional_kl", "forward", "narrow", "pair", "reduce_rows"]
 
@@ -118,13 +118,20 @@ def forward(
     The gradients come with the forward because eager PyTorch has p and q in hand here; to form them again later would
     cost two more exponentials an element. A masked row gets loss 0 and gradient 0, whatever it holds.
     """
-    z, other = accumulate(logits), accumulate(other_logits)
-    if z.numel() == 0:
-        return z.new_zeros(z.shape[0]), torch.zeros_like(z), torch.zeros_like(z)
-    if mask is not None:  # two equal rows of zeros stand in a masked row: its divergence and gradients are 0
-        z, other = z.masked_fill(~mask[:, None], 0.0), other.masked_fill(~mask[:, None], 0.0)
-    row_loss, grad_z, grad_other = pair(z, other, temperature, need_z, need_other)
-    return row_loss, narrow(grad_z, logits.dtype), narrow(grad_other, logits.dtype)
+    if logits.numel() == 0:
+        return accumulate(logits).new_zeros(logits.shape[0]), torch.zeros_like(logits), torch.zeros_like(logits)
+
+    def block(rows: slice) -> tuple[Tensor | None, ...]:
+        z, other = accumulate(logits[rows]), accumulate(other_logits[rows])
+        if mask is not None:  # two equal rows of zeros stand in a masked row: its divergence and gradients are 0
+            masked = ~mask[rows, None]
+            z, other = z.masked_fill(masked, 0.0), other.masked_fill(masked, 0.0)
+        row_loss, grad_z, grad_other = pair(z, other, temperature, need_z, need_other)
+        return row_loss, narrow(grad_z, logits.dtype), narrow(grad_other, logits.dtype)
+
+    row_loss, grad_z, grad_other = blockwise(block, logits)
+    assert row_loss is not None
+    return row_loss, grad_z, grad_other
 
 
 def narrow(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:

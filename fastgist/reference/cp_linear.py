@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgist.reference import philox
-from fastgist.reference._numerics import accumulate
+from fastgist.reference._numerics import accumulate, half_in_float32
 
 __all__ = ["backward", "cp_linear", "delta_weight", "forward", "low_rank_dtype"]
 
@@ -90,6 +90,7 @@ def _merged_weight(
     return torch.addmm(weight, folded, u.transpose(0, 1), alpha=scale)
 
 
+@half_in_float32(narrowed=slice(0, 1))
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -103,10 +104,6 @@ def forward(
     need_h: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """y (M, N), and h = drop(x U) (M, R) in low_rank_dtype where needed. gain: (1, R) or (G, R)."""
-    if x.dtype == torch.float16:
-        wide = (None if t is None else t.float() for t in (x, weight, bias, u, v, gain))
-        y, h = forward(*wide, seed, scale, dropout_p, need_h)
-        return y.half(), h
     merged = _merged_weight(x, weight, u, v, gain, seed, scale)
     h = _dropped(x @ u, dropout_p, seed) if need_h or merged is None else None
     if merged is not None:
@@ -116,6 +113,7 @@ def forward(
     return y.addmm_(h, folded.transpose(0, 1), alpha=scale), h
 
 
+@half_in_float32(narrowed=slice(0, None))
 def backward(
     grad: Tensor,
     x: Tensor | None,
@@ -135,11 +133,6 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, u, v and gain from grad = dL/dy (M, N). With P_g = s dy_g^T h for each fold, dV = sum_g P_g * g_g
     and dgain_g = colsum(P_g * V): the gain's gradient costs no reduction over M. What no wanted gradient asks is None."""
-    if grad.dtype == torch.float16:
-        wide = (None if t is None else t.float() for t in (grad, x, weight, u, v, gain))
-        wants = (need_x, need_u, need_v, need_gain)
-        grads = backward(*wide, seed, h, folds, scale, dropout_p, *wants)
-        return tuple(None if g is None else g.half() for g in grads)
     grad_x = grad_u = grad_v = grad_gain = None
     merged = _merged_weight(grad, weight, u, v, gain, seed, scale) if need_x else None
     if need_u or (need_x and merged is None):
@@ -148,9 +141,10 @@ def backward(
     if need_x:
         grad_x = torch.mm(grad, weight).addmm_(grad_h, u.transpose(0, 1)) if merged is None else torch.mm(grad, merged)
     if need_u:
-        grad_u = torch.mm(x.transpose(0, 1), grad_h)
+        grad_u = torch.mm(grad_h.transpose(0, 1), x).transpose(0, 1).contiguous()
     if need_v or need_gain:
-        outer = accumulate(torch.mm(grad.transpose(0, 1), h)).mul_(scale).view(folds, -1, h.shape[1])
+        outer = accumulate(torch.mm(h.transpose(0, 1), grad)).mul_(scale).transpose(0, 1)
+        outer = outer.contiguous().view(folds, -1, h.shape[1])
         if need_v:
             weighted = outer if gain is None else outer * accumulate(gain)[:, None]
             grad_v = weighted.sum(0).to(grad.dtype)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgist.reference import bidirectional_kl as _kl
-from fastgist.reference._numerics import accumulate
+from fastgist.reference._numerics import accumulate, blockwise
 
 __all__ = ["cross_entropy_rows", "forward", "gist_loss", "kept_rows"]
 
@@ -98,10 +98,32 @@ def forward(
 
     A target that is neither a class nor ``ignore_index`` makes its row NaN (a caller on a CPU has raised before).
     """
+    if logits.numel() == 0:
+        return accumulate(logits).new_zeros(logits.shape[0]), torch.zeros_like(logits), torch.zeros_like(logits)
+    settings = (alpha, beta, temperature, label_smoothing, ignore_index)
+
+    def block(rows: slice) -> tuple[Tensor | None, ...]:
+        return _rows(logits[rows], gist_logits[rows], target[rows], *settings, need_z, need_gist)
+
+    row_loss, grad_z, grad_gist = blockwise(block, logits)
+    assert row_loss is not None
+    return row_loss, grad_z, grad_gist
+
+
+def _rows(
+    logits: Tensor,
+    gist_logits: Tensor,
+    target: Tensor,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    label_smoothing: float,
+    ignore_index: int,
+    need_z: bool,
+    need_gist: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     z, gist = accumulate(logits), accumulate(gist_logits)
     rows, classes = z.shape
-    if z.numel() == 0:
-        return z.new_zeros(rows), torch.zeros_like(z), torch.zeros_like(z)
     kept, invalid, weights = kept_rows(target, ignore_index), None, None
     if kept is not None:
         invalid = kept & ((target < 0) | (target >= classes))

@@ -21,6 +21,7 @@ from fastgist.recipes import Recipe
 from fastgist.train.checkpoint import Checkpoints
 from fastgist.train.config import UserError
 from fastgist.train.data import EpochBatches, seed_everything
+from fastgist.train.interrupt import deferred_interrupt
 from fastgist.train.measure import StepMemory
 
 if TYPE_CHECKING:
@@ -238,7 +239,11 @@ def fit(
     first = state.step
     timed_images, timed_seconds = 0, 0.0
     show = progress and accelerator.is_main_process
-    with tqdm(total=total, initial=first, desc=description, unit="step", disable=not show, leave=False) as bar:
+    # Several processes would see Ctrl-C at different steps and wait for each other: there it interrupts at once.
+    with (
+        deferred_interrupt(checkpoints is not None and world == 1) as interrupted,
+        tqdm(total=total, initial=first, desc=description, unit="step", disable=not show, leave=False) as bar,
+    ):
         for epoch in range(first // per_epoch, recipe.epochs):
             sampler.seek(epoch, state.step - epoch * per_epoch)
             prepared.train()
@@ -268,8 +273,11 @@ def fit(
                     clock, images_since = time.perf_counter(), 0
                 else:
                     images_since += len(target) * world
-                if checkpoints and checkpoint_every and state.step % checkpoint_every == 0 and state.step % per_epoch:
+                due = interrupted() or (checkpoint_every and state.step % checkpoint_every == 0)
+                if checkpoints is not None and due and state.step % per_epoch:
                     _save(checkpoints, state, inner, optimizer, loss_sum, accelerator, identity)
+                    if interrupted():
+                        raise KeyboardInterrupt
             mean_loss = float(accelerator.reduce(loss_sum, reduction="mean")) / per_epoch  # waits for the device
             timed_seconds += time.perf_counter() - clock
             timed_images += images_since
@@ -288,8 +296,10 @@ def fit(
             result.history.append(record)
             on_epoch(record)
             due = checkpoint_every == 0 or state.step % checkpoint_every == 0 or state.step == total
-            if checkpoints is not None and due:
+            if checkpoints is not None and (due or interrupted()):
                 _save(checkpoints, state, inner, optimizer, loss_sum, accelerator, identity)
+            if interrupted() and state.step < total:
+                raise KeyboardInterrupt
     if state.best:
         with torch.no_grad():
             for name, parameter in trained_tensors(inner).items():

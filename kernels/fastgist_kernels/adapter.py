@@ -22,7 +22,10 @@ __all__ = [
     "activation_slope",
     "adapter_fwd",
     "chunks",
+    "every_tile",
+    "most_hidden",
     "project_down",
+    "row_tiles",
     "spread_gate",
     "tile_config",
     "tile_defaults",
@@ -238,12 +241,23 @@ def _adapter_fwd_kernel(
 # -- launching -------------------------------------------------------------------------------------------------------
 
 
+def most_hidden(wide: bool, ieee: bool, gated: bool, backward: bool) -> int:
+    """Hidden units that a tile can hold: 256, or 128 where it also sums a gate's gradient; with float32 operands (``wide``:
+    float16's low-rank ones are) 128, or 64 in full float32 (``ieee``), with a gate, and in the backward."""
+    if wide:
+        return 64 if gated or backward or ieee else 128
+    return 128 if gated and backward else 256
+
+
+def row_tiles(kernel: str, block_h: int) -> tuple[int, ...]:
+    """Rows a program, smallest first: the fewest that leave each processor at most one program, else the last."""
+    return (16, 32) if kernel == "adapter_bwd" and block_h > 128 else (16, 32, 64)
+
+
 def chunks(x: torch.Tensor, hidden: int, tf32: bool, *, gated: bool, backward: bool = False) -> list[tuple[int, int]]:
-    """(first unit, units) of every launch. A tile holds 256 hidden units, or 128 where it also sums a gate's gradient; with
-    float32 operands (float16's low-rank ones are) 128, or 64 in full float32, with a gate, and in the backward."""
-    most = 128 if gated and backward else 256
-    if x.dtype in (torch.float16, torch.float32):
-        most = 64 if gated or backward or (x.dtype == torch.float32 and not tf32) else 128
+    """(first unit, units) of every launch."""
+    wide = x.dtype in (torch.float16, torch.float32)
+    most = most_hidden(wide, x.dtype == torch.float32 and not tf32, gated, backward)
     if device_arch(x.device) == "interpret":
         most = 32
     return [(first, min(most, hidden - first)) for first in range(0, hidden, most)]
@@ -268,7 +282,8 @@ def tile_config(
         return 16, block_h, {"BLOCK_D": 16, "BLOCK_N": 32}
     rows = x.shape[0]
     sms = processors(x.device)
-    block_m = 16 if rows <= 16 * sms else 32 if rows <= 32 * sms or (kernel == "adapter_bwd" and block_h > 128) else 64
+    tiles = row_tiles(kernel, block_h)
+    block_m = next((tile for tile in tiles if rows <= tile * sms), tiles[-1])
     config = tile_defaults(kernel, x.dtype == torch.float32, block_h, gated)
     config |= launch_config(kernel, arch, f"m{next_power_of_2(rows)}_d{next_power_of_2(x.shape[1])}_h{block_h}")
     return config.pop("BLOCK_M", block_m), block_h, config
@@ -295,7 +310,7 @@ def adapter_fwd(
         bias_strides = (0, 0) if not add_bias else up_bias.stride() if gated_bias else (0, up_bias.stride(0))
         launch(
             _adapter_fwd_kernel,
-            lambda c, block_m=block_m: (cdiv(rows, block_m),),
+            (cdiv(rows, block_m),),
             config,
             x,
             down,
@@ -342,11 +357,45 @@ def adapter_fwd(
 # -- ahead-of-time specs ---------------------------------------------------------------------------------------------
 
 
-def _specs() -> list[Spec]:
-    out = []
-    unit = dict.fromkeys(("stride_xd", "stride_dd", "stride_db", "stride_uh", "stride_bn", "stride_rn", "stride_ge"), 1)
-    # (dtype, precision, hidden tile, gate, rows a program)
-    cases = [
+_UNIT = dict.fromkeys(("stride_xd", "stride_dd", "stride_db", "stride_uh", "stride_bn", "stride_rn", "stride_ge"), 1)
+
+
+def _spec(dtype: str, precision: str, hidden: int, gated: bool, rows: int, ragged: bool = False) -> Spec:
+    """The kernel at the tile that a launch takes; ragged: a width that no tile divides, and odd strides of hidden units."""
+    tile = tile_defaults("adapter_fwd", dtype == "fp32", hidden, gated)
+    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+    flags = {"ACTIVATION": "gelu", "HAS_DOWN_BIAS": True, "HAS_UP_BIAS": True, "HAS_RESIDUAL": True, "HAS_GATE": gated}
+    flags |= {"GATED_BIAS": gated, "STORE_Z": hidden > 64, "EVEN_D": not ragged, "WIDE": dtype == "fp16"}
+    flags |= {"PRECISION": precision, "BLOCK_M": rows, "BLOCK_H": hidden, "BLOCK_E": 16}
+    constexprs = _UNIT | flags | tile
+    return Spec(
+        _adapter_fwd_kernel,
+        f"{dtype}_{precision}_h{hidden}{'_gate' * gated}_m{rows}{'_ragged' * ragged}",
+        argument_types(_adapter_fwd_kernel, constexprs, dtype),
+        constexprs,
+        num_warps=warps,
+        num_stages=stages,
+        matrix=rows >= 64 and (dtype, precision) != ("fp32", "ieee"),
+        aligned=("M",) if ragged else ("M", "D", "N", "H"),
+        unaligned=("stride_un", "stride_zm") if ragged else (),
+    )
+
+
+def every_tile() -> list[Spec]:
+    """Every combination that :func:`chunks` and :func:`tile_config` can launch."""
+    specs = []
+    for dtype, precision in (("bf16", "ieee"), ("fp16", "tf32"), ("fp32", "tf32"), ("fp32", "ieee")):
+        for gated in (False, True):
+            most = most_hidden(dtype in ("fp16", "fp32"), dtype == "fp32" and precision == "ieee", gated, False)
+            for hidden in (h for h in (16, 32, 64, 128, 256) if h <= most):
+                for rows in row_tiles("adapter_fwd", hidden):
+                    specs += [_spec(dtype, precision, hidden, gated, rows, ragged) for ragged in (False, True)]
+    return specs
+
+
+SPECS = [
+    _spec(*case)
+    for case in (
         ("bf16", "ieee", 16, False, 64),
         ("bf16", "ieee", 64, False, 64),
         ("bf16", "ieee", 64, True, 64),
@@ -359,32 +408,5 @@ def _specs() -> list[Spec]:
         ("fp32", "tf32", 64, True, 64),
         ("fp32", "tf32", 128, False, 64),
         ("fp32", "ieee", 64, True, 64),
-    ]
-    for dtype, precision, hidden, gated, rows in cases:
-        config = tile_defaults("adapter_fwd", dtype == "fp32", hidden, gated)
-        warps, stages = config.pop("num_warps"), config.pop("num_stages")
-        flags = {
-            "ACTIVATION": "gelu",
-            "HAS_DOWN_BIAS": True,
-            "HAS_UP_BIAS": True,
-            "HAS_RESIDUAL": True,
-            "HAS_GATE": gated,
-        }
-        flags |= {"GATED_BIAS": gated, "STORE_Z": hidden > 64, "EVEN_D": True, "WIDE": dtype == "fp16"}
-        constexprs = unit | flags | config | {"PRECISION": precision, "BLOCK_M": rows, "BLOCK_H": hidden, "BLOCK_E": 16}
-        out.append(
-            Spec(
-                _adapter_fwd_kernel,
-                f"{dtype}_{precision}_h{hidden}{'_gate' if gated else ''}_m{rows}",
-                argument_types(_adapter_fwd_kernel, constexprs, dtype),
-                constexprs,
-                num_warps=warps,
-                num_stages=stages,
-                matrix=rows >= 64 and (dtype, precision) != ("fp32", "ieee"),
-                aligned=("M", "D", "N", "H"),
-            )
-        )
-    return out
-
-
-SPECS = _specs()
+    )
+]

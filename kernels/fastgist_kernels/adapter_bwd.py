@@ -17,7 +17,9 @@ from fastgist_kernels.adapter import (
     activate,
     activation_slope,
     chunks,
+    most_hidden,
     project_down,
+    row_tiles,
     spread_gate,
     tile_config,
     tile_defaults,
@@ -249,7 +251,7 @@ def _dx(
         bias = None if down_bias is None else down_bias[units]
         launch(
             _adapter_bwd_dx_kernel,
-            lambda c, programs=programs: (programs,),
+            (programs,),
             config,
             grad,
             x,
@@ -318,11 +320,46 @@ def _dx(
 # -- ahead-of-time specs ---------------------------------------------------------------------------------------------
 
 
-def _specs() -> list[Spec]:
-    out = []
-    unit = dict.fromkeys(("stride_dyn", "stride_xd", "stride_dd", "stride_db", "stride_uh", "stride_ge"), 1)
-    # (dtype, precision, hidden tile, gate, rows a program)
-    cases = [
+_UNIT = dict.fromkeys(("stride_dyn", "stride_xd", "stride_dd", "stride_db", "stride_uh", "stride_ge"), 1)
+
+
+def _spec(dtype: str, precision: str, hidden: int, gated: bool, rows: int, ragged: bool = False) -> Spec:
+    """The kernel at the tile that a launch takes; ragged: a width that no tile divides, and odd strides of hidden units."""
+    tile = tile_defaults("adapter_bwd", dtype == "fp32", hidden, gated)
+    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+    flags = {"ACTIVATION": "gelu", "HAS_DOWN_BIAS": True, "HAS_GATE": gated, "LOAD_Z": hidden > 64, "ADD_DY": True}
+    flags |= {"ADD_BASE": False, "NEED_DX": True, "NEED_DZ": True, "NEED_H": True, "NEED_GATE": gated}
+    flags |= {"SUM_DZ": True, "SUM_DY": True, "EVEN_D": not ragged, "WIDE": dtype == "fp16", "PRECISION": precision}
+    flags |= {"BLOCK_M": rows, "BLOCK_H": hidden}
+    constexprs = _UNIT | flags | tile
+    return Spec(
+        _adapter_bwd_dx_kernel,
+        f"{dtype}_{precision}_h{hidden}{'_gate' * gated}_m{rows}{'_ragged' * ragged}",
+        argument_types(_adapter_bwd_dx_kernel, constexprs, dtype),
+        constexprs,
+        num_warps=warps,
+        num_stages=stages,
+        matrix=rows >= 64 and (dtype, precision) != ("fp32", "ieee"),
+        aligned=("M",) if ragged else ("M", "D", "N", "H"),
+        unaligned=("stride_un", "stride_zm", "stride_hm") if ragged else (),
+    )
+
+
+def every_tile() -> list[Spec]:
+    """Every combination that :func:`chunks` and :func:`tile_config` can launch."""
+    specs = []
+    for dtype, precision in (("bf16", "ieee"), ("fp16", "tf32"), ("fp32", "tf32"), ("fp32", "ieee")):
+        for gated in (False, True):
+            most = most_hidden(dtype in ("fp16", "fp32"), dtype == "fp32" and precision == "ieee", gated, True)
+            for hidden in (h for h in (16, 32, 64, 128, 256) if h <= most):
+                for rows in row_tiles("adapter_bwd", hidden):
+                    specs += [_spec(dtype, precision, hidden, gated, rows, ragged) for ragged in (False, True)]
+    return specs
+
+
+SPECS = [
+    _spec(*case)
+    for case in (
         ("bf16", "ieee", 16, False, 64),
         ("bf16", "ieee", 64, False, 64),
         ("bf16", "ieee", 64, True, 64),
@@ -332,27 +369,5 @@ def _specs() -> list[Spec]:
         ("fp16", "tf32", 64, True, 64),
         ("fp32", "tf32", 64, True, 64),
         ("fp32", "ieee", 64, True, 64),
-    ]
-    for dtype, precision, hidden, gated, rows in cases:
-        config = tile_defaults("adapter_bwd", dtype == "fp32", hidden, gated)
-        warps, stages = config.pop("num_warps"), config.pop("num_stages")
-        flags = {"ACTIVATION": "gelu", "HAS_DOWN_BIAS": True, "HAS_GATE": gated, "LOAD_Z": hidden > 64, "ADD_DY": True}
-        flags |= {"ADD_BASE": False, "NEED_DX": True, "NEED_DZ": True, "NEED_H": True, "NEED_GATE": gated}
-        flags |= {"SUM_DZ": True, "SUM_DY": True, "EVEN_D": True, "WIDE": dtype == "fp16", "PRECISION": precision}
-        constexprs = unit | flags | config | {"BLOCK_M": rows, "BLOCK_H": hidden}
-        out.append(
-            Spec(
-                _adapter_bwd_dx_kernel,
-                f"{dtype}_{precision}_h{hidden}{'_gate' if gated else ''}_m{rows}",
-                argument_types(_adapter_bwd_dx_kernel, constexprs, dtype),
-                constexprs,
-                num_warps=warps,
-                num_stages=stages,
-                matrix=rows >= 64 and (dtype, precision) != ("fp32", "ieee"),
-                aligned=("M", "D", "N", "H"),
-            )
-        )
-    return out
-
-
-SPECS = _specs()
+    )
+]

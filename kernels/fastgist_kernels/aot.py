@@ -80,6 +80,11 @@ def all_specs() -> list[Spec]:
     return [spec for module in _modules() for spec in getattr(module, "SPECS", ())]
 
 
+def every_tile() -> list[Spec]:
+    """What modules that choose their tiles by shape can launch at all: many more than :func:`all_specs`."""
+    return [spec for module in _modules() if hasattr(module, "every_tile") for spec in module.every_tile()]
+
+
 def all_kernels() -> list[object]:
     """Every ``*_kernel`` of every module: the meta-test holds this against :func:`all_specs`."""
     return [value for module in _modules() for name, value in vars(module).items() if name.endswith("_kernel")]
@@ -186,10 +191,10 @@ def resources(compiled) -> Resources:
     )
 
 
-def _row(task: tuple[int, int]) -> dict[str, Any]:
+def _row(task: tuple[bool, int, int]) -> dict[str, Any]:
     """Compile spec ``index`` for ``arch``. Takes an index because a spec does not travel between processes."""
-    index, arch = task
-    spec = all_specs()[index]
+    every, index, arch = task
+    spec = (every_tile if every else all_specs)()[index]
     row: dict[str, Any] = {"triton": triton.__version__, "kernel": spec.name, "arch": arch, "matrix": spec.matrix}
     row |= asdict(resources(compile_spec(spec, arch)))
     if arch == spec.archs[0]:
@@ -197,9 +202,10 @@ def _row(task: tuple[int, int]) -> dict[str, Any]:
     return row
 
 
-def compile_all(only: str = "", jobs: int = 1) -> list[dict[str, Any]]:
-    """One row for every spec whose name contains ``only`` and every architecture, in order."""
-    tasks = [(i, arch) for i, spec in enumerate(all_specs()) if only in spec.name for arch in spec.archs]
+def compile_all(only: str = "", jobs: int = 1, every: bool = False) -> list[dict[str, Any]]:
+    """One row for every spec (``every``: of :func:`every_tile`) whose name contains ``only`` and architecture, in order."""
+    specs = every_tile() if every else all_specs()
+    tasks = [(every, i, arch) for i, spec in enumerate(specs) if only in spec.name for arch in spec.archs]
     if jobs == 1:
         return [_row(task) for task in tasks]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -228,9 +234,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="replace this Triton version's rows in that table")
     parser.add_argument("--json", type=Path, help="write all that was found to that file")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--every-tile", action="store_true", help="all tiles that launches choose from: half an hour")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     args = parser.parse_args(argv)
-    rows = compile_all(args.only, args.jobs)
+    rows = compile_all(args.only, args.jobs, args.every_tile)
     for row in rows:
         print(*(row[c] for c in COLUMNS), *row.get("narrow", ()), sep="\t")
     if args.csv:

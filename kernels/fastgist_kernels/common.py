@@ -67,8 +67,10 @@ def _smaller(config: dict[str, int]) -> dict[str, int] | None:
     return config | {largest: config[largest] // 2}
 
 
-def launch(kernel, grid: Callable[[dict], tuple], config: dict[str, int], *args, **constexprs) -> None:
-    """``kernel[grid(config)](*args)`` on the device of the first tensor.
+def launch(
+    kernel, grid: tuple[int, ...] | Callable[[dict], tuple], config: dict[str, int], *args, **constexprs
+) -> None:
+    """``kernel[grid](*args)`` on the device of the first tensor; ``grid`` may be a function of the configuration taken.
 
     Where that device has too little shared memory for the tile, a smaller one is taken and remembered. Inside a CUDA
     graph capture a kernel cannot be compiled or loaded: its first use there raises and names the way out.
@@ -79,7 +81,7 @@ def launch(kernel, grid: Callable[[dict], tuple], config: dict[str, int], *args,
     while True:
         try:
             with torch.cuda.device_of(tensor):
-                kernel[grid(config)](*args, **constexprs, enable_fp_fusion=True, **config)
+                kernel[grid(config) if callable(grid) else grid](*args, **constexprs, enable_fp_fusion=True, **config)
             return
         except OutOfResources:
             smaller = _smaller(config)

@@ -458,9 +458,15 @@ def _specs() -> list[Spec]:
                 continue
             seen.add((dtype, kind, rank, fused))
             warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
-            flags = {"FUSED": fused, "HAS_BIAS": True, "HAS_GAIN": True, "HAS_DROPOUT": fused, "STORE_H": fused}
+            flags: dict[str, object] = {
+                "FUSED": fused,
+                "HAS_BIAS": True,
+                "HAS_GAIN": True,
+                "HAS_DROPOUT": fused,
+                "STORE_H": fused,
+            }
             flags |= {"EVEN_K": even, "WIDE": dtype == "fp16", "PRECISION": precision, "BLOCK_R": rank, "GROUP_M": 8}
-            constexprs = unit | flags | tile
+            constexprs: dict[str, object] = {**unit, **flags, **tile}
             form = "fused" if fused else "started"
             out.append(
                 Spec(
@@ -482,7 +488,7 @@ def _specs() -> list[Spec]:
         ("fp16", "tf32", 64, 64, 8, 4),
         ("fp32", "ieee", 32, 64, 8, 3),
     ):
-        constexprs = unit | {"HAS_GAIN": True, "HAS_DROPOUT": True, "PRECISION": precision}
+        constexprs = {**unit, "HAS_GAIN": True, "HAS_DROPOUT": True, "PRECISION": precision}
         constexprs |= {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_R": rank}
         out.append(
             Spec(

@@ -9,6 +9,7 @@ fixed order. Also here: the dot for low-rank operands, and the rounding that bel
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -216,7 +217,7 @@ _LOW_RANK = ("h_ptr", "grad_h_ptr", "z_ptr", "dz_ptr")
 _FLOATS = ("scale", "residual_scale", "inv_keep", "factor")
 
 
-def argument_types(kernel, constexprs: dict[str, object], dtype: str) -> dict[str, str]:
+def argument_types(kernel, constexprs: Mapping[str, object], dtype: str) -> dict[str, str]:
     """Types of what is not a constexpr, by name; low-rank intermediates are float32 for float16 inputs."""
     types = {}
     for name in kernel.arg_names:
