@@ -128,7 +128,7 @@ $(EXTENSION): $(filter-out csrc/tests/%,$(CSRC)) setup.py $(PACKAGES)
 	  echo "fastgist: WARNING: the extension could not be built; going on without it" >&2
 	fi
 	grep -a '^fastgist: ' build/extension.log || true
-	$(PY) -c 'from fastgist import _extension as e; print("fastgist: extension:", e.load() or e.build_info())'
+	$(PY) -c 'from fastgist import _extension as e; m = e.load(); print("fastgist: extension:", m or "loaded, with" + "out" * (not e.has_cuda()) + " CUDA kernels")'
 	touch $@
 
 # -- jobs -------------------------------------------------------------------------------------------------------------

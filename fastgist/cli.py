@@ -83,7 +83,9 @@ def _command(run: Callable[[Any], None], config: type) -> Callable[..., None]:
         about = dict(option.metadata)
         argument = about.pop("argument", False)
         about["rich_help_panel"] = about.pop("panel", None)
-        kind = typer.Argument(**about) if argument else typer.Option(**about)
+        # A switch that is off needs no --no- twin, which would only fill the help.
+        names = [f"--{option.name.replace('_', '-')}"] if option.default is False else []
+        kind = typer.Argument(**about) if argument else typer.Option(*names, **about)
         default = inspect.Parameter.empty if argument else option.default
         annotation = Annotated[hints[option.name], kind]  # type: ignore[valid-type,name-defined]
         parameter = inspect.Parameter(
@@ -175,6 +177,19 @@ def _finetune(config: Any) -> None:
     finetune(config)
 
 
+#: Names of what fastgist._extension.build_info() returns, for people.
+_EXTENSION_ROWS = {
+    "torch": "built with torch", "torch_target": "runs with torch from", "cuda": "built with CUDA", "cuda_archs": "GPUs (sm)",
+    "cpu_isas": "CPU code for", "cpu_isa": "of which here", "cuda_kernels": "CUDA kernels",
+}  # fmt: skip
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _env(config: EnvConfig) -> None:
     """What is installed here, which devices there are, and what each operation will run on and why."""
     from fastgist.train.diagnostics import environment
@@ -190,7 +205,7 @@ def _env(config: EnvConfig) -> None:
     for title, rows in (
         ("versions", found["versions"]),
         ("devices", {d["name"]: d["about"] for d in found["devices"]}),
-        ("compiled extension", found["extension"]),
+        ("compiled extension", {_EXTENSION_ROWS.get(k, k): _plain(v) for k, v in found["extension"].items()}),
         ("implementations", found["implementations"]),
     ):
         table = Table(title=title, title_justify="left", show_header=False)

@@ -177,5 +177,6 @@ def test_a_real_ctrl_c(tmp_path: Path) -> None:
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    (line,) = [line for line in errors.splitlines() if line.startswith("fastgist:")]
-    assert process.returncode == 130 and "is complete; the same command with --resume" in line
+    said = [line for line in errors.splitlines() if line.startswith("fastgist:")]
+    assert len(said) == 2 and "stopping after this step" in said[0], errors
+    assert process.returncode == 130 and "is complete; the same command with --resume" in said[1]

@@ -481,6 +481,7 @@ def test_unreadable_images_are_named_before_training_and_can_be_skipped(digits: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"model": "resnet18"}, r"resnet18 is a ResNet: only timm's Vision Transformers"),
         ({"model": "vit_bse_patch16_224"}, r"no model named 'vit_bse_patch16_224': did you mean vit_base_patch16_224"),
         ({"model": "resnet18"}, "resnet|ResNet"),
         ({"checkpoint": Path("nowhere.safetensors")}, "no such file: nowhere.safetensors"),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgist.peft.family import find_family
 from fastgist.train.config import FinetuneConfig, Method, UserError
 
 __all__ = ["adapt", "build_backbone", "check_name", "frozen_fingerprint", "load_weights"]
@@ -50,6 +51,13 @@ def build_backbone(config: FinetuneConfig, num_classes: int) -> nn.Module:
                 "(--checkpoint takes a safetensors file, --no-pretrained starts from random weights)"
             ) from error
         raise UserError(f"could not build {name}: {reason[:300]}") from error
+    try:
+        find_family(model, "fastgist finetune")
+    except TypeError:
+        kind = type(model).__name__
+        raise UserError(
+            f"{name} is a {kind}: only timm's Vision Transformers (vit_*, deit_*, eva*) are known"
+        ) from None
     if config.checkpoint is not None:
         load_weights(model, config.checkpoint)
     return model
