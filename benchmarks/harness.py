@@ -344,13 +344,13 @@ def _cpu_floor(problem: Problem) -> tuple[Callable[[], None], str]:
     if problem.op == "cp_linear":
         x, w, u, v = t["x"], t["weight"], t["u"], t["v"]
         low = torch.randn(rows, case["R"], dtype=width)
-        products = [product(x, w.T), product(x, u), product(low, v.T)]
-        products += [product(x, v), product(x, w), product(low, u.T), product(x.T, low), product(x.T, low)]
+        # The update can be added to W for what it costs to form it: no product with a factor is needed for y and dx.
+        products = [product(x, w.T), product(x, w), product(x, u), product(x, v), product(low.T, x), product(low.T, x)]
     elif problem.op == "adapter":
         x, down, up = t["x"], t["down"], t["up"]
         low = torch.randn(rows, case["H"], dtype=width)
         products = [product(x, down.T), product(low, up.T)]
-        products += [product(x, up), product(low, down), product(low.T, x), product(x.T, low)]
+        products += [product(x, up), product(low, down), product(low.T, x), product(low.T, x)]
     else:
         weight = t["weight"]
         logits = torch.randn(rows, case["V"], dtype=width)

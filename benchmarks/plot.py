@@ -2,8 +2,7 @@
 """``make plot``: draws the committed results (benchmarks/results/<device>/<op>.json) as one SVG, docs/benchmark.svg.
 
 Bars are medians over the floor of their case, so 1 is what the machine allows; each panel names its device. Rows that
-failed their parity check, and functions that compute something else, are not drawn. SVG is written by hand, with fixed
-digits, so the same results give the same file.
+failed their parity check, and functions that compute something else, are not drawn.
 """
 
 from __future__ import annotations
@@ -11,12 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDTH, LABEL, BAR, GAP, PANEL = 860, 250, 15, 4, 26
-OURS, PEER, AXIS, TEXT, FAINT = "#1f77b4", "#b9c4cf", "#d62728", "#222222", "#666666"
+OURS, PEER, AXIS = "#1f77b4", "#b9c4cf", "#d62728"
 
 
 def load(folder: Path, devices: list[str]) -> list[tuple[dict, list[dict]]]:
@@ -41,7 +38,7 @@ def panels(results: list[tuple[dict, list[dict]]]) -> list[tuple[str, str, list[
         device = environment["device"]
         if "threads" in environment:
             device += f", {environment['threads']} threads"
-        device += f", torch {environment['versions']['torch']}, {environment['date']}"
+        device = f"measured on {device}, torch {environment['versions']['torch']}, {environment['date']}"
         groups: dict[tuple[str, ...], list[dict]] = {}
         for row in rows:
             key = row["op"], row["case"].replace("_", " "), row["dtype"], row["direction"].replace("_", "+", 1)
@@ -55,52 +52,37 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"
 
 
-def draw(results: list[tuple[dict, list[dict]]]) -> str:
+def draw(results: list[tuple[dict, list[dict]]], out: Path) -> None:
+    """One panel a case, bars by rising time, a line at the floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    # Text stays text, and the same results give the same file.
+    style = {"svg.fonttype": "none", "svg.hashsalt": "fastgist", "font.size": 8, "font.family": "sans-serif"}
     drawn = panels(results)
-    parts: list[str] = []
-    y = 14
-    last_device = None
-    for device, title, rows in drawn:
-        if device != last_device:
-            y += 14
-            parts.append(_text(10, y, f"Measured on: {device}", TEXT, 13, bold=True))
-            y += 10
-            last_device = device
-        y += PANEL - 8
-        floor = rows[0]["floor_s"]
-        parts.append(_text(10, y, f"{title}   (floor {_time(floor)}: {rows[0]['floor']})", TEXT, 12))
-        y += 6
-        most = max(row["median_s"] / row["floor_s"] for row in rows)
-        room = WIDTH - LABEL - 130
-        for row in rows:
-            ratio = row["median_s"] / row["floor_s"]
-            length = max(1.0, room * ratio / most)
-            colour = OURS if row["provider"].startswith("fastgist") else PEER
-            parts.append(f'<rect x="{LABEL}" y="{y}" width="{length:.1f}" height="{BAR}" fill="{colour}"/>')
-            parts.append(_text(LABEL - 6, y + 12, row["provider"], TEXT, 11, anchor="end"))
-            said = f"{_time(row['median_s'])}, {ratio:.3g} x floor"
-            parts.append(_text(LABEL + length + 5, y + 12, said, FAINT, 10))
-            y += BAR + GAP
-        x = LABEL + room / most
-        top = y - len(rows) * (BAR + GAP)
-        parts.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{y - GAP}" stroke="{AXIS}" stroke-dasharray="3 2"/>'
-        )
-        y += 8
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 10}" '
-        'font-family="Helvetica, Arial, sans-serif">\n'
-        f'<rect width="{WIDTH}" height="{y + 10}" fill="white"/>\n'
-    )
-    return head + "\n".join(parts) + "\n</svg>\n"
-
-
-def _text(x: float, y: float, words: str, colour: str, size: int, *, anchor: str = "start", bold: bool = False) -> str:
-    weight = ' font-weight="bold"' if bold else ""
-    return (
-        f'<text x="{x:.1f}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}"{weight}>'
-        f"{escape(words)}</text>"
-    )
+    with pyplot.rc_context(style):
+        rows_each = [len(rows) for *_, rows in drawn]
+        figure, axes = pyplot.subplots(
+            len(drawn), figsize=(9, sum(0.2 * n + 0.75 for n in rows_each)), height_ratios=[n + 1.2 for n in rows_each],
+            squeeze=False, layout="constrained",
+        )  # fmt: skip
+        for axis, (device, title, rows) in zip(axes[:, 0], drawn, strict=True):
+            ratios = [row["median_s"] / row["floor_s"] for row in rows]
+            colours = [OURS if row["provider"].startswith("fastgist") else PEER for row in rows]
+            bars = axis.barh([row["provider"] for row in rows], ratios, color=colours)
+            said = [f"{_time(row['median_s'])}, {r:.3g} x floor" for row, r in zip(rows, ratios, strict=True)]
+            axis.bar_label(bars, said, padding=3, color="#666666")
+            axis.axvline(1.0, color=AXIS, linestyle="--", linewidth=1)
+            floor = f"floor {_time(rows[0]['floor_s'])}: {rows[0]['floor']}"
+            axis.set_title(f"{title}   ({floor})\n{device}", loc="left", fontsize=8)
+            axis.set_xlim(0, 1.3 * max(ratios))
+            axis.invert_yaxis()
+            axis.spines[["top", "right", "bottom"]].set_visible(False)
+            axis.tick_params(bottom=False, labelbottom=False, left=False)
+        figure.savefig(out, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"plot: no results under {args.results}; 'make bench ARGS=\"--save-results {args.results}\"' makes some")
         return 1
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(draw(results))
+    draw(results, args.out)
     print(args.out)
     return 0
 

@@ -211,6 +211,7 @@ def test_verdicts():
 
 
 def test_plot_draws_what_counts_and_names_the_device(tmp_path):
+    pytest.importorskip("matplotlib")
     plot = _load("benchmarks/plot.py")
     rows = [
         {"op": "adapter", "case": "M8_d4", "dtype": "float32", "direction": "fwd_bwd", "floor_s": 1e-3, "floor": "why"}
