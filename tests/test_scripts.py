@@ -215,6 +215,7 @@ def test_plot_draws_what_counts_and_names_the_device(tmp_path):
     plot = _load("benchmarks/plot.py")
     rows = [
         {"op": "adapter", "case": "M8_d4", "dtype": "float32", "direction": "fwd_bwd", "floor_s": 1e-3, "floor": "why"}
+        | {"M": 8, "peak_bytes": 3 << 20}
         | {"provider": provider, "median_s": median, "parity": parity}
         for provider, median, parity in (
             ("fastgist native", 2e-3, "within the budget"),
@@ -229,7 +230,8 @@ def test_plot_draws_what_counts_and_names_the_device(tmp_path):
     assert plot.main(["--results", str(tmp_path), "--out", str(out)]) == 0
     drawn = out.read_text()
     assert "A &lt;CPU&gt;, 2 threads" in drawn
-    assert "2 ms, 2 x floor" in drawn
+    assert "4 k rows/s, 2 ms, 2 x floor" in drawn
+    assert "3 MiB" in drawn
     assert ">eager<" in drawn
     assert "wrong" not in drawn
     assert plot.main(["--results", str(tmp_path / "none"), "--out", str(out)]) == 1
