@@ -4,9 +4,12 @@ from fastgist import backends, functional, nn
 from fastgist.gist import GistConfig, GistModel, GistOutput, add_gist
 from fastgist.peft import (
     AdapterConfig,
+    BitFitConfig,
     CPConfig,
+    FacTConfig,
     LinearProbeConfig,
     LoraConfig,
+    SSFConfig,
     assert_training,
     disable_adapter,
     get_peft_model,
@@ -24,12 +27,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterConfig",
+    "BitFitConfig",
     "CPConfig",
+    "FacTConfig",
     "GistConfig",
     "GistModel",
     "GistOutput",
     "LinearProbeConfig",
     "LoraConfig",
+    "SSFConfig",
     "add_gist",
     "assert_training",
     "backends",

@@ -14,7 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from fastgist.gist import GistConfig, GistHost
-from fastgist.nn import AdaptedLayer, Adapter, CPFactors, CPLinear, LoRALinear, TunerLinear, is_hooked, linear_slice
+from fastgist.nn import (
+    AdaptedBlock,
+    AdaptedLayer,
+    Adapter,
+    AffineLayer,
+    BiasShift,
+    BlockForward,
+    CPFactors,
+    CPLinear,
+    LoRALinear,
+    ScaleShift,
+    is_hooked,
+    linear_slice,
+)
 from fastgist.peft.family import Family, LinearSite, register_family
 
 __all__ = ["TimmViT", "TimmViTGist"]
@@ -75,12 +88,29 @@ class TimmViT(Family):
             # EvaAttention passes qkv.weight to F.linear, past whatever stands in qkv's place, unless told otherwise
             if getattr(module, "q_bias", None) is not None and hasattr(module, "qkv_bias_separate"):
                 mine = module.__dict__.get("_fastgist_bias_was")
-                if isinstance(module.qkv, TunerLinear) and mine is None:
+                wrapped = hasattr(module.qkv, "base_layer")
+                if wrapped and mine is None:
                     module._fastgist_bias_was = module.qkv_bias_separate
                     module.qkv_bias_separate = True
-                elif not isinstance(module.qkv, TunerLinear) and mine is not None:
+                elif not wrapped and mine is not None:
                     module.qkv_bias_separate = mine
                     del module._fastgist_bias_was
+
+    def reserved_paths(self, model: Any) -> tuple[str, ...]:
+        return (TimmViTGist.path,)
+
+    def residual_blocks(self, model: Any) -> dict[str, BlockForward]:
+        from timm.models.eva import EvaBlock
+        from timm.models.vision_transformer import Block
+
+        runs: dict[type, BlockForward] = {Block: run_block, EvaBlock: run_eva_block}
+        found = {}
+        for i, block in enumerate(model.blocks):
+            kind = type(block)
+            if kind not in runs or not BLOCK_PARTS.issuperset(block._modules):
+                raise ValueError(f"how a {kind.__name__} adds up is not known (timm's Block and EvaBlock are)")
+            found[f"blocks.{i}"] = runs[kind]
+        return found
 
     def example_inputs(self, model: Any) -> tuple[Tensor]:
         size = model.patch_embed.img_size or (224, 224)
@@ -90,6 +120,28 @@ class TimmViT(Family):
 
     def gist_host(self, model: Any) -> TimmViTGist:
         return TimmViTGist(model)
+
+
+#: What the code here does with a block's parts; a version of timm that has more is left alone.
+BLOCK_PARTS = frozenset({"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"})
+
+
+def _plain_add(kind: str, x: Tensor, branch: Tensor) -> Tensor:
+    return x + branch
+
+
+def run_block(block: Any, add: Any, x: Tensor, **kwargs: Any) -> Tensor:
+    """timm's Block with its two additions left to ``add``."""
+    x = add("attention", x, block.drop_path1(block.ls1(block.attn(block.norm1(x), **kwargs))))
+    return add("mlp", x, block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
+
+
+def run_eva_block(block: Any, add: Any, x: Tensor, rope: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """timm's EvaBlock with its two additions left to ``add``."""
+    branch = block.attn(block.norm1(x), rope=rope, **kwargs)
+    x = add("attention", x, block.drop_path1(branch if block.gamma_1 is None else block.gamma_1 * branch))
+    branch = block.mlp(block.norm2(x))
+    return add("mlp", x, block.drop_path2(branch if block.gamma_2 is None else block.gamma_2 * branch))
 
 
 class TimmViTGist(GistHost):
@@ -238,10 +290,8 @@ class _Rowwise:
             for n in ("Mlp", "GluMlp", "SwiGLU", "SwiGLUPacked", "LayerScale", "DropPath")
             if inspect.isclass(getattr(layers, n, None))
         ]
-        ours = [AdaptedLayer, Adapter, CPFactors, CPLinear, LoRALinear]
+        ours = [AdaptedBlock, AdaptedLayer, Adapter, BiasShift, CPFactors, CPLinear, LoRALinear, ScaleShift]
         self.known = self.norms | {Block, layers.Attention, nn.Linear, nn.Dropout, *activations, *others, *ours}
-        # What this code does with a block's and an attention's parts; a version of timm that has more is left alone.
-        self.block_parts = frozenset({"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"})
         self.attention_parts = frozenset({"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"})
 
     def serves(self, model: Any) -> bool:
@@ -253,15 +303,17 @@ class _Rowwise:
             return False
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return False
-        block = blocks[-1]
-        if type(block) is not self.block_type or not self.block_parts.issuperset(block._modules):
+        whole = blocks[-1]
+        block = whole.base_layer if type(whole) is AdaptedBlock else whole
+        if type(block) is not self.block_type or not BLOCK_PARTS.issuperset(block._modules):
             return False
         attention = block.attn.base_layer if type(block.attn) is AdaptedLayer else block.attn
         if type(attention) is not self.attention_type or not self.attention_parts.issuperset(attention._modules):
             return False
-        if type(model.norm) not in self.norms or is_hooked(model.norm):
+        norm = model.norm.base_layer if isinstance(model.norm, AffineLayer) else model.norm
+        if type(norm) not in self.norms or is_hooked(norm) or is_hooked(model.norm):
             return False
-        modules = [block]
+        modules = [whole]
         while modules:  # in every forward: a plain loop
             module = modules.pop()
             if type(module) not in self.known or is_hooked(module):
@@ -271,9 +323,12 @@ class _Rowwise:
 
     def block(self, block: Any, x: Tensor, index: int, count: int) -> Tensor:
         """Rows 0 and ``index .. index + count`` of ``block(x)``, x (B, N, D)."""
+        add = _plain_add
+        if isinstance(block, AdaptedBlock):
+            add, block = block.add, block.base_layer
         out = self._attend(block.attn, block.norm1(x), index, count)
-        x = self._pick(x, index, count) + block.drop_path1(block.ls1(out))
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        x = add("attention", self._pick(x, index, count), block.drop_path1(block.ls1(out)))
+        return add("mlp", x, block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
 
     @staticmethod
     def _pick(x: Tensor, index: int, count: int) -> Tensor:

@@ -1,15 +1,20 @@
 """Modules: parameters, initialisation and state; the arithmetic is :mod:`fastgist.functional`'s."""
 
 from fastgist.nn._tuner import Factors, TunerLinear, factory, is_hooked, linear_slice
-from fastgist.nn.adapter import AdaptedLayer, Adapter
+from fastgist.nn.adapter import AdaptedBlock, AdaptedLayer, Adapter, BlockForward
+from fastgist.nn.affine import AffineLayer, BiasShift, ScaleShift, channels
 from fastgist.nn.cp import CPFactors, CPLinear
 from fastgist.nn.gist_token import GistToken
 from fastgist.nn.lora import LoRALinear
 from fastgist.nn.losses import BidirectionalKLLoss, GistLoss
 
 __all__ = [
+    "AdaptedBlock",
     "AdaptedLayer",
     "Adapter",
+    "AffineLayer",
+    "BiasShift",
+    "BlockForward",
     "BidirectionalKLLoss",
     "CPFactors",
     "CPLinear",
@@ -17,7 +22,9 @@ __all__ = [
     "GistLoss",
     "GistToken",
     "LoRALinear",
+    "ScaleShift",
     "TunerLinear",
+    "channels",
     "factory",
     "is_hooked",
     "linear_slice",

@@ -177,10 +177,10 @@ class TunerLinear(nn.Module, ABC):
         """Whether the base weight holds the update at present."""
         return self._original_weight is not None
 
-    @property
-    def original_weight(self) -> Tensor:
-        """The base layer's weight without the update, merged or not."""
-        return self.base_layer.weight if self._original_weight is None else self._original_weight
+    def original_parameters(self) -> dict[str, Tensor]:
+        """The base layer's parameters without the update, merged or not."""
+        found: dict[str, Tensor] = dict(self.base_layer.named_parameters(recurse=False))
+        return found if self._original_weight is None else found | {"weight": self._original_weight}
 
     def check_mergeable(self) -> None:
         """Raise TypeError if the base layer's weight cannot take the update without loss (quantised, parametrised)."""
@@ -239,7 +239,7 @@ class TunerLinear(nn.Module, ABC):
 
 def linear_slice(layer: Any, x: Tensor, start: int, stop: int) -> Tensor | None:
     """Columns ``start:stop`` of ``layer(x)``, or None where only the whole can be computed."""
-    if isinstance(layer, TunerLinear):
+    if hasattr(layer, "forward_slice"):  # one of our layers around it
         return layer.forward_slice(x, start, stop)
     if not is_plain(layer):
         return None

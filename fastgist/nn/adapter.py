@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +12,15 @@ from torch import Tensor, nn
 from fastgist import functional
 from fastgist.nn._tuner import check_positive, uniform_fan_in_
 
-__all__ = ["AdaptedLayer", "Adapter"]
+__all__ = ["AdaptedBlock", "AdaptedLayer", "Adapter", "BlockForward"]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "identity")
 INITS = ("identity", "paper")
 PLACEMENTS = ("sequential", "parallel")
+BRANCHES = ("attention", "mlp")
+#: run(block, add, x, *args, **kwargs): a residual block's forward in which every ``x + branch`` is ``add(kind, x, branch)``,
+#: kind being one of BRANCHES.
+BlockForward = Callable[..., Tensor]
 
 
 class Adapter(nn.Module):
@@ -114,3 +119,42 @@ class AdaptedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"placement={self.placement!r}"
+
+
+class AdaptedBlock(nn.Module):
+    """A transformer block with one adapter beside its branches, on their un-normed input: ``x + f(norm(x)) + A(x)``.
+
+    Beside both branches it is GIST's shared adapter (arXiv 2312.07255), beside the MLP AdaptFormer (arXiv 2205.13535).
+
+    Args:
+        base_layer: the frozen block.
+        adapter: the :class:`Adapter`, used once a branch.
+        run: the block's forward with its additions left open; see ``BlockForward``. A function of a module (for pickle).
+        branches: "attention", "mlp" or both.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter: Adapter, run: BlockForward, branches: Sequence[str] = BRANCHES
+    ) -> None:
+        super().__init__()
+        if isinstance(base_layer, AdaptedBlock):
+            raise ValueError("AdaptedBlock: base_layer has an adapter already")
+        if not branches or not set(branches) <= set(BRANCHES):
+            raise ValueError(f"AdaptedBlock: branches must be some of {', '.join(BRANCHES)}, got {tuple(branches)}")
+        self.base_layer = base_layer
+        self.adapter = adapter
+        self.run = run
+        self.branches = tuple(branches)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.run(self.base_layer, self.add, x, *args, **kwargs)
+
+    def add(self, kind: str, x: Tensor, branch: Tensor) -> Tensor:
+        """x + branch, and the adapter's output for x where the branch has one."""
+        return (self.adapter(x) if kind in self.branches else x) + branch
+
+    def reset_parameters(self) -> None:
+        self.adapter.reset_parameters()
+
+    def extra_repr(self) -> str:
+        return f"branches={self.branches}"

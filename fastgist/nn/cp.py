@@ -4,14 +4,16 @@ The updates of all adapted matrices form a 3-mode tensor (in x out x matrices), 
 
 .. math::
     \Delta W_m = U\, \mathrm{diag}(\lambda \odot P_m)\, V^T \quad (\text{CP}) \qquad
-    \Delta W_m = U S_m V^T,\; S_m = C \times_3 p_m \quad (\text{Tucker})
+    \Delta W_m = U S_m V^T,\; S_m = C \times_3 p_m \quad (\text{Tucker}) \qquad S_m\ \text{free} \quad (\text{tensor train})
 
-U (in, R) and V (out, R) are shared by all layers; only row m of P belongs to one matrix. V starts at zero, so a fresh
-layer is the layer it wraps: the paper's own initialisation already is the identity.
+U (in, R) and V (out, R) are shared by all layers; only row m of P belongs to one matrix. The tensor train and the Tucker
+form over all of a transformer's matrices are FacT (arXiv 2212.03145). V starts at zero, so a fresh layer is the layer
+it wraps: the papers' own initialisation already is the identity.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +24,7 @@ from fastgist.nn._tuner import Factors, TunerLinear, check_dropout, check_positi
 
 __all__ = ["CPFactors", "CPLinear"]
 
-CORES = ("cp", "tucker")
+CORES = ("cp", "tucker", "tt")
 Mode = int | tuple[int | None, ...]
 
 
@@ -36,12 +38,13 @@ class CPFactors(nn.Module):
         out_features: n, the width of one fold of their outputs (768 for a fused 2304-wide qkv of three folds).
         rank: R.
         modes: how many matrices (folds) there are, M.
-        core: "cp" (the paper's; a trained lambda shared by all matrices) or "tucker" (the released code's R^3 core).
+        core: "cp" (the paper's; a trained lambda shared by all matrices), "tucker" (the released code's R^3 core) or "tt"
+            (an R x R matrix for each mode, in p's place).
         dropout: rate on ``x U`` in training, one mask a layer call.
         device, dtype: of the parameters.
 
     Parameters: ``u`` (K, R) ~ U(-1/sqrt(K), 1/sqrt(K)), ``v`` (n, R) zero, ``p`` (M, R) xavier_uniform, and ``lam``
-    (R,) ones or ``c`` (R, R, R) xavier_uniform.
+    (R,) ones or ``c`` (R, R, R) xavier_uniform. For "tt" ``s`` (M, R, R) ~ U(-1/sqrt(R), 1/sqrt(R)) instead of p.
 
     Raises:
         ValueError: a size that is not positive, an unknown core, a dropout outside [0, 1).
@@ -71,10 +74,13 @@ class CPFactors(nn.Module):
         kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.u = nn.Parameter(torch.empty(in_features, rank, **kwargs))
         self.v = nn.Parameter(torch.empty(out_features, rank, **kwargs))
-        self.p = nn.Parameter(torch.empty(modes, rank, **kwargs))
+        if core == "tt":
+            self.s = nn.Parameter(torch.empty(modes, rank, rank, **kwargs))
+        else:
+            self.p = nn.Parameter(torch.empty(modes, rank, **kwargs))
         if core == "cp":
             self.lam = nn.Parameter(torch.empty(rank, **kwargs))
-        else:
+        elif core == "tucker":
             self.c = nn.Parameter(torch.empty(rank, rank, rank, **kwargs))
         self.reset_parameters()
 
@@ -82,33 +88,50 @@ class CPFactors(nn.Module):
         """Draw all factors anew; V = 0, so every update is zero."""
         uniform_fan_in_(self.u, self.in_features)
         nn.init.zeros_(self.v)
-        nn.init.xavier_uniform_(self.p)
+        if self.core == "tt":
+            uniform_fan_in_(self.s, self.rank)
+        else:
+            nn.init.xavier_uniform_(self.p)
         if self.core == "cp":
             nn.init.ones_(self.lam)
-        else:
+        elif self.core == "tucker":
             nn.init.xavier_uniform_(self.c)
 
-    def forward(self, mode: Mode) -> Factors:
+    def forward(self, mode: Mode, inward: bool = False) -> Factors:
         """The factors of matrix ``mode``; a tuple gives one mode a fold (None: no update of that fold).
 
+        Args:
+            mode: row or rows of p (of s for "tt").
+            inward: the folds are of the input, G K wide (a 3072 -> 768 layer is four matrices side by side), not of the
+                output.
+
         Returns:
-            u (K, R), v and gain. CP: v (n, R), gain (G, R). Tucker: the core is folded into v, (G n, R), gain None.
+            u (K, R), v and gain. CP: v (n, R), gain (G, R). Else the core is folded into v, (G n, R), gain None. Inward,
+            gain and core are folded into u, (G K, R), and v is (n, R).
         """
         rows = self._rows(mode)
         if self.core == "cp":
-            return Factors(self.u, self.v, rows * self.lam)
-        core = torch.tensordot(rows, self.c, dims=([1], [2]))  # S (G, R_u, R_v)
+            gain = rows * self.lam
+            if not inward:
+                return Factors(self.u, self.v, gain)
+            return Factors((self.u * gain[:, None]).reshape(-1, self.rank), self.v, None)
+        core = rows  # S (G, R_u, R_v)
+        if self.core == "tucker":
+            core = torch.tensordot(rows, self.c, dims=([1], [2]))
+        if inward:
+            return Factors(torch.matmul(self.u, core).reshape(-1, self.rank), self.v, None)  # U S_g (G, K, R_v)
         folded = torch.matmul(self.v, core.transpose(1, 2))  # V S_g^T (G, n, R_u)
         return Factors(self.u, folded.reshape(-1, self.rank), None)
 
     def _rows(self, mode: Mode) -> Tensor:
-        """p's rows of ``mode``, (G, R): a slice where they are neighbours, which costs no index tensor."""
+        """p's (or s's) rows of ``mode``, (G, ...): a slice where they are neighbours, which costs no index tensor."""
+        table = self.s if self.core == "tt" else self.p
         if isinstance(mode, int):
-            return self.p[mode : mode + 1]
+            return table[mode : mode + 1]
         first = mode[0]
         if first is not None and mode == tuple(range(first, first + len(mode))):
-            return self.p[first : first + len(mode)]
-        return torch.stack([self.p.new_zeros(self.rank) if m is None else self.p[m] for m in mode])
+            return table[first : first + len(mode)]
+        return torch.stack([torch.zeros_like(table[0]) if m is None else table[m] for m in mode])
 
     def extra_repr(self) -> str:
         return (
@@ -122,9 +145,11 @@ class CPLinear(TunerLinear):
 
     Args:
         base_layer: the frozen linear layer (K -> N).
-        factors: the shared :class:`CPFactors`; in_features == K, out_features divides N.
-        mode: this matrix's row of P; or a tuple with one row for each of the N / n folds of the output, where None
+        factors: the shared :class:`CPFactors`; in_features == K and out_features divides N, or out_features == N and
+            in_features divides K.
+        mode: this matrix's row of P; or a tuple with one row for each fold of the output (or of the input), where None
             leaves a fold without update (a fused qkv of which only q and v are adapted: ``(0, None, 1)``).
+        scale: factor on the update.
 
     The layer has no parameters of its own: ``reset_parameters`` is the factors', and clears the update of all layers
     that share them.
@@ -133,27 +158,35 @@ class CPLinear(TunerLinear):
         ValueError: sizes that do not fit, a mode out of range, as many modes as there are not folds.
     """
 
-    def __init__(self, base_layer: nn.Module, factors: CPFactors, mode: int | Sequence[int | None]) -> None:
+    def __init__(
+        self, base_layer: nn.Module, factors: CPFactors, mode: int | Sequence[int | None], scale: float = 1.0
+    ) -> None:
         super().__init__(base_layer)
         if not isinstance(factors, CPFactors):
             raise TypeError(f"CPLinear: factors must be a CPFactors, got {type(factors).__name__}")
-        if factors.in_features != self.in_features:
+        self.inward = factors.in_features != self.in_features and factors.out_features == self.out_features
+        side, mine, theirs = "out", self.out_features, factors.out_features
+        if self.inward:
+            side, mine, theirs = "in", self.in_features, factors.in_features
+        elif factors.in_features != self.in_features:
             raise ValueError(
                 f"CPLinear: expected factors.in_features == {self.in_features} (base_layer is {self.in_features} -> "
                 f"{self.out_features}), got {factors.in_features}"
             )
-        folds, rest = divmod(self.out_features, factors.out_features)
+        folds, rest = divmod(mine, theirs)
         if rest:
             raise ValueError(
-                f"CPLinear: factors.out_features must divide {self.out_features} (base_layer's out_features), "
-                f"got {factors.out_features}"
+                f"CPLinear: factors.{side}_features must divide {mine} (base_layer's {side}_features), got {theirs}"
             )
+        if not math.isfinite(scale):
+            raise ValueError(f"CPLinear: scale must be finite, got {scale}")
+        self.scale = float(scale)
         single = isinstance(mode, int) and not isinstance(mode, bool)
         modes: tuple[int | None, ...] = (mode,) if single else tuple(mode)  # type: ignore[arg-type, assignment]
         if len(modes) != folds:
             raise ValueError(
-                f"CPLinear: expected {folds} modes, one for each fold of {factors.out_features} in base_layer's "
-                f"{self.out_features} outputs, got {mode!r}"
+                f"CPLinear: expected {folds} modes, one for each fold of {theirs} in base_layer's "
+                f"{mine} {side}puts, got {mode!r}"
             )
         for m in modes:
             if m is not None and not 0 <= m < factors.modes:
@@ -170,7 +203,7 @@ class CPLinear(TunerLinear):
         return self.factors.dropout
 
     def get_factors(self) -> Factors:
-        return self.factors(self.mode)
+        return self.factors(self.mode, self.inward)
 
     def reset_parameters(self) -> None:
         self.factors.reset_parameters()

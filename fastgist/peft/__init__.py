@@ -1,6 +1,15 @@
 """What is done to a model: configurations, injection, merging, saving and loading."""
 
-from fastgist.peft.config import AdapterConfig, CPConfig, LinearProbeConfig, LoraConfig, PeftConfig
+from fastgist.peft.config import (
+    AdapterConfig,
+    BitFitConfig,
+    CPConfig,
+    FacTConfig,
+    LinearProbeConfig,
+    LoraConfig,
+    PeftConfig,
+    SSFConfig,
+)
 from fastgist.peft.family import Family, LinearSite, register_family
 from fastgist.peft.files import load_adapter, save_adapter
 from fastgist.peft.inspect import Report, assert_training, print_trainable_parameters, report
@@ -9,7 +18,9 @@ from fastgist.peft.surgery import disable_adapter, get_peft_model, merge, set_ad
 
 __all__ = [
     "AdapterConfig",
+    "BitFitConfig",
     "CPConfig",
+    "FacTConfig",
     "Family",
     "LinearProbeConfig",
     "LinearSite",
@@ -17,6 +28,7 @@ __all__ = [
     "Method",
     "PeftConfig",
     "Report",
+    "SSFConfig",
     "assert_training",
     "disable_adapter",
     "get_peft_model",

@@ -6,7 +6,17 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-__all__ = ["AdapterConfig", "CPConfig", "LinearProbeConfig", "LoraConfig", "PeftConfig", "config_from_dict"]
+__all__ = [
+    "AdapterConfig",
+    "BitFitConfig",
+    "CPConfig",
+    "FacTConfig",
+    "LinearProbeConfig",
+    "LoraConfig",
+    "PeftConfig",
+    "SSFConfig",
+    "config_from_dict",
+]
 
 
 @dataclass
@@ -31,8 +41,10 @@ class PeftConfig:
 class AdapterConfig(PeftConfig):
     """Bottleneck adapters.
 
-    placement: "pfeiffer" (after each MLP), "houlsby" (after each attention and each MLP, with parameters of their own)
-    or "parallel" (beside each MLP, on the MLP's input; He et al. 2022). init: "identity" or "paper" (see
+    placement: "pfeiffer" (after each MLP), "houlsby" (after each attention and each MLP, with parameters of their own),
+    "parallel" (beside each MLP, on the MLP's normed input; He et al. 2022), "adaptformer" (beside each MLP branch, on the
+    block's un-normed state; Chen et al. 2022, whose scale is 0.1) or "shared" (one adapter a block, beside both branches,
+    un-normed: GIST's own, with bottleneck_dim 4, scale 0.1 and init "paper"). init: "identity" or "paper" (see
     :class:`fastgist.nn.Adapter`).
     """
 
@@ -60,8 +72,9 @@ class LoraConfig(PeftConfig):
 class CPConfig(PeftConfig):
     """Mode approximation: U and V shared by all targets of the same shape, one row of P for each matrix.
 
-    A layer whose outputs are a multiple of its inputs counts as that many square matrices (fc1: 3072 = 4 x 768), so
-    that it joins the group of the square ones. core: "cp" or "tucker" (see :class:`fastgist.nn.CPFactors`).
+    A layer whose outputs are a multiple of its inputs (fc1: 768 -> 4 x 768), or the reverse (fc2), counts as that many
+    square matrices, so that it joins the group of the square ones. core: "cp" or "tucker" (see
+    :class:`fastgist.nn.CPFactors`).
     """
 
     method: ClassVar[str] = "cp"
@@ -69,6 +82,40 @@ class CPConfig(PeftConfig):
     core: str = "cp"
     targets: tuple[str, ...] = ("q", "k", "v")
     dropout: float = 0.1
+
+
+@dataclass
+class FacTConfig(PeftConfig):
+    """FacT (arXiv 2212.03145): the updates of all of a transformer's matrices as one tensor, of low rank.
+
+    form: "tt" (tensor train: an R x R matrix for each weight between shared factors) or "tk" (Tucker). scale: factor on
+    the update, which the paper searches per task.
+    """
+
+    method: ClassVar[str] = "fact"
+    rank: int = 16
+    form: str = "tt"
+    targets: tuple[str, ...] = ("q", "k", "v", "proj", "fc1", "fc2")
+    scale: float = 1.0
+    dropout: float = 0.0
+
+
+@dataclass
+class SSFConfig(PeftConfig):
+    """SSF (arXiv 2210.08823): a scale and a shift of every channel after each linear layer, norm and patch embedding.
+
+    init: "identity" or "paper" (see :class:`fastgist.nn.ScaleShift`).
+    """
+
+    method: ClassVar[str] = "ssf"
+    init: str = "identity"
+
+
+@dataclass
+class BitFitConfig(PeftConfig):
+    """BitFit (arXiv 2106.10199): the biases of every layer that has one, as a change of the frozen ones."""
+
+    method: ClassVar[str] = "bitfit"
 
 
 @dataclass

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from fastgist.nn import BlockForward, channels
 
 __all__ = ["Family", "LinearSite", "Selection", "find_family", "register_family", "select"]
 
@@ -50,6 +53,35 @@ class Family(ABC):
     @abstractmethod
     def sublayers(self, model: nn.Module) -> dict[str, list[str]]:
         """Paths of the "mlp" and "attention" sublayers, for adapters. The model is not wrapped when this is called."""
+
+    def affine_layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Layers whose output channels a method may scale and shift, by path. The model is not wrapped when this is called.
+
+        Linear layers, normalisations and convolutions outside the head and outside :meth:`reserved_paths`.
+        """
+        apart = (*self.head_paths(model), *self.reserved_paths(model))
+        found = {}
+        for path, module in model.named_modules():
+            if any(path == p or path.startswith(f"{p}.") for p in apart):
+                continue
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.is_floating_point():
+                with contextlib.suppress(TypeError):
+                    channels(module)
+                    found[path] = module
+        return found
+
+    def reserved_paths(self, model: nn.Module) -> tuple[str, ...]:
+        """Modules in whose place something else may be put, such as a gist token."""
+        return ()
+
+    def residual_blocks(self, model: nn.Module) -> dict[str, BlockForward]:
+        """Paths of the transformer blocks, and how each runs with its additions left open.
+
+        Raises:
+            ValueError: the blocks are of a kind whose additions are not known.
+        """
+        raise ValueError(f"how the blocks of {type(model).__name__} add up is not known")
 
     def width(self, model: nn.Module, path: str) -> int:
         """The width of a sublayer's output."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgist.nn._tuner import TunerLinear
+from fastgist.nn import AffineLayer, TunerLinear
 from fastgist.peft import state as _state
 from fastgist.peft import storage, surgery
 from fastgist.peft.config import PeftConfig, config_from_dict
@@ -109,13 +109,19 @@ def backbone_fingerprint(model: nn.Module, state: _state.State) -> dict[str, str
     The elements are rounded to bfloat16 first, so a float32 model and its bfloat16 copy are the same backbone.
     """
     owned = {id(t) for t in _state.owned_tensors(model, state).values()}
-    layers = [m for m in model.modules() if isinstance(m, TunerLinear)]
-    unmerged = {id(m.base_layer.weight): m.original_weight for m in layers if m.merged}
+    layers = [m for m in model.modules() if isinstance(m, TunerLinear | AffineLayer) and m.merged]
+    unmerged = {}
+    for layer in layers:
+        originals = layer.original_parameters()
+        unmerged |= {id(p): originals.get(name) for name, p in layer.base_layer.named_parameters(recurse=False)}
     digests, dtypes = [], set()
     for parameter in model.parameters():
         if id(parameter) in owned or parameter.is_meta or parameter.numel() == 0:
             continue
-        flat = unmerged.get(id(parameter), parameter).detach().reshape(-1)
+        parameter = unmerged.get(id(parameter), parameter)
+        if parameter is None:  # a bias that merging added
+            continue
+        flat = parameter.detach().reshape(-1)
         some = flat[:: max(1, len(flat) // 256)].to("cpu", copy=True)
         some = some.to(torch.bfloat16) if some.is_floating_point() else some
         shape = ",".join(map(str, parameter.shape)).encode()

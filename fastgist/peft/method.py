@@ -9,8 +9,27 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastgist.nn import AdaptedLayer, Adapter, CPFactors, CPLinear, LoRALinear, factory
-from fastgist.peft.config import AdapterConfig, CPConfig, LinearProbeConfig, LoraConfig, PeftConfig
+from fastgist.nn import (
+    AdaptedBlock,
+    AdaptedLayer,
+    Adapter,
+    BiasShift,
+    CPFactors,
+    CPLinear,
+    LoRALinear,
+    ScaleShift,
+    factory,
+)
+from fastgist.peft.config import (
+    AdapterConfig,
+    BitFitConfig,
+    CPConfig,
+    FacTConfig,
+    LinearProbeConfig,
+    LoraConfig,
+    PeftConfig,
+    SSFConfig,
+)
 from fastgist.peft.family import Family, Selection, select
 
 __all__ = ["Method", "method_of", "register_method", "registered_configs"]
@@ -72,13 +91,16 @@ class _Adapters(Method):
         "houlsby": (("attention", "sequential"), ("mlp", "sequential")),
         "parallel": (("mlp", "parallel"),),
     }
+    #: placement -> branches of a block that its one adapter stands beside
+    beside: ClassVar[dict[str, tuple[str, ...]]] = {"adaptformer": ("mlp",), "shared": ("attention", "mlp")}
 
     def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]:
         assert isinstance(config, AdapterConfig)
+        if config.placement in self.beside:
+            return self._beside(model, family, config)
         if config.placement not in self.placements:
-            raise ValueError(
-                f"AdapterConfig: placement must be one of {', '.join(self.placements)}, got {config.placement!r}"
-            )
+            known = ", ".join([*self.placements, *self.beside])
+            raise ValueError(f"AdapterConfig: placement must be one of {known}, got {config.placement!r}")
         sublayers = family.sublayers(model)
         built: dict[str, nn.Module] = {}
         for kind, side in self.placements[config.placement]:
@@ -89,16 +111,34 @@ class _Adapters(Method):
                 )
             for path in sublayers[kind]:
                 base = model.get_submodule(path)
-                adapter = Adapter(
-                    family.width(model, path),
-                    config.bottleneck_dim,
-                    config.activation,
-                    config.scale,
-                    init=config.init,
-                    **factory(_first_linear(base), None, None),
-                )
-                built[path] = AdaptedLayer(base, adapter, side)
+                built[path] = AdaptedLayer(base, self._adapter(model, family, config, path), side)
         return built
+
+    def _beside(self, model: nn.Module, family: Family, config: AdapterConfig) -> dict[str, nn.Module]:
+        try:
+            blocks = family.residual_blocks(model)
+        except ValueError as error:
+            raise ValueError(f"AdapterConfig: placement {config.placement!r} is not to be had: {error}") from None
+        return {
+            path: AdaptedBlock(
+                model.get_submodule(path),
+                self._adapter(model, family, config, path),
+                run,
+                self.beside[config.placement],
+            )
+            for path, run in blocks.items()
+        }
+
+    @staticmethod
+    def _adapter(model: nn.Module, family: Family, config: AdapterConfig, path: str) -> Adapter:
+        return Adapter(
+            family.width(model, path),
+            config.bottleneck_dim,
+            config.activation,
+            config.scale,
+            init=config.init,
+            **factory(_first_linear(model.get_submodule(path)), None, None),
+        )
 
 
 def _first_linear(module: nn.Module) -> nn.Module:
@@ -132,7 +172,13 @@ class _CP(Method):
 
     def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]:
         assert isinstance(config, CPConfig)
-        choices = select("CPConfig", family.linears(model), config.targets)
+        return self.shared(model, family, config, config.core, 1.0)
+
+    def shared(
+        self, model: nn.Module, family: Family, config: CPConfig | FacTConfig, core: str, scale: float
+    ) -> dict[str, nn.Module]:
+        """Layers around the targets of ``config``, with one CPFactors for all of a shape."""
+        choices = select(type(config).__name__, family.linears(model), config.targets)
         shapes = [self._shape(choice) for choice in choices]
         counts: Counter[tuple[int, int]] = Counter()
         modes: list[tuple[int | None, ...]] = []
@@ -151,21 +197,56 @@ class _CP(Method):
                     outer,
                     config.rank,
                     counts[inner, outer],
-                    config.core,
+                    core,
                     config.dropout,
                     **factory(choice.site.module, None, None),
                 )
-            built[choice.site.path] = CPLinear(choice.site.module, factors[inner, outer], mode)
+            built[choice.site.path] = CPLinear(choice.site.module, factors[inner, outer], mode, scale)
         return built
 
     @staticmethod
     def _shape(choice: Selection) -> tuple[int, int, int]:
-        """(in, width of a fold, folds) of a chosen layer."""
+        """(in, out, number) of the equal matrices that a chosen layer counts as: folds of its output or of its input."""
         layer: Any = choice.site.module
         inner, outer = layer.in_features, layer.out_features
+        if choice.parts is None and inner > outer and inner % outer == 0:
+            return outer, outer, inner // outer
         square = outer // inner if outer % inner == 0 else 1
         folds = square if choice.parts is None else len(choice.site.parts)
         return inner, outer // folds, folds
+
+
+class _FacT(_CP):
+    title = "FacT"
+
+    def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]:
+        assert isinstance(config, FacTConfig)
+        cores = {"tt": "tt", "tk": "tucker"}
+        if config.form not in cores:
+            raise ValueError(f"FacTConfig: form must be one of {', '.join(cores)}, got {config.form!r}")
+        return self.shared(model, family, config, cores[config.form], config.scale)
+
+
+class _SSF(Method):
+    mergeable = True
+    title = "SSF"
+
+    def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]:
+        assert isinstance(config, SSFConfig)
+        layers = family.affine_layers(model)
+        return {p: ScaleShift(m, init=config.init, **factory(m, None, None)) for p, m in layers.items()}
+
+
+class _BitFit(Method):
+    mergeable = True
+    title = "BitFit"
+
+    def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]:
+        layers = family.affine_layers(model)
+        biased = {p: m for p, m in layers.items() if isinstance(getattr(m, "bias", None), torch.Tensor)}
+        if not biased:
+            raise ValueError("BitFitConfig: no layer of this model has a bias")
+        return {p: BiasShift(m, **factory(m, None, None)) for p, m in biased.items()}
 
 
 class _LinearProbe(Method):
@@ -179,4 +260,7 @@ class _LinearProbe(Method):
 register_method(AdapterConfig, _Adapters())
 register_method(LoraConfig, _LoRA())
 register_method(CPConfig, _CP())
+register_method(FacTConfig, _FacT())
+register_method(SSFConfig, _SSF())
+register_method(BitFitConfig, _BitFit())
 register_method(LinearProbeConfig, _LinearProbe())
