@@ -45,6 +45,33 @@ def test_fullgraph_with_other_row_counts(op, by):
         torch.testing.assert_close(call.run(compiled)[0], call.run(impl=by)[0])
 
 
+#: op -> its numeric options, which a training schedule or a second model changes.
+NUMBERS = {
+    "bidirectional_kl": ("temperature",),
+    "gist_loss": ("temperature", "alpha", "beta"),
+    "gist_linear_loss": ("temperature", "alpha", "beta"),
+    "cp_linear": ("scale",),
+    "adapter": ("scale", "residual_scale"),
+}
+
+
+@every
+def test_fullgraph_with_other_numbers(op, by):
+    """A number that changes becomes symbolic to the compiler; it must still be checked and used."""
+    torch._dynamo.reset()
+    call = make(op)
+    call.options = {}
+    compiled = torch.compile(
+        lambda number, *v: call(*v, impl=by, **dict.fromkeys(NUMBERS[op], number)), fullgraph=True, backend="aot_eager"
+    )
+    for number in (1.0, 0.5, 0.25):
+        eager = call.run(lambda *v, n=number: call(*v, impl=by, **dict.fromkeys(NUMBERS[op], n)))
+        got = call.run(lambda *v, n=number: compiled(n, *v))
+        torch.testing.assert_close(got[0], eager[0])
+        for mine, w in zip(got[1], eager[1], strict=True):
+            torch.testing.assert_close(mine, w)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETING, reason="the ordinary run has shown it")
 @pytest.mark.parametrize("op", ["gist_loss", "cp_linear"])

@@ -18,7 +18,7 @@ def check_number(op: str, name: str, value: object) -> float:
         raise TypeError(f"{op}: {name} must be a Python number (reading a tensor would synchronise), got a Tensor")
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # torch.compile, which may make the number symbolic, cannot trace isfinite
         raise ValueError(f"{op}: {name} must be finite, got {value}")
     return float(value)
 

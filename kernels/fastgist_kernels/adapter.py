@@ -249,9 +249,13 @@ def most_hidden(wide: bool, ieee: bool, gated: bool, backward: bool) -> int:
     return 128 if gated and backward else 256
 
 
-def row_tiles(kernel: str, block_h: int) -> tuple[int, ...]:
+def row_tiles(kernel: str, float32: bool, block_h: int, gated: bool, ragged: bool) -> tuple[int, ...]:
     """Rows a program, smallest first: the fewest that leave each processor at most one program, else the last."""
-    return (16, 32) if kernel == "adapter_bwd" and block_h > 128 else (16, 32, 64)
+    if kernel == "adapter_bwd":
+        few = block_h > 128 or (gated and block_h == 128) or (float32 and ragged)
+    else:
+        few = gated and block_h == 256
+    return (16, 32) if few else (16, 32, 64)
 
 
 def chunks(x: torch.Tensor, hidden: int, tf32: bool, *, gated: bool, backward: bool = False) -> list[tuple[int, int]]:
@@ -263,28 +267,34 @@ def chunks(x: torch.Tensor, hidden: int, tf32: bool, *, gated: bool, backward: b
     return [(first, min(most, hidden - first)) for first in range(0, hidden, most)]
 
 
-def tile_defaults(kernel: str, float32: bool, block_h: int, gated: bool) -> dict[str, int]:
-    """Read off the compiler (registers, shared memory, no spill), not off a clock."""
+def tile_defaults(kernel: str, float32: bool, block_h: int, gated: bool, ragged: bool) -> dict[str, int]:
+    """Read off the compiler (registers, shared memory, no spill), not off a clock. ``ragged``: widths of x or y that 128
+    does not divide cost masks and unaligned addresses, hence registers."""
+    backward = kernel == "adapter_bwd"
     if float32:
-        return {"BLOCK_D": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3}
-    width = 128 if block_h <= (64 if kernel == "adapter_fwd" and not gated else 16) else 64
+        return {"BLOCK_D": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2 if backward and ragged else 3}
+    width = 128 if not ragged and block_h <= (64 if not backward and not gated else 16) else 64
+    if backward and block_h == 128:
+        width = 32
     warps = 8 if block_h > 64 or (gated and kernel == "adapter_bwd") else 4
     return {"BLOCK_D": width, "BLOCK_N": width, "num_warps": warps, "num_stages": 3}
 
 
 def tile_config(
-    kernel: str, x: torch.Tensor, hidden: int, tf32: bool, gated: bool = False
+    kernel: str, x: torch.Tensor, out: int, hidden: int, gated: bool = False
 ) -> tuple[int, int, dict[str, int]]:
-    """BLOCK_M, BLOCK_H, and what may shrink on a smaller device, for a launch over ``hidden`` units."""
+    """BLOCK_M, BLOCK_H, and what may shrink on a smaller device, for a launch over ``hidden`` units from x (M, D) to width
+    ``out``."""
     arch = device_arch(x.device)
     block_h = rank_block(hidden, 256)
     if arch == "interpret":
         return 16, block_h, {"BLOCK_D": 16, "BLOCK_N": 32}
     rows = x.shape[0]
     sms = processors(x.device)
-    tiles = row_tiles(kernel, block_h)
+    kind = x.dtype == torch.float32, block_h, gated, bool(x.shape[1] % 128 or out % 128)
+    tiles = row_tiles(kernel, *kind)
     block_m = next((tile for tile in tiles if rows <= tile * sms), tiles[-1])
-    config = tile_defaults(kernel, x.dtype == torch.float32, block_h, gated)
+    config = tile_defaults(kernel, *kind)
     config |= launch_config(kernel, arch, f"m{next_power_of_2(rows)}_d{next_power_of_2(x.shape[1])}_h{block_h}")
     return config.pop("BLOCK_M", block_m), block_h, config
 
@@ -301,7 +311,7 @@ def adapter_fwd(
     collected = torch.empty(rows, out, dtype=torch.float32, device=x.device) if len(parts) > 1 else None
     for index, (first, width) in enumerate(parts):
         units = slice(first, first + width)
-        block_m, block_h, config = tile_config("adapter_fwd", x, width, tf32, gate is not None)
+        block_m, block_h, config = tile_config("adapter_fwd", x, out, width, gate is not None)
         down, up = down_weight[units], up_weight[:, units]
         bias = None if down_bias is None else down_bias[units]
         add = collected if index else residual
@@ -360,9 +370,11 @@ def adapter_fwd(
 _UNIT = dict.fromkeys(("stride_xd", "stride_dd", "stride_db", "stride_uh", "stride_bn", "stride_rn", "stride_ge"), 1)
 
 
-def _spec(dtype: str, precision: str, hidden: int, gated: bool, rows: int, ragged: bool = False) -> Spec:
-    """The kernel at the tile that a launch takes; ragged: a width that no tile divides, and odd strides of hidden units."""
-    tile = tile_defaults("adapter_fwd", dtype == "fp32", hidden, gated)
+def _spec(dtype: str, precision: str, hidden: int, gated: bool, rows: int, sizes: str = "even") -> Spec:
+    """The kernel at the tile that a launch takes. ``sizes``: "even", "odd" (a number of hidden units that 16 does not
+    divide) or "ragged" (that, and widths that no tile divides)."""
+    ragged = sizes == "ragged"
+    tile = tile_defaults("adapter_fwd", dtype == "fp32", hidden, gated, ragged)
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     flags = {"ACTIVATION": "gelu", "HAS_DOWN_BIAS": True, "HAS_UP_BIAS": True, "HAS_RESIDUAL": True, "HAS_GATE": gated}
     flags |= {"GATED_BIAS": gated, "STORE_Z": hidden > 64, "EVEN_D": not ragged, "WIDE": dtype == "fp16"}
@@ -370,14 +382,14 @@ def _spec(dtype: str, precision: str, hidden: int, gated: bool, rows: int, ragge
     constexprs = _UNIT | flags | tile
     return Spec(
         _adapter_fwd_kernel,
-        f"{dtype}_{precision}_h{hidden}{'_gate' * gated}_m{rows}{'_ragged' * ragged}",
+        f"{dtype}_{precision}_h{hidden}{'_gate' * gated}_m{rows}{'' if sizes == 'even' else f'_{sizes}'}",
         argument_types(_adapter_fwd_kernel, constexprs, dtype),
         constexprs,
         num_warps=warps,
         num_stages=stages,
         matrix=rows >= 64 and (dtype, precision) != ("fp32", "ieee"),
-        aligned=("M",) if ragged else ("M", "D", "N", "H"),
-        unaligned=("stride_un", "stride_zm") if ragged else (),
+        aligned={"even": ("M", "D", "N", "H"), "odd": ("M", "D", "N"), "ragged": ("M",)}[sizes],
+        unaligned=("stride_un", "stride_zm") if sizes != "even" else (),
     )
 
 
@@ -388,8 +400,9 @@ def every_tile() -> list[Spec]:
         for gated in (False, True):
             most = most_hidden(dtype in ("fp16", "fp32"), dtype == "fp32" and precision == "ieee", gated, False)
             for hidden in (h for h in (16, 32, 64, 128, 256) if h <= most):
-                for rows in row_tiles("adapter_fwd", hidden):
-                    specs += [_spec(dtype, precision, hidden, gated, rows, ragged) for ragged in (False, True)]
+                for sizes in ("even", "odd", "ragged"):
+                    kind = dtype == "fp32", hidden, gated, sizes == "ragged"
+                    specs += [_spec(dtype, precision, hidden, gated, m, sizes) for m in row_tiles("adapter_fwd", *kind)]
     return specs
 
 
@@ -400,8 +413,10 @@ SPECS = [
         ("bf16", "ieee", 64, False, 64),
         ("bf16", "ieee", 64, True, 64),
         ("bf16", "ieee", 256, False, 64),
-        ("bf16", "ieee", 256, True, 64),
+        ("bf16", "ieee", 256, True, 32),
         ("bf16", "ieee", 64, False, 16),
+        ("bf16", "ieee", 16, False, 64, "odd"),
+        ("bf16", "ieee", 64, False, 64, "ragged"),
         ("fp16", "tf32", 64, False, 64),
         ("fp16", "tf32", 64, True, 64),
         ("fp16", "tf32", 128, False, 64),

@@ -237,7 +237,7 @@ def _dx(
     for index, (first, width) in enumerate(parts):
         last = index == len(parts) - 1
         units = slice(first, first + width)
-        block_m, block_h, config = tile_config("adapter_bwd", grad, width, tf32, gate is not None)
+        block_m, block_h, config = tile_config("adapter_bwd", grad, inner, width, gate is not None)
         programs = cdiv(rows, block_m)
         sum_dz = grad_down_bias is not None
         sum_dy = grad_up_bias is not None and index == 0
@@ -323,9 +323,11 @@ def _dx(
 _UNIT = dict.fromkeys(("stride_dyn", "stride_xd", "stride_dd", "stride_db", "stride_uh", "stride_ge"), 1)
 
 
-def _spec(dtype: str, precision: str, hidden: int, gated: bool, rows: int, ragged: bool = False) -> Spec:
-    """The kernel at the tile that a launch takes; ragged: a width that no tile divides, and odd strides of hidden units."""
-    tile = tile_defaults("adapter_bwd", dtype == "fp32", hidden, gated)
+def _spec(dtype: str, precision: str, hidden: int, gated: bool, rows: int, sizes: str = "even") -> Spec:
+    """The kernel at the tile that a launch takes. ``sizes``: "even", "odd" (a number of hidden units that 16 does not
+    divide) or "ragged" (that, and widths that no tile divides)."""
+    ragged = sizes == "ragged"
+    tile = tile_defaults("adapter_bwd", dtype == "fp32", hidden, gated, ragged)
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     flags = {"ACTIVATION": "gelu", "HAS_DOWN_BIAS": True, "HAS_GATE": gated, "LOAD_Z": hidden > 64, "ADD_DY": True}
     flags |= {"ADD_BASE": False, "NEED_DX": True, "NEED_DZ": True, "NEED_H": True, "NEED_GATE": gated}
@@ -334,14 +336,14 @@ def _spec(dtype: str, precision: str, hidden: int, gated: bool, rows: int, ragge
     constexprs = _UNIT | flags | tile
     return Spec(
         _adapter_bwd_dx_kernel,
-        f"{dtype}_{precision}_h{hidden}{'_gate' * gated}_m{rows}{'_ragged' * ragged}",
+        f"{dtype}_{precision}_h{hidden}{'_gate' * gated}_m{rows}{'' if sizes == 'even' else f'_{sizes}'}",
         argument_types(_adapter_bwd_dx_kernel, constexprs, dtype),
         constexprs,
         num_warps=warps,
         num_stages=stages,
         matrix=rows >= 64 and (dtype, precision) != ("fp32", "ieee"),
-        aligned=("M",) if ragged else ("M", "D", "N", "H"),
-        unaligned=("stride_un", "stride_zm", "stride_hm") if ragged else (),
+        aligned={"even": ("M", "D", "N", "H"), "odd": ("M", "D", "N"), "ragged": ("M",)}[sizes],
+        unaligned=("stride_un", "stride_zm", "stride_hm") if sizes != "even" else (),
     )
 
 
@@ -352,8 +354,9 @@ def every_tile() -> list[Spec]:
         for gated in (False, True):
             most = most_hidden(dtype in ("fp16", "fp32"), dtype == "fp32" and precision == "ieee", gated, True)
             for hidden in (h for h in (16, 32, 64, 128, 256) if h <= most):
-                for rows in row_tiles("adapter_bwd", hidden):
-                    specs += [_spec(dtype, precision, hidden, gated, rows, ragged) for ragged in (False, True)]
+                for sizes in ("even", "odd", "ragged"):
+                    kind = dtype == "fp32", hidden, gated, sizes == "ragged"
+                    specs += [_spec(dtype, precision, hidden, gated, m, sizes) for m in row_tiles("adapter_bwd", *kind)]
     return specs
 
 
@@ -363,9 +366,12 @@ SPECS = [
         ("bf16", "ieee", 16, False, 64),
         ("bf16", "ieee", 64, False, 64),
         ("bf16", "ieee", 64, True, 64),
-        ("bf16", "ieee", 128, True, 64),
+        ("bf16", "ieee", 128, True, 32),
         ("bf16", "ieee", 256, False, 32),
         ("bf16", "ieee", 64, False, 16),
+        ("bf16", "ieee", 16, False, 64, "odd"),
+        ("bf16", "ieee", 64, False, 64, "ragged"),
+        ("fp32", "ieee", 32, True, 32, "ragged"),
         ("fp16", "tf32", 64, True, 64),
         ("fp32", "tf32", 64, True, 64),
         ("fp32", "ieee", 64, True, 64),

@@ -134,6 +134,9 @@ def test_every_kernel_has_a_spec():
     assert not missing, f"kernels without an ahead-of-time spec: {missing}"
     names = [spec.name for spec in specs]
     assert len(names) == len(set(names)), "two specs share a name"
+    launched = {spec.name for spec in aot.every_tile()}
+    sampled = {spec.name for spec in specs if any(spec.kernel is tile.kernel for tile in aot.every_tile())}
+    assert sampled <= launched, f"tiles that no launch takes: {sorted(sampled - launched)}"
     # Found by their name alone, so a kernel under another name would escape: every jit function says which it is.
     for module in aot.MODULES:
         source = (ROOT / "kernels" / "fastgist_kernels" / f"{module}.py").read_text()
