@@ -14,7 +14,9 @@ from fastgist import (
     AdapterConfig,
     BitFitConfig,
     FacTConfig,
+    FullConfig,
     GistConfig,
+    PromptConfig,
     SSFConfig,
     add_gist,
     disable_adapter,
@@ -26,7 +28,7 @@ from fastgist import (
     unload,
     unmerge,
 )
-from fastgist.nn import AdaptedBlock, BiasShift, CPFactors, CPLinear, ScaleShift
+from fastgist.nn import AdaptedBlock, BiasShift, CPFactors, CPLinear, PromptedBlock, ScaleShift
 
 SHARED = AdapterConfig(4, "shared", scale=0.1, init="paper")
 CONFIGS = [
@@ -36,8 +38,10 @@ CONFIGS = [
     FacTConfig(rank=3, form="tk", scale=0.5),
     SSFConfig(),
     BitFitConfig(),
+    PromptConfig(length=3),
+    PromptConfig(length=2, deep=True, dropout=0.1),
 ]
-MERGEABLE = [c for c in CONFIGS if not isinstance(c, AdapterConfig)]
+MERGEABLE = [c for c in CONFIGS if not isinstance(c, AdapterConfig | PromptConfig)]
 
 
 def logits(model, x):
@@ -65,6 +69,9 @@ def by_hand(model: nn.Module, x: Tensor) -> Tensor:
     h = torch.cat([model.cls_token.expand(len(x), -1, -1), h], 1) + model.pos_embed
     for whole_block in model.blocks:
         block = getattr(whole_block, "base_layer", whole_block)
+        if isinstance(whole_block, PromptedBlock):
+            tail = h[:, 1:] if whole_block.insert else h[:, 1 + whole_block.length :]
+            h = torch.cat([h[:, :1], whole_block.prompt.expand(len(x), -1, -1), tail], 1)
 
         def beside(kind: str, h: Tensor, whole_block=whole_block) -> Tensor | float:
             if kind not in getattr(whole_block, "branches", ()):
@@ -279,3 +286,68 @@ def test_hooks_see_bitfit_layers() -> None:
     x = torch.randn(2, 3)
     assert torch.equal(layer(x), seen[0])
     torch.testing.assert_close(seen[0], nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias + 1))
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("first", ["prompts", "gist"])
+def test_prompts_and_what_counts_tokens(pool, first) -> None:
+    """Prompts stand after class, register and gist tokens whichever came first, and average pooling leaves them out."""
+    base = vit(global_pool=pool, reg_tokens=2, dynamic_img_size=True, no_embed_class=True).eval()
+    x = images(2, 32)
+    model = copy.deepcopy(base)
+    if first == "gist":
+        model = get_peft_model(add_gist(model), PromptConfig(length=4))
+    else:
+        model = add_gist(get_peft_model(model, PromptConfig(length=4)))
+    plain = model.model
+    assert plain.num_prefix_tokens == 1 + 2 + 1 + 4
+    assert plain.blocks[0].index == 4
+    features = model.eval().forward_features(x)
+    assert features.shape[1] == 8 + 16
+    if pool == "avg":
+        torch.testing.assert_close(plain.pool(features), features[:, 8:].mean(1))
+    torch.testing.assert_close(model(x, return_gist_logits=True).gist_logits, plain.head(plain.fc_norm(features[:, 3])))
+    with disable_adapter(model):
+        assert plain.num_prefix_tokens == 3
+        torch.testing.assert_close(logits(model, x), base(x))
+    assert plain.num_prefix_tokens == 8
+    with pytest.warns(UserWarning, match="leaves the sequence"):
+        unload(model, keep_head=False)
+    assert plain.num_prefix_tokens == 3
+    assert not [name for name in plain.__dict__ if "fastgist" in name]
+    torch.testing.assert_close(plain(x), base(x))
+
+
+def test_prompts_without_a_gist_token_train_only_themselves() -> None:
+    model = get_peft_model(eva(), PromptConfig(length=3, deep=True))
+    assert trainable(model) == {"blocks.0.prompt", "blocks.1.prompt", "head.weight", "head.bias"}
+    assert model.blocks[1].base_layer.attn.num_prefix_tokens == 4
+    with pytest.raises(ValueError, match="PromptConfig: VisionTransformer pools its prefix tokens"):
+        get_peft_model(vit(global_pool="avg", pool_include_prefix=True), PromptConfig())
+    with pytest.raises(RuntimeError, match=r"prompts .*cannot be merged"):
+        merge(model)
+
+
+@pytest.mark.parametrize("with_gist", [False, True])
+def test_full_fine_tuning(with_gist, tmp_path) -> None:
+    base, x = vit(), images()
+    model = get_peft_model(copy.deepcopy(base), FullConfig())
+    model = stir(add_gist(model) if with_gist else model)
+    assert trainable(model) == set(dict(model.named_parameters()))
+    assert report(model).trainable == report(model).total
+    model.train()(x)
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(vit(), tmp_path)  # on any model of the same shape: everything is in the file
+    assert torch.equal(logits(loaded, x), logits(model, x))
+    assert trainable(loaded) == trainable(model)
+    with pytest.raises(ValueError, match="full fine-tuning stands alone, and the model has default"):
+        get_peft_model(model, BitFitConfig(), "other")
+    with pytest.raises(RuntimeError, match="disable_adapter: after full fine-tuning"), disable_adapter(model):
+        pass
+    with pytest.raises(RuntimeError, match="unload: after full fine-tuning"):
+        unload(model, keep_head=False)
+    before = logits(model, x)
+    if not with_gist:
+        assert torch.equal(logits(unload(model), x), before)
+    with pytest.raises(ValueError, match="full fine-tuning stands alone"):
+        get_peft_model(get_peft_model(vit(), BitFitConfig()), FullConfig(), "other")

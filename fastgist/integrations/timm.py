@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgist.gist import GistConfig, GistHost
+from fastgist.gist.model import GistInsert
 from fastgist.nn import (
     AdaptedBlock,
     AdaptedLayer,
@@ -24,6 +25,7 @@ from fastgist.nn import (
     CPFactors,
     CPLinear,
     LoRALinear,
+    PromptedBlock,
     ScaleShift,
     is_hooked,
     linear_slice,
@@ -80,7 +82,13 @@ class TimmViT(Family):
     def width(self, model: Any, path: str) -> int:
         return model.embed_dim
 
+    def prompt_blocks(self, model: Any) -> list[str]:
+        if model.global_pool != "token" and getattr(model, "pool_include_prefix", False):
+            raise ValueError(f"{type(model).__name__} pools its prefix tokens; the prompts would enter the prediction")
+        return [f"blocks.{i}" for i in range(len(model.blocks))]
+
     def after_change(self, model: Any) -> None:
+        count_prefix(model)
         head = model.head
         if isinstance(head, nn.Linear):
             model.num_classes = head.out_features
@@ -171,7 +179,7 @@ class TimmViTGist(GistHost):
                 raise ValueError(
                     f"add_gist: {name} has a {method} of its own; which logits the gist token shares is not known"
                 )
-        self.index = model.num_prefix_tokens
+        self.index = own_prefix(model)
         self.dim = model.embed_dim
         self.plain_forward = (
             family is vit
@@ -180,25 +188,11 @@ class TimmViTGist(GistHost):
         )
         self.rowwise = _Rowwise() if self.plain_forward else None
 
-    # -- bookkeeping of prefix tokens --------------------------------------------------------------------------------
     def attached(self, model: Any, length: int) -> None:
-        self._count(model, length)
-        if model.dynamic_img_size:
-            model._pos_embed = _WithoutGist(model, "_pos_embed", self.index)
-        if hasattr(model, "set_input_size"):
-            model.set_input_size = _WithoutGist(model, "set_input_size", self.index)
+        count_prefix(model)
 
     def detached(self, model: Any, length: int) -> None:
-        self._count(model, -length)
-        model.__dict__.pop("_pos_embed", None)
-        model.__dict__.pop("set_input_size", None)
-
-    @staticmethod
-    def _count(model: Any, length: int) -> None:
-        model.num_prefix_tokens += length
-        for module in model.blocks.modules():  # rotary attention leaves the prefix unrotated
-            if isinstance(getattr(module, "num_prefix_tokens", None), int):
-                module.num_prefix_tokens += length
+        count_prefix(model)
 
     # -- forward -----------------------------------------------------------------------------------------------------
     def forward(self, model: Any, config: GistConfig, want_gist: bool, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -237,8 +231,40 @@ class TimmViTGist(GistHost):
         return model.norm(checkpoint(rows, x) if checkpointing else rows(x))
 
 
-class _WithoutGist:
-    """A method of ``model`` that sees the number of prefix tokens before the gist token; copied and pickled with it."""
+def own_prefix(model: Any) -> int:
+    """How many prefix tokens the model itself has: class and register tokens, no gist token and no prompts."""
+    return model.__dict__.get(_COUNTED, (model.num_prefix_tokens, 0))[0]
+
+
+#: Where a model keeps (its own prefix tokens, ours that its counters include).
+_COUNTED = "_fastgist_prefix"
+
+
+def count_prefix(model: Any) -> None:
+    """Bring everything that counts prefix tokens in line with the gist token and the prompts that are there now."""
+    own, counted = model.__dict__.get(_COUNTED, (model.num_prefix_tokens, 0))
+    insert = model.get_submodule(TimmViTGist.path)
+    gist = insert.gist.length if isinstance(insert, GistInsert) else 0
+    prompted = [block for block in model.blocks if isinstance(block, PromptedBlock)]
+    ours = gist + (prompted[0].length if prompted else 0)
+    for block in prompted:
+        block.index = own + gist
+    model.num_prefix_tokens = own + ours
+    for module in model.blocks.modules():  # rotary attention leaves the prefix unrotated
+        if isinstance(getattr(module, "num_prefix_tokens", None), int):
+            module.num_prefix_tokens += ours - counted
+    for method in ("_pos_embed", "set_input_size", _COUNTED):
+        model.__dict__.pop(method, None)
+    if ours:
+        model.__dict__[_COUNTED] = (own, ours)
+        if model.dynamic_img_size:
+            model._pos_embed = _WithOwnPrefix(model, "_pos_embed", own)
+        if hasattr(model, "set_input_size"):
+            model.set_input_size = _WithOwnPrefix(model, "set_input_size", own)
+
+
+class _WithOwnPrefix:
+    """A method of ``model`` that sees the number of the model's own prefix tokens; copied and pickled with it."""
 
     def __init__(self, model: Any, method: str, prefix: int) -> None:
         self.model, self.method, self.prefix = model, method, prefix
@@ -290,7 +316,17 @@ class _Rowwise:
             for n in ("Mlp", "GluMlp", "SwiGLU", "SwiGLUPacked", "LayerScale", "DropPath")
             if inspect.isclass(getattr(layers, n, None))
         ]
-        ours = [AdaptedBlock, AdaptedLayer, Adapter, BiasShift, CPFactors, CPLinear, LoRALinear, ScaleShift]
+        ours = [
+            AdaptedBlock,
+            AdaptedLayer,
+            Adapter,
+            BiasShift,
+            CPFactors,
+            CPLinear,
+            LoRALinear,
+            PromptedBlock,
+            ScaleShift,
+        ]
         self.known = self.norms | {Block, layers.Attention, nn.Linear, nn.Dropout, *activations, *others, *ours}
         self.attention_parts = frozenset({"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"})
 
@@ -304,7 +340,7 @@ class _Rowwise:
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return False
         whole = blocks[-1]
-        block = whole.base_layer if type(whole) is AdaptedBlock else whole
+        block = whole.base_layer if type(whole) in (AdaptedBlock, PromptedBlock) else whole
         if type(block) is not self.block_type or not BLOCK_PARTS.issuperset(block._modules):
             return False
         attention = block.attn.base_layer if type(block.attn) is AdaptedLayer else block.attn
@@ -326,6 +362,8 @@ class _Rowwise:
         add = _plain_add
         if isinstance(block, AdaptedBlock):
             add, block = block.add, block.base_layer
+        elif isinstance(block, PromptedBlock):
+            x, block = block.place(x), block.base_layer
         out = self._attend(block.attn, block.norm1(x), index, count)
         x = add("attention", self._pick(x, index, count), block.drop_path1(block.ls1(out)))
         return add("mlp", x, block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))

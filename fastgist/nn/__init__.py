@@ -7,6 +7,7 @@ from fastgist.nn.cp import CPFactors, CPLinear
 from fastgist.nn.gist_token import GistToken
 from fastgist.nn.lora import LoRALinear
 from fastgist.nn.losses import BidirectionalKLLoss, GistLoss
+from fastgist.nn.prompt import PromptedBlock
 
 __all__ = [
     "AdaptedBlock",
@@ -22,6 +23,7 @@ __all__ = [
     "GistLoss",
     "GistToken",
     "LoRALinear",
+    "PromptedBlock",
     "ScaleShift",
     "TunerLinear",
     "channels",

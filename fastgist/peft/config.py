@@ -11,9 +11,11 @@ __all__ = [
     "BitFitConfig",
     "CPConfig",
     "FacTConfig",
+    "FullConfig",
     "LinearProbeConfig",
     "LoraConfig",
     "PeftConfig",
+    "PromptConfig",
     "SSFConfig",
     "config_from_dict",
 ]
@@ -101,6 +103,20 @@ class FacTConfig(PeftConfig):
 
 
 @dataclass
+class PromptConfig(PeftConfig):
+    """Visual prompt tuning (VPT, arXiv 2203.12119): trained rows after the class token (and the gist token).
+
+    deep: False puts them in before the first block; True gives every block prompts of its own, in the place of the last.
+    Not the identity at the start: the patches see the prompts at once.
+    """
+
+    method: ClassVar[str] = "prompt"
+    length: int = 10
+    deep: bool = False
+    dropout: float = 0.0
+
+
+@dataclass
 class SSFConfig(PeftConfig):
     """SSF (arXiv 2210.08823): a scale and a shift of every channel after each linear layer, norm and patch embedding.
 
@@ -116,6 +132,17 @@ class BitFitConfig(PeftConfig):
     """BitFit (arXiv 2106.10199): the biases of every layer that has one, as a change of the frozen ones."""
 
     method: ClassVar[str] = "bitfit"
+
+
+@dataclass
+class FullConfig(PeftConfig):
+    """Full fine-tuning, the ceiling that the others are compared with: everything is trained, and saved.
+
+    It stands alone (no other named adapter beside it), and there is no way back: disable_adapter refuses, and unload
+    leaves the weights as trained.
+    """
+
+    method: ClassVar[str] = "full"
 
 
 @dataclass

@@ -83,6 +83,14 @@ class Family(ABC):
         """
         raise ValueError(f"how the blocks of {type(model).__name__} add up is not known")
 
+    def prompt_blocks(self, model: nn.Module) -> list[str]:
+        """Paths of the blocks, in order, that may put prompts into the sequence. The model is not wrapped then.
+
+        Raises:
+            ValueError: prompts have no place in this model.
+        """
+        raise ValueError(f"where prompts go in a {type(model).__name__} is not known")
+
     def width(self, model: nn.Module, path: str) -> int:
         """The width of a sublayer's output."""
         raise NotImplementedError

@@ -17,6 +17,7 @@ from fastgist.nn import (
     CPFactors,
     CPLinear,
     LoRALinear,
+    PromptedBlock,
     ScaleShift,
     factory,
 )
@@ -25,9 +26,11 @@ from fastgist.peft.config import (
     BitFitConfig,
     CPConfig,
     FacTConfig,
+    FullConfig,
     LinearProbeConfig,
     LoraConfig,
     PeftConfig,
+    PromptConfig,
     SSFConfig,
 )
 from fastgist.peft.family import Family, Selection, select
@@ -45,6 +48,8 @@ class Method(ABC):
     mergeable = False
     #: How an error about a method that cannot merge calls it.
     title = "this method"
+    #: Whether it trains the model's own weights too, so that they belong to the adaptation and are saved with it.
+    whole = False
 
     @abstractmethod
     def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]: ...
@@ -227,6 +232,29 @@ class _FacT(_CP):
         return self.shared(model, family, config, cores[config.form], config.scale)
 
 
+class _Prompts(Method):
+    title = "prompts (rows of the sequence)"
+
+    def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]:
+        assert isinstance(config, PromptConfig)
+        try:
+            paths = family.prompt_blocks(model)
+        except ValueError as error:
+            raise ValueError(f"PromptConfig: {error}") from None
+        built: dict[str, nn.Module] = {}
+        for path in paths if config.deep else paths[:1]:
+            base = model.get_submodule(path)
+            built[path] = PromptedBlock(
+                base,
+                family.width(model, path),
+                config.length,
+                insert=path == paths[0],
+                dropout=config.dropout,
+                **factory(_first_linear(base), None, None),
+            )
+        return built
+
+
 class _SSF(Method):
     mergeable = True
     title = "SSF"
@@ -257,10 +285,17 @@ class _LinearProbe(Method):
         return {}
 
 
+class _Full(_LinearProbe):
+    title = "full fine-tuning"
+    whole = True
+
+
 register_method(AdapterConfig, _Adapters())
 register_method(LoraConfig, _LoRA())
 register_method(CPConfig, _CP())
 register_method(FacTConfig, _FacT())
+register_method(PromptConfig, _Prompts())
 register_method(SSFConfig, _SSF())
 register_method(BitFitConfig, _BitFit())
+register_method(FullConfig, _Full())
 register_method(LinearProbeConfig, _LinearProbe())

@@ -82,6 +82,8 @@ class Record:
     sites: dict[str, Any]
     heads: dict[str, nn.Module] | None = None
     extra: nn.Module | None = None
+    #: Whether the model's own weights are trained too.
+    whole: bool = False
 
 
 @dataclass
@@ -192,6 +194,9 @@ def activate(model: nn.Module, state: State, name: str) -> None:
         record.extra = None
     state.active = name
     state.family.after_change(model)
+    if record.whole:
+        for p in model.parameters():
+            p.requires_grad_(p.is_floating_point())
 
 
 def deactivate(model: nn.Module, state: State) -> None:
@@ -252,6 +257,10 @@ def owned_tensors(model: nn.Module, state: State) -> dict[str, Tensor]:
     if state.extension is not None:
         extra = state.extension.module().state_dict(keep_vars=True)
         owned |= {f"{state.extension.name}.{name}": t for name, t in extra.items()}
+    if record is not None and record.whole:
+        known = {id(t) for t in owned.values()}
+        everything = model.state_dict(keep_vars=True)
+        owned |= {f"model.{name}": t for name, t in everything.items() if id(t) not in known}
     return owned
 
 

@@ -53,11 +53,16 @@ def add_record(model: nn.Module, config: PeftConfig, name: str, caller: str) -> 
                 f"({known.records[name].config}); give another name, or unload(model) first"
             )
         _refuse_merged(known, caller)
+        whole = next((r for r in known.records.values() if r.whole), None)
+        if whole is not None or (method.whole and known.records):
+            raise ValueError(
+                f"{caller}: full fine-tuning stands alone, and the model has {', '.join(known.records)}; unload(model) first"
+            )
     state = _state.begin(plain, caller)
     previous = state.active
     try:
         _state.deactivate(plain, state)
-        record = Record(name, config, method.build(plain, state.family, config))
+        record = Record(name, config, method.build(plain, state.family, config), whole=method.whole)
         if not record.sites and not any(True for head in state.original_heads.values() for _ in head.parameters()):
             raise ValueError(
                 f"{caller}: {type(config).__name__} adds no layers and the model has no head: nothing to train"
@@ -110,6 +115,7 @@ def disable_adapter(model: nn.Module, *, keep_head: bool = False) -> Iterator[nn
     """
     state = need_state(model, "disable_adapter")
     _refuse_merged(state, "disable_adapter")
+    _refuse_whole(state, "disable_adapter")
     plain = _state.inner(model)
     active = state.active
     trained = {path: plain.get_submodule(path) for path in state.original_heads}
@@ -211,6 +217,8 @@ def unload(model: nn.Module, keep_head: bool = True) -> nn.Module:
     """
     state = need_state(model, "unload")
     plain = _state.inner(model)
+    if not keep_head:
+        _refuse_whole(state, "unload")
     if _merged(state):
         unmerge(plain)
     _state.deactivate(plain, state)
@@ -229,6 +237,14 @@ def unload(model: nn.Module, keep_head: bool = True) -> nn.Module:
 def _merged(state: State) -> bool:
     record = state.record()
     return record is not None and any(getattr(layer, "merged", False) for layer in record.sites.values())
+
+
+def _refuse_whole(state: State, caller: str) -> None:
+    record = state.record()
+    if record is not None and record.whole:
+        raise RuntimeError(
+            f"{caller}: after full fine-tuning (adapter {record.name!r}) the model it was is not there any more"
+        )
 
 
 def _refuse_merged(state: State, caller: str) -> None:

@@ -1,0 +1,67 @@
+"""Visual prompt tuning (VPT, arXiv 2203.12119): trained rows in the sequence."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgist.nn._tuner import check_dropout, check_positive
+
+__all__ = ["PromptedBlock"]
+
+
+class PromptedBlock(nn.Module):
+    """A transformer block that first puts its prompts into the sequence, or in the place of the prompts before it.
+
+    Args:
+        base_layer: the frozen block, (B, N, D) -> (B, N, D); further arguments of a call go to it.
+        dim: D.
+        length: how many prompts.
+        insert: True puts them in at ``index`` (the first block), False replaces the rows there (later blocks: VPT-deep).
+        dropout: rate on the prompts, in training.
+        device, dtype: of ``prompt`` (length, dim), drawn from U(-b, b) with b = sqrt(3 / dim): the paper's bound at ViT-B/16.
+    """
+
+    #: Where the prompts stand: after the class, register and gist tokens. Set by the model's family.
+    index: int = 1
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        dim: int,
+        length: int = 10,
+        *,
+        insert: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(base_layer, PromptedBlock):
+            raise ValueError("PromptedBlock: base_layer has prompts already")
+        self.base_layer = base_layer
+        self.dim = check_positive("PromptedBlock", "dim", dim)
+        self.length = check_positive("PromptedBlock", "length", length)
+        self.insert = insert
+        self.dropout = nn.Dropout(check_dropout("PromptedBlock", dropout))
+        self.prompt = nn.Parameter(torch.empty(length, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = math.sqrt(3.0 / self.dim)
+        nn.init.uniform_(self.prompt, -bound, bound)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.base_layer(self.place(x), *args, **kwargs)
+
+    def place(self, x: Tensor) -> Tensor:
+        """x (B, N, D) with the prompts at ``index``: (B, N + length, D) where they are new."""
+        prompt = self.dropout(self.prompt.to(x.dtype).expand(x.shape[0], -1, -1))
+        after = self.index if self.insert else self.index + self.length
+        return torch.cat((x[:, : self.index], prompt, x[:, after:]), dim=1)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, length={self.length}, insert={self.insert}, index={self.index}"
