@@ -97,6 +97,8 @@ def test_cp_initialisation() -> None:
 def test_cp_errors_name_what_came_and_what_was_wanted() -> None:
     f = CPFactors(6, 4, 3, 5)
     with pytest.raises(ValueError, match=r"factors.in_features == 7 .*got 6"):
+        CPLinear(nn.Linear(7, 8), f, 0)
+    with pytest.raises(ValueError, match=r"factors.in_features must divide 7 .*got 6"):
         CPLinear(nn.Linear(7, 4), f, 0)
     with pytest.raises(ValueError, match=r"must divide 10 .*got 4"):
         CPLinear(nn.Linear(6, 10), f, 0)

@@ -89,16 +89,10 @@ def test_cp_shares_factors_between_layers_of_a_shape() -> None:
     layers = [m for m in model.modules() if isinstance(m, CPLinear)]
     groups = {id(layer.factors): layer.factors for layer in layers}
     assert {(f.in_features, f.out_features): f.modes for f in groups.values()} == {
-        (32, 32): 3 * (2 + 1 + 4),  # q, v, proj and fc1 as four square matrices, of each of three blocks
-        (128, 32): 3,
+        (32, 32): 3 * (2 + 1 + 4 + 4),  # q, v, proj, and fc1 and fc2 as four square matrices, of each of three blocks
     }
-    used = [
-        m
-        for layer in layers
-        if layer.in_features == 32
-        for m in ((layer.mode,), layer.mode)[isinstance(layer.mode, tuple)]
-    ]
-    assert sorted(m for m in used if m is not None) == list(range(21))  # every matrix has a row of its own
+    used = [m for layer in layers for m in ((layer.mode,), layer.mode)[isinstance(layer.mode, tuple)]]
+    assert sorted(m for m in used if m is not None) == list(range(33))  # every matrix has a row of its own
     assert model.blocks[0].attn.qkv.mode == (0, None, 1)
 
 

@@ -130,7 +130,7 @@ def test_26_missing_unexpected_and_wrong_shape(saved) -> None:
         ),
         (
             lambda c, t: c["adapter"].update(method="unheard"),
-            "unknown adapter method 'unheard'; known here: adapter, cp",
+            "unknown adapter method 'unheard'; known here: adapter, bitfit, cp",
         ),
         (lambda c, t: c["adapter"].update(colour=1), "CPConfig has no field colour"),
         (lambda c, t: c.pop("adapter"), "has CPConfig|unexpected: adapter"),
