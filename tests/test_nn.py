@@ -110,8 +110,8 @@ def test_cp_errors_name_what_came_and_what_was_wanted() -> None:
         CPLinear(nn.Linear(6, 8), f, (None, None))
     with pytest.raises(TypeError, match="factors must be a CPFactors, got Linear"):
         CPLinear(nn.Linear(6, 4), nn.Linear(2, 2), 0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="core must be one of cp, tucker, got 'tt'"):
-        CPFactors(6, 4, 3, 5, core="tt")
+    with pytest.raises(ValueError, match="core must be one of cp, tucker, tt, got 'svd'"):
+        CPFactors(6, 4, 3, 5, core="svd")
     with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1.0"):
         CPFactors(6, 4, 3, 5, dropout=1.0)
 

@@ -70,7 +70,7 @@ def test_23_placements() -> None:
     before = copy.deepcopy(model)
     with pytest.raises(ValueError, match="placement 'pfeiffer' needs mlp sublayers; this model has none"):
         get_peft_model(model, AdapterConfig())
-    with pytest.raises(ValueError, match="placement must be one of pfeiffer, houlsby, parallel, adaptformer, shared, got 'gist'"):
+    with pytest.raises(ValueError, match="must be one of pfeiffer, houlsby, parallel, adaptformer, shared, got 'gist'"):
         get_peft_model(model, AdapterConfig(placement="gist"))
     _unchanged(model, before)
 
