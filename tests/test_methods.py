@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
-from vits import dense, eva, images, layer_norm, stir, trainable, vit, whole
+from vits import dense, dinov3, eva, images, layer_norm, stir, trainable, vit, whole
 
 from fastgist import (
     AdapterConfig,
@@ -16,6 +16,7 @@ from fastgist import (
     FacTConfig,
     FullConfig,
     GistConfig,
+    PrefixConfig,
     PromptConfig,
     SSFConfig,
     add_gist,
@@ -28,7 +29,7 @@ from fastgist import (
     unload,
     unmerge,
 )
-from fastgist.nn import AdaptedBlock, BiasShift, CPFactors, CPLinear, PromptedBlock, ScaleShift
+from fastgist.nn import AdaptedBlock, BiasShift, CPFactors, CPLinear, PrefixedAttention, PromptedBlock, ScaleShift
 
 SHARED = AdapterConfig(4, "shared", scale=0.1, init="paper")
 CONFIGS = [
@@ -38,10 +39,11 @@ CONFIGS = [
     FacTConfig(rank=3, form="tk", scale=0.5),
     SSFConfig(),
     BitFitConfig(),
+    PrefixConfig(length=3),
     PromptConfig(length=3),
     PromptConfig(length=2, deep=True, dropout=0.1),
 ]
-MERGEABLE = [c for c in CONFIGS if not isinstance(c, AdapterConfig | PromptConfig)]
+MERGEABLE = [c for c in CONFIGS if not isinstance(c, AdapterConfig | PrefixConfig | PromptConfig)]
 
 
 def logits(model, x):
@@ -80,11 +82,15 @@ def by_hand(model: nn.Module, x: Tensor) -> Tensor:
             inside = nn.functional.gelu(h @ a.down_weight.T + a.down_bias)
             return a.scale * (inside @ a.up_weight.T + a.up_bias)
 
-        n, heads = h.shape[1], block.attn.num_heads
-        qkv = affine(block.attn.qkv, dense, affine(block.norm1, layer_norm, h)).reshape(len(x), n, 3, heads, -1)
+        attn, prefix = getattr(block.attn, "base_layer", block.attn), block.attn
+        n, heads = h.shape[1], attn.num_heads
+        qkv = affine(attn.qkv, dense, affine(block.norm1, layer_norm, h)).reshape(len(x), n, 3, heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if isinstance(prefix, PrefixedAttention):
+            k = torch.cat([prefix.key.expand(len(x), -1, -1, -1), k], 2)
+            v = torch.cat([prefix.value.expand(len(x), -1, -1, -1), v], 2)
         mixed = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1) @ v
-        mixed = affine(block.attn.proj, dense, mixed.transpose(1, 2).reshape(h.shape))
+        mixed = affine(attn.proj, dense, mixed.transpose(1, 2).reshape(h.shape))
         h = h + mixed + beside("attention", h)
         inside = affine(block.mlp.fc1, dense, affine(block.norm2, layer_norm, h))
         h = h + affine(block.mlp.fc2, dense, nn.functional.gelu(inside)) + beside("mlp", h)
@@ -158,6 +164,7 @@ def test_merging(config, options, tmp_path) -> None:
 def test_compiled_checkpointed_and_in_half_precision(config) -> None:
     model = stir(add_gist(get_peft_model(vit(), config)))
     x = images()
+    torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(model).train(), fullgraph=True, backend="aot_eager")
     torch.manual_seed(0)
     expected = model.train()(x)
@@ -351,3 +358,62 @@ def test_full_fine_tuning(with_gist, tmp_path) -> None:
         assert torch.equal(logits(unload(model), x), before)
     with pytest.raises(ValueError, match="full fine-tuning stands alone"):
         get_peft_model(get_peft_model(vit(), BitFitConfig()), FullConfig(), "other")
+
+
+ATTENTIONS = {
+    "vit": vit,
+    "vit, normed queries": lambda: vit(qk_norm=True),
+    "eva": eva,
+    "eva, q k v apart": lambda: eva(qkv_fused=False),
+    "eva, no bias": lambda: eva(qkv_bias=False),
+    "dinov3": dinov3,
+}
+
+
+@pytest.mark.parametrize("make", ATTENTIONS.values(), ids=ATTENTIONS)
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_with_its_keys_left_open_is_timms(make, fused) -> None:
+    """What PrefixedAttention runs, with nothing put in: timm's own forward, with rotation and masks."""
+    from fastgist.integrations.timm import run_attention
+
+    model = make().double().eval()
+    attention = model.blocks[0].attn
+    attention.fused_attn = fused
+    h = torch.randn(2, 5, 32, dtype=torch.float64)
+    rope = {} if getattr(model, "rope", None) is None else {"rope": model.rope.get_embed()}
+    if "rope" in rope and getattr(model, "rope_mixed", False):
+        rope = {"rope": rope["rope"][0]}
+    own = model.num_prefix_tokens
+    h = torch.randn(2, own + 4, 32, dtype=torch.float64)
+    mask = torch.rand(own + 4, own + 4) < 0.5
+    mask.fill_diagonal_(True)
+    for given in (None, mask, torch.where(mask, 0.0, -3.0).double()):
+        got = run_attention(attention, lambda k, v: (k, v), h, attn_mask=given, **rope)
+        torch.testing.assert_close(got, attention(h, attn_mask=given, **rope))
+    with pytest.raises(ValueError, match="cannot be causal"):
+        run_attention(attention, lambda k, v: (k, v), h, is_causal=True)
+
+
+def test_a_prefix_under_a_mask_is_seen_by_every_query() -> None:
+    from fastgist.integrations.timm import run_attention
+
+    model = get_peft_model(vit().double(), PrefixConfig(length=2))
+    layer = stir(model).blocks[0].attn
+    h, alone = torch.randn(1, 5, 32, dtype=torch.float64), torch.eye(5, dtype=torch.bool)
+    got = layer(h, attn_mask=alone)
+    for row in range(5):  # a query that sees nothing but itself and the prefix
+        torch.testing.assert_close(
+            got[:, row : row + 1], run_attention(layer.base_layer, layer.extend, h[:, row : row + 1])
+        )
+
+
+def test_attention_that_is_not_known_is_refused() -> None:
+    from timm.layers import Attention
+
+    class Other(Attention):
+        pass
+
+    model = vit()
+    model.blocks[1].attn.__class__ = Other
+    with pytest.raises(ValueError, match="PrefixConfig: what happens inside Other is not known"):
+        get_peft_model(model, PrefixConfig())

@@ -25,12 +25,13 @@ from fastgist.nn import (
     CPFactors,
     CPLinear,
     LoRALinear,
+    PrefixedAttention,
     PromptedBlock,
     ScaleShift,
     is_hooked,
     linear_slice,
 )
-from fastgist.peft.family import Family, LinearSite, register_family
+from fastgist.peft.family import AttentionSite, Family, LinearSite, register_family
 
 __all__ = ["TimmViT", "TimmViTGist"]
 
@@ -82,6 +83,22 @@ class TimmViT(Family):
     def width(self, model: Any, path: str) -> int:
         return model.embed_dim
 
+    def attentions(self, model: Any) -> dict[str, AttentionSite]:
+        from timm.layers.attention import Attention, AttentionRope
+        from timm.models.eva import EvaAttention
+
+        found = {}
+        for path in self.sublayers(model)["attention"]:
+            attention = model.get_submodule(path)
+            kind = type(attention)
+            if kind not in (Attention, AttentionRope, EvaAttention) or not ATTENTION_PARTS.issuperset(
+                attention._modules
+            ):
+                raise ValueError(f"what happens inside {kind.__name__} is not known (inside timm's Attention it is)")
+            inside = attention.proj.in_features
+            found[path] = AttentionSite(run_attention, attention.num_heads, inside // attention.num_heads)
+        return found
+
     def prompt_blocks(self, model: Any) -> list[str]:
         if model.global_pool != "token" and getattr(model, "pool_include_prefix", False):
             raise ValueError(f"{type(model).__name__} pools its prefix tokens; the prompts would enter the prediction")
@@ -132,6 +149,79 @@ class TimmViT(Family):
 
 #: What the code here does with a block's parts; a version of timm that has more is left alone.
 BLOCK_PARTS = frozenset({"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"})
+
+
+#: What the code here does with an attention layer's parts.
+ATTENTION_PARTS = frozenset(
+    ("qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
+)
+
+
+def run_attention(
+    attention: Any,
+    extend: Any,
+    x: Tensor,
+    rope: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """timm's Attention, AttentionRope or EvaAttention with keys and values (B, heads, N, d) passed through ``extend``."""
+    if is_causal:
+        raise ValueError("an attention layer with a prefix cannot be causal")
+    q, k, v = _queries_keys_values(attention, x)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    if rope is not None:
+        q, k = (_rotated(attention, t, rope).type_as(v) for t in (q, k))
+    groups = getattr(attention, "num_kv_groups", 1)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    k, v = extend(k, v)
+    if attn_mask is not None:  # every query sees the prefix
+        seen = True if attn_mask.dtype == torch.bool else 0.0
+        attn_mask = nn.functional.pad(attn_mask, (k.shape[2] - q.shape[2], 0), value=seen)
+    return _attend_and_project(attention, q, k, v, x, attn_mask)
+
+
+def _queries_keys_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (B, heads, N, d) of x (B, N, D), before any norm."""
+    if attention.qkv is None:
+        layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+        head_dim = attention.q_proj.out_features // attention.num_heads
+        q, k, v = (layer(x).unflatten(-1, (-1, head_dim)).transpose(1, 2) for layer in layers)
+        return q, k, v
+    qkv = attention.qkv(x)
+    if getattr(attention, "q_bias", None) is not None:
+        qkv = qkv + torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+    q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def _rotated(attention: Any, t: Tensor, rope: Tensor) -> Tensor:
+    from timm.layers import apply_rot_embed_cat
+
+    prefix, half = attention.num_prefix_tokens, getattr(attention, "rotate_half", False)
+    return torch.cat((t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], rope, half=half)), dim=2)
+
+
+def _attend_and_project(
+    attention: Any, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, attn_mask: Tensor | None = None
+) -> Tensor:
+    """Softmax, values and everything after them, for queries q (B, heads, n, d) that came from ``rows`` (B, n, D)."""
+    if attention.fused_attn:
+        p = attention.attn_drop.p if attention.training else 0.0
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=p)
+    else:
+        weights = (q * attention.scale) @ k.transpose(-2, -1)
+        if attn_mask is not None:
+            weights = (
+                weights.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else weights + attn_mask
+            )
+        out = attention.attn_drop(weights.softmax(dim=-1)) @ v
+    out = attention.norm(out.transpose(1, 2).flatten(2))
+    gate = getattr(attention, "gate", None)
+    if gate is not None:
+        out = out * gate(rows).sigmoid()
+    return attention.proj_drop(attention.proj(out))
 
 
 def _plain_add(kind: str, x: Tensor, branch: Tensor) -> Tensor:
@@ -316,19 +406,9 @@ class _Rowwise:
             for n in ("Mlp", "GluMlp", "SwiGLU", "SwiGLUPacked", "LayerScale", "DropPath")
             if inspect.isclass(getattr(layers, n, None))
         ]
-        ours = [
-            AdaptedBlock,
-            AdaptedLayer,
-            Adapter,
-            BiasShift,
-            CPFactors,
-            CPLinear,
-            LoRALinear,
-            PromptedBlock,
-            ScaleShift,
-        ]
+        ours = [AdaptedBlock, AdaptedLayer, Adapter, BiasShift, CPFactors, CPLinear, LoRALinear, PrefixedAttention]
+        ours += [PromptedBlock, ScaleShift]
         self.known = self.norms | {Block, layers.Attention, nn.Linear, nn.Dropout, *activations, *others, *ours}
-        self.attention_parts = frozenset({"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"})
 
     def serves(self, model: Any) -> bool:
         """Whether the last block may be computed in part."""
@@ -343,8 +423,8 @@ class _Rowwise:
         block = whole.base_layer if type(whole) in (AdaptedBlock, PromptedBlock) else whole
         if type(block) is not self.block_type or not BLOCK_PARTS.issuperset(block._modules):
             return False
-        attention = block.attn.base_layer if type(block.attn) is AdaptedLayer else block.attn
-        if type(attention) is not self.attention_type or not self.attention_parts.issuperset(attention._modules):
+        attention = block.attn.base_layer if type(block.attn) in (AdaptedLayer, PrefixedAttention) else block.attn
+        if type(attention) is not self.attention_type or not ATTENTION_PARTS.issuperset(attention._modules):
             return False
         norm = model.norm.base_layer if isinstance(model.norm, AffineLayer) else model.norm
         if type(norm) not in self.norms or is_hooked(norm) or is_hooked(model.norm):
@@ -380,6 +460,9 @@ class _Rowwise:
         rows = self._pick(h, index, count)
         if isinstance(attention, AdaptedLayer):
             return attention.combine(rows, self._attend(attention.base_layer, h, index, count))
+        extend = None
+        if isinstance(attention, PrefixedAttention):
+            extend, attention = attention.extend, attention.base_layer
         batch, number = rows.shape[:2]
         heads, width = attention.num_heads, attention.qkv.out_features // 3
         q = linear_slice(attention.qkv, rows, 0, width)
@@ -391,16 +474,9 @@ class _Rowwise:
         k, v = kv.reshape(batch, -1, 2, heads, attention.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         q = q.reshape(batch, number, heads, attention.head_dim).transpose(1, 2)
         q, k = attention.q_norm(q), attention.k_norm(k)
-        if attention.fused_attn:
-            p = attention.attn_drop.p if attention.training else 0.0
-            out = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=p)
-        else:
-            out = attention.attn_drop(((q * attention.scale) @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
-        out = attention.norm(out.transpose(1, 2).reshape(batch, number, width))
-        gate = getattr(attention, "gate", None)
-        if gate is not None:
-            out = out * gate(rows).sigmoid()
-        return attention.proj_drop(attention.proj(out))
+        if extend is not None:
+            k, v = extend(k, v)
+        return _attend_and_project(attention, q, k, v, rows)
 
 
 register_family(TimmViT())

@@ -7,6 +7,7 @@ from fastgist.nn.cp import CPFactors, CPLinear
 from fastgist.nn.gist_token import GistToken
 from fastgist.nn.lora import LoRALinear
 from fastgist.nn.losses import BidirectionalKLLoss, GistLoss
+from fastgist.nn.prefix import AttentionForward, PrefixedAttention
 from fastgist.nn.prompt import PromptedBlock
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "AdaptedLayer",
     "Adapter",
     "AffineLayer",
+    "AttentionForward",
     "BiasShift",
     "BlockForward",
     "BidirectionalKLLoss",
@@ -23,6 +25,7 @@ __all__ = [
     "GistLoss",
     "GistToken",
     "LoRALinear",
+    "PrefixedAttention",
     "PromptedBlock",
     "ScaleShift",
     "TunerLinear",

@@ -9,6 +9,7 @@ from fastgist.peft.config import (
     LinearProbeConfig,
     LoraConfig,
     PeftConfig,
+    PrefixConfig,
     PromptConfig,
     SSFConfig,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "LoraConfig",
     "Method",
     "PeftConfig",
+    "PrefixConfig",
     "PromptConfig",
     "Report",
     "SSFConfig",

@@ -15,6 +15,7 @@ __all__ = [
     "LinearProbeConfig",
     "LoraConfig",
     "PeftConfig",
+    "PrefixConfig",
     "PromptConfig",
     "SSFConfig",
     "config_from_dict",
@@ -114,6 +115,17 @@ class PromptConfig(PeftConfig):
     length: int = 10
     deep: bool = False
     dropout: float = 0.0
+
+
+@dataclass
+class PrefixConfig(PeftConfig):
+    """Prefix tuning (arXiv 2101.00190): ``length`` trained keys and values before those of every attention layer.
+
+    Not the identity at the start: the prefix takes some of the attention's weight.
+    """
+
+    method: ClassVar[str] = "prefix"
+    length: int = 10
 
 
 @dataclass

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastgist.nn import BlockForward, channels
+from fastgist.nn import AttentionForward, BlockForward, channels
 
-__all__ = ["Family", "LinearSite", "Selection", "find_family", "register_family", "select"]
+__all__ = ["AttentionSite", "Family", "LinearSite", "Selection", "find_family", "register_family", "select"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,15 @@ class LinearSite:
     module: nn.Module
     aliases: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """An attention layer's forward with its keys and values left open, and their heads and width of a head."""
+
+    run: AttentionForward
+    heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,14 @@ class Family(ABC):
             ValueError: prompts have no place in this model.
         """
         raise ValueError(f"where prompts go in a {type(model).__name__} is not known")
+
+    def attentions(self, model: nn.Module) -> dict[str, AttentionSite]:
+        """Attention layers by path, and how each runs with its keys and values left open.
+
+        Raises:
+            ValueError: the attention layers are of a kind whose inside is not known.
+        """
+        raise ValueError(f"what happens inside the attention of {type(model).__name__} is not known")
 
     def width(self, model: nn.Module, path: str) -> int:
         """The width of a sublayer's output."""

@@ -17,6 +17,7 @@ from fastgist.nn import (
     CPFactors,
     CPLinear,
     LoRALinear,
+    PrefixedAttention,
     PromptedBlock,
     ScaleShift,
     factory,
@@ -30,6 +31,7 @@ from fastgist.peft.config import (
     LinearProbeConfig,
     LoraConfig,
     PeftConfig,
+    PrefixConfig,
     PromptConfig,
     SSFConfig,
 )
@@ -255,6 +257,23 @@ class _Prompts(Method):
         return built
 
 
+class _Prefix(Method):
+    title = "a prefix (rows beside the keys and values)"
+
+    def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]:
+        assert isinstance(config, PrefixConfig)
+        try:
+            sites = family.attentions(model)
+        except ValueError as error:
+            raise ValueError(f"PrefixConfig: {error}") from None
+        built: dict[str, nn.Module] = {}
+        for path, site in sites.items():
+            base = model.get_submodule(path)
+            place = factory(_first_linear(base), None, None)
+            built[path] = PrefixedAttention(base, site.run, site.heads, site.head_dim, config.length, **place)
+        return built
+
+
 class _SSF(Method):
     mergeable = True
     title = "SSF"
@@ -295,6 +314,7 @@ register_method(LoraConfig, _LoRA())
 register_method(CPConfig, _CP())
 register_method(FacTConfig, _FacT())
 register_method(PromptConfig, _Prompts())
+register_method(PrefixConfig, _Prefix())
 register_method(SSFConfig, _SSF())
 register_method(BitFitConfig, _BitFit())
 register_method(FullConfig, _Full())
