@@ -86,7 +86,8 @@ def _command(run: Callable[[Any], None], config: type) -> Callable[..., None]:
         # A switch that is off needs no --no- twin, which would only fill the help.
         names = [f"--{option.name.replace('_', '-')}"] if option.default is False else []
         kind = typer.Argument(**about) if argument else typer.Option(*names, **about)
-        default = inspect.Parameter.empty if argument else option.default
+        many = option.default_factory is not dataclasses.MISSING
+        default = option.default_factory() if many else inspect.Parameter.empty if argument else option.default
         annotation = Annotated[hints[option.name], kind]  # type: ignore[valid-type,name-defined]
         parameter = inspect.Parameter(
             option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation

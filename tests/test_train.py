@@ -196,6 +196,25 @@ def test_a_resumed_run_ends_bitwise_where_an_uninterrupted_one_ends(
     _same(out / "checkpoints" / last.name, last)  # the last weights, the best, the optimiser, all numbers
 
 
+@pytest.mark.parametrize("method", Method)
+def test_every_method_from_the_command_line(method: Method, digits: Path, tmp_path: Path) -> None:
+    settings = {
+        Method.ADAPTER: ["placement=shared", "scale=0.1", "init=paper"],
+        Method.LORA: ["targets=q,fc1", "alpha=4"],
+        Method.PROMPT: ["deep=true", "length=2"],
+    }
+    summary = quiet(config(digits, tmp_path / "out", method=method, epochs=1, set=settings.get(method, [])))
+    assert summary["method"] == method.value and 0 <= summary["test_accuracy"] <= 1
+    saved = json.loads((tmp_path / "out" / "adapter" / "fastgist_config.json").read_text())["adapter"]
+    assert saved["method"] == method.value.replace("-", "_")
+    if method is Method.ADAPTER:
+        assert (saved["placement"], saved["scale"], saved["init"]) == ("shared", 0.1, "paper")
+    if method is Method.LORA:
+        assert (saved["targets"], saved["alpha"]) == (["q", "fc1"], 4)
+    if method is Method.PROMPT:
+        assert (saved["deep"], saved["length"]) == (True, 2)
+
+
 def test_ctrl_c_leaves_a_complete_checkpoint_and_says_how_to_go_on(
     uninterrupted: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -486,8 +505,15 @@ def test_unreadable_images_are_named_before_training_and_can_be_skipped(digits: 
         ({"model": "resnet18"}, "resnet|ResNet"),
         ({"checkpoint": Path("nowhere.safetensors")}, "no such file: nowhere.safetensors"),
         ({"epochs": 2, "warmup_epochs": 2.0}, "--warmup-epochs 2 must be less than --epochs 2"),
-        ({"rank": 3}, "--rank is for lora and cp, not for adapter"),
+        ({"rank": 3}, "--rank is for lora, cp and fact, not for adapter"),
         ({"method": Method.CP, "bottleneck_dim": 3}, "--bottleneck-dim is for adapter, not for cp"),
+        ({"set": ["placement"]}, "--set placement: expected field=value; AdapterConfig has bottleneck_dim, placement,"),
+        ({"set": ["scale=big"]}, "--set scale=big: 'big' is no float"),
+        ({"set": ["placement=nowhere"]}, "placement must be one of pfeiffer, .*got 'nowhere'"),
+        (
+            {"method": Method.BITFIT, "set": ["rank=3"]},
+            "--set rank=3: expected field=value; BitFitConfig has no settings",
+        ),
         ({"temperature": float("nan")}, "--temperature must be finite"),
         ({"device": "cuda:99"}, "--device is cpu, cuda, mps"),
         ({"image_size": 33}, "test_vit does not take images of 3 x 33 x 33: "),

@@ -25,6 +25,12 @@ class Method(enum.StrEnum):
     ADAPTER = "adapter"
     LORA = "lora"
     CP = "cp"
+    FACT = "fact"
+    SSF = "ssf"
+    BITFIT = "bitfit"
+    PROMPT = "prompt"
+    PREFIX = "prefix"
+    FULL = "full"
 
 
 class MixedPrecision(enum.StrEnum):
@@ -67,8 +73,15 @@ class FinetuneConfig(Recipe):
     image_size: int | None = _option(None, "Pixels a side; the model's own if not given.", "Model", min=1)
     method: Method = _option(Method.ADAPTER, "What is trained beside the head.", "Model")
     gist: bool = _option(True, "Add a gist token and its loss.", "Model")
-    rank: int | None = _option(None, "Rank of lora and cp; the method's default if not given.", "Model", min=1)
+    rank: int | None = _option(None, "Rank of lora, cp and fact; the method's default if not given.", "Model", min=1)
     bottleneck_dim: int | None = _option(None, "Width of the adapter's bottleneck.", "Model", min=1)
+    set: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={
+            "help": "A setting of the method, such as placement=shared or deep=true; may be repeated.",
+            "panel": "Model",
+        },
+    )
 
     output_dir: Path = _option(Path("fastgist-finetune"), "Where everything is written.", "Run")
     resume: bool = _option(False, "Continue from the newest complete checkpoint in the output folder.", "Run")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import importlib
-from collections.abc import Mapping
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastgist.peft import PeftConfig
 from fastgist.peft.family import find_family
 from fastgist.train.config import FinetuneConfig, Method, UserError
 
@@ -102,30 +105,59 @@ def adapt(
     gist: bool,
     rank: int | None = None,
     bottleneck_dim: int | None = None,
+    settings: Sequence[str] = (),
     **options: Any,
 ) -> nn.Module:
     """Freeze ``model`` and add ``method``, and a gist token if asked; ``options`` go to the method's config."""
     import fastgist
+    from fastgist.peft.method import registered_configs
 
-    kinds = {
-        Method.LINEAR_PROBE: fastgist.LinearProbeConfig,
-        Method.ADAPTER: fastgist.AdapterConfig,
-        Method.LORA: fastgist.LoraConfig,
-        Method.CP: fastgist.CPConfig,
-    }
+    kind = registered_configs()[method.value.replace("-", "_")]
+    options = _settings(kind, settings) | options
     if rank is not None:
-        if method not in (Method.LORA, Method.CP):
-            raise UserError(f"--rank is for lora and cp, not for {method.value}")
+        if method not in (Method.LORA, Method.CP, Method.FACT):
+            raise UserError(f"--rank is for lora, cp and fact, not for {method.value}")
         options["rank"] = rank
     if bottleneck_dim is not None:
         if method is not Method.ADAPTER:
             raise UserError(f"--bottleneck-dim is for adapter, not for {method.value}")
         options["bottleneck_dim"] = bottleneck_dim
     try:
-        model = fastgist.get_peft_model(model, kinds[method](**options))
+        model = fastgist.get_peft_model(model, kind(**options))
         return fastgist.add_gist(model) if gist else model
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
+
+
+def _settings(kind: type[PeftConfig], given: Sequence[str]) -> dict[str, Any]:
+    """``field=value`` words as arguments of ``kind``, read by the types of its fields."""
+    types = typing.get_type_hints(kind)
+    fields = {f.name: types[f.name] for f in dataclasses.fields(kind)}
+    found: dict[str, Any] = {}
+    for word in given:
+        name, equals, value = word.partition("=")
+        if not equals or name not in fields:
+            has = ", ".join(fields) or "no settings"
+            raise UserError(f"--set {word}: expected field=value; {kind.__name__} has {has}")
+        try:
+            found[name] = _READ.get(fields[name], _names)(value)
+        except (ValueError, KeyError):
+            raise UserError(
+                f"--set {word}: {value!r} is no {getattr(fields[name], '__name__', fields[name])}"
+            ) from None
+    return found
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(filter(None, value.split(",")))
+
+
+_READ: dict[Any, Callable[[str], Any]] = {
+    int: int,
+    float: float,
+    str: str,
+    bool: lambda value: {"true": True, "1": True, "false": False, "0": False}[value.lower()],
+}
 
 
 def frozen_fingerprint(model: nn.Module) -> str:
