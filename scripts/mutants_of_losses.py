@@ -112,7 +112,12 @@ BIDIRECTIONAL_KL = [
     *reference(
         "bidirectional_kl",
         ("no T^2", "row_loss = row_loss * temperature**2", "row_loss = row_loss * temperature", "t_squared squares"),
-        ("offset kept", "return z - difference.mean(-1, keepdim=True)", "return z * 1.0", "100 between the two sides"),
+        (
+            "offset kept",
+            "return z - (z.amax(-1, keepdim=True) - other.amax(-1, keepdim=True)).nan_to_num_(0.0, 0.0, 0.0)",
+            "return z * 1.0",
+            "100 between the two sides",
+        ),
         ("q at T = 1", "torch.softmax(other * inv_t, -1)", "torch.softmax(other, -1)", "both sides at T"),
         ("mean of q under p", "mean_q = (q * d).sum", "mean_q = (p * d).sum", "E_q is over q"),
         (
@@ -147,8 +152,8 @@ BIDIRECTIONAL_KL = [
         ),
         (
             "sign of the finished gradient",
-            "_common.scale_rows(ctx.saved_tensors, (scale, -scale))",
-            "_common.scale_rows(ctx.saved_tensors, (scale, scale))",
+            "_common.scale_rows(ctx.saved_tensors, (scale, -scale), ctx.dtype)",
+            "_common.scale_rows(ctx.saved_tensors, (scale, scale), ctx.dtype)",
             "the other side's comes negated",
         ),
     ),

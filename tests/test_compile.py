@@ -155,6 +155,54 @@ def test_checkpointing_sees_one_dropout_mask(op, by, reentrant):
     _same(_trained(call, lambda *v: checkpoint(dropped, *v, use_reentrant=reentrant)), want)
 
 
+@pytest.mark.skipif(INTERPRETING, reason="the ordinary run has shown it")
+@pytest.mark.parametrize("op", OPS)
+def test_meta_tensors(op):
+    """Shapes without data, as tools that plan memory use them."""
+    call = make(op)
+    out = call(*(None if t is None else t.to("meta") for t in call.values(grad=False)))
+    assert out.is_meta
+    assert out.shape == call(*call.values(grad=False)).shape
+
+
+@pytest.mark.skipif(INTERPRETING, reason="the ordinary run has shown it")
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_export(op, strict):
+    """torch.export of a model whose parameters require grad, in both of its modes."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.call = make(op)
+            values = self.call.values(grad=False)
+            names = list(self.call.tensors)
+            self.rest = torch.nn.ParameterDict(
+                {n: torch.nn.Parameter(v) for n, v in zip(names[1:], values[1:], strict=True) if n in self.call.leaves}
+            )
+            self.fixed = {n: v for n, v in zip(names[1:], values[1:], strict=True) if n not in self.call.leaves}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            values = [self.rest[n] if n in self.rest else self.fixed[n] for n in list(self.call.tensors)[1:]]
+            return self.call(x, *values)
+
+    model, x = Model().eval(), make(op).values(grad=False)[0]
+    exported = torch.export.export(model, (x,), strict=strict)
+    torch.testing.assert_close(exported.module()(x), model(x))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.export(model, (x,), strict=strict).module()(x), model(x))
+
+
+@every
+def test_a_gradient_penalty_is_no_silent_constant(op, by):
+    """A second derivative asked for by torch.autograd.grad, whose engine skips what is on no path to its inputs."""
+    call = make(op)
+    values = call.values()
+    first = call.wanted(values)[0]
+    with pytest.raises(RuntimeError, match=f"{op}: no second derivative"):
+        torch.autograd.grad(call(*values, impl=by).sum(), first, create_graph=True)
+
+
 @every
 def test_deterministic_mode(op, by):
     call = make(op)
@@ -202,8 +250,11 @@ def test_a_raw_op_refuses_what_requires_grad(op, by):
         leaves = tuple(
             a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in _detached(args)
         )
-        with pytest.raises(RuntimeError, match=rf"computes without autograd.*fastgist\.functional\.{op} instead"):
-            raw(*leaves)
+        results = raw(*leaves)
+        with pytest.raises(RuntimeError, match=rf"computes without autograd.*fastgist\.functional\.{op} for gradients"):
+            sum(r.sum() for r in results).backward()
+        with torch.no_grad():
+            assert not any(r.requires_grad for r in raw(*leaves))
 
 
 def test_every_raw_op_was_reached():

@@ -13,6 +13,7 @@ import warnings
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 from vits import images, stir, trainable, vit
 
 from fastgist import (
@@ -95,7 +96,7 @@ def test_what_is_in_the_file(tmp_path) -> None:
     assert config["gist"] == {"length": 2, "dropout": 0.1, "readout": "first"}
     assert json.loads((tmp_path / "fastgist_config.json").read_text()) == config
     assert sorted(p.name for p in tmp_path.iterdir()) == [storage.MODEL_NAME, storage.CONFIG_NAME]
-    assert {k: type(v) for k, v in config["backbone"].items()} == {"sha256": str, "dtype": str}
+    assert {k: type(v) for k, v in config["backbone"].items()} == {"sha256": str, "numbers": list, "dtype": str}
     loaded = load_adapter(base, tmp_path)
     assert len({id(m) for m in loaded.modules() if isinstance(m, CPFactors)}) == 1
 
@@ -120,9 +121,14 @@ def test_merged_models_can_be_saved(tmp_path) -> None:
 def test_another_backbone_is_told(config, with_gist, tmp_path) -> None:
     base = vit()
     save_adapter(made(base, config, with_gist), tmp_path)
-    with warnings.catch_warnings():  # the same weights in bfloat16 are the same backbone
+    with warnings.catch_warnings():  # the same weights in another dtype are the same backbone
         warnings.simplefilter("error")
-        load_adapter(copy.deepcopy(base).bfloat16(), tmp_path)
+        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+            load_adapter(copy.deepcopy(base).to(dtype), tmp_path)
+        resampled = copy.deepcopy(base)
+        resampled.set_input_size((32, 32))
+        load_adapter(resampled, tmp_path)
+        load_adapter(copy.deepcopy(base).to("meta"), tmp_path)  # nothing there to compare with
     other = copy.deepcopy(base)
     with torch.no_grad():
         other.blocks[0].mlp.fc1.weight.mul_(1.01)
@@ -130,6 +136,25 @@ def test_another_backbone_is_told(config, with_gist, tmp_path) -> None:
         load_adapter(other, tmp_path)
     with pytest.warns(UserWarning, match=r"\(float32 there, bfloat16 here\)"):
         load_adapter(vit().bfloat16(), tmp_path)
+
+
+def test_weights_that_cannot_be_looked_into_stop_nothing(tmp_path) -> None:
+    """A weight of a class of its own (quantised, sharded): no fingerprint, and saving and loading go on."""
+
+    class Packed(nn.Parameter):
+        def reshape(self, *shape):
+            raise NotImplementedError("aten.view")
+
+    model, x = made(vit(), LoraConfig(), False), images()
+    for module in model.blocks[0].mlp.children():
+        if isinstance(module, nn.Linear):
+            module.weight = Packed(module.weight.detach(), requires_grad=False)
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "fastgist_config.json").read_text())["backbone"] is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(model, tmp_path)
+    assert logits(model, x).isfinite().all()
 
 
 def test_named_adapters_in_files(tmp_path) -> None:

@@ -151,6 +151,9 @@ def test_merging(config, options, tmp_path) -> None:
     before, state = logits(model, x), copy.deepcopy(model.state_dict())
     merge(model)
     assert report(model).merged
+    merged = model.state_dict()
+    assert merged.keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in merged.items())
     torch.testing.assert_close(logits(model, x), before, rtol=1e-10, atol=1e-11)
     save_adapter(model, tmp_path)
     torch.testing.assert_close(logits(load_adapter(copy.deepcopy(base), tmp_path), x), before)

@@ -24,6 +24,7 @@ from fastgist.nn import (
     TunerLinear,
     linear_slice,
 )
+from fastgist.nn.losses import INTERACTIONS
 from fastgist.testing import assert_within_budget
 
 
@@ -114,6 +115,24 @@ def test_cp_errors_name_what_came_and_what_was_wanted() -> None:
         CPFactors(6, 4, 3, 5, core="svd")
     with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1.0"):
         CPFactors(6, 4, 3, 5, dropout=1.0)
+
+
+@pytest.mark.parametrize("kind", ["lora", "cp"])
+def test_state_dict_is_the_same_merged_or_not(kind) -> None:
+    """A merged weight in a state_dict would get its update a second time where it is loaded."""
+    base = nn.Linear(6, 4)
+    layer = filled(LoRALinear(base, 2) if kind == "lora" else CPLinear(base, CPFactors(6, 4, 2, 1), 0))
+    x = torch.randn(3, 6)
+    expected, before = layer(x), copy.deepcopy(layer.state_dict())
+    fresh = copy.deepcopy(layer)
+    layer.merge()
+    merged = layer.state_dict()
+    assert merged.keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in merged.items())
+    fresh.load_state_dict(merged)
+    torch.testing.assert_close(fresh(x), expected)
+    with pytest.raises(RuntimeError, match="is merged: unmerge the model before loading into it"):
+        layer.load_state_dict(before)
 
 
 # -- LoRA ------------------------------------------------------------------------------------------------------------
@@ -523,3 +542,25 @@ def test_bidirectional_kl_loss() -> None:
         functional.bidirectional_kl(z, g, temperature=2.0, reduction="none", t_squared=True),
     )
     assert "temperature=2.0" in repr(BidirectionalKLLoss(2.0))
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+def test_absent_classes_leave_every_interaction(interaction) -> None:
+    """A class at -inf in both heads (masked) is as if it were not there, in loss and gradients."""
+    z, g, y = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64), torch.arange(4)
+    loss = GistLoss(interaction=interaction)
+    few = [t.clone().requires_grad_() for t in (z, g)]
+    want = torch.autograd.grad(loss(*few, y), few)
+    padded = [nn.functional.pad(t, (0, 2), value=-torch.inf).requires_grad_() for t in (z, g)]
+    torch.testing.assert_close(loss(*padded, y), loss(*few, y))
+    for got, w in zip(torch.autograd.grad(loss(*padded, y), padded), want, strict=True):
+        torch.testing.assert_close(got[:, :6], w)
+        assert bool((got[:, 6:] == 0).all())
+
+
+def test_evaluation_on_soft_targets_with_an_absent_class() -> None:
+    z, soft = torch.randn(3, 4), torch.rand(3, 4).softmax(-1)
+    padded, targets = nn.functional.pad(z, (0, 1), value=-torch.inf), nn.functional.pad(soft, (0, 1))
+    for reduction in ("mean", "none"):
+        want = nn.functional.cross_entropy(z, soft, reduction=reduction)
+        torch.testing.assert_close(GistLoss(reduction=reduction)(padded, targets), want)

@@ -479,3 +479,19 @@ def test_factors_stay_shared_through_torch_save() -> None:
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=False)
     assert len({id(m) for m in loaded.modules() if isinstance(m, CPFactors)}) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_heads_set_aside_follow_the_models_dtype(dtype) -> None:
+    base = vit()
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(rank=2))
+    get_peft_model(model, LoraConfig(rank=3), "b")
+    model.to(dtype)
+    x = images(dtype=dtype)
+    set_adapter(model, "default")
+    assert logits(model, x).dtype == dtype
+    with disable_adapter(model):
+        torch.testing.assert_close(logits(model, x), logits(base.to(dtype), x))
+    get_peft_model(model, LoraConfig(rank=2), "c")
+    assert logits(model, x).dtype == dtype
+    assert logits(unload(model, keep_head=False), x).dtype == dtype

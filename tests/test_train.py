@@ -215,6 +215,29 @@ def test_every_method_from_the_command_line(method: Method, digits: Path, tmp_pa
         assert (saved["deep"], saved["length"]) == (True, 2)
 
 
+def test_sixteen_bits_orientation_and_unknown_ranges(tmp_path: Path) -> None:
+    """Pillow alone clips 16 bits to white and ignores the camera's orientation."""
+    import numpy as np
+    from PIL import Image
+
+    from fastgist.train.data import to_rgb
+
+    ramp = np.arange(256, dtype=np.uint16)[None].repeat(4, 0) * 257
+    Image.fromarray(ramp).save(tmp_path / "16.png")
+    with Image.open(tmp_path / "16.png") as picture:
+        assert np.array_equal(np.asarray(to_rgb(picture))[:, :, 1], ramp >> 8)
+    turned = Image.new("RGB", (60, 40))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    with Image.open(tmp_path / "turned.jpg") as picture:
+        assert to_rgb(picture).size == (40, 60)
+    with pytest.raises(ValueError, match="floating-point pixels"):
+        to_rgb(Image.fromarray(np.zeros((2, 2), np.float32)))
+    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK"):
+        assert to_rgb(Image.new(mode, (3, 2))).mode == "RGB"
+
+
 def test_ctrl_c_leaves_a_complete_checkpoint_and_says_how_to_go_on(
     uninterrupted: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -500,6 +523,7 @@ def test_unreadable_images_are_named_before_training_and_can_be_skipped(digits: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"alpha": float("inf")}, "--alpha must be finite, got inf"),
         ({"model": "resnet18"}, r"resnet18 is a ResNet: only timm's Vision Transformers"),
         ({"model": "vit_bse_patch16_224"}, r"no model named 'vit_bse_patch16_224': did you mean vit_base_patch16_224"),
         ({"model": "resnet18"}, "resnet|ResNet"),

@@ -42,6 +42,10 @@ def check_dropout(owner: str, dropout: float) -> float:
     return float(dropout)
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def is_hooked(module: nn.Module) -> bool:
     """True if calling ``module`` runs more than its class's forward: hooks, or a forward replaced on the instance."""
     return bool(
@@ -64,6 +68,40 @@ def is_plain(layer: nn.Module) -> bool:
         and type(layer.weight) in (nn.Parameter, Tensor)
         and layer.weight.dtype in _DTYPES
     )
+
+
+def keep_original_state(layer: Any) -> None:
+    """Make ``layer``'s state_dict the same merged or not, and refuse to load into it while it is merged.
+
+    A merged weight in a state_dict would get its update a second time wherever it is loaded.
+    """
+    layer.register_state_dict_post_hook(_write_originals)
+    layer.register_load_state_dict_pre_hook(_refuse_merged)
+
+
+def _write_originals(layer: Any, state: dict[str, Any], prefix: str, metadata: object) -> None:
+    if layer.merged:
+        originals = layer.original_parameters()
+        for name, p in layer.base_layer.named_parameters(recurse=False):
+            key = f"{prefix}base_layer.{name}"
+            if name not in originals:
+                state.pop(key, None)
+            elif originals[name] is not p and key in state:
+                state[key] = originals[name]
+
+
+def _refuse_merged(
+    layer: Any,
+    state: object,
+    prefix: str,
+    metadata: object,
+    strict: object,
+    missing: object,
+    unexpected: object,
+    errors: list,
+) -> None:
+    if layer.merged:
+        errors.append(f"{prefix.rstrip('.')} is merged: unmerge the model before loading into it")
 
 
 class TunerLinear(nn.Module, ABC):
@@ -96,6 +134,7 @@ class TunerLinear(nn.Module, ABC):
         self.out_features: int = base_layer.out_features
         self._plain = is_plain(base_layer)
         self.register_buffer("_original_weight", None, persistent=False)
+        keep_original_state(self)
 
     # -- what a subclass says ---------------------------------------------------------------------------------------
     scale: float = 1.0
@@ -154,7 +193,7 @@ class TunerLinear(nn.Module, ABC):
 
     @staticmethod
     def _cast(factors: Factors, weight: Tensor) -> Factors:
-        if factors.u.dtype == weight.dtype or torch.is_autocast_enabled(weight.device.type):
+        if factors.u.dtype == weight.dtype or autocast_enabled(weight.device):
             return factors
         u, v, gain = factors
         return Factors(u.to(weight.dtype), v.to(weight.dtype), None if gain is None else gain.to(weight.dtype))

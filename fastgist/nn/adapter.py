@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgist import functional
-from fastgist.nn._tuner import check_positive, uniform_fan_in_
+from fastgist.nn._tuner import autocast_enabled, check_positive, uniform_fan_in_
 
 __all__ = ["AdaptedBlock", "AdaptedLayer", "Adapter", "BlockForward"]
 
@@ -80,7 +80,7 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | bool | None = None) -> Tensor:
         """x: (..., dim). residual: None for x itself, a tensor of x's shape, or False for none. Returns (..., dim)."""
         weights: list[Tensor] = [self.down_weight, self.down_bias, self.up_weight, self.up_bias]
-        if x.dtype != weights[0].dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weights[0].dtype and not autocast_enabled(x.device):
             weights = [w.to(x.dtype) for w in weights]  # float32 adapters in a half-precision model
         return functional.adapter(x, *weights, activation=self.activation, scale=self.scale, residual=residual)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgist.nn._tuner import linear_slice
+from fastgist.nn._tuner import keep_original_state, linear_slice
 
 __all__ = ["AffineLayer", "BiasShift", "ScaleShift", "channels"]
 
@@ -64,6 +64,7 @@ class AffineLayer(nn.Module, ABC):
         self.register_buffer("_original_weight", None, persistent=False)
         self.register_buffer("_original_bias", None, persistent=False)
         self.merged = False
+        keep_original_state(self)
 
     @abstractmethod
     def merged_weights(self) -> tuple[Tensor | None, Tensor | None]:

@@ -158,10 +158,13 @@ class GistLoss(nn.Module):
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         kept = self._kept(logits, target)
+        if kept is None:  # soft targets: torch's cross_entropy takes 0 times -inf at an absent class for NaN
+            options: dict[str, Any] = {"alpha": 0.0, "beta": 0.0, "label_smoothing": self.label_smoothing}
+            return functional.gist_loss(logits, logits.detach(), target, reduction=self.reduction, **options)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         rows = nn.functional.cross_entropy(
             wide.reshape(-1, wide.shape[-1]),
-            target.reshape(-1) if kept is not None else target.reshape(-1, wide.shape[-1]).to(wide.dtype),
+            target.reshape(-1),
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             reduction="none",
@@ -186,14 +189,22 @@ def _interaction(name: str, logits: Tensor, gist_logits: Tensor, temperature: fl
     """A number a row, (..., V) x 2 -> (...), in float32 or wider."""
     wide = torch.promote_types(torch.promote_types(logits.dtype, gist_logits.dtype), torch.float32)
     u, v = logits.to(wide) / temperature, gist_logits.to(wide) / temperature
-    if name == "mse":
-        return (u - v).square().mean(-1)
-    if name == "cosine":
-        return 1.0 - nn.functional.cosine_similarity(u, v, dim=-1)
+    absent = (u == -torch.inf) & (v == -torch.inf)  # classes that are in neither distribution: no part of any term
+    if name in ("mse", "cosine"):
+        u, v = u.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)
+        if name == "cosine":
+            return 1.0 - nn.functional.cosine_similarity(u, v, dim=-1)
+        return (u - v).square().sum(-1) / (~absent).sum(-1)
     log_p, log_q = u.log_softmax(-1), v.log_softmax(-1)
     if name == "kl_forward":
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
+        return _divergence(log_p, log_q)
     if name == "kl_reverse":
-        return (log_q.exp() * (log_q - log_p)).sum(-1)
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
-    return 0.5 * ((log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1))
+        return _divergence(log_q, log_p)
+    log_m = torch.logaddexp(log_p.masked_fill(absent, 0.0), log_q.masked_fill(absent, 0.0)) - math.log(2.0)
+    return 0.5 * (_divergence(log_p, log_m) + _divergence(log_q, log_m))
+
+
+def _divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a||b) of log-probabilities, a number a row; classes that a does not have contribute 0."""
+    without = log_a == -torch.inf
+    return (log_a.exp() * (log_a.masked_fill(without, 0.0) - log_b.masked_fill(without, 0.0))).sum(-1)

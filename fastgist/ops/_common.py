@@ -16,6 +16,7 @@ __all__ = [
     "check_temperature",
     "check_reduction",
     "autocast_dtype",
+    "autocast_enabled",
     "dtype_name",
     "filled",
     "needs",
@@ -32,25 +33,43 @@ def define(schema: str, implementation: Callable, fake: Callable, public: str) -
     """Define ``fastgist::<schema>`` with one implementation for all devices, a fake, and a guard against autograd.
 
     Raw ops compute and do not differentiate: the public function wraps them in an autograd.Function. A raw op called
-    with tensors that require gradients would drop those silently, so the guard raises and names ``public``.
+    with tensors that require gradients would drop those silently, so what the guard returns raises in a backward and names
+    ``public``. (Not at once: a model from torch.export calls raw ops, and may be called with gradients on.)
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgist::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.fastgist, name).default
+    message = (
+        f"torch.ops.fastgist.{name} computes without autograd: call fastgist.functional.{public} for gradients (in a "
+        "model from torch.export there are none)"
+    )
 
     def guard(*args):
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            raise RuntimeError(
-                f"torch.ops.fastgist.{name} computes without autograd and got a tensor that requires grad: "
-                f"call fastgist.functional.{public} instead"
-            )
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+            results = op(*args)
+        # torch.export traces a Function's inside with gradients on; it exports a forward, so none can be lost.
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return results
+        leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+        return _NotDifferentiable.apply(message, len(results), *results, *leaves) if leaves else results
 
     _LIBRARY.impl(name, guard, "Autograd")
     return op
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    """The first ``count`` tensors, as results of the others that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, message, count, *tensors):
+        ctx.message = message
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(ctx.message)
 
 
 def _without_autocast(implementation: Callable) -> Callable:
@@ -59,7 +78,7 @@ def _without_autocast(implementation: Callable) -> Callable:
     @functools.wraps(implementation)
     def run(*args):
         device_type = next(a.device.type for a in args if isinstance(a, Tensor))
-        if not torch.is_autocast_enabled(device_type):
+        if not autocast_enabled(device_type):
             return implementation(*args)
         with torch.autocast(device_type, enabled=False):
             return implementation(*args)
@@ -68,40 +87,27 @@ def _without_autocast(implementation: Callable) -> Callable:
 
 
 def single_backward(op: str) -> Callable[[Callable], Callable]:
-    """Decorator of an autograd.Function's backward that cannot be differentiated itself.
+    """Decorator of an autograd.Function's backward that cannot be differentiated itself: it raises under create_graph=True.
 
-    Under create_graph=True the gradients it returns raise when a second derivative reaches them. (torch's
-    once_differentiable does so only where the incoming gradient requires grad, so a gradient penalty on a plain
-    ``loss.backward()`` would silently be taken as a constant.)
+    At once, not when a second derivative reaches the gradients: the engine only runs what lies on a path to the inputs
+    that it was asked for, and the results of a kernel lie on none, so a gradient penalty would silently be a constant.
+    (torch's once_differentiable is silent too where the incoming gradient does not require grad.)
     """
     message = (
-        f"{op}: no second derivative: its backward is a kernel. Double backward needs the formula in plain torch "
-        "(fastgist.reference)"
+        f"{op}: no second derivative (backward was called with create_graph=True): its backward is a kernel. Double "
+        "backward needs the formula in plain torch (fastgist.reference)"
     )
 
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def run(ctx, *grads):
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-                return backward(ctx, *grads)
-            with torch.no_grad():
-                out = backward(ctx, *grads)
-            return tuple(None if g is None else _NoSecondDerivative.apply(g.requires_grad_(), message) for g in out)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                raise RuntimeError(message)
+            return backward(ctx, *grads)
 
         return run
 
     return decorate
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, grad, message):
-        ctx.message = message
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(ctx.message)
 
 
 def filled(results: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
@@ -115,10 +121,10 @@ def needs(ctx, count: int, record: bool) -> tuple[bool, ...]:
     return tuple(ctx.needs_input_grad[:count]) if record else (False,) * count
 
 
-def scale_rows(grads: Iterable[Tensor], scales: Iterable[Tensor]) -> list[Tensor]:
-    """Finished gradients (M, V) times scales of their rows (M,), out of place: a second backward over a retained graph
-    finds them unscaled. Gradients that were not asked for (empty, 1-D) pass through."""
-    return [(g * s[:, None]).to(g.dtype) if g.dim() == 2 else g for g, s in zip(grads, scales, strict=True)]
+def scale_rows(grads: Iterable[Tensor], scales: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Finished gradients (M, V) times scales of their rows (M,), as ``dtype``, out of place: a second backward over a
+    retained graph finds them unscaled. Gradients that were not asked for (empty, 1-D) pass through."""
+    return [(g * s[:, None]).to(dtype) if g.dim() == 2 else g for g, s in zip(grads, scales, strict=True)]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -170,9 +176,14 @@ def check_reduction(op: str, reduction: str, allowed: tuple[str, ...] = REDUCTIO
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast asks matrix products to run in on this device, or None outside autocast."""
-    if torch.is_autocast_enabled(device_type):
+    if autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on; never on "meta", where torch's own question raises."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def tf32_allowed() -> bool:

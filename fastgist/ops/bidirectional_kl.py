@@ -67,8 +67,7 @@ def _fwd_fake(logits, other_logits, mask, temperature, need_logits, need_other, 
     return (
         row_loss,
         stats,
-        logits.new_empty((rows, classes) if with_gradients and need_logits else 0),
-        logits.new_empty((rows, classes) if with_gradients and need_other else 0),
+        *reference.finished_empty(logits, with_gradients and need_logits, with_gradients and need_other),
     )
 
 
@@ -126,7 +125,7 @@ class _BidirectionalKL(torch.autograd.Function):
         row_loss, stats, grad_logits, grad_other = _fwd_op(
             logits, other_logits, mask, temperature, need_logits, need_other, impl
         )
-        ctx.temperature, ctx.impl = temperature, impl
+        ctx.temperature, ctx.impl, ctx.dtype = temperature, impl, logits.dtype
         ctx.finished = grad_logits.dim() == 2 or grad_other.dim() == 2
         if ctx.finished:
             ctx.save_for_backward(grad_logits, grad_other)
@@ -140,7 +139,7 @@ class _BidirectionalKL(torch.autograd.Function):
         need_logits, need_other = ctx.needs
         if ctx.finished:
             scale = row_grad / ctx.temperature
-            grad_logits, grad_other = _common.scale_rows(ctx.saved_tensors, (scale, -scale))
+            grad_logits, grad_other = _common.scale_rows(ctx.saved_tensors, (scale, -scale), ctx.dtype)
         else:
             logits, other_logits, mask, stats = ctx.saved_tensors
             grad_logits, grad_other = _bwd_op(

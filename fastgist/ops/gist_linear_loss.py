@@ -77,6 +77,9 @@ def _run(
         part = slice(start, min(start + chunk_rows, rows))
         pairs = part.stop - part.start
         both = torch.cat((hidden[part], gist_hidden[part]))
+        if need_weight and not target.is_floating_point():  # 0 times what an ignored row holds is not 0 if it is NaN
+            ignored = target[part] == ignore_index
+            both.masked_fill_(torch.cat((ignored, ignored))[:, None], 0.0)
         logits = buffer[: 2 * pairs, :classes]
         if bias is None:
             torch.mm(both, weight.t(), out=logits)

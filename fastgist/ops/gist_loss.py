@@ -12,7 +12,7 @@ from fastgist.ops import _common
 from fastgist.ops.bidirectional_kl import STATS as _KL_STATS
 from fastgist.reference import gist_loss as reference
 from fastgist.reference._numerics import accumulate_dtype
-from fastgist.reference.bidirectional_kl import reduce_rows
+from fastgist.reference.bidirectional_kl import finished_empty, reduce_rows
 
 __all__ = ["gist_loss"]
 
@@ -73,8 +73,7 @@ def _fwd_fake(
     return (
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(0 if with_gradients else (len(STATS), rows), dtype=logits.dtype if with_gradients else dtype),
-        logits.new_empty((rows, classes) if with_gradients and need_logits else 0),
-        logits.new_empty((rows, classes) if with_gradients and need_gist else 0),
+        *finished_empty(logits, with_gradients and need_logits, with_gradients and need_gist),
     )
 
 
@@ -138,7 +137,7 @@ class _GistLoss(torch.autograd.Function):
         row_loss, stats, grad_logits, grad_gist = _fwd_op(
             logits, gist_logits, target, *options, need_logits, need_gist, impl
         )
-        ctx.options, ctx.impl = options, impl
+        ctx.options, ctx.impl, ctx.dtype = options, impl, logits.dtype
         ctx.finished = grad_logits.dim() == 2 or grad_gist.dim() == 2
         if ctx.finished:
             ctx.save_for_backward(grad_logits, grad_gist)
@@ -151,7 +150,7 @@ class _GistLoss(torch.autograd.Function):
     def backward(ctx, row_grad):
         need_logits, need_gist = ctx.needs
         if ctx.finished:
-            grads = _common.scale_rows(ctx.saved_tensors, (row_grad, row_grad))
+            grads = _common.scale_rows(ctx.saved_tensors, (row_grad, row_grad), ctx.dtype)
         else:
             logits, gist_logits, target, stats = ctx.saved_tensors
             grads = _bwd_op(

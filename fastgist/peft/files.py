@@ -103,48 +103,55 @@ def load_adapter(
     return model
 
 
-def backbone_fingerprint(model: nn.Module, state: _state.State) -> dict[str, str]:
-    """A digest of some 256 elements of each parameter that is not the adaptation's own, and their dtypes.
+def backbone_fingerprint(model: nn.Module, state: _state.State) -> dict[str, Any] | None:
+    """What tells the frozen weights from others: a digest of some 256 elements of each, and two elements of each as numbers.
 
-    The elements are rounded to bfloat16 first, so a float32 model and its bfloat16 copy are the same backbone.
+    Without what depends on the image's size (position embeddings). None where weights are not plain tensors in memory
+    (sharded, quantised, on the meta device): to look into those could fail, or wait for other processes.
     """
     owned = {id(t) for t in _state.owned_tensors(model, state).values()}
     layers = [m for m in model.modules() if isinstance(m, TunerLinear | AffineLayer) and m.merged]
-    unmerged = {}
+    unmerged: dict[int, Tensor | None] = {}
     for layer in layers:
         originals = layer.original_parameters()
         unmerged |= {id(p): originals.get(name) for name, p in layer.base_layer.named_parameters(recurse=False)}
-    digests, dtypes = [], set()
-    for parameter in model.parameters():
-        if id(parameter) in owned or parameter.is_meta or parameter.numel() == 0:
+    digests, numbers, dtypes = [], [], set()
+    for name, parameter in sorted(model.named_parameters()):
+        if id(parameter) in owned or any(word in name for word in ("pos_embed", "position")) or parameter.numel() == 0:
             continue
-        parameter = unmerged.get(id(parameter), parameter)
-        if parameter is None:  # a bias that merging added
+        if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.is_floating_point():
+            return None
+        original = unmerged.get(id(parameter), parameter)
+        if original is None:  # a bias that merging added
             continue
-        flat = parameter.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // 256)].to("cpu", copy=True)
-        some = some.to(torch.bfloat16) if some.is_floating_point() else some
+        flat = original.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // 256)].to("cpu", torch.float32, copy=True)
         shape = ",".join(map(str, parameter.shape)).encode()
-        digests.append(hashlib.sha256(shape + some.contiguous().view(torch.uint8).numpy().tobytes()).digest())
+        digests.append(hashlib.sha256(shape + some.numpy().tobytes()).digest())
+        numbers += [float(some[0]), float(some[-1])]
         dtypes.add(str(parameter.dtype).removeprefix("torch."))
-    return {"sha256": hashlib.sha256(b"".join(sorted(digests))).hexdigest(), "dtype": ", ".join(sorted(dtypes))}
+    digest = hashlib.sha256(b"".join(digests)).hexdigest()
+    return {"sha256": digest, "numbers": numbers, "dtype": ", ".join(sorted(dtypes))}
 
 
 def _check_backbone(model: nn.Module, config: Mapping[str, Any], path: Path) -> None:
     """Warn where the frozen weights are not those that the adapter was saved on."""
-    saved = config.get("backbone")
-    state = _state.state_of(model)
-    if not isinstance(saved, dict) or state is None:
+    saved, state = config.get("backbone"), _state.state_of(model)
+    found = None if state is None or not isinstance(saved, dict) else backbone_fingerprint(_state.inner(model), state)
+    if found is None or found["sha256"] == saved.get("sha256"):  # type: ignore[union-attr]
         return
-    found = backbone_fingerprint(_state.inner(model), state)
-    if found["sha256"] != saved.get("sha256"):
-        dtypes = "" if found["dtype"] == saved.get("dtype") else f" ({saved.get('dtype')} there, {found['dtype']} here)"
-        warnings.warn(
-            f"{path}: was trained on other frozen weights than this model's{dtypes}; its predictions will differ. Build "
-            "the model with the same pretrained weights first",
-            UserWarning,
-            stacklevel=3,
-        )
+    there, here, numbers = saved.get("dtype"), found["dtype"], saved.get("numbers", [])  # type: ignore[union-attr]
+    if here != there and len(numbers) == len(found["numbers"]):  # a copy in another dtype is the same backbone
+        pairs = torch.tensor([numbers, found["numbers"]], dtype=torch.float64)
+        if torch.allclose(*pairs, rtol=2.0**-6, atol=1e-6):
+            return
+    dtypes = "" if here == there else f" ({there} there, {here} here)"
+    warnings.warn(
+        f"{path}: was trained on other frozen weights than this model's{dtypes}; its predictions will differ. Build the "
+        "model with the same pretrained weights first",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def _adapter_config(config: Mapping[str, Any], path: Path) -> PeftConfig | None:

@@ -226,10 +226,10 @@ def _place_heads(model: nn.Module, heads: dict[str, nn.Module] | None) -> None:
 
 
 def _like(module: nn.Module, other: nn.Module) -> nn.Module:
-    """``module`` on the device and in the training mode of ``other``."""
-    device = next((p.device for p in other.parameters()), None)
-    if device is not None:
-        module.to(device=device)
+    """``module`` on the device, in the dtype and in the training mode of ``other``."""
+    like = next((p for p in other.parameters() if p.is_floating_point()), None)
+    if like is not None:
+        module.to(device=like.device, dtype=like.dtype)
     return module.train(other.training)
 
 

@@ -152,7 +152,7 @@ def backward(
         extra = _bias_columns(grad, gate, up_bias) if need_up_bias else None
         outer = torch.mm(_hidden(z, gate, activation, extra).transpose(0, 1), grad).mul_(scale)
         grad_up = outer[:width].transpose(0, 1).contiguous()
-        grad_up_bias = outer[width:].contiguous() if need_up_bias else None
+        grad_up_bias = outer[width:].clone() if need_up_bias else None
     elif need_up_bias:
         grad_up_bias = torch.mm(_bias_columns(grad, gate, up_bias).transpose(0, 1), grad).mul_(scale)
     if need_up_bias:

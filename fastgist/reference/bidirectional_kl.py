@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastgist.reference._numerics import accumulate, blockwise
 
-__all__ = ["bidirectional_kl", "forward", "narrow", "pair", "reduce_rows"]
+__all__ = ["bidirectional_kl", "finished_dtype", "finished_empty", "forward", "narrow", "pair", "reduce_rows"]
 
 
 def reduce_rows(row_loss: Tensor, reduction: str, mask: Tensor | None) -> Tensor:
@@ -68,10 +68,10 @@ def bidirectional_kl(
 
 
 def without_offset(z: Tensor, other: Tensor) -> Tensor:
-    """z less a constant of its row that brings it near ``other``: the mean difference over the first classes. What is
-    subtracted first is nearly exact; divided and subtracted later, an offset of 100 would drown a divergence of 1e-5."""
-    difference = (z[:, :32] - other[:, :32]).nan_to_num_(0.0, 0.0, 0.0)
-    return z - difference.mean(-1, keepdim=True)
+    """z less a constant of its row that brings it near ``other``: the difference of the maxima. What is subtracted first is
+    nearly exact; divided and subtracted later, an offset of 100 would drown a divergence of 1e-5. (Not a mean over
+    classes: one class that a caller masked with -1e9 here and -1e4 there would move it out of float32's resolution.)"""
+    return z - (z.amax(-1, keepdim=True) - other.amax(-1, keepdim=True)).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def pair(
@@ -119,7 +119,9 @@ def forward(
     cost two more exponentials an element. A masked row gets loss 0 and gradient 0, whatever it holds.
     """
     if logits.numel() == 0:
-        return accumulate(logits).new_zeros(logits.shape[0]), torch.zeros_like(logits), torch.zeros_like(logits)
+        wanted = (need_z, need_other)
+        grads = [torch.zeros_like(logits, dtype=finished_dtype(logits.dtype)) if need else None for need in wanted]
+        return accumulate(logits).new_zeros(logits.shape[0]), grads[0], grads[1]
 
     def block(rows: slice) -> tuple[Tensor | None, ...]:
         z, other = accumulate(logits[rows]), accumulate(other_logits[rows])
@@ -134,6 +136,18 @@ def forward(
     return row_loss, grad_z, grad_other
 
 
+def finished_empty(logits: Tensor, *wanted: bool) -> list[Tensor]:
+    """Uninitialised finished gradients of ``logits``' shape where wanted, else empty."""
+    dtype = finished_dtype(logits.dtype)
+    return [logits.new_empty(logits.shape, dtype=dtype) if want else logits.new_empty(0) for want in wanted]
+
+
 def narrow(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """``grad`` in the dtype of the input it belongs to."""
-    return None if grad is None else grad.to(dtype)
+    """``grad`` in the dtype it waits in for the scale of its row."""
+    return None if grad is None else grad.to(finished_dtype(dtype))
+
+
+def finished_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that finished gradients wait for their scale in: float32 for float16, where 1 / rows times a probability
+    would be zero before any loss scale arrives."""
+    return torch.float32 if dtype == torch.float16 else dtype

@@ -99,7 +99,9 @@ def forward(
     A target that is neither a class nor ``ignore_index`` makes its row NaN (a caller on a CPU has raised before).
     """
     if logits.numel() == 0:
-        return accumulate(logits).new_zeros(logits.shape[0]), torch.zeros_like(logits), torch.zeros_like(logits)
+        wanted = (need_z, need_gist)
+        grads = [torch.zeros_like(logits, dtype=_kl.finished_dtype(logits.dtype)) if need else None for need in wanted]
+        return accumulate(logits).new_zeros(logits.shape[0]), grads[0], grads[1]
     settings = (alpha, beta, temperature, label_smoothing, ignore_index)
 
     def block(rows: slice) -> tuple[Tensor | None, ...]:
@@ -134,7 +136,7 @@ def _rows(
     if kept is not None:
         z, gist = z.masked_fill(~kept[:, None], 0.0), gist.masked_fill(~kept[:, None], 0.0)
     if target.is_floating_point():
-        weights = accumulate(target)
+        weights = target.to(z.dtype)
         if label_smoothing:
             weights = weights * (1.0 - label_smoothing) + label_smoothing / classes
     elif label_smoothing:

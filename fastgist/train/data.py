@@ -15,12 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from fastgist.train.config import FinetuneConfig, UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["Draw", "EpochBatches", "Split", "Splits", "derive_seed", "load_splits", "seed_everything", "unreadable"]
 
@@ -106,8 +109,8 @@ class Split(Dataset):
         index, epoch = (draw.row, draw.epoch) if isinstance(draw, Draw) else (draw, 0)
         try:
             with self.source.open(self.rows[index]) as file, Image.open(file) as picture:
-                image = picture.convert("RGB")
-        except OSError as error:
+                image = to_rgb(picture)
+        except (OSError, ValueError) as error:
             raise RuntimeError(f"cannot read image {self.source.name(self.rows[index])}: {error}") from None
         if self.transform is None:
             raise RuntimeError("this split has no transform yet")
@@ -121,6 +124,26 @@ class Split(Dataset):
         """A short digest of which files carry which labels, to notice data that changed under a resumed run."""
         named = [(Path(self.source.name(row)).name, label) for row, label in zip(self.rows, self.labels, strict=True)]
         return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
+
+
+def check_mode(picture: Image.Image) -> None:
+    """Raise ValueError for pixels without a known range."""
+    if picture.mode == "F":
+        raise ValueError("floating-point pixels, whose range is not known: convert them to 8 or 16 bits")
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """8-bit RGB, turned as its EXIF orientation says. 16 bits lose their lower 8: Pillow's own conversion would clip."""
+    from PIL import Image, ImageOps
+
+    check_mode(picture)
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        import numpy as np
+
+        high = np.asarray(picture).astype(np.int64) >> 8  # mode "I" too: how Pillow reads some 16-bit files
+        picture = Image.fromarray(np.clip(high, 0, 255).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 @dataclass
@@ -299,6 +322,7 @@ def unreadable(split: Split, description: str, progress: bool) -> list[tuple[int
     def check(index: int) -> str | None:
         try:
             with split.source.open(split.rows[index]) as file, Image.open(file) as picture:
+                check_mode(picture)
                 picture.draft("RGB", (32, 32))  # a JPEG at an eighth of its size: all bytes read, few computed
                 picture.load()
         except Image.UnidentifiedImageError:

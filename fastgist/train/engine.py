@@ -273,10 +273,11 @@ def fit(
                     clock, images_since = time.perf_counter(), 0
                 else:
                     images_since += len(target) * world
-                due = interrupted() or (checkpoint_every and state.step % checkpoint_every == 0)
+                stop = interrupted()  # asked once: Ctrl-C during the save is the next step's affair
+                due = stop or (checkpoint_every and state.step % checkpoint_every == 0)
                 if checkpoints is not None and due and state.step % per_epoch:
                     _save(checkpoints, state, inner, optimizer, loss_sum, accelerator, identity)
-                    if interrupted():
+                    if stop:
                         raise KeyboardInterrupt
             mean_loss = float(accelerator.reduce(loss_sum, reduction="mean")) / per_epoch  # waits for the device
             timed_seconds += time.perf_counter() - clock
@@ -296,9 +297,10 @@ def fit(
             result.history.append(record)
             on_epoch(record)
             due = checkpoint_every == 0 or state.step % checkpoint_every == 0 or state.step == total
-            if checkpoints is not None and (due or interrupted()):
+            stop = interrupted()
+            if checkpoints is not None and (due or stop):
                 _save(checkpoints, state, inner, optimizer, loss_sum, accelerator, identity)
-            if interrupted() and state.step < total:
+            if stop and state.step < total:
                 raise KeyboardInterrupt
     if state.best:
         with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,10 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
 def _check_numbers(config: FinetuneConfig) -> None:
     if config.warmup >= config.epochs:
         raise UserError(f"--warmup-epochs {config.warmup:g} must be less than --epochs {config.epochs}")
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{option.name.replace('_', '-')} must be finite, got {value}")
     if not 0 < config.temperature < float("inf"):
         raise UserError(f"--temperature must be finite and > 0, got {config.temperature}")
     if config.lr <= 0:
@@ -116,12 +121,12 @@ def _check_numbers(config: FinetuneConfig) -> None:
 
 def _check_output(config: FinetuneConfig, checkpoints: Checkpoints) -> None:
     folder = config.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output-dir {folder} is a file")
+    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"--output-dir {folder}: {parent} is a file")
     newest = next(iter(checkpoints), None)
     if newest is not None and not config.resume:
         raise UserError(f"{folder} holds a run already ({newest.name}): pass --resume, or another --output-dir")
-    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
     if not os.access(parent, os.W_OK):
         raise UserError(f"cannot write to --output-dir {folder}")
 
