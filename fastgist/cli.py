@@ -86,8 +86,9 @@ def _command(run: Callable[[Any], None], config: type) -> Callable[..., None]:
         # A switch that is off needs no --no- twin, which would only fill the help.
         names = [f"--{option.name.replace('_', '-')}"] if option.default is False else []
         kind = typer.Argument(**about) if argument else typer.Option(*names, **about)
-        many = option.default_factory is not dataclasses.MISSING
-        default = option.default_factory() if many else inspect.Parameter.empty if argument else option.default
+        default = inspect.Parameter.empty if argument else option.default
+        if not isinstance(option.default_factory, dataclasses._MISSING_TYPE):
+            default = option.default_factory()
         annotation = Annotated[hints[option.name], kind]  # type: ignore[valid-type,name-defined]
         parameter = inspect.Parameter(
             option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation

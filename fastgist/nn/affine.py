@@ -26,7 +26,7 @@ def channels(layer: nn.Module) -> int:
     if isinstance(layer, _CONVOLUTIONS):
         return layer.out_channels
     if hasattr(layer, "out_features"):
-        return int(layer.out_features)  # type: ignore[arg-type]
+        return int(layer.out_features)
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.dim() == 1 and not isinstance(layer, _CHANNELS_FIRST):
         return weight.shape[0]

@@ -142,8 +142,8 @@ def _check_backbone(model: nn.Module, config: Mapping[str, Any], path: Path) -> 
         return
     there, here, numbers = saved.get("dtype"), found["dtype"], saved.get("numbers", [])  # type: ignore[union-attr]
     if here != there and len(numbers) == len(found["numbers"]):  # a copy in another dtype is the same backbone
-        pairs = torch.tensor([numbers, found["numbers"]], dtype=torch.float64)
-        if torch.allclose(*pairs, rtol=2.0**-6, atol=1e-6):
+        saved_numbers, found_numbers = torch.tensor([numbers, found["numbers"]], dtype=torch.float64)
+        if torch.allclose(saved_numbers, found_numbers, rtol=2.0**-6, atol=1e-6):
             return
     dtypes = "" if here == there else f" ({there} there, {here} here)"
     warnings.warn(

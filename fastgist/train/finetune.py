@@ -48,8 +48,14 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
     _set_transforms(splits, model, config)
     if min(len(split) for split in splits.named().values()) < 1 or len(splits.train) < len(splits.classes):
         raise UserError(f"too few images: {len(splits.train)} to train on for {len(splits.classes)} classes")
-    given = {"rank": config.rank, "bottleneck_dim": config.bottleneck_dim, "settings": config.set}
-    model = adapt(model, config.method, gist=config.gist, **given)
+    model = adapt(
+        model,
+        config.method,
+        gist=config.gist,
+        rank=config.rank,
+        bottleneck_dim=config.bottleneck_dim,
+        settings=config.set,
+    )
     identity = {
         **config.trajectory(),
         "data": splits.train.fingerprint(),
