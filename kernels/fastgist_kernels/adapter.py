@@ -249,10 +249,10 @@ def most_hidden(wide: bool, ieee: bool, gated: bool, backward: bool) -> int:
     return 128 if gated and backward else 256
 
 
-def row_tiles(kernel: str, float32: bool, block_h: int, gated: bool, ragged: bool) -> tuple[int, ...]:
+def row_tiles(kernel: str, block_h: int, gated: bool, ragged: bool) -> tuple[int, ...]:
     """Rows a program, smallest first: the fewest that leave each processor at most one program, else the last."""
     if kernel == "adapter_bwd":
-        few = block_h > 128 or (gated and block_h == 128) or (float32 and ragged)
+        few = block_h > 128 or (gated and block_h == 128) or ragged
     else:
         few = gated and block_h == 256
     return (16, 32) if few else (16, 32, 64)
@@ -272,7 +272,12 @@ def tile_defaults(kernel: str, float32: bool, block_h: int, gated: bool, ragged:
     does not divide cost masks and unaligned addresses, hence registers."""
     backward = kernel == "adapter_bwd"
     if float32:
-        return {"BLOCK_D": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2 if backward and ragged else 3}
+        return {
+            "BLOCK_D": 32,
+            "BLOCK_N": 32,
+            "num_warps": 8,
+            "num_stages": 2 if backward and ragged and block_h == 64 and not gated else 3,
+        }
     width = 128 if not ragged and block_h <= (64 if not backward and not gated else 16) else 64
     if backward and block_h == 128:
         width = 32
@@ -292,7 +297,7 @@ def tile_config(
     rows = x.shape[0]
     sms = processors(x.device)
     kind = x.dtype == torch.float32, block_h, gated, bool(x.shape[1] % 128 or out % 128)
-    tiles = row_tiles(kernel, *kind)
+    tiles = row_tiles(kernel, *kind[1:])
     block_m = next((tile for tile in tiles if rows <= tile * sms), tiles[-1])
     config = tile_defaults(kernel, *kind)
     config |= launch_config(kernel, arch, f"m{next_power_of_2(rows)}_d{next_power_of_2(x.shape[1])}_h{block_h}")
@@ -401,8 +406,8 @@ def every_tile() -> list[Spec]:
             most = most_hidden(dtype in ("fp16", "fp32"), dtype == "fp32" and precision == "ieee", gated, False)
             for hidden in (h for h in (16, 32, 64, 128, 256) if h <= most):
                 for sizes in ("even", "odd", "ragged"):
-                    kind = dtype == "fp32", hidden, gated, sizes == "ragged"
-                    specs += [_spec(dtype, precision, hidden, gated, m, sizes) for m in row_tiles("adapter_fwd", *kind)]
+                    tiles = row_tiles("adapter_fwd", hidden, gated, sizes == "ragged")
+                    specs += [_spec(dtype, precision, hidden, gated, rows, sizes) for rows in tiles]
     return specs
 
 

@@ -110,7 +110,9 @@ def rows(request) -> list[dict]:
     if os.environ.get("UPDATE") == "1":
         from fastgist_kernels.aot import update_csv
 
-        update_csv(RESOURCES, found)
+        with (BUILD / "resources.lock").open("w") as lock:  # several processes may run this
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            update_csv(RESOURCES, found)
     return found
 
 
