@@ -24,7 +24,7 @@ from fastgist.nn import (
     TunerLinear,
     linear_slice,
 )
-from fastgist.nn.losses import INTERACTIONS
+from fastgist.nn.interactions import INTERACTIONS
 from fastgist.testing import assert_within_budget
 
 

@@ -47,18 +47,24 @@ class GistConfig:
 
 
 class GistInsert(nn.Module):
-    """Stands where a sequence passes through ``base_layer`` and puts the gist token in before it, at ``index``."""
+    """Stands where a sequence passes through ``base_layer`` (or comes out of it: ``after``) and puts the gist token in at
+    ``index``."""
 
-    def __init__(self, base_layer: nn.Module, gist: GistToken, index: int) -> None:
+    def __init__(self, base_layer: nn.Module, gist: GistToken, index: int, after: bool = False) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.gist = gist
         self.index = index
+        self.after = after
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, N, D) -> (B, N + length, D)."""
-        token = self.gist(x)
-        return self.base_layer(torch.cat((x[:, : self.index], token, x[:, self.index :]), dim=1))
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """x: (B, N, D) -> (B, N + length, D); ``after``: ``base_layer``'s arguments."""
+        if self.after:
+            return self._insert(self.base_layer(*args, **kwargs))
+        return self.base_layer(self._insert(*args, **kwargs))
+
+    def _insert(self, x: Tensor) -> Tensor:
+        return torch.cat((x[:, : self.index], self.gist(x), x[:, self.index :]), dim=1)
 
     def extra_repr(self) -> str:
         return f"index={self.index}"
@@ -71,6 +77,8 @@ class GistHost(ABC):
     path: str
     #: The token's index in the sequence.
     index: int
+    #: Whether the sequence is what comes out of the module at ``path``, not what goes in.
+    after: bool = False
     #: The model's width.
     dim: int
     #: Whether the token is in the sequence at present.
@@ -157,7 +165,8 @@ class GistModel(_state.Front):
         if not self.host.active:
             if return_gist_logits:
                 raise RuntimeError("GistModel: gist logits were asked for while the gist token is detached")
-            return GistOutput(logits=self.model(*args, **kwargs))
+            output = self.model(*args, **kwargs)
+            return GistOutput(logits=output if isinstance(output, Tensor) else output["logits"])
         want = self.training if return_gist_logits is None else return_gist_logits
         logits, gist_logits = self.host.forward(self.model, self.config, want, *args, **kwargs)
         return GistOutput(logits=logits, gist_logits=gist_logits)
@@ -249,7 +258,7 @@ def add_gist(model: nn.Module, config: GistConfig | None = None) -> GistModel:
         base = plain.get_submodule(host.path)
         device, dtype = _place(plain)
         token = GistToken(host.dim, config.length, config.dropout, device=device, dtype=dtype)
-        extension = GistExtension(config, host, GistInsert(base, token, host.index))
+        extension = GistExtension(config, host, GistInsert(base, token, host.index, host.after))
     except Exception:
         if known is None:
             _state.end(plain, state)

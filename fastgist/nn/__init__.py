@@ -9,6 +9,7 @@ from fastgist.nn.lora import LoRALinear
 from fastgist.nn.losses import BidirectionalKLLoss, GistLoss
 from fastgist.nn.prefix import AttentionForward, PrefixedAttention
 from fastgist.nn.prompt import PromptedBlock
+from fastgist.nn.schedule import Cosine, Linear, Schedule
 
 __all__ = [
     "AdaptedBlock",
@@ -19,6 +20,9 @@ __all__ = [
     "BiasShift",
     "BlockForward",
     "BidirectionalKLLoss",
+    "Cosine",
+    "Linear",
+    "Schedule",
     "CPFactors",
     "CPLinear",
     "Factors",

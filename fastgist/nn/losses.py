@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from fastgist import functional
+from fastgist.nn.interactions import INTERACTIONS, Interaction, bernoulli_kl, interact
+from fastgist.nn.schedule import Schedule, value_at
 
-__all__ = ["INTERACTIONS", "BidirectionalKLLoss", "GistLoss"]
+__all__ = ["BidirectionalKLLoss", "GistLoss"]
 
-#: What may couple the two logits; all but "bkld" are plain PyTorch on u = z / T and v = z_g / T, a number a row.
-INTERACTIONS = ("bkld", "kl_forward", "kl_reverse", "jsd", "mse", "cosine")
+#: What the outputs are, by Hugging Face's names.
+PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 
 
 class BidirectionalKLLoss(nn.Module):
@@ -52,15 +54,24 @@ class GistLoss(nn.Module):
     """The GIST objective, called as ``loss(output, target)`` or ``loss(logits, gist_logits, target)``.
 
     ``output`` is whatever a gist model returns (a mapping with "logits" and, in training, "gist_logits"), or a logits
-    tensor. Without gist logits (evaluation) the loss is the cross-entropy of the logits alone.
+    tensor. Without gist logits (evaluation) the loss is the task's loss of the logits alone.
 
     Args:
-        alpha: weight of the gist logits' cross-entropy.
+        alpha: weight of the gist logits' task loss.
         beta: weight of the interaction.
-        temperature: T > 0 of the interaction (3 in the paper; a wider script of the same author has 10).
+        temperature: T > 0 of the interaction (3 in the paper; a wider script of the same author has 10). beta and
+            temperature may be schedules, functions of the training progress in [0, 1] such as
+            :class:`fastgist.nn.Linear`; whoever trains sets :attr:`progress`.
         interaction: "bkld" (the paper's, fused with both cross-entropies), "kl_forward" KL(p||q), "kl_reverse"
-            KL(q||p), "jsd" (Jensen-Shannon), "mse" (mean over classes of (u - v)^2), "cosine" (1 - cos(u, v)).
+            KL(q||p), "jsd" (Jensen-Shannon), "mse" (mean over classes of (u - v)^2), "cosine" (1 - cos(u, v)), or a
+            function (logits, gist_logits, temperature) -> a number a row. u = z / T, v = z_g / T.
         t_squared: multiply the interaction by T^2.
+        halve: half of the interaction, as R-Drop has it.
+        detach: None (both sides receive the interaction's gradient, the paper's), "logits" (the prediction teaches and
+            does not learn from it) or "gist_logits" (the reverse).
+        problem_type: "single_label_classification"; "multi_label_classification" (targets (..., V) in [0, 1]; binary
+            cross-entropy, and "bkld" is that of independent labels), or "regression" (targets (..., V); squared
+            error, and "bkld", which regression has not, stands for "mse"). Means over labels within a row.
         label_smoothing, ignore_index, reduction: as torch's cross_entropy; ignored rows leave all terms, and a mean
             over no rows is 0. reduction: "mean", "sum" or "none".
 
@@ -69,57 +80,98 @@ class GistLoss(nn.Module):
         TypeError: a call with something else than above.
     """
 
+    #: How far the training is, in [0, 1]: what schedules are asked for.
+    progress: float = 0.0
+
     def __init__(
         self,
         alpha: float = 0.5,
-        beta: float = 0.75,
-        temperature: float = 3.0,
-        interaction: str = "bkld",
+        beta: float | Schedule = 0.75,
+        temperature: float | Schedule = 3.0,
+        interaction: str | Interaction = "bkld",
         *,
         t_squared: bool = False,
+        halve: bool = False,
+        detach: str | None = None,
+        problem_type: str = "single_label_classification",
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        if interaction not in INTERACTIONS:
-            raise ValueError(f"GistLoss: interaction must be one of {', '.join(INTERACTIONS)}, got {interaction!r}")
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"GistLoss: reduction must be one of mean, sum, none, got {reduction!r}")
-        if not (math.isfinite(alpha) and math.isfinite(beta)):
+        _one_of("interaction", interaction, INTERACTIONS) if isinstance(interaction, str) else None
+        _one_of("reduction", reduction, ("mean", "sum", "none"))
+        _one_of("problem_type", problem_type, PROBLEMS)
+        _one_of("detach", detach, (None, "logits", "gist_logits"))
+        if problem_type == "regression" and interaction in ("kl_forward", "kl_reverse", "jsd"):
+            raise ValueError(
+                f"GistLoss: regression has no distribution for interaction={interaction!r}; take mse or cosine"
+            )
+        if problem_type == "multi_label_classification" and interaction in ("kl_forward", "kl_reverse", "jsd"):
+            raise ValueError(
+                f"GistLoss: interaction={interaction!r} is one label's; for several take bkld, mse or cosine"
+            )
+        if label_smoothing and problem_type != PROBLEMS[0]:
+            raise ValueError(f"GistLoss: label_smoothing is for {PROBLEMS[0]}, got problem_type={problem_type!r}")
+        if not math.isfinite(alpha) or not (callable(beta) or math.isfinite(beta)):
             raise ValueError(f"GistLoss: alpha and beta must be finite, got {alpha} and {beta}")
-        self.alpha, self.beta, self.temperature = float(alpha), float(beta), _temperature(self, temperature)
-        self.interaction, self.t_squared = interaction, t_squared
+        self.alpha, self.beta = float(alpha), beta if callable(beta) else float(beta)
+        self.temperature = temperature if callable(temperature) else _temperature(self, temperature)
+        self.interaction, self.t_squared, self.halve, self.detach = interaction, t_squared, halve, detach
+        self.problem_type = problem_type
         self.label_smoothing, self.ignore_index, self.reduction = label_smoothing, ignore_index, reduction
 
     def forward(self, *args: Any) -> Tensor:
         """(output, target) or (logits, gist_logits, target); logits (..., V), target (...) int64 or (..., V) soft."""
         logits, gist_logits, target = self._unpack(args)
         if gist_logits is None:
-            return self._cross_entropy(logits, target)
-        common: dict[str, Any] = {"label_smoothing": self.label_smoothing, "ignore_index": self.ignore_index}
-        if self.interaction == "bkld":
-            return functional.gist_loss(
-                logits,
-                gist_logits,
-                target,
-                alpha=self.alpha,
-                beta=self.beta,
-                temperature=self.temperature,
-                t_squared=self.t_squared,
-                reduction=self.reduction,
-                **common,
-            )
-        entropies = functional.gist_loss(
-            logits, gist_logits, target, alpha=self.alpha, beta=0.0, reduction=self.reduction, **common
+            return self._task(logits, target)
+        beta, temperature = (
+            value_at(self.beta, self.progress),
+            _temperature(self, value_at(self.temperature, self.progress)),
         )
+        weight = beta * (0.5 if self.halve else 1.0)
+        if self.problem_type != PROBLEMS[0]:
+            return self._task(logits, target) + self._rest(logits, gist_logits, target, weight, temperature)
+        common: dict[str, Any] = {"alpha": self.alpha, "label_smoothing": self.label_smoothing}
+        common |= {"ignore_index": self.ignore_index, "reduction": self.reduction}
+        if self.interaction == "bkld" and self.detach is None:
+            return functional.gist_loss(
+                logits, gist_logits, target, beta=weight, temperature=temperature, t_squared=self.t_squared, **common
+            )
+        entropies = functional.gist_loss(logits, gist_logits, target, beta=0.0, **common)
         kept = self._kept(logits, target)
+        return entropies + weight * self._interaction(logits, gist_logits, kept, temperature)
+
+    def _rest(self, logits: Tensor, gist_logits: Tensor, target: Tensor, weight: float, temperature: float) -> Tensor:
+        """What a gist token adds to the task's loss, where that is not a cross-entropy of classes."""
+        added = weight * self._interaction(logits, gist_logits, None, temperature)
+        return added + self.alpha * self._task(gist_logits, target) if self.alpha else added
+
+    def _interaction(self, logits: Tensor, gist_logits: Tensor, kept: Tensor | None, temperature: float) -> Tensor:
+        if self.detach == "logits":
+            logits = logits.detach()
+        elif self.detach == "gist_logits":
+            gist_logits = gist_logits.detach()
+        factor = temperature**2 if self.t_squared else 1.0
+        if self.interaction == "bkld" and self.problem_type == PROBLEMS[0]:
+            options: dict[str, Any] = {"temperature": temperature, "reduction": self.reduction, "mask": kept}
+            return functional.bidirectional_kl(logits, gist_logits, **options) * factor
         if kept is not None:  # before any arithmetic, so that an ignored row may hold anything
             logits, gist_logits = (torch.where(kept[..., None], z, 0.0) for z in (logits, gist_logits))
-        rows = _interaction(self.interaction, logits, gist_logits, self.temperature)
-        if self.t_squared:
-            rows = rows * self.temperature**2
-        return entropies + self.beta * self._reduce(rows, kept)
+        name = self.interaction
+        if callable(name):
+            rows = name(logits, gist_logits, temperature)
+            if not isinstance(rows, Tensor) or rows.shape != logits.shape[:-1]:
+                got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+                raise ValueError(
+                    f"GistLoss: the interaction must return a number a row, {tuple(logits.shape[:-1])}, got {got}"
+                )
+        elif name == "bkld" and self.problem_type == "multi_label_classification":
+            rows = bernoulli_kl(logits, gist_logits, temperature)
+        else:
+            rows = interact("mse" if name == "bkld" else name, logits, gist_logits, temperature)
+        return self._reduce(rows * factor, kept)
 
     def _unpack(self, args: tuple) -> tuple[Tensor, Tensor | None, Tensor]:
         if len(args) == 3:
@@ -156,6 +208,22 @@ class GistLoss(nn.Module):
             return total
         return total / max(rows.numel(), 1) if kept is None else total / kept.sum().clamp(min=1)
 
+    def _task(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The task's loss of one output."""
+        if self.problem_type == PROBLEMS[0]:
+            return self._cross_entropy(logits, target)
+        if target.shape != logits.shape:
+            raise ValueError(
+                f"GistLoss: {self.problem_type} expects target.shape == {tuple(logits.shape)}, got {tuple(target.shape)}"
+            )
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        target = target.to(wide.dtype)
+        if self.problem_type == "multi_label_classification":
+            losses = nn.functional.binary_cross_entropy_with_logits(wide, target, reduction="none")
+        else:
+            losses = nn.functional.mse_loss(wide, target, reduction="none")
+        return self._reduce(losses.mean(-1), None)
+
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         kept = self._kept(logits, target)
         if kept is None:  # soft targets: torch's cross_entropy takes 0 times -inf at an absent class for NaN
@@ -172,39 +240,19 @@ class GistLoss(nn.Module):
         return self._reduce(rows, kept)
 
     def extra_repr(self) -> str:
-        return (
-            f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, interaction={self.interaction!r}, "
-            f"t_squared={self.t_squared}, label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, "
-            f"reduction={self.reduction!r}"
-        )
+        interaction = getattr(self.interaction, "__name__", self.interaction)
+        parts = [f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, interaction={interaction!r}"]
+        parts += [f"{name}={getattr(self, name)!r}" for name in ("t_squared", "halve", "detach", "problem_type")]
+        parts += [f"{name}={getattr(self, name)!r}" for name in ("label_smoothing", "ignore_index", "reduction")]
+        return ", ".join(parts)
+
+
+def _one_of(name: str, value: object, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"GistLoss: {name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
 def _temperature(owner: nn.Module, temperature: float) -> float:
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"{type(owner).__name__}: temperature must be finite and > 0, got {temperature}")
     return float(temperature)
-
-
-def _interaction(name: str, logits: Tensor, gist_logits: Tensor, temperature: float) -> Tensor:
-    """A number a row, (..., V) x 2 -> (...), in float32 or wider."""
-    wide = torch.promote_types(torch.promote_types(logits.dtype, gist_logits.dtype), torch.float32)
-    u, v = logits.to(wide) / temperature, gist_logits.to(wide) / temperature
-    absent = (u == -torch.inf) & (v == -torch.inf)  # classes that are in neither distribution: no part of any term
-    if name in ("mse", "cosine"):
-        u, v = u.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)
-        if name == "cosine":
-            return 1.0 - nn.functional.cosine_similarity(u, v, dim=-1)
-        return (u - v).square().sum(-1) / (~absent).sum(-1)
-    log_p, log_q = u.log_softmax(-1), v.log_softmax(-1)
-    if name == "kl_forward":
-        return _divergence(log_p, log_q)
-    if name == "kl_reverse":
-        return _divergence(log_q, log_p)
-    log_m = torch.logaddexp(log_p.masked_fill(absent, 0.0), log_q.masked_fill(absent, 0.0)) - math.log(2.0)
-    return 0.5 * (_divergence(log_p, log_m) + _divergence(log_q, log_m))
-
-
-def _divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a||b) of log-probabilities, a number a row; classes that a does not have contribute 0."""
-    without = log_a == -torch.inf
-    return (log_a.exp() * (log_a.masked_fill(without, 0.0) - log_b.masked_fill(without, 0.0))).sum(-1)

@@ -140,7 +140,9 @@ def find_family(model: nn.Module, caller: str) -> Family:
         TypeError: none matches.
     """
     if any(base.__module__.startswith("timm.") for base in type(model).__mro__):
-        import fastgist.integrations.timm  # noqa: F401 - registers its families
+        import fastgist.integrations.timm
+    elif type(model).__module__.startswith("transformers."):
+        import fastgist.integrations.transformers  # noqa: F401
     for family in _FAMILIES:
         if family.matches(model):
             return family

@@ -118,6 +118,11 @@ class _Adapters(Method):
                 )
             for path in sublayers[kind]:
                 base = model.get_submodule(path)
+                width = family.width(model, path)
+                if side == "parallel" and getattr(base, "in_features", width) != width:
+                    raise ValueError(
+                        f"AdapterConfig: placement {config.placement!r} needs sublayers that keep the width; {path} does not"
+                    )
                 built[path] = AdaptedLayer(base, self._adapter(model, family, config, path), side)
         return built
 

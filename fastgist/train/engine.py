@@ -63,12 +63,10 @@ def _logits(output: Any) -> Tensor:
 
 
 def _objective(recipe: Recipe) -> Callable[[Any, Tensor], Tensor]:
-    """Cross-entropy for a plain model, GIST's loss for one with a gist token."""
+    """GIST's loss: cross-entropy for a plain model."""
     from fastgist.nn import GistLoss
 
-    gist = GistLoss(alpha=recipe.alpha, beta=recipe.beta, temperature=recipe.temperature)
-    plain = nn.CrossEntropyLoss()
-    return lambda output, target: (plain if isinstance(output, Tensor) else gist)(output, target)
+    return GistLoss(alpha=recipe.alpha, beta=recipe.beta, temperature=recipe.temperature)
 
 
 def _better(accuracy: float, loss: float, state: _State) -> bool:
@@ -193,9 +191,9 @@ def fit(
 ) -> FitResult:
     """Train ``model`` in place on ``train``; with ``val``, end with the weights of its best epoch there.
 
-    ``train`` is indexed by :class:`~fastgist.train.data.Draw` (index and epoch). ``objective`` (output, target) -> loss
-    is cross-entropy, or GIST's loss for a gist model, if not given. ``identity`` is what a resumed run must have in
-    common with the run it continues. Without ``val`` the last epoch's weights stay.
+    ``train`` is indexed by :class:`~fastgist.train.data.Draw` (index and epoch). ``objective`` (output, target) -> loss is
+    GIST's loss if not given, which for a plain model is cross-entropy; its ``progress`` follows the run. ``identity`` is
+    what a resumed run must have in common with the run it continues. Without ``val`` the last epoch's weights stay.
     """
     from timm.optim import param_groups_weight_decay
     from timm.scheduler import CosineLRScheduler
@@ -252,6 +250,8 @@ def fit(
                 images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
                 seed_everything(recipe.seed, _STEP_STREAM, state.step, accelerator.process_index)
                 scheduler.step_update(state.step)
+                if hasattr(objective, "progress"):
+                    objective.progress = state.step / total
 
                 def one_step(images: Tensor = images, target: Tensor = target) -> None:
                     loss = objective(prepared(images), target)

@@ -1,0 +1,203 @@
+"""GistLoss beyond the paper's defaults, and the recipes on the same operation, each against its formula written out."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastgist.nn import Cosine, GistLoss, Linear
+from fastgist.recipes.mutual import mutual_learning, r_drop, self_distillation, two_passes
+
+
+def logits(rows=6, classes=5):
+    return [torch.randn(rows, classes, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+
+def divergence(z, g, temperature):
+    p, q = (z / temperature).softmax(-1), (g / temperature).softmax(-1)
+    return ((p - q) * (p.log() - q.log())).sum(-1).mean()
+
+
+def same(ours, theirs, leaves) -> None:
+    torch.testing.assert_close(ours, theirs)
+    mine = torch.autograd.grad(ours, leaves, allow_unused=True, materialize_grads=True)
+    want = torch.autograd.grad(theirs, leaves, allow_unused=True, materialize_grads=True)
+    for a, b in zip(mine, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# -- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interaction", ["bkld", "mse"])
+@pytest.mark.parametrize("detach", [None, "logits", "gist_logits"])
+@pytest.mark.parametrize("halve", [False, True])
+def test_detached_and_halved(interaction, detach, halve) -> None:
+    z, g = logits()
+    y = torch.tensor([0, 1, -100, 3, 4, 0])
+    keep = y >= 0
+    ours = GistLoss(0.4, 0.6, 2.0, interaction, detach=detach, halve=halve, t_squared=True)(z, g, y)
+    zi, gi = (z.detach() if detach == "logits" else z)[keep], (g.detach() if detach == "gist_logits" else g)[keep]
+    coupling = divergence(zi, gi, 2.0) if interaction == "bkld" else ((zi - gi) / 2).square().mean()
+    theirs = F.cross_entropy(z, y) + 0.4 * F.cross_entropy(g, y) + 0.6 * 4 * (0.5 if halve else 1.0) * coupling
+    same(ours, theirs, (z, g))
+
+
+def test_an_interaction_of_ones_own() -> None:
+    z, g = logits()
+    y = torch.tensor([0, 1, -100, 3, 4, 0])
+
+    def huber(a, b, temperature):
+        return F.huber_loss(a / temperature, b / temperature, reduction="none").sum(-1)
+
+    ours = GistLoss(interaction=huber)(z, g, y)
+    rows = F.huber_loss(z / 3, g / 3, reduction="none").sum(-1)[y >= 0]
+    same(ours, F.cross_entropy(z, y) + 0.5 * F.cross_entropy(g, y) + 0.75 * rows.mean(), (z, g))
+    with pytest.raises(ValueError, match=r"must return a number a row, \(6,\), got \(\)"):
+        GistLoss(interaction=lambda a, b, t: (a - b).sum())(z, g, y)
+    with pytest.raises(ValueError, match=r"must return a number a row, \(6,\), got float"):
+        GistLoss(interaction=lambda a, b, t: 1.0)(z, g, y)
+    assert "huber" in repr(GistLoss(interaction=huber))
+
+
+def test_schedules() -> None:
+    z, g = logits()
+    y = torch.randint(5, (6,))
+    loss = GistLoss(beta=Linear(0.0, 1.0, until=0.5), temperature=Cosine(10.0, 2.0))
+    for progress, beta, temperature in ((0.0, 0.0, 10.0), (0.25, 0.5, 10 - 8 * (0.5 - 0.5 * 2**-0.5)), (1.0, 1.0, 2.0)):
+        loss.progress = progress
+        same(loss(z, g, y), GistLoss(beta=beta, temperature=temperature)(z, g, y), (z, g))
+    assert pickle.loads(pickle.dumps(loss)).beta == loss.beta
+    assert Linear(1.0, 3.0, 0.2, 0.4)(0.0) == 1.0 and Linear(1.0, 3.0, 0.2, 0.4)(0.9) == 3.0
+    with pytest.raises(ValueError, match="expected 0 <= since < until <= 1, got 0.5 and 0.5"):
+        Linear(0.0, 1.0, 0.5, 0.5)
+    with pytest.raises(ValueError, match="temperature must be finite and > 0, got 0.0"):
+        GistLoss(temperature=Linear(0.0, 1.0))(z, g, y)
+
+
+# -- other problems --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interaction", ["bkld", "mse", "cosine"])
+def test_several_labels(interaction) -> None:
+    z, g = logits()
+    y = (torch.rand(6, 5) < 0.4).double()
+    ours = GistLoss(interaction=interaction, problem_type="multi_label_classification")(z, g, y)
+    p, q = (z / 3).sigmoid(), (g / 3).sigmoid()
+    coupling = {
+        "bkld": ((p - q) * (p.log() - (1 - p).log() - q.log() + (1 - q).log())).mean(),
+        "mse": ((z - g) / 3).square().mean(),
+        "cosine": (1 - F.cosine_similarity(z, g, -1)).mean(),
+    }[interaction]
+    bce = F.binary_cross_entropy_with_logits
+    same(ours, bce(z, y) + 0.5 * bce(g, y) + 0.75 * coupling, (z, g))
+    loss = GistLoss(problem_type="multi_label_classification")
+    same(loss({"logits": z}, y), bce(z, y), (z,))
+
+
+def test_regression() -> None:
+    z, g = logits(classes=1)
+    y = torch.randn(6, 1, dtype=torch.float64)
+    theirs = F.mse_loss(z, y) + 0.5 * F.mse_loss(g, y) + 0.75 * ((z - g) / 3).square().mean()
+    same(GistLoss(problem_type="regression")(z, g, y), theirs, (z, g))
+    rows = GistLoss(problem_type="regression", reduction="none")(z, g, y)
+    assert rows.shape == (6,)
+    with pytest.raises(ValueError, match=r"regression expects target\.shape == \(6, 1\), got \(6,\)"):
+        GistLoss(problem_type="regression")(z, g, y[:, 0])
+    with pytest.raises(ValueError, match="regression has no distribution for interaction='jsd'; take mse"):
+        GistLoss(interaction="jsd", problem_type="regression")
+    with pytest.raises(ValueError, match="interaction='jsd' is one label's; for several take bkld"):
+        GistLoss(interaction="jsd", problem_type="multi_label_classification")
+    with pytest.raises(ValueError, match="label_smoothing is for single_label_classification"):
+        GistLoss(label_smoothing=0.1, problem_type="regression")
+    with pytest.raises(ValueError, match="detach must be one of None, logits, gist_logits, got 'both'"):
+        GistLoss(detach="both")
+    with pytest.raises(ValueError, match="problem_type must be one of single_label_classification, .*got 'ranking'"):
+        GistLoss(problem_type="ranking")
+
+
+def test_mixup_and_tokens() -> None:
+    """Soft targets of mixed images; a label for every token of a sequence, some of them padding."""
+    z, g = logits()
+    a, b = torch.randint(5, (6,)), torch.randint(5, (6,))
+    soft = 0.3 * F.one_hot(a, 5) + 0.7 * F.one_hot(b, 5).double()
+    loss = GistLoss()
+    same(loss(z, g, soft), 0.3 * loss(z, g, a) + 0.7 * loss(z, g, b), (z, g))
+    tokens = [t.detach().reshape(2, 3, 5).requires_grad_() for t in (z, g)]
+    y = torch.tensor([[1, 2, -100], [0, -100, -100]])
+    flat = [t.reshape(6, 5) for t in tokens]
+    same(loss(*tokens, y), loss(*flat, y.flatten()), tokens)
+
+
+# -- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_r_drop() -> None:
+    z, g = logits()
+    y = torch.randint(5, (6,))
+    same(r_drop(z, g, y, 4.0), F.cross_entropy(z, y) + F.cross_entropy(g, y) + 2.0 * divergence(z, g, 1.0), (z, g))
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 5))
+    first, second = two_passes(model, torch.randn(6, 4))
+    assert first.shape == second.shape == (6, 5)
+    assert not torch.equal(first, second)
+    first, second = two_passes(model.eval(), torch.randn(6, 4))
+    torch.testing.assert_close(first, second)
+
+
+def test_mutual_learning() -> None:
+    peers = [torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    y = torch.randint(5, (6,))
+    theirs = sum(F.cross_entropy(z, y) for z in peers)
+    for k, own in enumerate(peers):
+        theirs = theirs + 0.8 / 2 * sum(divergence(own, o.detach(), 2.0) for j, o in enumerate(peers) if j != k)
+    same(mutual_learning(peers, y, 0.8, 2.0), theirs, peers)
+    with pytest.raises(ValueError, match="at least 2 networks, got 1"):
+        mutual_learning(peers[:1], y)
+
+
+def test_self_distillation() -> None:
+    z, teacher = logits()
+    y = torch.randint(5, (6,))
+    same(
+        self_distillation(z, teacher, y, 0.5, 4.0),
+        F.cross_entropy(z, y) + 8 * divergence(z, teacher.detach(), 4.0),
+        (z, teacher),
+    )
+
+
+@pytest.mark.parametrize("recipe", ["r_drop", "mutual_learning", "self_distillation"])
+def test_recipes_train_a_small_network_on_digits(recipe) -> None:
+    """A few steps on real handwritten digits lower the loss of the task itself, on images that were not trained on."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    images, labels = datasets.load_digits(return_X_y=True)
+    x, y = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
+    torch.manual_seed(0)
+
+    def network():
+        return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 10))
+
+    models = [network() for _ in range(2 if recipe == "mutual_learning" else 1)]
+    teacher = copy.deepcopy(models[0])
+    optimizer = torch.optim.Adam([p for m in models for p in m.parameters()], 3e-3)
+    for step in range(40):
+        rows = torch.randint(1200, (64,), generator=torch.Generator().manual_seed(step))
+        if recipe == "r_drop":
+            loss = r_drop(*two_passes(models[0], x[rows]), y[rows])
+        elif recipe == "mutual_learning":
+            loss = mutual_learning([m(x[rows]) for m in models], y[rows])
+        else:
+            loss = self_distillation(models[0](x[rows]), teacher(x[rows]), y[rows], weight=0.1)
+            with torch.no_grad():  # the teacher is an average of the student
+                for mean, p in zip(teacher.parameters(), models[0].parameters(), strict=True):
+                    mean.lerp_(p, 0.2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for model in models:
+        accuracy = (model.eval()(x[1200:]).argmax(-1) == y[1200:]).float().mean()
+        assert accuracy > 0.75, f"chance is 0.1, got {accuracy}"
