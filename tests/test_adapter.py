@@ -69,6 +69,11 @@ def check(inputs, grad, impl, wanted=None, ours=None, **options):
     plain_y, plain_grads = evaluate(plain, inputs, wanted, grad, **options)
     double = {k: None if t is None else t.double() for k, t in inputs.items()}
     exact_y, exact_grads = evaluate(formula, double, wanted, grad, **options)
+    # The oracle itself, held against the expression as anyone would write it: a wrong one would widen the budget.
+    again_y, again_grads = evaluate(plain, double, wanted, grad, **options)
+    torch.testing.assert_close(
+        (again_y, list(again_grads.values())), (exact_y, list(exact_grads.values())), rtol=1e-9, atol=1e-9
+    )
     assert_within_budget(y, plain_y, exact_y, what="y")
     for name in NAMES:
         assert (grads[name] is not None) == wanted[name], name
@@ -124,6 +129,13 @@ def test_matches_float64(impl, device, dtype, rows, inner, hidden):
 def test_hard_18_bottlenecks(impl, device, hidden):
     inputs = case(21, 44, hidden, device=device)
     check(inputs, torch.randn(21, 44, device=device), impl)
+
+
+@pytest.mark.parametrize("hidden", [48, 66])
+def test_gated_bottlenecks_wider_than_a_tile(impl, device, hidden):
+    """Hidden units go in chunks; experts, residual and bias belong to the whole."""
+    inputs = case(21, 44, hidden, experts=3, residual=True, device=device)
+    check(inputs, torch.randn(21, 44, device=device), impl, scale=0.7, residual_scale=0.4)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

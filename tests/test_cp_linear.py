@@ -60,6 +60,10 @@ def check(inputs, grad, impl, wanted=None, ours=None, **options):
     plain_y, plain_grads = evaluate(plain, inputs, wanted, grad, **options)
     double = [None if t is None else t.double() for t in inputs]
     exact_y, exact_grads = evaluate(formula, double, wanted, grad, **options)
+    # The oracle itself, held against the expression as anyone would write it: a wrong one would widen the budget.
+    torch.testing.assert_close(
+        evaluate(plain, double, wanted, grad, **options), (exact_y, exact_grads), rtol=1e-9, atol=1e-9
+    )
     assert_within_budget(y, plain_y, exact_y, what="y")
     for name, w, g, p, e in zip(NAMES, wanted, grads, plain_grads, exact_grads, strict=True):
         assert (g is not None) == w, name
@@ -87,7 +91,8 @@ def test_formula_is_the_dense_update_and_gradcheck():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("rows", "inner", "out", "folds"), [(1, 8, 8, 1), (33, 40, 24, 3), (64, 64, 64, 1), (70, 130, 37, 2)]
+    ("rows", "inner", "out", "folds"),
+    [(1, 8, 8, 1), (33, 40, 24, 3), (64, 64, 64, 1), (70, 130, 37, 2), (96, 24, 20, 2)],
 )
 def test_matches_float64(impl, device, dtype, rows, inner, out, folds):
     inputs = case(rows, inner, out, 16, folds, dtype, device)
@@ -98,6 +103,30 @@ def test_matches_float64(impl, device, dtype, rows, inner, out, folds):
 def test_hard_18_ranks(impl, device, rank):
     inputs = case(21, 48, 20, rank, 2, device=device)
     check(inputs, torch.randn(21, 40, device=device), impl)
+
+
+@pytest.mark.parametrize("rank", [5, 70])
+def test_dropout_over_several_blocks_of_ranks(impl, device, rank):
+    inputs = case(21, 48, 20, rank, 2, device=device)
+    seed = torch.tensor([11], device=device)
+    options = {"dropout_p": 0.4, "training": True, "seed": seed, "scale": 0.7}
+    check(inputs, torch.randn(21, 40, device=device), impl, **options)
+
+
+def test_a_small_update_is_not_rounded_away_in_half_precision(impl, device):
+    """Weights of +-1 that cancel, and an update of 2^-10 that does not: added to a bfloat16 weight it would be lost."""
+    inner = 64
+    x = torch.ones(4 * inner, inner, dtype=torch.bfloat16, device=device)
+    weight = x.new_ones(8, inner)
+    weight[:, ::2] = -1
+    u, v = x.new_ones(inner, 1), x.new_full((8, 1), 2.0**-10)
+    y = cp_linear(x, weight, None, u, v, impl=impl)
+    torch.testing.assert_close(y, torch.full_like(y, inner * 2.0**-10))
+    weight = weight.t().contiguous().requires_grad_(False)  # and in the gradient of x
+    x = x.new_zeros(4 * inner, 8, requires_grad=True)
+    u, v = x.new_full((8, 1), 2.0**-10), x.new_ones(inner, 1)
+    (grad,) = torch.autograd.grad(cp_linear(x, weight, None, u, v, impl=impl).sum(), x)
+    torch.testing.assert_close(grad, torch.full_like(grad, inner * 2.0**-10))
 
 
 @pytest.mark.parametrize("gain", ["none", "shared", "folds"])

@@ -105,6 +105,19 @@ def test_leading_dimensions_soft_targets_and_layouts(impl, device):
     assert_within_budget(shaped.flatten(), plain, exact, scale=5.0)
 
 
+@pytest.mark.parametrize("classes", [1, 16, 31, 32, 48])
+def test_class_counts_with_and_without_padding(impl, device, classes):
+    """Rows of logits are padded to 16 classes: where 16 divides their number, the next column is the next row."""
+    hidden, gist, weight, bias, y = case(classes=classes, device=device)
+    inputs = [hidden, gist, weight, bias]
+    exact = evaluate(lambda *a: formula(*a, y), [x.double() for x in inputs], [True] * 4)
+    plain = evaluate(lambda *a: unfused(*a, y), inputs, [True] * 4)
+    ours = evaluate(lambda *a: gist_linear_loss(*a, y, impl=impl), inputs, [True] * 4)
+    assert_within_budget(ours[0], plain[0], exact[0], scale=5.0)
+    for mine, p, e in zip(ours[1], plain[1], exact[1], strict=True):
+        assert_within_budget(mine, p, e, scale=1.0)
+
+
 def test_no_logits_outlive_a_chunk(device):
     """Peak memory in the reference path: never as much as one (M, V) tensor above the inputs and gradients."""
     rows, width, classes, chunk = 512, 8, 2048, 32
