@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgist.reference import bidirectional_kl as _kl
-from fastgist.reference._numerics import accumulate, blockwise
+from fastgist.reference._numerics import accumulate, accumulate_dtype, row_blocks
 
 __all__ = ["cross_entropy_rows", "forward", "gist_loss", "kept_rows"]
 
@@ -104,12 +104,21 @@ def forward(
         return accumulate(logits).new_zeros(logits.shape[0]), grads[0], grads[1]
     settings = (alpha, beta, temperature, label_smoothing, ignore_index)
 
-    def block(rows: slice) -> tuple[Tensor | None, ...]:
-        return _rows(logits[rows], gist_logits[rows], target[rows], *settings, need_z, need_gist)
-
-    row_loss, grad_z, grad_gist = blockwise(block, logits)
-    assert row_loss is not None
-    return row_loss, grad_z, grad_gist
+    blocks = row_blocks(logits)
+    if len(blocks) == 1:
+        return _rows(logits, gist_logits, target, *settings, need_z, need_gist)
+    row_loss = logits.new_empty(logits.shape[0], dtype=accumulate_dtype(logits.dtype))
+    grads = [
+        logits.new_empty(logits.shape, dtype=_kl.finished_dtype(logits.dtype)) if need else None
+        for need in (need_z, need_gist)
+    ]
+    for rows in blocks:
+        loss, *parts = _rows(logits[rows], gist_logits[rows], target[rows], *settings, need_z, need_gist)
+        row_loss[rows] = loss
+        for grad, part in zip(grads, parts, strict=True):
+            if grad is not None and part is not None:
+                grad[rows] = part
+    return row_loss, grads[0], grads[1]
 
 
 def _rows(
