@@ -70,6 +70,15 @@ def gist_loss(
 def _cross_entropy(x: Tensor, weights: Tensor | None, target: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Row CE and its gradient, from logits (M, V). ``weights`` (M, V): dense class weights, or None for one-hot
     ``target`` (M,)."""
+    if weights is None and need_grad and x.device.type == "cpu":
+        # log(softmax) is as exact as log_softmax but near 0, where rows are few: that spares an exponential of all.
+        p = torch.softmax(x, -1)
+        likelihood = p.gather(-1, target[:, None])
+        row_loss = likelihood.log().neg_().squeeze(-1)
+        rare = (~(likelihood > 1e-30)).squeeze(-1).nonzero().squeeze(-1)
+        if len(rare):
+            row_loss[rare] = -torch.log_softmax(x[rare], -1).gather(-1, target[rare, None]).squeeze(-1)
+        return row_loss, p.scatter_add_(-1, target[:, None], p.new_full((len(p), 1), -1.0))
     log_p = torch.log_softmax(x, -1)
     if weights is None:
         row_loss = -log_p.gather(-1, target[:, None]).squeeze(-1)
