@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -262,6 +263,15 @@ def test_ctrl_c_leaves_a_complete_checkpoint_and_says_how_to_go_on(
     _same(_adapter(settings.output_dir), _adapter(uninterrupted.output_dir))
 
 
+@pytest.fixture
+def python_handles_ctrl_c() -> Iterator[None]:
+    """A shell's background job, and so what runs the tests there, is started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_ctrl_c_before_the_first_checkpoint_writes_one(
     uninterrupted: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
@@ -287,6 +297,20 @@ def test_ctrl_c_before_the_first_checkpoint_writes_one(
     _same(_adapter(settings.output_dir), _adapter(uninterrupted.output_dir))
 
 
+def test_where_ctrl_c_is_ignored_it_stays_so() -> None:
+    from fastgist.train.interrupt import deferred_interrupt
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with deferred_interrupt(True) as interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not interrupted()
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_a_second_ctrl_c_stops_at_once() -> None:
     from fastgist.train.interrupt import deferred_interrupt
 
