@@ -377,7 +377,7 @@ ATTENTIONS = {
 @pytest.mark.parametrize("fused", [True, False])
 def test_attention_with_its_keys_left_open_is_timms(make, fused) -> None:
     """What PrefixedAttention runs, with nothing put in: timm's own forward, with rotation and masks."""
-    from fastgist.integrations.timm import run_attention
+    from fastgist.integrations.timm.blocks import run_attention
 
     model = make().double().eval()
     attention = model.blocks[0].attn
@@ -398,7 +398,7 @@ def test_attention_with_its_keys_left_open_is_timms(make, fused) -> None:
 
 
 def test_a_prefix_under_a_mask_is_seen_by_every_query() -> None:
-    from fastgist.integrations.timm import run_attention
+    from fastgist.integrations.timm.blocks import run_attention
 
     model = get_peft_model(vit().double(), PrefixConfig(length=2))
     layer = stir(model).blocks[0].attn

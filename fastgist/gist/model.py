@@ -90,6 +90,11 @@ class GistHost(ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """(logits, gist logits or None) of the model, into which the token is attached."""
 
+    def make_insert(self, base: nn.Module, gist: GistToken) -> GistInsert:
+        """What stands in the place of ``base``, the module at :attr:`path`; a host whose token goes in otherwise returns
+        a subclass of :class:`GistInsert`."""
+        return GistInsert(base, gist, self.index, self.after)
+
     def attached(self, model: nn.Module, length: int) -> None:  # noqa: B027 - optional
         """Called after the token went in: adapt what counts tokens."""
 
@@ -258,7 +263,7 @@ def add_gist(model: nn.Module, config: GistConfig | None = None) -> GistModel:
         base = plain.get_submodule(host.path)
         device, dtype = _place(plain)
         token = GistToken(host.dim, config.length, config.dropout, device=device, dtype=dtype)
-        extension = GistExtension(config, host, GistInsert(base, token, host.index, host.after))
+        extension = GistExtension(config, host, host.make_insert(base, token))
     except Exception:
         if known is None:
             _state.end(plain, state)

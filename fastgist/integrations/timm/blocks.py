@@ -1,0 +1,112 @@
+"""timm's blocks and attention layers, run with their additions, or their keys and values, left open."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "ATTENTION_PARTS",
+    "BLOCK_PARTS",
+    "attend_and_project",
+    "plain_add",
+    "run_attention",
+    "run_block",
+    "run_eva_block",
+]
+
+#: What the code here does with a block's parts; a version of timm that has more is left alone.
+BLOCK_PARTS = frozenset({"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"})
+
+
+#: What the code here does with an attention layer's parts.
+ATTENTION_PARTS = frozenset(
+    ("qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
+)
+
+
+def run_attention(
+    attention: Any,
+    extend: Any,
+    x: Tensor,
+    rope: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """timm's Attention, AttentionRope or EvaAttention with keys and values (B, heads, N, d) passed through ``extend``."""
+    if is_causal:
+        raise ValueError("an attention layer with a prefix cannot be causal")
+    q, k, v = _queries_keys_values(attention, x)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    if rope is not None:
+        q, k = (_rotated(attention, t, rope).type_as(v) for t in (q, k))
+    groups = getattr(attention, "num_kv_groups", 1)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    k, v = extend(k, v)
+    if attn_mask is not None:  # every query sees the prefix
+        seen = True if attn_mask.dtype == torch.bool else 0.0
+        attn_mask = nn.functional.pad(attn_mask, (k.shape[2] - q.shape[2], 0), value=seen)
+    return attend_and_project(attention, q, k, v, x, attn_mask)
+
+
+def _queries_keys_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (B, heads, N, d) of x (B, N, D), before any norm."""
+    if attention.qkv is None:
+        layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+        head_dim = attention.q_proj.out_features // attention.num_heads
+        q, k, v = (layer(x).unflatten(-1, (-1, head_dim)).transpose(1, 2) for layer in layers)
+        return q, k, v
+    qkv = attention.qkv(x)
+    if getattr(attention, "q_bias", None) is not None:
+        qkv = qkv + torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+    q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def _rotated(attention: Any, t: Tensor, rope: Tensor) -> Tensor:
+    from timm.layers import apply_rot_embed_cat
+
+    prefix, half = attention.num_prefix_tokens, getattr(attention, "rotate_half", False)
+    return torch.cat((t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], rope, half=half)), dim=2)
+
+
+def attend_and_project(
+    attention: Any, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, attn_mask: Tensor | None = None
+) -> Tensor:
+    """Softmax, values and everything after them, for queries q (B, heads, n, d) that came from ``rows`` (B, n, D)."""
+    if attention.fused_attn:
+        p = attention.attn_drop.p if attention.training else 0.0
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=p)
+    else:
+        weights = (q * attention.scale) @ k.transpose(-2, -1)
+        if attn_mask is not None:
+            weights = (
+                weights.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else weights + attn_mask
+            )
+        out = attention.attn_drop(weights.softmax(dim=-1)) @ v
+    out = attention.norm(out.transpose(1, 2).flatten(2))
+    gate = getattr(attention, "gate", None)
+    if gate is not None:
+        out = out * gate(rows).sigmoid()
+    return attention.proj_drop(attention.proj(out))
+
+
+def plain_add(kind: str, x: Tensor, branch: Tensor) -> Tensor:
+    return x + branch
+
+
+def run_block(block: Any, add: Any, x: Tensor, **kwargs: Any) -> Tensor:
+    """timm's Block with its two additions left to ``add``."""
+    x = add("attention", x, block.drop_path1(block.ls1(block.attn(block.norm1(x), **kwargs))))
+    return add("mlp", x, block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
+
+
+def run_eva_block(block: Any, add: Any, x: Tensor, rope: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """timm's EvaBlock with its two additions left to ``add``."""
+    branch = block.attn(block.norm1(x), rope=rope, **kwargs)
+    x = add("attention", x, block.drop_path1(branch if block.gamma_1 is None else block.gamma_1 * branch))
+    branch = block.mlp(block.norm2(x))
+    return add("mlp", x, block.drop_path2(branch if block.gamma_2 is None else block.gamma_2 * branch))
