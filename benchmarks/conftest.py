@@ -27,6 +27,7 @@ pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installe
 from benchmarks import harness  # noqa: E402
 from benchmarks.cases import CASES, DIRECTIONS  # noqa: E402
 from benchmarks.peers import OTHER_FUNCTION, PEERS, Missing  # noqa: E402
+from benchmarks.train_step import PROVIDERS as STEP_PROVIDERS  # noqa: E402
 
 KIND = os.environ.get("FASTGIST_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 DEVICE = torch.device(KIND)
@@ -65,7 +66,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             )
             for case in CASES[op, KIND]
             for direction in DIRECTIONS[op, KIND]
-            for provider in PEERS[op]
+            for provider in (STEP_PROVIDERS if op == "train_step" else PEERS[op])
         ]
         metafunc.parametrize(("case", "direction", "provider"), rows)
 
