@@ -234,11 +234,12 @@ def parity(provider: str, case: Case, device: torch.device) -> str | None:
     ours, grads = PROVIDERS[provider](at[case.dtype], device, dropout=0.0).gradients()
     plain, plain_grads = PROVIDERS["plain"](at[case.dtype], device, dropout=0.0).gradients()
     exact, exact_grads = PROVIDERS["plain"](at[torch.float64], device, dropout=0.0).gradients()
-    wrong = within_budget(ours.float(), plain.float(), exact, scale=float(exact) + 1.0)
+    # Loss and gradients may be float32 numbers, but what they are made of is in the case's dtype: so is the floor.
+    wrong = within_budget(ours.float(), plain.float(), exact, scale=float(exact) + 1.0, dtype=case.dtype)
     if wrong:
         return f"loss: {wrong}"
     for name, mine in grads.items():
-        wrong = within_budget(mine, plain_grads[name], exact_grads[name])
+        wrong = within_budget(mine, plain_grads[name], exact_grads[name], dtype=case.dtype)
         if wrong:
             return f"gradient of {name}: {wrong}"
     return None
@@ -264,7 +265,9 @@ def launches(step: Callable[[], object]) -> int:
 
 
 def describe(case: Case) -> str:
-    name = {192: "ViT-Ti/16", 384: "ViT-S/16", 768: "ViT-B/16", 1024: "ViT-L/16"}.get(case["D"], f"ViT width {case['D']}")
+    name = {192: "ViT-Ti/16", 384: "ViT-S/16", 768: "ViT-B/16", 1024: "ViT-L/16"}.get(
+        case["D"], f"ViT width {case['D']}"
+    )
     return f"{name}, {case['L']} blocks, {case['S']} px"
 
 

@@ -52,6 +52,15 @@ def gradient_terms(z: Tensor, other: Tensor, temperature: float) -> float:
     return max(float(side.max()) for side in sides) / temperature
 
 
+def assert_same(a: Tensor, b: Tensor) -> None:
+    """The same numbers: bitwise on a CPU. On a GPU other strides, or other gradients asked for, are another compilation, which
+    may contract other products and sums: the same but for a few units in the last place."""
+    if a.is_cuda:
+        torch.testing.assert_close(a, b, rtol=8 * torch.finfo(a.dtype).eps, atol=torch.finfo(a.dtype).eps)
+    else:
+        assert torch.equal(a, b)
+
+
 def check_against_float64(
     ours: Callable[..., Tensor],
     formula: Callable[..., Tensor],

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastgist.gist import GistConfig, GistHost
 from fastgist.integrations.timm.blocks import ATTENTION_PARTS, BLOCK_PARTS, run_attention, run_block, run_eva_block
+from fastgist.integrations.timm.patches import embed_patches
 from fastgist.integrations.timm.prefix import GIST_PATH, count_prefix, own_prefix
 from fastgist.integrations.timm.rowwise import Rowwise
 from fastgist.nn import BlockForward
@@ -197,7 +198,8 @@ class TimmViTGist(GistHost):
 
     def _last_rows(self, model: Any, config: GistConfig, want_gist: bool, x: Tensor) -> Tensor:
         """forward_features, but of the last block and the norm only the rows that are read: (B, 1 or 1 + rows, D)."""
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+        x = embed_patches(model.patch_embed, x)
+        x = model.norm_pre(model.patch_drop(model._pos_embed(x)))
         checkpointing = model.grad_checkpointing
         if checkpointing:
             from timm.models import checkpoint
