@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastgist_kernels.common import _specialisation  # noqa: E402
-from fastgist_kernels.cp_linear import _aligned  # noqa: E402
-from fastgist_kernels.outer import _splits  # noqa: E402
+from fastgist_kernels.common import _specialisation
+from fastgist_kernels.cp_linear import _aligned
+from fastgist_kernels.outer import _splits
 
 
 def _same(a, b) -> bool:
