@@ -74,7 +74,7 @@ def test_matches_float64(impl, device, dtype, rows, classes, temperature):
     kept["grad_scale"] /= rows - 1
     check_against_float64(
         lambda a, b, **k: gist_loss(a, b, y, **k),
-        lambda a, b, **k: formula(a, b, y, **k),
+        lambda a, b, **k: formula(a, b, y.to(a.device), **k),
         (z, g),
         temperature=temperature,
         ours_options={"impl": impl},
@@ -93,7 +93,7 @@ def test_targets_and_temperatures(impl, device, temperature, kind):
     grad = torch.randn(13, device=device)
     check_against_float64(
         lambda a, b, **k: gist_loss(a, b, y, **k),
-        lambda a, b, **k: formula(a, b, y, **k),
+        lambda a, b, **k: formula(a, b, y.to(a.device), **k),
         (z, g),
         grad=grad,
         reduction="none",
@@ -111,7 +111,7 @@ def test_reductions_leading_dimensions_and_t_squared(impl, device, reduction):
     grad = torch.randn(3, 4, device=device) if reduction == "none" else torch.tensor(-2.5, device=device)
     loss, grads = check_against_float64(
         lambda a, b, **k: gist_loss(a, b, y, **k),
-        lambda a, b, **k: formula(a, b, y, **k),
+        lambda a, b, **k: formula(a, b, y.to(a.device), **k),
         (z, g),
         grad=grad,
         reduction=reduction,
@@ -254,7 +254,7 @@ def test_hard_13_offsets_and_gaps(impl, device):
         far = (z + offset, g - offset)
         check_against_float64(
             lambda a, b, **k: gist_loss(a, b, y, **k),
-            lambda a, b, **k: formula(a, b, y, **k),
+            lambda a, b, **k: formula(a, b, y.to(a.device), **k),
             far,
             ours_options={"impl": impl},
             **scales(z, g, 3.0),
@@ -318,7 +318,7 @@ def test_hard_16_class_counts(impl, device, classes):
     z, g, y = case(2, classes, device=device)
     check_against_float64(
         lambda a, b, **k: gist_loss(a, b, y, **k),
-        lambda a, b, **k: formula(a, b, y, **k),
+        lambda a, b, **k: formula(a, b, y.to(a.device), **k),
         (z, g),
         ours_options={"impl": impl},
         **scales(z, g, 3.0),
@@ -346,7 +346,7 @@ def test_hard_12_classes_masked_by_large_numbers(impl, device, here, there, temp
             options = {"temperature": temperature, **scales(z[:, classes:], g[:, classes:], temperature)}
             _, grads = check_against_float64(
                 lambda a, b, **k: gist_loss(a, b, y, impl=impl, **k),
-                lambda a, b, **k: formula(a, b, y, **k),
+                lambda a, b, **k: formula(a, b, y.to(a.device), **k),
                 (z, g),
                 **options,
             )
@@ -369,7 +369,7 @@ def test_float16_gradients_wait_for_their_loss_scale(impl, device):
     scale = torch.tensor(2.0**14, device=device)
     inputs = {"temperature": 10.0}
     _, grads = evaluate(lambda a, b, **k: gist_loss(a, b, y, impl=impl, **k), (z, g), (True, True), scale, **inputs)
-    exact = evaluate(lambda a, b, **k: formula(a, b, y, **k), (z.double(), g.double()), (True, True), scale, **inputs)[
+    exact = evaluate(lambda a, b, **k: formula(a, b, y.to(a.device), **k), (z.double(), g.double()), (True, True), scale, **inputs)[
         1
     ]
     for grad, want in zip(grads, exact, strict=True):
