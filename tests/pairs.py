@@ -52,7 +52,14 @@ def swin(second: bool = False, **options: Any) -> nn.Module:
     from timm.models.swin_transformer import SwinTransformer
     from timm.models.swin_transformer_v2 import SwinTransformerV2
 
-    settings = {"img_size": 24, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
+    settings = {
+        "img_size": 24,
+        "patch_size": 2,
+        "window_size": 4,
+        "embed_dim": 16,
+        "depths": (2, 2),
+        "num_heads": (2, 4),
+    }
     settings |= {"num_classes": 5, "drop_path_rate": 0.0}
     return randomised((SwinTransformerV2 if second else SwinTransformer)(**settings | options))
 

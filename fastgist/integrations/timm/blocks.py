@@ -11,6 +11,7 @@ __all__ = [
     "ATTENTION_PARTS",
     "BLOCK_PARTS",
     "attend_and_project",
+    "example_images",
     "plain_add",
     "queries_keys_values",
     "run_attention",
@@ -157,3 +158,11 @@ def separate_biases(blocks: nn.Module) -> None:
         elif not wrapped and mine is not None:
             module.qkv_bias_separate = mine
             del module._fastgist_bias_was
+
+
+def example_images(model: Any) -> Tensor:
+    """Two random images of the size, device and dtype that ``model`` takes."""
+    size = model.patch_embed.img_size or (224, 224)
+    proj = model.patch_embed.proj
+    p = next(model.parameters())
+    return torch.randn(2, getattr(proj, "base_layer", proj).in_channels, *size, device=p.device, dtype=p.dtype)

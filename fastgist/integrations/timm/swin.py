@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgist.gist import GistConfig, GistHost, GistInsert
-from fastgist.integrations.timm.blocks import separate_biases
+from fastgist.integrations.timm.blocks import example_images, separate_biases
 from fastgist.integrations.timm.prefix import plain_input_size
 from fastgist.integrations.timm.windows import (
     Size,
@@ -100,9 +100,7 @@ class TimmSwin(Family):
             model.num_classes = head.out_features
 
     def example_inputs(self, model: Any) -> tuple[Tensor]:
-        size = model.patch_embed.img_size or (224, 224)
-        p = next(model.parameters())
-        return (torch.randn(2, model.patch_embed.proj.in_channels, *size, device=p.device, dtype=p.dtype),)
+        return (example_images(model),)
 
     def gist_host(self, model: Any) -> TimmSwinGist:
         return TimmSwinGist(model)
@@ -134,7 +132,9 @@ class TimmSwinGist(GistHost):
         family = next(c for c in swin_classes() if isinstance(model, c))
         for method in ("forward_features", "forward_head", "forward_intermediates"):
             if getattr(type(model), method) is not getattr(family, method):
-                raise ValueError(f"add_gist: {name} has a {method} of its own; how a gist token goes through is not known")
+                raise ValueError(
+                    f"add_gist: {name} has a {method} of its own; how a gist token goes through is not known"
+                )
         head = model.head
         if type(head) is not ClassifierHead:
             raise ValueError(

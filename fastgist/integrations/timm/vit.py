@@ -20,6 +20,7 @@ from fastgist.gist import GistConfig, GistHost
 from fastgist.integrations.timm.blocks import (
     ATTENTION_PARTS,
     BLOCK_PARTS,
+    example_images,
     run_attention,
     run_beit_attention,
     run_beit_block,
@@ -141,10 +142,7 @@ class TimmViT(Family):
         return found
 
     def example_inputs(self, model: Any) -> tuple[Tensor]:
-        size = model.patch_embed.img_size or (224, 224)
-        p = next(model.parameters())
-        channels = getattr(model, "in_chans", None) or model.patch_embed.proj.in_channels
-        return (torch.randn(2, channels, *size, device=p.device, dtype=p.dtype),)
+        return (example_images(model),)
 
     def gist_host(self, model: Any) -> TimmViTGist:
         return TimmViTGist(model)
@@ -221,7 +219,9 @@ class TimmViTGist(GistHost):
         """Final states (B, N, D) -> (B, D)."""
         if hasattr(model, "pool"):
             return model.pool(features)
-        return features[:, 0] if model.global_pool == "token" else features[:, model.num_prefix_tokens :].mean(1)  # Beit
+        return (
+            features[:, 0] if model.global_pool == "token" else features[:, model.num_prefix_tokens :].mean(1)
+        )  # Beit
 
     @staticmethod
     def _both_heads(model: Any, features: Tensor, gist: Tensor | None) -> tuple[Tensor, Tensor | None]:

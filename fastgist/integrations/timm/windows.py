@@ -68,7 +68,7 @@ def attend_windows(block: Any, x: Tensor, size: Size) -> Tensor:
     cut = grid.unflatten(1, (rows, window_h)).unflatten(3, (columns, window_w)).transpose(2, 3)
     cut = cut.flatten(3, 4).flatten(1, 2)  # (B, windows, patches of one, C)
     copies = token[:, None].expand(-1, rows * columns, -1, -1)
-    mask = block.get_attn_mask(grid) if block.dynamic_mask else block.attn_mask
+    mask = block.get_attn_mask(grid) if getattr(block, "dynamic_mask", False) else block.attn_mask
     if mask is not None:
         mask = nn.functional.pad(mask, (tokens, 0, tokens, 0))
     out = block.attn(torch.cat((copies, cut), dim=2).flatten(0, 1), mask=mask)
@@ -197,8 +197,8 @@ def check_parts(model: Any) -> None:
 
 #: What the code here does with a part's modules; a version of timm that has more is left alone.
 _PARTS = frozenset(
-    ("downsample", "blocks", "norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
-    + ("qkv", "softmax", "attn_drop", "proj", "proj_drop", "cpb_mlp", "norm", "reduction")
+    "downsample blocks norm1 attn drop_path1 norm2 mlp drop_path2 qkv softmax attn_drop proj proj_drop cpb_mlp norm "
+    "reduction".split()
 )
 
 

@@ -1,0 +1,537 @@
+"""Every method on every backbone of timm that carries a gist token: what must hold for all of them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from pairs import METHODS, TIMM_BACKBONES, attempt, beit, distilled, example, swin
+from swins import swin_by_hand
+from timm.layers import DropPath
+from torch import Tensor, nn
+from vits import dense, eva, gradients, layer_norm, stir, trainable
+
+import fastgist
+from fastgist import (
+    AdapterConfig,
+    CPConfig,
+    GistConfig,
+    LoraConfig,
+    PrefixConfig,
+    PromptConfig,
+    add_gist,
+    get_peft_model,
+)
+from fastgist.gist import GistModel
+from fastgist.nn import GistLoss
+
+ROOT = Path(__file__).resolve().parents[1]
+WITHOUT_TOKEN = ("SigLIP",)
+WITHOUT_ATTENTION = ("ResNet", "ConvNeXt", "MLP-Mixer")
+CARRIERS = [name for name in TIMM_BACKBONES if name not in (*WITHOUT_TOKEN, *WITHOUT_ATTENTION)]
+SWINS = ["Swin", "Swin V2"]
+NOT_IN_WINDOWS = ("VPT", "VPT, deep", "prefix")
+PAIRS = [(b, m) for b in CARRIERS for m in METHODS if not (b in SWINS and m in NOT_IN_WINDOWS)]
+
+
+def made(backbone: str, method: str = "LoRA", dtype: torch.dtype = torch.float64) -> GistModel:
+    return stir(attempt(TIMM_BACKBONES[backbone], method).to(dtype))
+
+
+def both(output) -> Tensor:
+    return torch.stack([output.logits, output.gist_logits])
+
+
+# -- hard cases 23 to 25, for every pair -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("backbone", "method"), PAIRS)
+def test_a_pair_trains_what_it_says_and_no_sample_sees_another(backbone, method) -> None:
+    model = made(backbone, method).eval()
+    x = example(model, 3, torch.float64)
+    together = both(model(x, return_gist_logits=True))
+    alone = torch.cat([both(model(x[i : i + 1], return_gist_logits=True)) for i in range(3)], dim=1)
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-11)
+    other = x.clone()
+    other[1] = torch.randn_like(x[1])
+    changed = both(model(other, return_gist_logits=True))
+    torch.testing.assert_close(changed[:, ::2], together[:, ::2], rtol=1e-9, atol=1e-11)
+    assert (changed[:, 1] - together[:, 1]).abs().amax(-1).min() > 1e-6
+
+    output = model.train()(x)  # nothing here drops
+    torch.testing.assert_close(both(output), together, rtol=1e-9, atol=1e-11)
+    names = trainable(model)
+    GistLoss()(output, torch.tensor([0, 3, 1])).backward()
+    got = gradients(model)
+    assert got.keys() == names
+    silent = {name for name, g in got.items() if not g.any()}
+    assert silent <= {n for n in names if method == "full" and "relative_position_bias_table" in n}
+    with torch.no_grad():
+        model.gist.token.zero_()
+    assert (both(model.eval()(x, return_gist_logits=True)) - together).abs().amax((1, 2)).min() > 1e-8
+
+
+@pytest.mark.parametrize("backbone", CARRIERS)
+def test_what_is_asked_twice_or_for_nothing_is_refused(backbone) -> None:
+    build = TIMM_BACKBONES[backbone]
+    with pytest.raises(ValueError, match=r"nothing in this model is called 'query'; it has .*proj.*fc2"):
+        get_peft_model(build(), LoraConfig(targets=("query",)))
+    with pytest.raises(ValueError, match="is matched twice"):
+        get_peft_model(build(), LoraConfig(targets=("proj", "attn.proj")))
+    model = get_peft_model(build(), LoraConfig())
+    with pytest.raises(ValueError, match="an adapter named 'default' already"):
+        get_peft_model(model, LoraConfig())
+    with pytest.raises(ValueError, match="has a gist token already"):
+        add_gist(add_gist(model))
+    fastgist.assert_training(model)
+
+
+@pytest.mark.parametrize("backbone", [*WITHOUT_TOKEN, *WITHOUT_ATTENTION])
+def test_backbones_without_a_place_for_a_token_say_why(backbone) -> None:
+    model = TIMM_BACKBONES[backbone]()
+    flags = [p.requires_grad for p in model.parameters()]
+    if backbone in WITHOUT_TOKEN:
+        with pytest.raises(ValueError, match="has no class token, and the gist token's place is right after it"):
+            add_gist(model)
+        get_peft_model(model, LoraConfig())
+        return
+    for call in (add_gist, lambda m: get_peft_model(m, LoraConfig())):
+        with pytest.raises(
+            TypeError, match=rf"{type(model).__name__} is not known \(it has no attention layers, through"
+        ):
+            call(model)
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_other_refusals_say_why() -> None:
+    from timm.layers import NormMlpClassifierHead
+    from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
+
+    cr = SwinTransformerV2Cr(img_size=(32, 32), window_size=4, embed_dim=8, depths=(1, 1), num_heads=(2, 2))
+    with pytest.raises(TypeError, match=r"V2Cr is not known \(it has attention layers, but how a token would go"):
+        add_gist(cr)
+    with pytest.raises(ValueError, match="global_pool=''"):
+        add_gist(swin(global_pool=""))
+    with pytest.raises(ValueError, match="global_pool='catavgmax'"):
+        add_gist(swin(global_pool="catavgmax"))
+    other = swin()
+    other.head = NormMlpClassifierHead(32, 5)
+    with pytest.raises(ValueError, match="has a NormMlpClassifierHead as its head"):
+        add_gist(other)
+
+    class Odd(type(other.layers[0].blocks[0].attn)):
+        """Window attention of another library."""
+
+    odd = swin()
+    odd.layers[1].blocks[0].attn.__class__ = Odd
+    with pytest.raises(ValueError, match="how a gist token goes through a Odd is not known"):
+        add_gist(odd)
+    odd.layers[0].blocks[0].__class__ = type("Strange", (type(odd.layers[0].blocks[0]),), {})
+    with pytest.raises(ValueError, match="how a Strange adds up is not known"):
+        get_peft_model(odd, AdapterConfig(4, "shared"))
+    for config, word in ((PromptConfig(), "prompts are rows of a sequence"), (PrefixConfig(), "a bias of its own")):
+        with pytest.raises(ValueError, match=word):
+            get_peft_model(swin(), config)
+    with pytest.raises(ValueError, match="global_pool='map'"):
+        add_gist(eva(global_pool="map"))
+    with pytest.raises(ValueError, match="pools its prefix tokens; the prompts would enter"):
+        get_peft_model(eva(global_pool="map"), PromptConfig())
+
+
+# -- against a forward written out -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [None, LoraConfig(rank=2, targets=("q", "v", "fc1", "reduction")), AdapterConfig(4)])
+@pytest.mark.parametrize("second", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("size", [24, (22, 18)], ids=str)
+def test_swin_is_the_method_written_out(config, second, size) -> None:
+    base = swin(second, img_size=size, num_classes=4).double()
+    model = base if config is None else get_peft_model(base, config)
+    model = stir(add_gist(model, GistConfig(length=2, dropout=0.0))).eval()
+    x = example(model, 2, torch.float64)
+    output = model(x, return_gist_logits=True)
+    assert any(any(b.shift_size) for b in model.model.layers[1].blocks)
+    for i in range(2):  # timm makes V2's table of distances in float32
+        z, g = swin_by_hand(model.model, x[i], model.gist.token[0])
+        torch.testing.assert_close(output.logits[i], z, rtol=1e-7 if second else 1e-9, atol=1e-8 if second else 1e-11)
+        torch.testing.assert_close(
+            output.gist_logits[i], g, rtol=1e-7 if second else 1e-9, atol=1e-8 if second else 1e-11
+        )
+    torch.testing.assert_close(model(x).logits, output.logits)
+    torch.testing.assert_close(model.model(x), output.logits)
+    with fastgist.disable_adapter(model):
+        without = model(x).logits
+    z, _ = swin_by_hand(without_gist(model), x[0], None)
+    torch.testing.assert_close(without[0], z, rtol=1e-7, atol=1e-8)
+
+
+def without_gist(model: GistModel) -> nn.Module:
+    """A plain copy of the model inside, its head from before wrapping."""
+    with pytest.warns(UserWarning, match="logits change"):
+        return fastgist.unload(copy.deepcopy(model), keep_head=False)
+
+
+def beit_by_hand(model: nn.Module, x: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits, gist logits) of a BEiT, two by two patches; in the position bias the token is a second class token."""
+    batch, width, patch = x.shape[0], model.embed_dim, model.patch_embed.patch_size[0]
+    side = x.shape[-1] // patch
+    cut = x.reshape(batch, 3, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5).reshape(batch, side * side, -1)
+    h = cut @ model.patch_embed.proj.weight.reshape(width, -1).T + model.patch_embed.proj.bias
+    h = torch.cat([model.cls_token.expand(batch, -1, -1), h], 1)
+    if model.pos_embed is not None:
+        h = h + model.pos_embed
+    h = torch.cat([h[:, :1], token.expand(batch, -1, -1), h[:, 1:]], 1)
+    n, special = h.shape[1], h.shape[1] - side * side
+
+    def bias(table: Tensor) -> Tensor:
+        distances = (2 * side - 1) ** 2
+        to_patch, from_patch, to_itself = table[distances], table[distances + 1], table[distances + 2]
+        out = torch.empty(n, n, table.shape[1], dtype=table.dtype)
+        for i in range(n):
+            for j in range(n):
+                if i < special and j < special:
+                    out[i, j] = to_itself
+                elif i < special:
+                    out[i, j] = to_patch
+                elif j < special:
+                    out[i, j] = from_patch
+                else:
+                    (ri, ci), (rj, cj) = divmod(i - special, side), divmod(j - special, side)
+                    out[i, j] = table[(ri - rj + side - 1) * (2 * side - 1) + ci - cj + side - 1]
+        return out.permute(2, 0, 1)
+
+    for block in model.blocks:
+        attn = block.attn
+        source = model.rel_pos_bias if model.rel_pos_bias is not None else attn
+        qkv = dense(attn.qkv, layer_norm(block.norm1, h))
+        qkv = qkv + torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+        q, k, v = (t.reshape(batch, n, attn.num_heads, -1).transpose(1, 2) for t in qkv.chunk(3, -1))
+        weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5 + bias(source.relative_position_bias_table)).softmax(-1)
+        out = dense(attn.proj, (weights @ v).transpose(1, 2).reshape(batch, n, width))
+        h = h + out * (1 if block.gamma_1 is None else block.gamma_1)
+        out = dense(block.mlp.fc2, nn.functional.gelu(dense(block.mlp.fc1, layer_norm(block.norm2, h))))
+        h = h + out * (1 if block.gamma_2 is None else block.gamma_2)
+    h = layer_norm(model.norm, h)
+    z = h[:, 0] if model.global_pool == "token" else h[:, special:].mean(1)
+    return tuple(dense(model.head, layer_norm(model.fc_norm, t)) for t in (z, h[:, 1]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "init_values": None},
+        {"use_abs_pos_emb": True, "global_pool": "token"},
+    ],
+    ids=["a bias a block", "shared bias", "absolute positions too"],
+)
+def test_beit_is_the_method_written_out(options) -> None:
+    model = add_gist(get_peft_model(beit(**options).double(), LoraConfig(rank=2)), GistConfig(length=2, dropout=0.0))
+    stir(model).eval()
+    x = example(model, 3, torch.float64)
+    output = model(x, return_gist_logits=True)
+    z, g = beit_by_hand(model.model, x, model.gist.token)
+    torch.testing.assert_close(output.logits, z, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(output.gist_logits, g, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(model.model(x), z, rtol=1e-9, atol=1e-11)
+
+
+def test_a_distilled_models_gist_is_read_by_both_heads() -> None:
+    model = made("DeiT, distilled").eval()
+    x, inner = example(model, 3, torch.float64), model.model
+    states = model.forward_features(x)
+    assert states.shape[1] == 2 + 1 + 4
+    output = model(x, return_gist_logits=True)
+    torch.testing.assert_close(output.logits, (inner.head(states[:, 0]) + inner.head_dist(states[:, 1])) / 2)
+    torch.testing.assert_close(output.gist_logits, (inner.head(states[:, 2]) + inner.head_dist(states[:, 2])) / 2)
+    torch.testing.assert_close(inner(x), output.logits)
+    model.model.set_distilled_training()
+    torch.testing.assert_close(model(x).logits, output.logits)
+    with pytest.raises(ValueError, match="set to return two predictions"):
+        model.train()(x)
+
+    class Other(type(inner)):
+        def forward_head(self, x, pre_logits=False):
+            return self.head(x[:, 0])
+
+    odd = distilled()
+    odd.__class__ = Other
+    with pytest.raises(ValueError, match="Other has a forward_head of its own"):
+        add_gist(odd)
+
+
+# -- what must keep working, for every backbone ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["LoRA", "adapter, houlsby", "SSF", "full"])
+@pytest.mark.parametrize("backbone", CARRIERS)
+def test_saved_and_loaded_into_a_fresh_model(backbone, method, tmp_path) -> None:
+    base = TIMM_BACKBONES[backbone]().eval()
+    build = lambda: copy.deepcopy(base)  # noqa: E731
+    model = stir(attempt(build, method)).eval()
+    fastgist.save_adapter(model, tmp_path)
+    loaded = fastgist.load_adapter(build(), tmp_path).eval()
+    x = example(model)
+    assert torch.equal(both(loaded(x, return_gist_logits=True)), both(model(x, return_gist_logits=True)))
+    assert trainable(loaded) == trainable(model)
+
+
+@pytest.mark.parametrize("backbone", CARRIERS)
+def test_copied_set_aside_and_taken_out(backbone) -> None:
+    with torch.no_grad():  # attention takes another path on a CPU where a position bias is trained
+        copies_and_ways_back(backbone)
+
+
+def copies_and_ways_back(backbone: str) -> None:
+    base = TIMM_BACKBONES[backbone]().eval()
+    build = lambda: copy.deepcopy(base)  # noqa: E731
+    model = stir(attempt(build, "adapter, houlsby")).eval()
+    x = example(model)
+    expected, plain = both(model(x, return_gist_logits=True)), base(x)
+    other = attempt(build, "adapter, houlsby").eval()
+    other.load_state_dict(model.state_dict())
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    clone, loaded = copy.deepcopy(model), torch.load(buffer, weights_only=False)
+    for p in model.parameters():  # nothing of a copy may lean on the original
+        p.zero_()
+    for copied in (clone, loaded, other):
+        assert torch.equal(both(copied(x, return_gist_logits=True)), expected)
+    with fastgist.disable_adapter(clone):
+        assert torch.equal(clone(x).logits, plain)
+    get_peft_model(clone, CPConfig(rank=2, dropout=0.0), "second")
+    stir(clone)
+    assert not torch.allclose(clone(x).logits, expected[0])
+    fastgist.set_adapter(clone, "default")
+    assert torch.equal(both(clone(x, return_gist_logits=True)), expected)
+    assert torch.equal(without_gist(clone).eval()(x), plain)
+    clone.reset_classifier(7)
+    assert clone.train()(x).gist_logits.shape == (2, 7)
+    assert clone.num_classes == 7
+
+
+@pytest.mark.parametrize(
+    "backbone", [b for b in CARRIERS if b not in ("ViT, average pooling", "ViT, CLIP's", "DeiT III")]
+)
+def test_compiles_whole(backbone) -> None:
+    torch._dynamo.reset()
+    model = made(backbone, dtype=torch.float32).train()
+    x, y = example(model), torch.tensor([0, 3])
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(both(compiled(x)), both(model(x)))
+    GistLoss()(compiled(x), y).backward()
+    assert gradients(model).keys() == trainable(model)
+
+
+#: timm hands arguments by name to the blocks of Eva and Beit, which reentrant checkpointing does not take.
+CHECKPOINTED = [(b, False) for b in CARRIERS] + [(b, True) for b in ("ViT", "DeiT, distilled", "Swin", "Swin V2")]
+
+
+@pytest.mark.parametrize(("backbone", "reentrant"), CHECKPOINTED)
+def test_gradient_checkpointing_changes_nothing(backbone, reentrant) -> None:
+    from timm.layers import set_reentrant_ckpt
+
+    model = made(backbone).train()
+    x, y = example(model, 2, torch.float64), torch.tensor([0, 3])
+    GistLoss()(model(x), y).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    calls = []
+    next(m for m in model.modules() if hasattr(m, "mlp")).mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    set_reentrant_ckpt(reentrant)
+    try:
+        GistLoss()(model(x), y).backward()
+    finally:
+        set_reentrant_ckpt(False)
+    assert len(calls) == 2  # once more in the backward
+    assert gradients(model).keys() == expected.keys()
+    for name, want in expected.items():
+        torch.testing.assert_close(gradients(model)[name], want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backbone", CARRIERS)
+def test_autocast_and_half_precision(backbone) -> None:
+    model = made(backbone, dtype=torch.float32).train()
+    x = example(model)
+    exact = both(model(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(x)
+        GistLoss()(output, torch.tensor([0, 3])).backward()
+    assert (both(output).float() - exact).abs().max() <= 0.1 * exact.abs().max()
+    got = gradients(model)
+    assert got.keys() == trainable(model)
+    assert all(g.isfinite().all() and g.dtype == torch.float32 for g in got.values())
+    half = attempt(lambda: TIMM_BACKBONES[backbone]().bfloat16(), "LoRA").train()
+    half(x.bfloat16()).gist_logits.float().sum().backward()
+    assert half.gist.token.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backbone", CARRIERS)
+def test_intermediates_are_those_of_the_forward(backbone) -> None:
+    model = made(backbone).eval()
+    x = example(model, 2, torch.float64)
+    final, maps = model.forward_intermediates(x)
+    torch.testing.assert_close(final, model.forward_features(x))
+    torch.testing.assert_close(model.forward_head(final), model(x).logits)
+    (last,) = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+    patches = final if backbone in SWINS else final[:, model.num_prefix_tokens :]
+    torch.testing.assert_close(last.flatten(2), patches.flatten(1, -2).transpose(1, 2))
+    assert maps[0].shape[0] == 2
+    with fastgist.disable_adapter(model):
+        without = model.forward_intermediates(x)[1]
+    assert not any(torch.allclose(a, b) for a, b in zip(maps, without, strict=True))
+
+
+@pytest.mark.parametrize("method", ["LoRA", "adapter, houlsby", "adapter, shared"])
+@pytest.mark.parametrize("backbone", ["ViT", "EVA-02", "BEiT", "BEiT, shared bias", "Swin", "Swin V2"])
+def test_another_input_size(backbone, method) -> None:
+    base = TIMM_BACKBONES[backbone]().double()
+    size = tuple(2 * s for s in base.patch_embed.img_size)
+    model = stir(attempt(lambda: copy.deepcopy(base), method)).eval()
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    prefix = getattr(model.model, "num_prefix_tokens", None)
+    model.set_input_size(img_size=size)
+    base.set_input_size(img_size=size)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+    assert getattr(model.model, "num_prefix_tokens", None) == prefix
+    x = example(model, 2, torch.float64)
+    assert x.shape[-2:] == size
+    assert model.train()(x).gist_logits.shape == (2, 5)
+    with fastgist.disable_adapter(model), torch.no_grad():
+        assert torch.equal(model.eval()(x).logits, base.eval()(x))
+    if "Swin" in backbone and method == "LoRA":
+        torch.testing.assert_close(
+            model(x).logits[0], swin_by_hand(model.model, x[0], model.gist.token[0])[0], rtol=1e-6, atol=1e-7
+        )
+
+
+# -- Swin alone ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", SWINS)
+def test_swin_samples_and_the_gist_are_not_mixed_up(backbone) -> None:
+    """The mistakes to make: the first patch read as the gist, and windows of one image averaged with another's."""
+    model = made(backbone, "linear probe").eval()
+    x = example(model, 3, torch.float64).requires_grad_()
+    output = model(x, return_gist_logits=True)
+    for logits in (output.logits, output.gist_logits):
+        for i in range(3):
+            (g,) = torch.autograd.grad(logits[i].square().sum(), x, retain_graph=True)
+            seen = g.abs().amax((1, 2, 3))
+            assert seen[i] > 0
+            assert (seen[[j for j in range(3) if j != i]] == 0).all()
+    head, token = model.model.head, model.gist.token
+    grid = model.forward_features(x)
+    torch.testing.assert_close(head.fc(grid.mean((1, 2))), output.logits)  # the token is not among the pooled patches
+    corner = head.fc(grid[:, 0, 0])
+    assert not torch.allclose(corner, output.gist_logits)
+    with torch.no_grad():
+        token.add_(torch.randn_like(token))
+    assert not torch.allclose(model(x, return_gist_logits=True).gist_logits, output.gist_logits)
+
+
+@pytest.mark.parametrize("backbone", SWINS)
+def test_swin_hooks_see_packed_rows(backbone) -> None:
+    model, shapes = made(backbone, "adapter, houlsby").train(), {}
+
+    def note(path):
+        return lambda m, args, out: shapes.update({path: tuple(out.shape)})
+
+    for path in ("0.blocks.0.norm1", "0.blocks.1.attn", "1.blocks.0", "1.downsample.reduction"):
+        model.model.layers.get_submodule(path).register_forward_hook(note(path))
+    model(example(model, 2, torch.float64))
+    assert shapes["0.blocks.0.norm1"] == (2, 1 + 144, 16)
+    assert shapes["0.blocks.1.attn"] == (2 * 9, 1 + 16, 16)
+    assert shapes["1.blocks.0"] == shapes["1.downsample.reduction"] == (2, 1 + 36, 32)
+
+
+@pytest.mark.parametrize("backbone", SWINS)
+def test_drop_path_drops_a_samples_token_with_its_patches(backbone) -> None:
+    model = add_gist(TIMM_BACKBONES[backbone]()).train()
+    block = model.model.layers[0].blocks[1]
+    block.drop_path1, block.drop_path2 = DropPath(0.5), DropPath(1.0)
+    x = torch.randn(16, 1 + 144, 16)
+    moved = (block(x, (12, 12)) != x).any(-1)
+    assert (moved[:, :1] == moved).all()
+    assert 0 < moved[:, 0].sum() < 16
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_swin_of_any_input_size_with_several_tokens(second) -> None:
+    settings = GistConfig(length=3, dropout=0.0, readout="mean")
+    fixed = stir(add_gist(swin(second), settings)).eval()
+    moving = add_gist(swin(second, dynamic_img_size=True), settings).eval()
+    moving.load_state_dict(fixed.state_dict())
+    x = example(fixed)
+    torch.testing.assert_close(both(moving(x, return_gist_logits=True)), both(fixed(x, return_gist_logits=True)))
+    assert moving(torch.randn(2, 3, 30, 20), return_gist_logits=True).gist_logits.shape == (2, 5)
+    inner = fixed.model
+    states = inner.patch_embed(x)
+    for stage in inner.layers:
+        states = stage(states) if isinstance(states, Tensor) else stage(*states)
+    rows = inner.norm(states[0][:, :3])
+    mean = inner.head.fc(rows.mean(1))
+    torch.testing.assert_close(fixed(x, return_gist_logits=True).gist_logits, mean)
+    fixed.config.readout = "first"
+    torch.testing.assert_close(fixed(x, return_gist_logits=True).gist_logits, inner.head.fc(rows[:, 0]))
+
+
+def test_shapes_that_differ_by_stage_are_groups_of_their_own() -> None:
+    model = get_peft_model(swin(), CPConfig(rank=3, targets=("q", "v", "fc1", "fc2", "reduction"), dropout=0.0))
+    factors = {m for m in model.modules() if isinstance(m, fastgist.nn.CPFactors)}
+    assert sorted((f.in_features, f.out_features, f.modes) for f in factors) == [(16, 16, 20), (32, 32, 22)]
+    widths = {path: layer.adapter.dim for path, layer in adapted(get_peft_model(swin(), AdapterConfig(4))).items()}
+    assert {path.split(".")[1]: width for path, width in widths.items()} == {"0": 16, "1": 32}
+
+
+def adapted(model: nn.Module) -> dict[str, nn.Module]:
+    return {path: m for path, m in model.named_modules() if isinstance(m, fastgist.nn.AdaptedLayer)}
+
+
+def test_both_first_layers_of_a_gated_mlp_answer_to_fc1() -> None:
+    model = get_peft_model(TIMM_BACKBONES["EVA-02"](), LoraConfig(targets=("fc1",)))
+    names = {re.sub(r"\.\d\.", ".i.", n) for n in trainable(model) if n.endswith(".u")}
+    assert names == {"blocks.i.mlp.fc1_g.u", "blocks.i.mlp.fc1_x.u"}
+
+
+# -- the table in docs -----------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_pairs_is_what_the_script_writes() -> None:
+    """Its rows and columns, every "yes" (the pairs above), and three rows built anew."""
+    script = runpy.run_path(str(ROOT / "scripts" / "pairs_table.py"))
+    text = (ROOT / "docs" / "pairs.md").read_text()
+    assert text.startswith(script["HEAD"])
+    reasons = [line.partition(". ")[2] for line in text.partition("## Why not")[2].split("\n") if line[:1].isdigit()]
+    lines = text.partition("## timm\n")[2].split("\n\n")[1].splitlines()
+
+    def cells(line: str) -> list[str]:
+        return [cell.strip() for cell in line.strip("|").split("|")]
+
+    assert cells(lines[0]) == ["", *METHODS]
+    rows = {name: values for name, *values in map(cells, lines[2:])}
+    assert list(rows) == list(TIMM_BACKBONES)
+    yes = [
+        (name, method) for name, row in rows.items() for method, cell in zip(METHODS, row, strict=True) if cell == "yes"
+    ]
+    assert yes == PAIRS
+    some = ["SigLIP", "Swin", "ResNet"]
+    for line in script["table"]({name: TIMM_BACKBONES[name] for name in some}, METHODS, fresh := [])[2:]:
+        name, *values = cells(line)
+        for was, now in zip(rows[name], values, strict=True):
+            assert re.sub(r"\d+", lambda n: reasons[int(n[0]) - 1], was) == re.sub(
+                r"\d+", lambda n: fresh[int(n[0]) - 1], now
+            )
+
+
+def test_every_registered_configuration_is_among_the_methods() -> None:
+    from fastgist.peft.method import registered_configs
+
+    assert {type(config) for config in METHODS.values()} == set(registered_configs().values())
