@@ -510,7 +510,7 @@ def test_the_table_of_pairs_is_what_the_script_writes() -> None:
     text = (ROOT / "docs" / "pairs.md").read_text()
     assert text.startswith(script["HEAD"])
     reasons = [line.partition(". ")[2] for line in text.partition("## Why not")[2].split("\n") if line[:1].isdigit()]
-    lines = text.partition("## timm\n")[2].split("\n\n")[1].splitlines()
+    lines = text.partition("## timm\n")[2].strip().split("\n\n")[0].splitlines()
 
     def cells(line: str) -> list[str]:
         return [cell.strip() for cell in line.strip("|").split("|")]

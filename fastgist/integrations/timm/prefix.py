@@ -128,7 +128,8 @@ class _PlainInputSize:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model
-        counted, pos_embed = getattr(model, "num_prefix_tokens", None), getattr(model, "pos_embed", None)
+        counted = getattr(model, "num_prefix_tokens", None)
+        flags = {name: p.requires_grad for name, p in model.named_parameters()}
         wrapped = [(path, m) for path, m in model.named_modules() if isinstance(m, _WRAPPERS)]
         places = [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], m) for path, m in wrapped]
         for parent, leaf, module in places:
@@ -142,5 +143,5 @@ class _PlainInputSize:
                 setattr(parent, leaf, module)
             if counted is not None:
                 model.num_prefix_tokens = counted
-            if pos_embed is not None:  # a resampled one is a new parameter, which older versions of timm unfreeze
-                model.pos_embed.requires_grad_(pos_embed.requires_grad)
+            for name, p in model.named_parameters():  # a resampled one is new, and older versions of timm unfreeze it
+                p.requires_grad_(flags.get(name, p.requires_grad))
