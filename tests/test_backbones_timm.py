@@ -29,6 +29,7 @@ from fastgist import (
 )
 from fastgist.gist import GistModel
 from fastgist.nn import GistLoss
+from fastgist.peft.method import method_of, registered_configs
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT_TOKEN = ("SigLIP",)
@@ -74,6 +75,27 @@ def test_a_pair_trains_what_it_says_and_no_sample_sees_another(backbone, method)
     with torch.no_grad():
         model.gist.token.zero_()
     assert (both(model.eval()(x, return_gist_logits=True)) - together).abs().amax((1, 2)).min() > 1e-8
+
+
+@pytest.mark.parametrize("backbone", [*CARRIERS, *WITHOUT_TOKEN])
+def test_methods_alone_train_and_merge(backbone) -> None:
+    for method in METHODS:
+        if backbone in SWINS and method in NOT_IN_WINDOWS:
+            continue
+        base = TIMM_BACKBONES[backbone]().double().eval()
+        x = example(base, 2, torch.float64)
+        before = base(x)
+        model = get_peft_model(base, METHODS[method])
+        if method not in ("VPT", "VPT, deep", "prefix"):
+            torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-11)  # starts as the model it was
+        after = stir(model)(x)
+        assert not torch.allclose(after, before), method
+        after.square().sum().backward()
+        got = gradients(model)
+        assert got.keys() == trainable(model), method
+        assert method == "full" or all(g.any() for g in got.values()), method
+        if method_of(METHODS[method]).mergeable:
+            torch.testing.assert_close(fastgist.merge(model)(x), after, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("backbone", CARRIERS)
@@ -532,6 +554,4 @@ def test_the_table_of_pairs_is_what_the_script_writes() -> None:
 
 
 def test_every_registered_configuration_is_among_the_methods() -> None:
-    from fastgist.peft.method import registered_configs
-
     assert {type(config) for config in METHODS.values()} == set(registered_configs().values())
