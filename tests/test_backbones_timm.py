@@ -228,12 +228,21 @@ def beit_by_hand(model: nn.Module, x: Tensor, token: Tensor) -> tuple[Tensor, Te
         return out.permute(2, 0, 1)
 
     for block in model.blocks:
-        attn = block.attn
-        source = model.rel_pos_bias if model.rel_pos_bias is not None else attn
+        attn = getattr(block.attn, "base_layer", block.attn)
+        sources = [
+            m for m in (model.rel_pos_bias, attn) if getattr(m, "relative_position_bias_table", None) is not None
+        ]
+        extra = sum(bias(m.relative_position_bias_table) for m in sources)
         qkv = dense(attn.qkv, layer_norm(block.norm1, h))
         qkv = qkv + torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
         q, k, v = (t.reshape(batch, n, attn.num_heads, -1).transpose(1, 2) for t in qkv.chunk(3, -1))
-        weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5 + bias(source.relative_position_bias_table)).softmax(-1)
+        if attn is not block.attn:  # a prefix: keys and values that every query sees, without a bias
+            extra = torch.cat([torch.zeros_like(extra[:, :, : block.attn.length]), extra], 2)
+            k, v = (
+                torch.cat([mine.expand(batch, -1, -1, -1), t], 2)
+                for mine, t in ((block.attn.key, k), (block.attn.value, v))
+            )
+        weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5 + extra).softmax(-1)
         out = dense(attn.proj, (weights @ v).transpose(1, 2).reshape(batch, n, width))
         h = h + out * (1 if block.gamma_1 is None else block.gamma_1)
         out = dense(block.mlp.fc2, nn.functional.gelu(dense(block.mlp.fc1, layer_norm(block.norm2, h))))
@@ -248,13 +257,18 @@ def beit_by_hand(model: nn.Module, x: Tensor, token: Tensor) -> tuple[Tensor, Te
     [
         {},
         {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "init_values": None},
-        {"use_abs_pos_emb": True, "global_pool": "token"},
+        {"use_abs_pos_emb": True, "global_pool": "token", "use_shared_rel_pos_bias": True},
     ],
-    ids=["a bias a block", "shared bias", "absolute positions too"],
+    ids=["a bias a block", "shared bias", "both, and absolute positions"],
 )
-def test_beit_is_the_method_written_out(options) -> None:
-    model = add_gist(get_peft_model(beit(**options).double(), LoraConfig(rank=2)), GistConfig(length=2, dropout=0.0))
+@pytest.mark.parametrize("config", [LoraConfig(rank=2), PrefixConfig(length=2)], ids=["LoRA", "prefix"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_beit_is_the_method_written_out(options, config, fused) -> None:
+    model = add_gist(get_peft_model(beit(**options).double(), config), GistConfig(length=2, dropout=0.0))
     stir(model).eval()
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
     x = example(model, 3, torch.float64)
     output = model(x, return_gist_logits=True)
     z, g = beit_by_hand(model.model, x, model.gist.token)
@@ -474,6 +488,17 @@ def test_swin_hooks_see_packed_rows(backbone) -> None:
     assert shapes["1.blocks.0"] == shapes["1.downsample.reduction"] == (2, 1 + 36, 32)
 
 
+def test_swins_fused_attention_is_the_other() -> None:
+    model = made("Swin").eval()
+    x = example(model, 2, torch.float64)
+    expected = both(model(x, return_gist_logits=True))
+    attentions = [m for m in model.modules() if hasattr(m, "fused_attn")]
+    assert len(attentions) == 4
+    for module in attentions:
+        module.fused_attn = not module.fused_attn
+    torch.testing.assert_close(both(model(x, return_gist_logits=True)), expected)
+
+
 @pytest.mark.parametrize("backbone", SWINS)
 def test_drop_path_drops_a_samples_token_with_its_patches(backbone) -> None:
     model = add_gist(TIMM_BACKBONES[backbone]()).train()
@@ -503,6 +528,32 @@ def test_swin_of_any_input_size_with_several_tokens(second) -> None:
     torch.testing.assert_close(fixed(x, return_gist_logits=True).gist_logits, mean)
     fixed.config.readout = "first"
     torch.testing.assert_close(fixed(x, return_gist_logits=True).gist_logits, inner.head.fc(rows[:, 0]))
+
+
+def test_the_network_behind_swin_v2s_position_bias_is_no_target() -> None:
+    with pytest.raises(
+        ValueError, match="nothing in this model is called '0'; it has qkv, q, k, v, proj, fc1, fc2, reduc"
+    ):
+        get_peft_model(swin(second=True), LoraConfig(targets=("0",)))
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_a_checkpoint_for_other_classes_leaves_the_heads_alone(name, tmp_path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    from fastgist.train.models import load_weights
+
+    tiny = {"embed_dim": 16, "img_size": 32}
+    tiny |= (
+        {"depth": 1, "num_heads": 2} if "deit" in name else {"depths": (1, 1), "num_heads": (2, 2), "window_size": 4}
+    )
+    source, model = (timm.create_model(name, num_classes=n, **tiny) for n in (7, 5))
+    save_file({k: v.contiguous() for k, v in source.state_dict().items()}, tmp_path / "w.safetensors")
+    before = copy.deepcopy(model.state_dict())
+    load_weights(model, tmp_path / "w.safetensors")
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, (before if key.startswith("head") else source.state_dict())[key])
 
 
 def test_shapes_that_differ_by_stage_are_groups_of_their_own() -> None:

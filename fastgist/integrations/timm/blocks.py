@@ -153,8 +153,8 @@ def separate_biases(blocks: nn.Module) -> None:
         mine = module.__dict__.get("_fastgist_bias_was")
         wrapped = hasattr(module.qkv, "base_layer")
         if wrapped and mine is None:
-            module._fastgist_bias_was = module.qkv_bias_separate  # type: ignore[assignment]
-            module.qkv_bias_separate = True  # type: ignore[assignment]
+            module._fastgist_bias_was = module.qkv_bias_separate
+            module.qkv_bias_separate = True
         elif not wrapped and mine is not None:
             module.qkv_bias_separate = mine
             del module._fastgist_bias_was

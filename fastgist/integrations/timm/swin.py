@@ -204,7 +204,7 @@ class _Features:
 class _Intermediates(_Features):
     """forward_intermediates of a Swin with a gist token, with timm's arguments: the patches after each stage."""
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         x: Tensor,
         indices: int | list[int] | None = None,
