@@ -124,7 +124,7 @@ def test_backbones_without_a_place_for_a_token_say_why(backbone) -> None:
         return
     for call in (add_gist, lambda m: get_peft_model(m, LoraConfig())):
         with pytest.raises(
-            TypeError, match=rf"{type(model).__name__} is not known \(it has no attention layers, through"
+            TypeError, match=rf"{type(model).__name__} is not known \(it has no attention layers, which"
         ):
             call(model)
     assert [p.requires_grad for p in model.parameters()] == flags
@@ -139,8 +139,14 @@ def test_other_refusals_say_why() -> None:
         add_gist(cr)
     with pytest.raises(ValueError, match="global_pool=''"):
         add_gist(swin(global_pool=""))
-    with pytest.raises(ValueError, match="global_pool='catavgmax'"):
+    with pytest.raises(ValueError, match="add_gist: SwinTransformer has global_pool='catavgmax'"):
         add_gist(swin(global_pool="catavgmax"))
+    later = add_gist(swin())
+    later.reset_classifier(5, global_pool="max")
+    later(example(later))
+    later.reset_classifier(5, global_pool="catavgmax")
+    with pytest.raises(ValueError, match="GistModel: SwinTransformer has global_pool='catavgmax'"):
+        later(example(later))
     other = swin()
     other.head = NormMlpClassifierHead(32, 5)
     with pytest.raises(ValueError, match="has a NormMlpClassifierHead as its head"):

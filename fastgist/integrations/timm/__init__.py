@@ -17,6 +17,6 @@ def why_unknown(model: nn.Module) -> str:
         if "qkv" in parts or {"q", "kv"} <= parts.keys() or "attention" in type(module).__name__.lower():
             return "it has attention layers, but how a token would go through them has not been written down"
     return (
-        "it has no attention layers, through which a gist token would meet the patches: convolutions and token-mixing MLPs "
-        "work on a fixed grid of positions"
+        "it has no attention layers, which the methods here adapt and through which a gist token meets the patches: "
+        "convolutions and token-mixing MLPs work on a fixed grid of positions"
     )

@@ -141,11 +141,7 @@ class TimmSwinGist(GistHost):
                 f"add_gist: {name} has a {type(head).__name__} as its head; the gist token's logits are known for timm's "
                 "ClassifierHead"
             )
-        if not head.global_pool.pool_type or head.global_pool.feat_mult() != 1:
-            raise ValueError(
-                f"add_gist: {name} has global_pool={head.global_pool.pool_type!r}; the head must read pooled patches of the "
-                "model's width (avg, max or avgmax) for the gist token to share it"
-            )
+        _check_pool(head, "add_gist", name)
         check_parts(model)
         self.dim = model.layers[0].dim
 
@@ -166,13 +162,23 @@ class TimmSwinGist(GistHost):
 
     def forward(self, model: Any, config: GistConfig, want_gist: bool, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x: (B, 3, H, W) -> logits (B, C) and gist logits (B, C) or None."""
-        states, size = _final(model, x)
         head = model.head
+        _check_pool(head, "GistModel", type(model).__name__)  # reset_classifier may have changed it
+        states, size = _final(model, x)
         z = head.global_pool(states[:, config.length :].unflatten(1, size))
         if not want_gist:
             return head.fc(head.drop(z)), None
         logits = head.fc(head.drop(torch.cat((z, states[:, : config.rows].mean(1)))))  # one call: contiguous halves
-        return logits[: len(x)], logits[len(x) :]
+        batch = z.shape[0]
+        return logits[:batch], logits[batch:]
+
+
+def _check_pool(head: Any, caller: str, name: str) -> None:
+    if not head.global_pool.pool_type or head.global_pool.feat_mult() != 1:
+        raise ValueError(
+            f"{caller}: {name} has global_pool={head.global_pool.pool_type!r}; the head must read pooled patches of the "
+            "model's width (avg, max or avgmax) for the gist token to share it"
+        )
 
 
 def _stages(model: Any, x: Tensor) -> Any:

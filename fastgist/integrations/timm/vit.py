@@ -235,7 +235,7 @@ class TimmViTGist(GistHost):
                 f"GistModel: {type(model).__name__} is set to return two predictions (set_distilled_training); a gist "
                 "model returns their mean"
             )
-        batch, more = len(features), [] if gist is None else [gist]
+        batch, more = features.shape[0], [] if gist is None else [gist]
         first = model.head(model.head_drop(torch.cat([features[:, 0], *more])))
         second = model.head_dist(model.head_drop(torch.cat([features[:, 1], *more])))
         logits = (first + second) / 2

@@ -92,7 +92,9 @@ def run_window_attention(attention: Any, x: Tensor, mask: Tensor | None = None) 
         bias = bias + mask[:, None]  # (1 or windows, heads, N, N)
     if getattr(attention, "fused_attn", False):
         p = attention.attn_drop.p if attention.training else 0.0
-        each = bias.expand(len(q), -1, -1, -1) if mask is None else bias.repeat(len(q) // len(mask), 1, 1, 1)
+        each = (
+            bias.expand(q.shape[0], -1, -1, -1) if mask is None else bias.repeat(q.shape[0] // mask.shape[0], 1, 1, 1)
+        )
         out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=each, dropout_p=p)
     else:
         if second:
@@ -100,7 +102,7 @@ def run_window_attention(attention: Any, x: Tensor, mask: Tensor | None = None) 
             scores = q @ k.transpose(-2, -1) * attention.logit_scale.clamp(max=_HIGHEST_SCALE).exp()
         else:
             scores = (q * attention.scale) @ k.transpose(-2, -1)
-        scores = (scores.unflatten(0, (-1, len(bias))) + bias).flatten(0, 1)
+        scores = (scores.unflatten(0, (-1, bias.shape[0])) + bias).flatten(0, 1)
         out = attention.attn_drop(attention.softmax(scores)) @ v
     return attention.proj_drop(attention.proj(out.transpose(1, 2).flatten(2)))
 
