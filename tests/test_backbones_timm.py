@@ -192,6 +192,13 @@ def test_swin_is_the_method_written_out(config, second, size) -> None:
         )
     torch.testing.assert_close(model(x).logits, output.logits)
     torch.testing.assert_close(model.model(x), output.logits)
+    if isinstance(config, LoraConfig) and size != 24:
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        hand = [torch.stack(swin_by_hand(model.model, image, model.gist.token[0])) for image in x]
+        exact = torch.autograd.grad(torch.stack(hand).sin().sum(), list(parameters.values()))
+        both(output).sin().sum().backward()
+        for (name, p), want in zip(parameters.items(), exact, strict=True):
+            torch.testing.assert_close(p.grad, want, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
     with fastgist.disable_adapter(model):
         without = model(x).logits
     z, _ = swin_by_hand(without_gist(model), x[0], None)

@@ -8,7 +8,8 @@ norms, MLPs, adapters and residuals then work on all rows in one call. Only wind
   as it is: the mask between the parts of a shifted window, and the zeros that fill up a grid;
 - the position bias has no entry for a token: it gets the neutral value, 0 in Swin and 16 sigmoid(0) = 8 in Swin V2,
   whose biases lie between 0 and 16 (with 0 there, the patches would give a token e^-8 of what they give each other);
-- after attention an image's token is the mean of its copies in that image's windows.
+- after attention an image's token is the mean of its copies in that image's windows, whether a window is full or not.
+  What stands around attention, such as an adapter behind it, works on every copy.
 
 Patch merging joins four patches side by side; a token is joined with itself, four times.
 """
