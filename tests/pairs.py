@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
-from vits import dinov3, eva, randomised, vit
+from vits import dinov3, eva, randomised, stir, vit
 
+import fastgist
 from fastgist import (
     AdapterConfig,
     BitFitConfig,
@@ -25,9 +28,21 @@ from fastgist import (
     add_gist,
     get_peft_model,
 )
+from fastgist.gist import GistModel, GistOutput
 from fastgist.peft import PeftConfig
 
-__all__ = ["METHODS", "TIMM_BACKBONES", "TRANSFORMERS_BACKBONES", "attempt", "example"]
+__all__ = [
+    "CARRIERS",
+    "METHODS",
+    "PAIRS",
+    "TIMM_BACKBONES",
+    "TRANSFORMERS_BACKBONES",
+    "attempt",
+    "both",
+    "example",
+    "made",
+    "without_gist",
+]
 
 
 def beit(**options: Any) -> nn.Module:
@@ -133,6 +148,15 @@ METHODS: dict[str, PeftConfig] = {
 }
 
 
+WITHOUT_TOKEN = ("SigLIP",)
+WITHOUT_ATTENTION = ("ResNet", "ConvNeXt", "MLP-Mixer")
+SWINS = ("Swin", "Swin V2")
+NOT_IN_WINDOWS = ("VPT", "VPT, deep", "prefix")
+#: timm's backbones that carry a gist token, and which methods go on them.
+CARRIERS = [name for name in TIMM_BACKBONES if name not in (*WITHOUT_TOKEN, *WITHOUT_ATTENTION)]
+PAIRS = [(b, m) for b in CARRIERS for m in METHODS if not (b in SWINS and m in NOT_IN_WINDOWS)]
+
+
 def attempt(build: Callable[[], nn.Module], method: str, gist: bool = True) -> nn.Module:
     """A fresh model of ``build`` with the method, and a gist token; raises what the two raise."""
     model = build()
@@ -145,3 +169,19 @@ def example(model: nn.Module, batch: int = 2, dtype: torch.dtype = torch.float32
     inner = getattr(model, "model", model)
     size = inner.patch_embed.img_size
     return torch.randn(batch, 3, *size, dtype=dtype)
+
+
+def made(backbone: str, method: str = "LoRA", dtype: torch.dtype = torch.float64) -> GistModel:
+    """A gist model of timm's backbones whose trained parameters are away from their initial values."""
+    return stir(attempt(TIMM_BACKBONES[backbone], method).to(dtype))
+
+
+def both(output: GistOutput) -> Tensor:
+    """(2, B, C): logits and gist logits."""
+    return torch.stack([output.logits, output.gist_logits])
+
+
+def without_gist(model: GistModel) -> nn.Module:
+    """A plain copy of the model inside, its head from before wrapping."""
+    with pytest.warns(UserWarning, match="logits change"):
+        return fastgist.unload(copy.deepcopy(model), keep_head=False)
