@@ -65,6 +65,21 @@ def test_a_pair_trains_what_it_says_and_no_sample_sees_another(backbone, method)
     assert (both(model.eval()(x, return_gist_logits=True)) - together).abs().amax((1, 2)).min() > 1e-8
 
 
+@pytest.mark.parametrize("backbone", [b for b in TIMM_BACKBONES if b not in CARRIERS or b in SWINS])
+def test_a_refused_pair_says_why_and_leaves_the_model_alone(backbone) -> None:
+    why = "class token" if backbone in WITHOUT_TOKEN else "no attention layers" if backbone not in SWINS else "window"
+    for method in METHODS:
+        if (backbone, method) in PAIRS:
+            continue
+        model = TIMM_BACKBONES[backbone]()
+        before = {name: p.requires_grad for name, p in model.named_parameters()}
+        with pytest.raises((ValueError, TypeError), match=why):
+            attempt(lambda model=model: model, method)
+        if backbone in WITHOUT_TOKEN:  # the method itself was taken
+            fastgist.unload(model)
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
 @pytest.mark.parametrize("backbone", [*CARRIERS, *WITHOUT_TOKEN])
 def test_methods_alone_train_and_merge(backbone) -> None:
     for method in METHODS:
