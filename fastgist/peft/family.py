@@ -139,17 +139,19 @@ def find_family(model: nn.Module, caller: str) -> Family:
     Raises:
         TypeError: none matches.
     """
-    if any(base.__module__.startswith("timm.") for base in type(model).__mro__):
-        import fastgist.integrations.timm
+    of_timm = any(base.__module__.startswith("timm.") for base in type(model).__mro__)
+    if of_timm:
+        import fastgist.integrations.timm as timm_models
     elif type(model).__module__.startswith("transformers."):
         import fastgist.integrations.transformers  # noqa: F401
     for family in _FAMILIES:
         if family.matches(model):
             return family
     known = ", ".join(f.name for f in _FAMILIES) or "timm vision transformers (timm is not imported)"
+    reason = f" ({timm_models.why_unknown(model)})" if of_timm else ""
     raise TypeError(
-        f"{caller}: the structure of {type(model).__module__}.{type(model).__name__} is not known; known: {known}. "
-        "Others can be added with fastgist.peft.register_family"
+        f"{caller}: the structure of {type(model).__module__}.{type(model).__name__} is not known"
+        f"{reason}; known: {known}. Others can be added with fastgist.peft.register_family"
     )
 
 
