@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -62,3 +66,35 @@ def test_the_ledger_of_a_gist_model_and_what_is_not_in_it():
     assert not any("fc1" in path or "qkv" in path or "proj" in path for path in found)  # frozen: no dW, nothing kept
     again = saved_tensor_ledger(model, lambda: loss(model(x), target))
     assert found == again
+
+
+def test_the_ledger_page(tmp_path):
+    """Of a small model: three tables, and fastgist keeps the least."""
+    root = Path(__file__).parents[1]
+    out = tmp_path / "ledger.md"
+    command = [
+        sys.executable,
+        str(root / "scripts" / "ledger.py"),
+        *"--width 64 --layers 2 --size 32 --out".split(),
+        str(out),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    totals = [float(line.rsplit(" ", 1)[1]) for line in out.read_text().splitlines() if line.startswith("## ")]
+    assert len(totals) == 3
+    assert totals[0] >= totals[1] >= totals[2] > 0
+
+
+def test_the_shared_adapter_and_the_token_of_the_benchmark_are_the_same_model():
+    """benchmarks/train_step.py's model, written independently, against ours: loss and every gradient, in float32."""
+    root = Path(__file__).parents[1]
+    sys.path.insert(0, str(root))
+    from benchmarks import train_step
+    from benchmarks.cases import case
+
+    small = case(torch.float32, B=4, S=32, D=64, L=2)
+    for provider in ("fastgist", "authors"):
+        assert train_step.parity(provider, small, torch.device("cpu")) is None
+    steps = [train_step.PROVIDERS[p](small, torch.device("cpu"), dropout=0.0) for p in ("fastgist", "plain")]
+    for _ in range(3):
+        losses = [step() for step in steps]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
