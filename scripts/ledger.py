@@ -48,7 +48,7 @@ def page(case, found: dict[str, dict[str, float]]) -> str:
     ]
     for provider, sizes in found.items():
         total = sum(sizes.values())
-        lines += [f"## {COMPARED[provider]}: {total / 2**20:.1f}", "", "| kept in | MiB |", "|---|---|"]
+        lines += [f"## {COMPARED[provider]}: {total / 2**20:.3g}", "", "| kept in | MiB |", "|---|---|"]
         rest = 0.0
         for path, size in sizes.items():
             if size >= 0.005 * total:
