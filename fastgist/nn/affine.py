@@ -193,6 +193,12 @@ class ScaleShift(AffineLayer):
             return y
         return torch.addcmul(self.shift[start:stop].to(y.dtype), y, self.scale[start:stop].to(y.dtype))
 
+    def check_mergeable(self) -> None:
+        """As for any affine layer, and the base layer must have a place for a bias (RMS norms have none)."""
+        super().check_mergeable()
+        if not hasattr(self.base_layer, "bias"):
+            raise TypeError(f"ScaleShift.merge: base_layer ({type(self.base_layer).__name__}) has no bias for the shift")
+
     def merged_weights(self) -> tuple[Tensor | None, Tensor | None]:
         weight, bias = self.base_layer.weight, self.base_layer.bias
         wide = torch.promote_types(weight.dtype, torch.float32)

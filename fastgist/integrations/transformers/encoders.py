@@ -11,7 +11,8 @@ one and the others move up. So the first token sees it at distance 1, as it saw 
 ``span + 1`` of the relative embedding. No model has a longest sequence that this would exceed.
 
 A text padded on the left is rolled so that its first real token stands first, then run: the logits are those of the same
-text padded on the right.
+text padded on the right. (That is the gist model's doing. Without one, a text padded on the left is the model's own
+affair, and most read a padding row then.)
 
 Prompts stand behind the gist token, prefixes have no position at all.
 
@@ -183,7 +184,7 @@ class EncoderGist(GistHost):
             if not kind.image:
                 given = _first_token_first(given, mask)
                 mask = given["attention_mask"]
-        encode = model.encode if hasattr(model, "encode") else model.get_submodule(kind.body)
+        encode = model.encode if kind.encode else model.get_submodule(kind.body)
         output = encode(**given | {"return_dict": True})
         states = output.last_hidden_state
         rows = kind.pool(model, states, mask)

@@ -60,9 +60,11 @@ class Kind:
     positions: bool = False
     #: Class, distillation and register tokens.
     own: Callable[[Any], int] = lambda model: 1
-    #: Modules that the model's code looks into.
+    #: Modules that the model's code looks into, or that the prediction does not pass.
     reserved: tuple[str, ...] = ()
     image: bool = False
+    #: Whether the model's own ``encode`` runs the body.
+    encode: bool = False
     #: Stands behind ``entry`` in some sizes; the token then goes in behind it.
     projection: str | None = None
 
@@ -229,6 +231,7 @@ KINDS = {
         r"\.DenseReluDense",
         prompts="embedded",
         pool=_real,
+        encode=True,
     ),
     "ViTForImageClassification": _like_vit("vit", "layers"),
     "DeiTForImageClassification": _like_vit("deit", "layers", own=_two),
@@ -245,7 +248,7 @@ KINDS = {
         r"\.mlp",
         after=False,
         pool=_patches,
-        reserved=("vision_model.embeddings.patch_embedding",),
+        reserved=("vision_model.embeddings.patch_embedding", "vision_model.post_layernorm"),
         image=True,
     ),
 }  # fmt: skip
