@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -73,8 +74,14 @@ TEXTS = [name for name in TRANSFORMERS_BACKBONES if name in list(_MODELS)[:8]]
 PICTURES = [name for name in TRANSFORMERS_BACKBONES if name not in TEXTS]
 
 
+@functools.cache
+def _once(name: str) -> nn.Module:
+    return TRANSFORMERS_BACKBONES[name]()
+
+
 def backbone(name: str, **options: Any) -> nn.Module:
-    return TRANSFORMERS_BACKBONES[name](**options)
+    """A model of one's own; without options, all of a name have the same weights."""
+    return TRANSFORMERS_BACKBONES[name](**options) if options else copy.deepcopy(_once(name))
 
 
 def example_inputs(model: Any, batch: int = 3, length: int = 7, side: str = "right") -> dict[str, Tensor]:

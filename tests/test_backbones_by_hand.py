@@ -11,6 +11,7 @@ from torch import nn
 from vits import stir
 
 from fastgist import AdapterConfig, GistConfig, LoraConfig, PrefixConfig, PromptConfig, add_gist, get_peft_model
+from fastgist.peft.family import find_family
 
 #: DeBERTa divides by a float32 square root: of 36 it is exact.
 OPTIONS = {"deberta-v2": {"hidden_size": 24}}
@@ -120,3 +121,35 @@ def test_padding_on_either_side(name, config) -> None:
         got = model(input_ids=ids, attention_mask=(ids != pad).long(), return_gist_logits=True)
         close(name, got.logits, want.logits)
         close(name, got.gist_logits, want.gist_logits)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS_BACKBONES)
+def test_layers_left_open_are_transformers_own_with_every_dropout(name) -> None:
+    """What AdaptedBlock and PrefixedAttention run, with nothing put in, draws the same masks and gives the same output."""
+    attention = "attention_probs_dropout_prob"
+    options = {"drop_path_rate": 0.5, attention: 0.2} if "dino" in name else {}
+    options |= {"attention_dropout": 0.2, "mlp_dropout": 0.2} if name == "modernbert" else {}
+    options |= {"attention_dropout": 0.2} if name == "clip" else {}
+    options |= {"hidden_dropout_prob": 0.2, attention: 0.2} if name in ("vit", "deit") else {}
+    model = backbone(name, **options).train()
+    family = find_family(model, "test")
+    calls = {}
+    blocks, attentions = family.residual_blocks(model), family.attentions(model)
+    for path in (*blocks, *attentions):
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda m, args, kwargs, path=path: calls.update({path: (args, kwargs)}), with_kwargs=True
+        )
+    model(**example_inputs(model))
+    assert len(calls) == len(blocks) + len(attentions) == 4
+    runs = [(path, run, lambda kind, x, branch: x + branch) for path, run in blocks.items()]
+    runs += [(path, site.run, lambda k, v: (k, v)) for path, site in attentions.items()]
+    for path, run, opened in runs:
+        module, (args, kwargs) = model.get_submodule(path), calls[path]
+        torch.manual_seed(0)
+        want = module(*args, **kwargs)
+        torch.manual_seed(0)
+        got, again = (run(module, opened, *args, **kwargs) for _ in range(2))
+        assert type(got) is type(want)
+        got, want, again = (t if isinstance(t, tuple) else (t,) for t in (got, want, again))
+        torch.testing.assert_close(got, want)
+        assert not torch.equal(got[0], again[0]), "no dropout is in it"
