@@ -213,20 +213,29 @@ def t5_bias(model: Any, n: int) -> Tensor:
 
 def deberta_scores(model: Any, layer: Layer, q: Tensor, k: Tensor) -> Tensor:
     """(B, heads, N, N): content with position and position with content, before the division."""
-    encoder, n = model.deberta.encoder, q.shape[2]
-    span, longest = encoder.position_buckets, encoder.max_relative_positions
-    table = layer_norm(encoder.LayerNorm, encoder.rel_embeddings.weight)[: 2 * span]
-    position_key, position_query = (
-        f(table).unflatten(-1, (layer.heads, -1)).transpose(0, 1) for f in (layer.k, layer.q)
-    )
-    at = torch.tensor(
-        [[min(max(deberta_bucket(i - j, span, longest) + span, 0), 2 * span - 1) for j in range(n)] for i in range(n)]
-    )
+    encoder, own, n = model.deberta.encoder, bare(layer.prefix), q.shape[2]
+    longest = encoder.max_relative_positions
+    span = encoder.position_buckets if encoder.position_buckets > 0 else longest
+    table = encoder.rel_embeddings.weight[: 2 * span]
+    if "layer_norm" in encoder.norm_rel_ebd:
+        table = layer_norm(encoder.LayerNorm, table)
+    kinds = model.config.pos_att_type
+
+    def of_position(projection: Any) -> Tensor:
+        return dense(projection, table).unflatten(-1, (layer.heads, -1)).transpose(0, 1)
+
+    shared = model.config.share_att_key
     scores = torch.zeros(*q.shape[:2], n, n, dtype=q.dtype)
     for i in range(n):
         for j in range(n):
-            scores[:, :, i, j] = (q[:, :, i] * position_key[:, at[i, j]]).sum(-1)
-            scores[:, :, i, j] += (k[:, :, j] * position_query[:, at[i, j]]).sum(-1)
+            distance = deberta_bucket(i - j, span, longest) if encoder.position_buckets > 0 else i - j
+            at = min(max(distance + span, 0), 2 * span - 1)
+            if "c2p" in kinds:
+                rows = of_position(own.key_proj if shared else own.pos_key_proj)
+                scores[:, :, i, j] += (q[:, :, i] * rows[:, at]).sum(-1)
+            if "p2c" in kinds:
+                rows = of_position(own.query_proj if shared else own.pos_query_proj)
+                scores[:, :, i, j] += (k[:, :, j] * rows[:, at]).sum(-1)
     return scores
 
 
@@ -284,7 +293,15 @@ def by_hand(
         if isinstance(whole, PromptedBlock) and not whole.insert:
             start = own + gist_rows
             h = torch.cat([h[:, :start], whole.prompt.expand(batch, -1, -1), h[:, start + prompts :]], 1)
+        before = h
         h = _layer(name, model, layer_of(name, whole, model), whole, i, h, seen, bias)
+        if i == 0 and getattr(inside, "conv", None) is not None:  # DeBERTa-v2's large sizes, over the sequence as it is
+            there = seen[..., None]
+            mixed = nn.functional.conv1d(
+                (before * there).transpose(1, 2), inside.conv.conv.weight, inside.conv.conv.bias, padding=1
+            )
+            mixed = torch.tanh(mixed.transpose(1, 2) * there)
+            h = layer_norm(inside.conv.LayerNorm, h + mixed) * there
     final = {"vit": norm, "deit": norm, "dinov2": norm, "dinov2-registers": norm, "modernbert": norm_no_bias}
     if name in final:
         holder = model.model if name == "modernbert" else model.get_submodule(body.get(name, name).split(".")[0])
@@ -322,7 +339,7 @@ def _layer(
             see = see & ~far
     scores = q @ k.transpose(-1, -2)
     if name == "deberta-v2":
-        scores, divide = scores + deberta_scores(model, layer, q, k), (3 * d) ** 0.5
+        scores, divide = scores + deberta_scores(model, layer, q, k), (d * (1 + len(model.config.pos_att_type))) ** 0.5
     elif name == "t5-encoder":
         scores, divide = scores + bias, 1.0
     scores = scores / divide

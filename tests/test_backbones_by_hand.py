@@ -10,7 +10,16 @@ from hf_models import TEXTS, TRANSFORMERS_BACKBONES, backbone, example_inputs
 from torch import nn
 from vits import stir
 
-from fastgist import AdapterConfig, GistConfig, LoraConfig, PrefixConfig, PromptConfig, add_gist, get_peft_model
+from fastgist import (
+    AdapterConfig,
+    GistConfig,
+    LinearProbeConfig,
+    LoraConfig,
+    PrefixConfig,
+    PromptConfig,
+    add_gist,
+    get_peft_model,
+)
 from fastgist.peft.family import find_family
 
 #: DeBERTa divides by a float32 square root: of 36 it is exact.
@@ -61,7 +70,10 @@ def test_methods_with_a_gist_token(name, config) -> None:
     ("name", "options"),
     [
         ("modernbert", {"classifier_pooling": "mean"}),
-        ("deberta-v2", {"share_att_key": True, "position_biased_input": True, "type_vocab_size": 2}),
+        ("deberta-v2", {"share_att_key": False, "position_biased_input": True, "type_vocab_size": 2}),
+        ("deberta-v2", {"pos_att_type": ["c2p"], "hidden_size": 16, "share_att_key": False}),
+        ("deberta-v2", {"position_buckets": -1, "max_relative_positions": 5, "norm_rel_ebd": "none"}),
+        ("deberta-v2", {"conv_kernel_size": 3}),
         ("deberta-v2", {"position_buckets": 6, "max_position_embeddings": 40}),
         ("electra", {"embedding_size": 32}),
         ("t5-encoder", {"relative_attention_num_buckets": 6, "relative_attention_max_distance": 5}),
@@ -74,12 +86,13 @@ def test_other_sizes_and_poolings(name, options) -> None:
         assert not hasattr(model.electra, "embeddings_project")
         assert add_gist(model).host.path == "electra.embeddings.dropout"
         return
-    model = add_gist(double(name, **options), GistConfig(dropout=0.0)).eval()
-    given = example_inputs(model.model, length=20)
-    output = model(**given, return_gist_logits=True)
-    z, z_gist = by_hand(name, model.model, given, model.gist.token)
-    close(name, output.logits, z)
-    close(name, output.gist_logits, z_gist)
+    for config in (LinearProbeConfig(), PromptConfig(2), PrefixConfig(2)):
+        model = stir(add_gist(get_peft_model(double(name, **options), config))).eval()
+        given = example_inputs(model.model, length=14)
+        output = model(**given, return_gist_logits=True)
+        z, z_gist = by_hand(name, model.model, given, model.gist.token)
+        close(name, output.logits, z)
+        close(name, output.gist_logits, z_gist)
 
 
 def test_the_gist_token_of_a_relative_model_stands_at_distance_one() -> None:

@@ -254,6 +254,21 @@ def test_what_belongs_to_each_word_is_rolled_with_it() -> None:
     assert model(ids, nothing, return_gist_logits=True).gist_logits.isfinite().all()
 
 
+@pytest.mark.parametrize("name", TRANSFORMERS_BACKBONES)
+def test_hidden_states_and_attentions_that_are_asked_for(name) -> None:
+    """Hooks run on layers and attention that are run with something left open: transformers records with them."""
+    given = example_inputs(backbone(name))
+    for method in ("shared", "prefix"):
+        model = get_peft_model(backbone(name), METHODS[method])
+        if name != "deberta-v2":
+            model.set_attn_implementation("eager")
+        output = model(**given, output_hidden_states=True, output_attentions=True)
+        assert len(output.hidden_states) == 3
+        assert len(output.attentions) == 2
+        rows = output.hidden_states[0].shape[1]
+        assert output.attentions[1].shape == (3, 2, rows, rows + 2 * (method == "prefix"))
+
+
 def test_positions_given_to_a_rotary_model_move_up() -> None:
     model = stir(add_gist(get_peft_model(backbone("modernbert"), PromptConfig(2)))).eval()
     ids = torch.randint(4, 50, (2, 6))

@@ -197,7 +197,9 @@ class ScaleShift(AffineLayer):
         """As for any affine layer, and the base layer must have a place for a bias (RMS norms have none)."""
         super().check_mergeable()
         if not hasattr(self.base_layer, "bias"):
-            raise TypeError(f"ScaleShift.merge: base_layer ({type(self.base_layer).__name__}) has no bias for the shift")
+            raise TypeError(
+                f"ScaleShift.merge: base_layer ({type(self.base_layer).__name__}) has no bias for the shift"
+            )
 
     def merged_weights(self) -> tuple[Tensor | None, Tensor | None]:
         weight, bias = self.base_layer.weight, self.base_layer.bias

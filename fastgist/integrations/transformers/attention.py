@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastgist.integrations.transformers.opened import opened
 from fastgist.peft.family import AttentionSite
 
 __all__ = ["attention_site", "find_attention"]
@@ -45,6 +46,7 @@ def _seen(mask: Any, count: int) -> Any:
     return nn.functional.pad(mask, (count, 0), value=0.0 if added else 1)
 
 
+@opened
 def run_projected(
     attention: Any, extend: Any, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any
 ) -> tuple[Tensor, Any]:
@@ -63,6 +65,7 @@ def run_projected(
     return out if names.out is None else getattr(attention, names.out)(out), weights
 
 
+@opened
 def run_modernbert(
     attention: Any,
     extend: Any,
@@ -95,6 +98,7 @@ def run_modernbert(
     return attention.out_drop(attention.Wo(out)), weights
 
 
+@opened
 def run_t5(
     attention: Any,
     extend: Any,
@@ -124,6 +128,7 @@ def run_t5(
     return attention.o(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), position_bias, weights
 
 
+@opened
 def run_deberta(
     attention: Any,
     extend: Any,

@@ -6,27 +6,15 @@ behind the addition (BERT and its relatives), x is what the norm before left, wh
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastgist.integrations.transformers.opened import opened
 from fastgist.nn import BlockForward
 
 __all__ = ["block_forward"]
-
-
-def _checkpointed(run: BlockForward) -> BlockForward:
-    """``run`` under the layer's own gradient checkpointing, which is around the forward that is not called here."""
-
-    @functools.wraps(run)
-    def running(layer: Any, add: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if getattr(layer, "gradient_checkpointing", False) and layer.training:
-            return layer._gradient_checkpointing_func(functools.partial(run, layer, add, **kwargs), x, *args)
-        return run(layer, add, x, *args, **kwargs)
-
-    return running
 
 
 def _added_and_normed(output: Any, add: Any, kind: str, x: Tensor, branch: Tensor) -> Tensor:
@@ -34,7 +22,7 @@ def _added_and_normed(output: Any, add: Any, kind: str, x: Tensor, branch: Tenso
     return output.LayerNorm(add(kind, x, output.dropout(output.dense(branch))))
 
 
-@_checkpointed
+@opened
 def run_bert_layer(layer: Any, add: Any, x: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
     """The layer of BERT, RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA as an encoder."""
     if kwargs.pop("past_key_values", None) is not None:
@@ -45,7 +33,7 @@ def run_bert_layer(layer: Any, add: Any, x: Tensor, attention_mask: Any = None, 
     return _added_and_normed(layer.output, add, "mlp", x, layer.intermediate(x))
 
 
-@_checkpointed
+@opened
 def run_deberta_layer(
     layer: Any,
     add: Any,
@@ -70,14 +58,14 @@ def run_deberta_layer(
     return _added_and_normed(layer.output, add, "mlp", rows, layer.intermediate(rows)), weights
 
 
-@_checkpointed
+@opened
 def run_distilbert_layer(layer: Any, add: Any, x: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
     branch, _ = layer.attention(x, attention_mask=attention_mask, **kwargs)
     x = layer.sa_layer_norm(add("attention", x, branch))
     return layer.output_layer_norm(add("mlp", x, layer.ffn(x)))
 
 
-@_checkpointed
+@opened
 def run_vit_layer(layer: Any, add: Any, x: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
     """ViT's and DeiT's layer."""
     branch, _ = layer.attention(layer.layernorm_before(x), attention_mask, **kwargs)
@@ -85,7 +73,7 @@ def run_vit_layer(layer: Any, add: Any, x: Tensor, attention_mask: Any = None, *
     return add("mlp", x, layer.dropout(layer.mlp(layer.layernorm_after(x))))
 
 
-@_checkpointed
+@opened
 def run_dinov2_layer(layer: Any, add: Any, x: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
     """DINOv2's layer, with registers or without."""
     branch, _ = layer.attention(layer.norm1(x), attention_mask=attention_mask, **kwargs)
@@ -93,14 +81,14 @@ def run_dinov2_layer(layer: Any, add: Any, x: Tensor, attention_mask: Any = None
     return add("mlp", x, layer.drop_path(layer.layer_scale2(layer.mlp(layer.norm2(x)))))
 
 
-@_checkpointed
+@opened
 def run_clip_layer(layer: Any, add: Any, x: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
     branch, _ = layer.self_attn(layer.layer_norm1(x), attention_mask=attention_mask, **kwargs)
     x = add("attention", x, branch)
     return add("mlp", x, layer.mlp(layer.layer_norm2(x)))
 
 
-@_checkpointed
+@opened
 def run_modernbert_layer(
     layer: Any, add: Any, x: Tensor, attention_mask: Any = None, position_embeddings: Any = None, **kwargs: Any
 ) -> Tensor:
@@ -110,7 +98,7 @@ def run_modernbert_layer(
     return add("mlp", x, layer.mlp(layer.mlp_norm(x)))
 
 
-@_checkpointed
+@opened
 def run_t5_block(
     block: Any, add: Any, x: Tensor, attention_mask: Any = None, position_bias: Any = None, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor, None]:
@@ -118,12 +106,23 @@ def run_t5_block(
     for name in ("past_key_values", "encoder_hidden_states", "encoder_attention_mask", "encoder_decoder_position_bias"):
         kwargs.pop(name, None)
     attention, mlp = block.layer
-    branch, position_bias, _ = attention.SelfAttention(
-        attention.layer_norm(x), mask=attention_mask, position_bias=position_bias, **kwargs
+    x, position_bias, _ = _run_t5_attention(attention, add, x, attention_mask, position_bias, **kwargs)
+    return _finite_in_half(_run_t5_mlp(mlp, add, _finite_in_half(x))), position_bias, None
+
+
+@opened
+def _run_t5_attention(
+    layer: Any, add: Any, x: Tensor, attention_mask: Any, position_bias: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor, Any]:
+    branch, position_bias, weights = layer.SelfAttention(
+        layer.layer_norm(x), mask=attention_mask, position_bias=position_bias, **kwargs
     )
-    x = _finite_in_half(add("attention", x, attention.dropout(branch)))
-    x = add("mlp", x, mlp.dropout(mlp.DenseReluDense(mlp.layer_norm(x))))
-    return _finite_in_half(x), position_bias, None
+    return add("attention", x, layer.dropout(branch)), position_bias, weights
+
+
+@opened
+def _run_t5_mlp(layer: Any, add: Any, x: Tensor) -> Tensor:
+    return add("mlp", x, layer.dropout(layer.DenseReluDense(layer.layer_norm(x))))
 
 
 def _finite_in_half(x: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 The gist token goes in after the embeddings (their position, LayerNorm and dropout included), right after the class token
 (and distillation and register tokens), and has no position of its own. In CLIP, as in timm's, it goes in before the norm
-in front of the first layer. The attention mask grows by a one in the same place. Both logits come from the same pooler
-and head; :mod:`.kinds` says which rows they read.
+in front of the first layer; in T5 the model's own dropout of its embeddings acts on it too. The attention mask grows by
+a one in the same place. Both logits come from the same pooler and head; :mod:`.kinds` says which rows they read.
 
 Where positions are relative (DeBERTa-v2, T5) or rotary (ModernBERT), the token takes the place right behind the first
 one and the others move up. So the first token sees it at distance 1, as it saw the second token before: in T5 the bucket

@@ -4,6 +4,7 @@ transformers makes masks, positions and position biases inside of the body's for
 what comes out of the embeddings. So two kinds of hooks stand on its parts while there are rows of ours: before a module
 that takes a mask, to make that longer, and behind the body, to take the rows out of the final states. Both are
 functions of this module that read their numbers from the module they hang on, so that deepcopy and pickle keep them.
+Hidden states and attentions that a model is asked to return have our rows in them.
 """
 
 from __future__ import annotations

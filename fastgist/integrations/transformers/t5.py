@@ -20,6 +20,8 @@ class T5EncoderForSequenceClassification(T5PreTrainedModel):
     classifier is new.
     """
 
+    _keys_to_ignore_on_load_unexpected = (r"decoder", r"lm_head")
+
     def __init__(self, config: T5Config) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
