@@ -30,7 +30,7 @@ def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout:
     """transformers' attention function of the model's choice: (B, N, heads, d), weights or None."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    eager = sys.modules[type(attention).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    eager = sys.modules[type(attention).__module__].eager_attention_forward
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
     p = dropout.p if isinstance(dropout, nn.Dropout) else dropout
     return interface(attention, q, k, v, mask, dropout=p if attention.training else 0.0, **kwargs)

@@ -127,7 +127,7 @@ class Encoder(Family):
         kind = kind_of(model)
         count_rows(model, kind)
         for module in model.get_submodule(kind.layers).modules():
-            base = getattr(module, "base_layer", None)
+            base: Any = getattr(module, "base_layer", None)
             if hasattr(base, "attention_type"):  # ModernBERT's body asks its layers for it
                 module.attention_type = base.attention_type
             wo = getattr(module, "wo", None)

@@ -20,16 +20,16 @@ class T5EncoderForSequenceClassification(T5PreTrainedModel):
     classifier is new.
     """
 
-    _keys_to_ignore_on_load_unexpected = (r"decoder", r"lm_head")
+    _keys_to_ignore_on_load_unexpected = [r"decoder", r"lm_head"]
 
     def __init__(self, config: T5Config) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = int(config.num_labels or 2)
         self.transformer = T5EncoderModel(config)
         self.embedded = nn.Identity()  # rows go into the sequence behind these
         self.entry = nn.Identity()
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.d_model, config.num_labels)
+        self.classifier = nn.Linear(config.d_model, self.num_labels)
         self.post_init()
 
     def encode(
