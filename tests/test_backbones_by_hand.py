@@ -64,6 +64,12 @@ def test_methods_with_a_gist_token(name, config) -> None:
     close(name, output.logits, z)
     close(name, output.gist_logits, z_gist)
     close(name, model(**given).logits, z)  # the wrapped model's own forward, with the token in it
+    if config in (METHODS[2], METHODS[5], METHODS[6]):
+        ours = [p for p in gist.parameters() if p.requires_grad]
+        got, want = (torch.autograd.grad((a - 2 * b).square().sum(), ours) for a, b in (output.values(), (z, z_gist)))
+        scale = max(g.abs().max() for g in want).item()  # a gradient's digits are lost where larger ones cancel
+        for g, w in zip(got, want, strict=True):
+            close(name, g / scale, w / scale)
 
 
 @pytest.mark.parametrize(

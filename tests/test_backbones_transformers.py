@@ -33,6 +33,7 @@ from fastgist import (
     merge,
     report,
     save_adapter,
+    set_adapter,
     unload,
     unmerge,
 )
@@ -206,6 +207,34 @@ def test_24_gradient_checkpointing(name, method) -> None:
     torch.testing.assert_close(gradients(), want)
     assert once > 0
     assert len(calls) == 2 * once, "the last layer was not run again in the backward"
+
+
+@pytest.mark.parametrize(
+    "name", ["vit", "dinov2", "clip"]
+)  # of texts, transformers lets the embeddings require gradients
+@pytest.mark.parametrize("method", ["lora", "shared"])
+def test_23_a_frozen_first_layer_with_reentrant_checkpointing(name, method) -> None:
+    """Nothing before the first layer is trained, so a reentrant checkpoint cuts the graph; a gist token is before it."""
+    model = get_peft_model(backbone(name), METHODS[method])
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(RuntimeError, match="receive no gradient: .*\\.0\\."):
+            assert_training(model)
+        assert_training(add_gist(model))
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta-v2", "modernbert", "t5-encoder", "clip", "dinov2-registers"])
+def test_switching_between_methods_with_and_without_rows(name) -> None:
+    given = example_inputs(backbone(name))
+    model = add_gist(backbone(name))
+    want = {}
+    for method in ("lora", "prompts", "prefix", "deep prompts", "shared"):
+        stir(get_peft_model(model, METHODS[method], method.replace(" ", "-")))
+        want[method] = model.eval()(**given, return_gist_logits=True)
+    for method in ("prompts", "lora", "deep prompts", "prefix", "shared", "prompts"):
+        set_adapter(model, method.replace(" ", "-"))
+        same(model.eval()(**given, return_gist_logits=True), want[method])
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -57,8 +57,8 @@ class Encoder(Family):
     """Classifiers of transformers with an encoder."""
 
     name = (
-        "transformers BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, DeBERTa-v2, ModernBERT, ViT, DeiT, "
-        "DINOv2 and CLIP classifiers"
+        "transformers BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, DeBERTa-v2, ModernBERT, T5 encoder, "
+        "ViT, DeiT, DINOv2 and CLIP classifiers"
     )
 
     def matches(self, model: nn.Module) -> bool:
