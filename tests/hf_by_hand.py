@@ -89,7 +89,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 def layer_of(name: str, whole: Any, model: Any) -> Layer:
     layer = bare(whole)
-    if name in ("bert", "roberta", "xlm-roberta", "electra", "deberta-v2"):
+    if name in ("bert", "roberta", "electra", "deberta-v2"):
         a = bare(layer.attention.self)
         q, k, v = (a.query_proj, a.key_proj, a.value_proj) if name == "deberta-v2" else (a.query, a.key, a.value)
         fc1, fc2 = layer.intermediate.dense, layer.output.dense
@@ -150,12 +150,12 @@ def embedded(name: str, model: Any, given: dict[str, Tensor]) -> Tensor:
     if name == "modernbert":
         e = model.model.embeddings
         return norm_no_bias(bare(e.norm))(e.tok_embeddings.weight[ids])
-    body = getattr(model, {"deberta-v2": "deberta", "xlm-roberta": "roberta"}.get(name, name))
+    body = getattr(model, {"deberta-v2": "deberta"}.get(name, name))
     e = body.embeddings
     h = e.word_embeddings.weight[ids]
     if e.position_embeddings is not None:
         positions = torch.arange(ids.shape[1]).expand_as(ids)
-        if "roberta" in name:  # behind the padding's position, which all padding has
+        if name == "roberta":  # behind the padding's position, which all padding has
             real = (ids != model.config.pad_token_id).long()
             positions = real.cumsum(1) * real + model.config.pad_token_id
         h = h + e.position_embeddings.weight[positions]
@@ -255,6 +255,7 @@ def by_hand(
     name: str, model: Any, given: dict[str, Tensor], token: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """(logits, gist logits or None); ``token`` (1, L, D)."""
+    name = {"xlm-roberta": "roberta", "camembert": "roberta"}.get(name, name)
     h = embedded(name, model, given)
     batch = len(h)
     mask = given.get("attention_mask")
@@ -262,13 +263,13 @@ def by_hand(
     real = seen
     own = {"deit": 2, "dinov2-registers": 3}.get(name, 1)
     body = {"modernbert": "model", "t5-encoder": "transformer.encoder", "clip": "vision_model.encoder"}
-    body |= {"deberta-v2": "deberta.encoder", "xlm-roberta": "roberta.encoder", "distilbert": "distilbert.transformer"}
+    body |= {"deberta-v2": "deberta.encoder", "distilbert": "distilbert.transformer"}
     body |= {"vit": "vit", "deit": "deit", "dinov2-registers": "dinov2_with_registers.encoder"}
     inside: Any = model.get_submodule(body.get(name, f"{name}.encoder"))
     container = next(getattr(inside, n) for n in ("layer", "layers", "block") if hasattr(inside, n))
 
     places = {"bert": "bert.embeddings.LayerNorm", "roberta": "roberta.embeddings.LayerNorm"}
-    places |= {"xlm-roberta": places["roberta"], "electra": "electra.embeddings.LayerNorm"}
+    places |= {"electra": "electra.embeddings.LayerNorm"}
     places |= {"distilbert": "distilbert.embeddings.LayerNorm", "deberta-v2": "deberta.embeddings.LayerNorm"}
     places |= {"modernbert": "model.embeddings.norm", "t5-encoder": "embedded"}
     first = model.get_submodule(places[name]) if name in places else container[0]
@@ -374,7 +375,7 @@ def _head(name: str, model: Any) -> Callable[[Tensor], Tensor]:
     c = model.classifier
     if name == "bert":
         return lambda r: dense(c, torch.tanh(dense(model.bert.pooler.dense, r)))
-    if name in ("roberta", "xlm-roberta"):
+    if name == "roberta":
         return lambda r: dense(c.out_proj, torch.tanh(dense(c.dense, r)))
     if name == "electra":
         return lambda r: dense(c.out_proj, gelu(dense(c.dense, r)))

@@ -52,6 +52,7 @@ _MODELS = {
     "bert": ("BertForSequenceClassification", "BertConfig", SIZES | WORDS),
     "roberta": ("RobertaForSequenceClassification", "RobertaConfig", SIZES | WORDS),
     "xlm-roberta": ("XLMRobertaForSequenceClassification", "XLMRobertaConfig", SIZES | WORDS),
+    "camembert": ("CamembertForSequenceClassification", "CamembertConfig", SIZES | WORDS),
     "electra": ("ElectraForSequenceClassification", "ElectraConfig", SIZES | WORDS | {"embedding_size": 16}),
     "distilbert": ("DistilBertForSequenceClassification", "DistilBertConfig", _DISTIL | WORDS),
     "deberta-v2": ("DebertaV2ForSequenceClassification", "DebertaV2Config", _DEBERTA),
@@ -70,7 +71,7 @@ _MODELS = {
 TRANSFORMERS_BACKBONES: dict[str, Callable[..., nn.Module]] = {
     name: functools.partial(_built, *parts) for name, parts in _MODELS.items()
 } | {"clip": clip}
-TEXTS = [name for name in TRANSFORMERS_BACKBONES if name in list(_MODELS)[:8]]
+TEXTS = [name for name, (kind, *_) in _MODELS.items() if kind.endswith("ForSequenceClassification")]
 PICTURES = [name for name in TRANSFORMERS_BACKBONES if name not in TEXTS]
 
 
