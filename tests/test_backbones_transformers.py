@@ -166,6 +166,15 @@ def test_23_what_has_no_place_is_refused(pair, reason) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_what_counts_as_the_head() -> None:
+    """What transformers makes anew for a classifier is trained; a pooler that comes with the pre-trained model is not."""
+    for name in TRANSFORMERS_BACKBONES:
+        model = get_peft_model(backbone(name), LinearProbeConfig())
+        heads = {n.split(".")[0] for n in trainable(model)}
+        more = {"deberta-v2": {"pooler"}, "distilbert": {"pre_classifier"}}.get(name, set())
+        assert heads == {"classifier"} | more
+
+
 @pytest.mark.parametrize("name", TRANSFORMERS_BACKBONES)
 def test_full_fine_tuning(name) -> None:
     model = add_gist(get_peft_model(without_dropout(backbone(name)), FullConfig()), GistConfig(dropout=0.0))
@@ -174,8 +183,11 @@ def test_full_fine_tuning(name) -> None:
     assert all("mask_token" in n or "pooler" in n or "pre_" in n or "post_layernorm" in n for n in unused), unused
 
 
-#: Each kind of change to the forward on some backbones: hooks and a run function each.
-COMPILED = dict(zip(TRANSFORMERS_BACKBONES, ["shared", "deep prompts", "prefix"] * 5, strict=False))
+#: Hooks and a run function each; the models left out are built of another's layers.
+COMPILED = {
+    "bert": "shared", "roberta": "deep prompts", "electra": "prefix", "distilbert": "shared", "deberta-v2": "prefix",
+    "modernbert": "shared", "t5-encoder": "deep prompts", "vit": "prefix", "dinov2-registers": "shared", "clip": "prefix",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "method"), COMPILED.items())
