@@ -252,9 +252,9 @@ def rotated(t: Tensor, base: float) -> Tensor:
 
 
 def by_hand(
-    name: str, model: Any, given: dict[str, Tensor], token: Tensor | None = None
+    name: str, model: Any, given: dict[str, Tensor], token: Tensor | None = None, mean: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(logits, gist logits or None); ``token`` (1, L, D)."""
+    """(logits, gist logits or None); ``token`` (1, L, D), of which the first is read, or all in the ``mean``."""
     name = {"xlm-roberta": "roberta", "camembert": "roberta"}.get(name, name)
     h = embedded(name, model, given)
     batch = len(h)
@@ -310,7 +310,8 @@ def by_hand(
     if name == "t5-encoder":
         h = rms(inside.final_layer_norm)(h)
     kept = torch.cat([h[:, :own], h[:, own + added :]], 1)
-    z, z_gist = _rows(name, model, kept, h[:, own], real, own)
+    read = h[:, own : own + gist_rows].mean(1) if mean else h[:, own]
+    z, z_gist = _rows(name, model, kept, read, real, own)
     head = _head(name, model)
     return head(z), None if token is None else head(z_gist)
 

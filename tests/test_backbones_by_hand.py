@@ -72,6 +72,16 @@ def test_methods_with_a_gist_token(name, config) -> None:
             close(name, g / scale, w / scale)
 
 
+@pytest.mark.parametrize("name", ["bert", "t5-encoder", "dinov2-registers", "clip"])
+def test_several_gist_tokens_read_as_their_mean(name) -> None:
+    model = stir(add_gist(double(name), GistConfig(3, readout="mean"))).eval()
+    given = example_inputs(model.model)
+    output = model(**given, return_gist_logits=True)
+    z, z_gist = by_hand(name, model.model, given, model.gist.token, mean=True)
+    close(name, output.logits, z)
+    close(name, output.gist_logits, z_gist)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
