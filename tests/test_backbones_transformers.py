@@ -335,6 +335,19 @@ def test_images_of_another_size_and_masked_patches() -> None:
         prompted(images, attention_mask=mask)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit", {"image_size": [16, 24]}),
+        ("deberta-v2", {"embedding_size": 16}),  # projected before the norm that prompts go in behind
+        ("electra", {"embedding_size": 32}),  # not projected
+    ],
+    ids=str,
+)
+def test_widths_and_sides_that_differ(name, options) -> None:
+    assert_training(add_gist(get_peft_model(backbone(name, **options), PromptConfig(2, deep=True))))
+
+
 def test_wrong_arguments_say_so() -> None:
     model = add_gist(backbone("bert"))
     ids = torch.randint(4, 50, (2, 6))

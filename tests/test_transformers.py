@@ -25,6 +25,7 @@ from fastgist import (
     CPConfig,
     GistConfig,
     LoraConfig,
+    PrefixConfig,
     PromptConfig,
     add_gist,
     get_peft_model,
@@ -138,7 +139,7 @@ def test_what_cannot_be_says_so() -> None:
         ValueError, match=r"'parallel' needs sublayers that keep the width; bert.encoder.layer.0.output.*'adaptformer'"
     ):
         get_peft_model(bert(), AdapterConfig(placement="parallel"))
-    for config in (PromptConfig(), AdapterConfig(placement="shared")):
+    for config in (PromptConfig(), PrefixConfig(), AdapterConfig(placement="shared")):
         with pytest.raises(ValueError, match="BertForSequenceClassification is set up as a decoder"):
             get_peft_model(bert(is_decoder=True), config)
     with pytest.raises(ValueError, match="is set up as a decoder"):

@@ -93,26 +93,24 @@ class Encoder(Family):
         return kind.entry_of(model), *kind.reserved
 
     def width(self, model: Any, path: str) -> int:
-        config = hidden_config(model)
-        if path == kind_of(model).prompts:  # in ELECTRA's small sizes there is a projection behind it
-            return getattr(config, "embedding_size", None) or config.hidden_size
-        return config.hidden_size
+        kind, config = kind_of(model), hidden_config(model)
+        behind_it = kind.projection is not None and path == kind.prompts  # in ELECTRA's small sizes
+        return config.embedding_size if behind_it else config.hidden_size
 
     def residual_blocks(self, model: Any) -> dict[str, BlockForward]:
         layers = model.get_submodule(kind_of(model).layers)
-        if getattr(model.config, "is_decoder", False):
-            raise ValueError(f"{type(model).__name__} is set up as a decoder")
+        _refuse_decoder(model)
         return {path: block_forward(layer) for path, layer in self._layers(model, layers)}
 
     def attentions(self, model: Any) -> dict[str, AttentionSite]:
+        _refuse_decoder(model)
         layers = model.get_submodule(kind_of(model).layers)
         paths = [find_attention(layer, path) for path, layer in self._layers(model, layers)]
         return {path: attention_site(model.get_submodule(path)) for path in paths}
 
     def prompt_blocks(self, model: Any) -> list[str]:
         kind = kind_of(model)
-        if getattr(model.config, "is_decoder", False):
-            raise ValueError(f"{type(model).__name__} is set up as a decoder, whose first rows see no prompts")
+        _refuse_decoder(model)
         first, *others = [path for path, _ in self._layers(model, model.get_submodule(kind.layers))]
         return [first if kind.prompts is None else kind.prompts, *others]
 
@@ -138,11 +136,17 @@ class Encoder(Family):
         config = hidden_config(model)
         if kind_of(model).image:
             size, channels = config.image_size, config.num_channels
-            return (torch.randn(2, channels, size, size, device=model.device, dtype=model.dtype),)
+            sides = (size, size) if isinstance(size, int) else tuple(size)
+            return (torch.randn(2, channels, *sides, device=model.device, dtype=model.dtype),)
         return (torch.randint(2, config.vocab_size, (2, 8), device=model.device),)
 
     def gist_host(self, model: Any) -> EncoderGist:
         return EncoderGist(model)
+
+
+def _refuse_decoder(model: Any) -> None:
+    if getattr(model.config, "is_decoder", False):
+        raise ValueError(f"{type(model).__name__} is set up as a decoder, whose first rows see no others")
 
 
 class EncoderGist(GistHost):
