@@ -227,9 +227,10 @@ def attention_site(attention: Any) -> AttentionSite:
     names = _ATTENTIONS.get(kind.__name__) if kind.__module__.startswith("transformers.models.") else None
     if names is None:
         raise ValueError(f"what happens inside {kind.__module__}.{kind.__name__} is not known")
+    parts = {*names.projections} | ({names.out} if names.out else set())
     others = {"dropout", "out_drop", "pos_dropout", "pos_key_proj", "pos_query_proj", "relative_attention_bias"}
-    unknown = sorted(attention._modules.keys() - {*names.projections, names.out} - others)
-    if unknown:
-        raise ValueError(f"what happens inside this {kind.__name__} is not known: it has {', '.join(unknown)}")
+    have = attention._modules.keys()
+    if not parts <= have <= parts | others:
+        raise ValueError(f"what happens inside this {kind.__name__} is not known: it has {', '.join(have)}")
     heads = getattr(attention, names.heads) if names.heads else attention.config.num_attention_heads
     return AttentionSite(names.run, heads, getattr(attention, names.head_dim))
