@@ -72,7 +72,6 @@ TRANSFORMERS_BACKBONES: dict[str, Callable[..., nn.Module]] = {
     name: functools.partial(_built, *parts) for name, parts in _MODELS.items()
 } | {"clip": clip}
 TEXTS = [name for name, (kind, *_) in _MODELS.items() if kind.endswith("ForSequenceClassification")]
-PICTURES = [name for name in TRANSFORMERS_BACKBONES if name not in TEXTS]
 
 
 @functools.cache
@@ -85,16 +84,14 @@ def backbone(name: str, **options: Any) -> nn.Module:
     return TRANSFORMERS_BACKBONES[name](**options) if options else copy.deepcopy(_once(name))
 
 
-def example_inputs(model: Any, batch: int = 3, length: int = 7, side: str = "right") -> dict[str, Tensor]:
-    """A batch for ``model`` (as add_gist's ``.model`` has it): images, or texts of different lengths padded on ``side``."""
+def example_inputs(model: Any, batch: int = 3, length: int = 7) -> dict[str, Tensor]:
+    """A batch for ``model`` (as add_gist's ``.model`` has it): images, or texts of different lengths padded on the right."""
     if model.main_input_name == "pixel_values":
         return {"pixel_values": torch.randn(batch, 3, 16, 16, dtype=model.dtype)}
     pad = model.config.pad_token_id
-    lengths = [length - i % 4 for i in range(batch)]
-    ids = torch.full((batch, length), pad)
-    for row, n in enumerate(lengths):
-        ids[row, slice(0, n) if side == "right" else slice(length - n, None)] = torch.randint(4, 50, (n,))
-    return {"input_ids": ids, "attention_mask": (ids != pad).long()}
+    ids = torch.randint(4, 50, (batch, length))
+    mask = torch.arange(length) < length - torch.arange(batch)[:, None] % 4
+    return {"input_ids": torch.where(mask, ids, pad), "attention_mask": mask.long()}
 
 
 def without_dropout(model: Any) -> Any:
