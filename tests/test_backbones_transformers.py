@@ -387,6 +387,15 @@ def test_layers_and_attention_that_are_not_known_are_refused() -> None:
         get_peft_model(model, METHODS["prefix"])
 
 
+def test_a_prefix_does_not_go_with_windows_of_flash_attention() -> None:
+    model = get_peft_model(backbone("modernbert"), METHODS["prefix"])
+    layer = model.model.layers[1].attn
+    assert layer.base_layer.sliding_window is not None
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="a prefix in ModernBERT needs attn_implementation sdpa or eager"):
+        layer(torch.randn(1, 4, 32))
+
+
 STRANGERS = {
     "ResNetForImageClassification": ("ResNetConfig", {"embedding_size": 8, "hidden_sizes": [8], "depths": [1]},
                                      "is a convolutional network.*ViTForImageClassification, Dinov2"),

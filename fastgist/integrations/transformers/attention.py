@@ -77,6 +77,10 @@ def run_modernbert(
     """ModernBERT's attention: one projection, rotated queries and keys; the prefix is not rotated."""
     from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
+    if attention.sliding_window is not None and "flash" in attention.config._attn_implementation:
+        raise ValueError(
+            "a prefix in ModernBERT needs attn_implementation sdpa or eager: flash attention counts it into its windows"
+        )
     shape = (*hidden_states.shape[:-1], 3, -1, attention.head_dim)
     q, k, v = (t.transpose(1, 2) for t in attention.Wqkv(hidden_states).view(shape).unbind(dim=-3))
     q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=1)
@@ -90,7 +94,6 @@ def run_modernbert(
         _seen(attention_mask, k.shape[2] - own),
         attention.attention_dropout,
         scaling=attention.head_dim**-0.5,
-        sliding_window=attention.sliding_window,
         deterministic=attention.deterministic_flash_attn,
         **kwargs,
     )
