@@ -15,6 +15,9 @@ __all__ = ["AffineLayer", "BiasShift", "ScaleShift", "channels"]
 INITS = ("identity", "paper")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNELS_FIRST = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+#: What multiplies its output channels by ``weight`` (its rows) and adds ``bias``: an RMS norm has no bias to add, and
+#: some of them multiply by 1 + weight; transformers' Conv1D keeps channels in columns.
+_MERGEABLE = (nn.Linear, nn.LayerNorm, *_CONVOLUTIONS)
 
 
 def channels(layer: nn.Module) -> int:
@@ -192,6 +195,14 @@ class ScaleShift(AffineLayer):
         if y is None or self.merged:
             return y
         return torch.addcmul(self.shift[start:stop].to(y.dtype), y, self.scale[start:stop].to(y.dtype))
+
+    def check_mergeable(self) -> None:
+        super().check_mergeable()
+        if not isinstance(self.base_layer, _MERGEABLE):
+            raise TypeError(
+                f"{type(self).__name__}.merge: base_layer is {type(self.base_layer).__name__}; a scale and a shift go "
+                "into a linear layer, a convolution or a normalisation of torch with a weight and a place for a bias"
+            )
 
     def merged_weights(self) -> tuple[Tensor | None, Tensor | None]:
         weight, bias = self.base_layer.weight, self.base_layer.bias
