@@ -70,10 +70,12 @@ ifeq ($(VENV),none)
 define CHECK_PACKAGES
 import importlib.metadata, importlib.util, subprocess, sys, tempfile
 wanted = dict(accelerate="accelerate", datasets="datasets", expecttest="expecttest", huggingface_hub="huggingface_hub",
-    hypothesis="hypothesis", matplotlib="matplotlib", ninja="ninja", numpy="numpy", pybind11="pybind11", pytest="pytest",
-    pytest_benchmark="pytest-benchmark", rich="rich", safetensors="safetensors",
-    sklearn="scikit-learn", timm="timm", torchvision="torchvision", tqdm="tqdm", transformers="transformers",
-    typer="typer", xdist="pytest-xdist")
+    hypothesis="hypothesis", matplotlib="matplotlib", ninja="ninja", numpy="numpy", onnx="onnx",
+    onnxruntime="onnxruntime", onnxscript="onnxscript", pybind11="pybind11", pytest="pytest",
+    pytest_benchmark="pytest-benchmark", rich="rich", safetensors="safetensors", scipy="scipy",
+    sklearn="scikit-learn", tensorboard="tensorboard", timm="timm", torchmetrics="torchmetrics",
+    torchvision="torchvision", tqdm="tqdm", transformers="transformers", typer="typer", xdist="pytest-xdist",
+    yaml="pyyaml")
 def missing():
     absent = [package for module, package in wanted.items() if importlib.util.find_spec(module) is None]
     try:  # older ones cannot read our pyproject.toml; torch 2.11 wants no newer

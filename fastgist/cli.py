@@ -16,6 +16,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ __all__ = ["main"]
 #: What the command line imports beyond torch, all in one extra.
 _EXTRA = "fastgist[train]"
 _PACKAGES = (
-    "PIL", "accelerate", "datasets", "matplotlib", "numpy", "rich", "safetensors", "sklearn", "timm", "torchvision",
-    "tqdm", "typer",
+    "PIL", "accelerate", "datasets", "matplotlib", "numpy", "rich", "safetensors", "scipy", "sklearn", "timm",
+    "torchmetrics", "torchvision", "tqdm", "typer", "yaml",
 )  # fmt: skip
 
 
@@ -72,16 +73,24 @@ def _one_line_errors() -> Iterator[None]:
         leave(f"{type(error).__name__}: {error} (FASTGIST_DEBUG=1 shows where)", 1, error)
 
 
-def _command(run: Callable[[Any], None], config: type) -> Callable[..., None]:
-    """A typer command that fills the dataclass ``config`` from flags and calls ``run`` with it."""
+def _command(run: Callable[[Any], None], config: type, files: bool = False) -> Callable[..., None]:
+    """A typer command that fills the dataclass ``config`` from flags and calls ``run`` with it.
+
+    ``files``: also from ``--config`` and ``--recipe``, whose settings flags override. ``config.of``, where there is one,
+    makes the dataclass from what was given.
+    """
     import typer
 
     hints = typing.get_type_hints(config)
-    parameters: list[inspect.Parameter] = []
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    parameters = [context, *(_file_flags(config) if files else [])]
+    options = [o for o in dataclasses.fields(config) if o.name not in getattr(config, "not_flags", ())]
     # The recipe's flags, inherited and therefore first, go to the end of the help.
-    for option in sorted(dataclasses.fields(config), key=lambda option: option.metadata.get("panel") == "Recipe"):
+    for option in sorted(options, key=lambda option: option.metadata.get("panel") == "Recipe"):
         about = dict(option.metadata)
         argument = about.pop("argument", False)
+        if about.pop("schedule", False):
+            about |= {"parser": _schedule, "metavar": "NUMBER|SCHEDULE"}
         about["rich_help_panel"] = about.pop("panel", None)
         # A switch that is off needs no --no- twin, which would only fill the help.
         names = [f"--{option.name.replace('_', '-')}"] if option.default is False else []
@@ -89,20 +98,89 @@ def _command(run: Callable[[Any], None], config: type) -> Callable[..., None]:
         default = inspect.Parameter.empty if argument else option.default
         if not isinstance(option.default_factory, dataclasses._MISSING_TYPE):
             default = option.default_factory()
-        annotation = Annotated[hints[option.name], kind]  # type: ignore[valid-type,name-defined]
+        hint = str if "parser" in about else hints[option.name]
+        annotation = Annotated[hint, kind]  # type: ignore[valid-type,name-defined]
         parameter = inspect.Parameter(
             option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
         )
         parameters.insert(0 if argument else len(parameters), parameter)
 
-    def command(**options: Any) -> None:
+    def command(context: typer.Context, **options: Any) -> None:
+        given = {name: value for name, value in options.items() if _was_given(context, name)}
+        for name in ("config", "recipe"):
+            given.pop(name, None)
         with _one_line_errors():
-            run(config(**options))
+            run(getattr(config, "of", config)(**given))
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = run.__doc__
     return command
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "PROMPT")
+
+
+def _schedule(value: Any) -> float | str:
+    import typer
+
+    from fastgist.train.optim import parse_schedule
+
+    try:
+        return parse_schedule(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _file_flags(config: type) -> list[inspect.Parameter]:
+    """``--config FILE`` and ``--recipe NAME``: settings beneath the flags, the file's above the recipe's."""
+    import typer
+
+    def beneath(context: typer.Context, settings: dict[str, Any], over: bool) -> None:
+        before = dict(context.default_map or {})
+        context.default_map = {**before, **settings} if over else {**settings, **before}
+
+    def config_file(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None:
+            from fastgist.train.settings import read_settings
+
+            with _one_line_errors():
+                beneath(context, read_settings(path, config), over=True)
+        return path
+
+    def recipe(context: typer.Context, name: str | None) -> str | None:
+        if name is not None:
+            from fastgist.recipes.benchmarks import settings_of
+            from fastgist.train.settings import understood
+
+            with _one_line_errors():
+                beneath(context, understood(settings_of(name), config, f"--recipe {name}"), over=False)
+        return name
+
+    for callback, value in ((config_file, "path"), (recipe, "name")):  # typer reads them, and has no name typer there
+        callback.__annotations__ = {"context": typer.Context, value: object}
+    flags = {
+        "config": (
+            Path,
+            config_file,
+            "A YAML, TOML or JSON file of settings (a run's config.json); flags override it.",
+        ),
+        "recipe": (str, recipe, "A benchmark's settings, such as vtab/caltech101 or fgvc/oxford_pets."),
+    }
+    return [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                kind | None,  # type: ignore[valid-type]
+                typer.Option(f"--{name}", callback=callback, is_eager=True, help=words, rich_help_panel="Settings"),
+            ],
+        )
+        for name, (kind, callback, words) in flags.items()
+    ]
 
 
 def build_app() -> typer.Typer:
@@ -132,7 +210,7 @@ def build_app() -> typer.Typer:
     top.__annotations__ = {"version": Annotated[bool, flag]}
     app.callback()(top)
     app.command("demo")(_command(_demo, DemoConfig))
-    app.command("finetune")(_command(_finetune, FinetuneConfig))
+    app.command("finetune")(_command(_finetune, FinetuneConfig, files=True))
     app.command("env")(_command(_env, EnvConfig))
     app.command("warmup")(_command(_warmup, WarmupConfig))
     return app

@@ -174,7 +174,10 @@ def _adapter(folder: Path) -> Path:
 def uninterrupted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneConfig:
     """A whole run with everything random in it, and a checkpoint of every step."""
     out = tmp_path_factory.mktemp("uninterrupted") / "out"
-    settings = config(digits, out, drop_path=0.3, checkpoint_every=1, keep_checkpoints=100, clip_grad=1.0)
+    settings = config(
+        digits, out, drop_path=0.3, checkpoint_every=1, keep_checkpoints=100, clip_grad=1.0, lr_gist=0.03, lr_head=0.002,
+        wd_gist=0.05, weight_decay=0.01, temperature="linear:10:1", beta="cosine:0.25:1:0.2:0.9",
+    )  # fmt: skip
     quiet(settings)
     return settings
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastgist.recipes import Recipe
 
-__all__ = ["DemoConfig", "FinetuneConfig", "Method", "MixedPrecision", "UserError"]
+__all__ = ["DemoConfig", "FinetuneConfig", "Method", "MixedPrecision", "Readout", "UserError", "plain"]
 
 
 class UserError(Exception):
@@ -31,6 +31,13 @@ class Method(enum.StrEnum):
     PROMPT = "prompt"
     PREFIX = "prefix"
     FULL = "full"
+
+
+class Readout(enum.StrEnum):
+    """Where the gist logits are read when the gist token has several rows."""
+
+    FIRST = "first"
+    MEAN = "mean"
 
 
 class MixedPrecision(enum.StrEnum):
@@ -59,6 +66,18 @@ class FinetuneConfig(Recipe):
     val_split: float = _option(
         0.2, "Share of the training images held out for selection where there is no val split.", "Data", min=0, max=0.9
     )
+    splits: str | None = _option(
+        None,
+        "Which of the data's splits are which, such as train=train,test=validation; by their names if not given.",
+        "Data",
+    )
+    shots: int | None = _option(
+        None, "Few-shot: so many training images of each class, drawn by the seed.", "Data", min=1
+    )
+    train_images: int | None = _option(None, "So many training images in all, drawn by the seed.", "Data", min=1)
+    val_images: int | None = _option(
+        None, "So many images for selection, drawn by the seed from what the training images leave.", "Data", min=1
+    )
     subset: str | None = _option(None, "Configuration of a hub data set.", "Data")
     image_column: str | None = _option(None, "Image column of a hub data set; found by its type if not given.", "Data")
     label_column: str | None = _option(None, "Label column of a hub data set; found by its type if not given.", "Data")
@@ -73,6 +92,8 @@ class FinetuneConfig(Recipe):
     image_size: int | None = _option(None, "Pixels a side; the model's own if not given.", "Model", min=1)
     method: Method = _option(Method.ADAPTER, "What is trained beside the head.", "Model")
     gist: bool = _option(True, "Add a gist token and its loss.", "Model")
+    gist_length: int = _option(1, "Rows of the gist token; longer ones did worse in the paper.", "Model", min=1)
+    gist_readout: Readout = _option(Readout.FIRST, "Which of several rows the gist logits are read from.", "Model")
     rank: int | None = _option(None, "Rank of lora, cp and fact; the method's default if not given.", "Model", min=1)
     bottleneck_dim: int | None = _option(None, "Width of the adapter's bottleneck.", "Model", min=1)
     set: list[str] = dataclasses.field(
@@ -84,6 +105,13 @@ class FinetuneConfig(Recipe):
     )
 
     output_dir: Path = _option(Path("fastgist-finetune"), "Where everything is written.", "Run")
+    seeds: str | None = _option(
+        None, "Several runs, a folder each, and their mean and deviation: seeds such as 0,1,2 or 0-4.", "Run"
+    )
+    metrics: str = _option(
+        "accuracy", "Metrics of the val and test images, by commas; any unknown name lists them.", "Run"
+    )
+    report_to: str = _option("none", "Trackers, by commas: tensorboard, wandb, trackio, or none.", "Run")
     resume: bool = _option(False, "Continue from the newest complete checkpoint in the output folder.", "Run")
     checkpoint_every: int = _option(0, "Steps between checkpoints; 0 writes one after every epoch.", "Run", min=0)
     keep_checkpoints: int = _option(2, "How many checkpoints to keep.", "Run", min=1)
@@ -93,10 +121,11 @@ class FinetuneConfig(Recipe):
 
     def trajectory(self) -> dict[str, object]:
         """The settings that a resumed run must share with the run it continues, as JSON values."""
-        free = "output_dir resume checkpoint_every keep_checkpoints progress workers verify device".split()
+        free = "output_dir resume checkpoint_every keep_checkpoints progress workers verify device seeds".split()
+        free += ["metrics", "report_to"]
         by_content = "data checkpoint batch_size".split()
         names = [f.name for f in dataclasses.fields(self) if f.name not in free + by_content]
-        return {f"--{name.replace('_', '-')}": _plain(getattr(self, name)) for name in names}
+        return {f"--{name.replace('_', '-')}": plain(getattr(self, name)) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +140,8 @@ class DemoConfig:
     cache: bool = _option(True, "Keep the pre-trained model for the next time.", "Demo")
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
+    """A setting as a JSON value."""
     if isinstance(value, enum.Enum):
         return value.value
     return str(value) if isinstance(value, Path) else value

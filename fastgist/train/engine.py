@@ -23,6 +23,7 @@ from fastgist.train.config import UserError
 from fastgist.train.data import EpochBatches, seed_everything
 from fastgist.train.interrupt import deferred_interrupt
 from fastgist.train.measure import StepMemory
+from fastgist.train.optim import parameter_groups, to_schedule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -66,7 +67,15 @@ def _objective(recipe: Recipe) -> Callable[[Any, Tensor], Tensor]:
     """GIST's loss: cross-entropy for a plain model."""
     from fastgist.nn import GistLoss
 
-    return GistLoss(alpha=recipe.alpha, beta=recipe.beta, temperature=recipe.temperature)
+    return GistLoss(alpha=recipe.alpha, beta=to_schedule(recipe.beta), temperature=to_schedule(recipe.temperature))
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The learning rate, or that of each part where they differ."""
+    rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
+    if len(set(rates.values())) == 1:
+        return {"lr": next(iter(rates.values()))}
+    return {f"lr_{part}": rate for part, rate in rates.items()}
 
 
 def _better(accuracy: float, loss: float, state: _State) -> bool:
@@ -195,7 +204,6 @@ def fit(
     GIST's loss if not given, which for a plain model is cross-entropy; its ``progress`` follows the run. ``identity`` is
     what a resumed run must have in common with the run it continues. Without ``val`` the last epoch's weights stay.
     """
-    from timm.optim import param_groups_weight_decay
     from timm.scheduler import CosineLRScheduler
     from tqdm import tqdm
 
@@ -211,7 +219,13 @@ def fit(
     )
     per_epoch = sampler.steps
     total = per_epoch * recipe.epochs
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, recipe.weight_decay), lr=recipe.lr)
+    try:
+        groups = parameter_groups(
+            model, recipe.lr, recipe.weight_decay, lrs=recipe.lrs, weight_decays=recipe.weight_decays
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
     scheduler = CosineLRScheduler(
         optimizer,
         t_initial=total,
@@ -227,6 +241,7 @@ def fit(
     loss_sum = torch.zeros((), device=device)
     state, notes = _State(), list[str]()
     identity = {**(identity or {}), "global batch": recipe.batch_size * world}
+    identity["parameter groups"] = [[group["name"], len(group["params"])] for group in groups]
     if checkpoints is not None and resume:
         state, notes = _restore(checkpoints, inner, optimizer, loss_sum, accelerator, identity)
     on_start(state.step, notes)
@@ -285,7 +300,7 @@ def fit(
             loss_sum.zero_()
             if not math.isfinite(mean_loss):
                 raise RuntimeError(f"the loss became {mean_loss} in epoch {epoch + 1}: try an --lr below {recipe.lr:g}")
-            record: dict[str, float] = {"epoch": epoch + 1, "step": state.step, "lr": optimizer.param_groups[0]["lr"]}
+            record: dict[str, float] = {"epoch": epoch + 1, "step": state.step, **_rates(optimizer)}
             record["train_loss"] = mean_loss
             if val is not None:
                 accuracy, loss = evaluate(inner, val, recipe.batch_size, accelerator, workers)

@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastgist.gist import GistConfig
+from fastgist.nn import Linear
 from fastgist.train import data as images
+from fastgist.train import selection
 from fastgist.train.checkpoint import Checkpoints, write_atomically
-from fastgist.train.config import FinetuneConfig, UserError
+from fastgist.train.config import FinetuneConfig, Readout, UserError
 from fastgist.train.engine import FitResult, evaluate, fit
 from fastgist.train.measure import commit, memory_method, trainable_share, versions
 from fastgist.train.models import adapt, build_backbone, check_name, frozen_fingerprint
+from fastgist.train.optim import to_schedule
+from fastgist.train.settings import written_settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,6 +60,7 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
         rank=config.rank,
         bottleneck_dim=config.bottleneck_dim,
         settings=config.set,
+        gist_config=GistConfig(length=config.gist_length, readout=config.gist_readout.value),
     )
     identity = {
         **config.trajectory(),
@@ -79,7 +85,7 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
             config.output_dir.mkdir(parents=True, exist_ok=True)
             checkpoints.sweep()
             journal.rewind(step)
-            settings = json.dumps(config.trajectory() | {"data": config.data}, indent=2)
+            settings = json.dumps(written_settings(config), indent=2) + "\n"
             write_atomically(config.output_dir / "config.json", settings.encode())
         for note in notes:
             tell(note)
@@ -119,10 +125,21 @@ def _check_numbers(config: FinetuneConfig) -> None:
         value = getattr(config, option.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{option.name.replace('_', '-')} must be finite, got {value}")
-    if not 0 < config.temperature < float("inf"):
-        raise UserError(f"--temperature must be finite and > 0, got {config.temperature}")
+    for name, least, words in (("temperature", 0.0, "> 0"), ("beta", -math.ulp(0.0), ">= 0")):
+        try:
+            schedule = to_schedule(getattr(config, name))
+        except ValueError as error:
+            raise UserError(f"--{name}: {error}") from error
+        ends = (schedule.start, schedule.end) if isinstance(schedule, Linear) else (schedule,)
+        if not min(ends) > least:
+            raise UserError(f"--{name} must be finite and {words}, got {getattr(config, name)}")
     if config.lr <= 0:
         raise UserError(f"--lr must be > 0, got {config.lr}")
+    if config.gist_length == 1 and config.gist_readout is Readout.MEAN:
+        raise UserError("--gist-readout mean is for --gist-length 2 and more")
+    tokens = [name for name in ("lr_gist", "wd_gist") if getattr(config, name) is not None]
+    if tokens and not config.gist:
+        raise UserError(f"--{tokens[0].replace('_', '-')} is for a gist token, and this run has --no-gist")
 
 
 def _check_output(config: FinetuneConfig, checkpoints: Checkpoints) -> None:
@@ -158,7 +175,7 @@ def _checked_splits(config: FinetuneConfig, accelerator: Accelerator) -> images.
     """The splits, without unreadable images, with a validation split: the same on every process."""
     from accelerate.utils import broadcast_object_list
 
-    splits = images.load_splits(config)
+    splits = selection.draw(images.load_splits(config), config)
     if config.verify:
         found: list[Any] = [None]
         if accelerator.is_main_process:
@@ -169,7 +186,9 @@ def _checked_splits(config: FinetuneConfig, accelerator: Accelerator) -> images.
                 }
             ]
         splits = images.without(splits, broadcast_object_list(found)[0], config.skip_unreadable)
-    return images.hold_out(splits, config.val_split, config.seed)
+    if config.shots is not None or config.train_images is not None:
+        return splits  # the draw took what is selected by
+    return selection.hold_out(splits, config.val_split, config.seed)
 
 
 def _set_transforms(splits: images.Splits, model: Any, config: FinetuneConfig) -> None:
@@ -245,8 +264,7 @@ def _finish(
         summary |= {"test_accuracy": accuracy, "test_loss": loss}
     if accelerator.is_main_process:
         fastgist.save_adapter(model, config.output_dir / "adapter")
-        settings = dataclasses.asdict(config) | {"method": config.method.value}
-        summary["config"] = json.loads(json.dumps(settings, default=str))
+        summary["config"] = written_settings(config)
         write_atomically(config.output_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     accelerator.wait_for_everyone()
     for name in ("val", "test"):
