@@ -1,4 +1,4 @@
-"""The ``fastgist`` command: demo, finetune, env, warmup.
+"""The ``fastgist`` command: demo, finetune, compare, env, warmup.
 
 A command's flags are the fields of its dataclass; the command turns them into one call, and errors into one line. What
 the user can put right exits with 2, what went wrong at run time with 1, Ctrl-C with 130. FASTGIST_DEBUG=1 shows the
@@ -187,7 +187,7 @@ def build_app() -> typer.Typer:
     """The command line: built on demand, so that importing this module needs the standard library only."""
     import typer
 
-    from fastgist.train.config import DemoConfig, FinetuneConfig
+    from fastgist.train.config import CompareConfig, DemoConfig, FinetuneConfig
 
     app = typer.Typer(
         help="Parameter-efficient fine-tuning with GIST and PETAL on fused kernels.",
@@ -211,6 +211,7 @@ def build_app() -> typer.Typer:
     app.callback()(top)
     app.command("demo")(_command(_demo, DemoConfig))
     app.command("finetune")(_command(_finetune, FinetuneConfig, files=True))
+    app.command("compare")(_command(_compare, CompareConfig, files=True))
     app.command("env")(_command(_env, EnvConfig))
     app.command("warmup")(_command(_warmup, WarmupConfig))
     return app
@@ -252,9 +253,25 @@ def _finetune(config: Any) -> None:
 
     Several processes: accelerate launch -m fastgist finetune ...
     """
-    from fastgist.train.finetune import finetune
+    if config.seeds is not None:
+        from fastgist.train.sweep import sweep
 
-    finetune(config)
+        sweep(config)
+    else:
+        from fastgist.train.finetune import finetune
+
+        finetune(config)
+
+
+def _compare(config: Any) -> None:
+    """Compare methods, each with and without a gist token, on the same data and seeds; finished runs are kept.
+
+    A table of paired differences with confidence intervals, compare.json, compare.csv and a figure. Learning rates
+    decide such comparisons: choose them with --method-lr, on other images or seeds.
+    """
+    from fastgist.train.compare import compare
+
+    compare(config)
 
 
 #: Names of what fastgist._extension.build_info() returns, for people.

@@ -8,10 +8,11 @@ import dataclasses
 import enum
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 from fastgist.recipes import Recipe
 
-__all__ = ["DemoConfig", "FinetuneConfig", "Method", "MixedPrecision", "Readout", "UserError", "plain"]
+__all__ = ["CompareConfig", "DemoConfig", "FinetuneConfig", "Method", "MixedPrecision", "Readout", "UserError", "plain"]
 
 
 class UserError(Exception):
@@ -119,13 +120,58 @@ class FinetuneConfig(Recipe):
     mixed_precision: MixedPrecision | None = _option(None, "Half precision; accelerate's setting if not given.", "Run")
     progress: bool = _option(True, "Show progress bars.", "Run")
 
+    def decisive(self) -> list[str]:
+        """The settings that decide what comes out; the others say where it goes and how it is shown."""
+        free = (
+            "output_dir resume checkpoint_every keep_checkpoints progress workers verify device seeds report_to".split()
+        )
+        return [f.name for f in dataclasses.fields(self) if f.name not in free]
+
     def trajectory(self) -> dict[str, object]:
         """The settings that a resumed run must share with the run it continues, as JSON values."""
-        free = "output_dir resume checkpoint_every keep_checkpoints progress workers verify device seeds".split()
-        free += ["metrics", "report_to"]
-        by_content = "data checkpoint batch_size".split()
-        names = [f.name for f in dataclasses.fields(self) if f.name not in free + by_content]
+        by_content = "data checkpoint batch_size metrics".split()
+        names = [name for name in self.decisive() if name not in by_content]
         return {f"--{name.replace('_', '-')}": plain(getattr(self, name)) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(FinetuneConfig):
+    """Flags of ``fastgist compare``: those of a run, each method with and without a gist token, over seeds."""
+
+    not_flags: ClassVar[tuple[str, ...]] = ("method", "gist", "seed", "rank", "bottleneck_dim", "resume", "report_to")
+
+    data: str = _option(
+        ..., "digits (offline: the demo's small ViT), or images as for finetune.", "Data", argument=True
+    )
+    methods: str = _option("adapter,lora", "Methods to compare, by commas: the names of finetune --method.", "Compare")
+    seeds: str | None = _option("0-4", "Seeds that all methods share, such as 0,1,2 or 0-9.", "Compare")
+    method_lr: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={"help": "A method's own learning rate, such as lora=3e-3; may be repeated.", "panel": "Compare"},
+    )
+    set: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={"help": "A setting of one method, such as lora:rank=4; may be repeated.", "panel": "Compare"},
+    )
+    confidence: float = _option(0.95, "Of the intervals.", "Compare", min=0.5, max=0.999)
+    output_dir: Path = _option(Path("fastgist-compare"), "Where runs, table and figure go.", "Run")
+
+    @classmethod
+    def of(cls, **given: Any) -> CompareConfig:
+        """From what was given; for ``digits`` the demo's numbers stand beneath it.
+
+        Raises:
+            UserError: a setting that digits do not have.
+        """
+        if given.get("data") != "digits":
+            return cls(**given)
+        from fastgist.recipes import digits
+
+        foreign = set(given) & set(digits.NOT_FOR_DIGITS)
+        if foreign:
+            raise UserError(f"--{min(foreign).replace('_', '-')} is for images, not for digits")
+        methods = [name.strip() for name in given.get("methods", cls.methods).split(",")]
+        return cls(**{**digits.compared(methods), **given})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from fastgist.train.settings import written_settings
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Interrupted", "finetune"]
+__all__ = ["Interrupted", "check_numbers", "finetune"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,7 +39,9 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
 
     Raises UserError for what the user can put right, before anything is written, and Interrupted on Ctrl-C.
     """
-    _check_numbers(config)
+    if config.seeds is not None:
+        raise UserError("finetune makes one run: fastgist.train.sweep.sweep takes several --seeds")
+    check_numbers(config)
     accelerator = _accelerator(config)
     main = accelerator.is_main_process
     tell = say if main else lambda line: None
@@ -118,7 +120,8 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
         raise Interrupted(f"interrupted: {hint}") from None
 
 
-def _check_numbers(config: FinetuneConfig) -> None:
+def check_numbers(config: FinetuneConfig) -> None:
+    """UserError for a number out of range, or one that this run has no use for."""
     if config.warmup >= config.epochs:
         raise UserError(f"--warmup-epochs {config.warmup:g} must be less than --epochs {config.epochs}")
     for option in dataclasses.fields(config):
