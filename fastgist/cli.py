@@ -1,4 +1,4 @@
-"""The ``fastgist`` command: demo, finetune, compare, env, warmup.
+"""The ``fastgist`` command: demo, finetune, compare, export, env, warmup.
 
 A command's flags are the fields of its dataclass; the command turns them into one call, and errors into one line. What
 the user can put right exits with 2, what went wrong at run time with 1, Ctrl-C with 130. FASTGIST_DEBUG=1 shows the
@@ -30,6 +30,7 @@ _PACKAGES = (
     "PIL", "accelerate", "datasets", "matplotlib", "numpy", "rich", "safetensors", "scipy", "sklearn", "timm",
     "torchmetrics", "torchvision", "tqdm", "typer", "yaml",
 )  # fmt: skip
+_OTHER_EXTRAS = dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "fastgist[onnx]")
 
 
 def main() -> None:
@@ -67,7 +68,8 @@ def _one_line_errors() -> Iterator[None]:
         raise
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".", 1)[0]
-        install = f": pip install '{_EXTRA}'" if package in _PACKAGES else ""
+        extra = _OTHER_EXTRAS.get(package, _EXTRA if package in _PACKAGES else None)
+        install = f": pip install '{extra}'" if extra else ""
         leave(f"this command needs the package {package}{install}", 2, error)
     except Exception as error:
         leave(f"{type(error).__name__}: {error} (FASTGIST_DEBUG=1 shows where)", 1, error)
@@ -187,7 +189,7 @@ def build_app() -> typer.Typer:
     """The command line: built on demand, so that importing this module needs the standard library only."""
     import typer
 
-    from fastgist.train.config import CompareConfig, DemoConfig, FinetuneConfig
+    from fastgist.train.config import CompareConfig, DemoConfig, ExportConfig, FinetuneConfig
 
     app = typer.Typer(
         help="Parameter-efficient fine-tuning with GIST and PETAL on fused kernels.",
@@ -212,6 +214,7 @@ def build_app() -> typer.Typer:
     app.command("demo")(_command(_demo, DemoConfig))
     app.command("finetune")(_command(_finetune, FinetuneConfig, files=True))
     app.command("compare")(_command(_compare, CompareConfig, files=True))
+    app.command("export")(_command(_export, ExportConfig))
     app.command("env")(_command(_env, EnvConfig))
     app.command("warmup")(_command(_warmup, WarmupConfig))
     return app
@@ -272,6 +275,16 @@ def _compare(config: Any) -> None:
     from fastgist.train.compare import compare
 
     compare(config)
+
+
+def _export(config: Any) -> None:
+    """Write an adapted model as one file for other runtimes, checked against the model itself before it takes its name.
+
+    What merges into the weights is merged; adapters, prompts and the gist token stay in the graph. The batch is dynamic.
+    """
+    from fastgist.train.export_command import export
+
+    export(config)
 
 
 #: Names of what fastgist._extension.build_info() returns, for people.

@@ -37,7 +37,7 @@ class Study:
 
 STUDIES = {
     "temperature": Study("temperature of the divergence", "temperature", (1.0, 3.0, 10.0), 3.0, "T = {:g}"),
-    "length": Study("length of the gist token", "gist_length", (1, 2, 5, 10), 1, "{} row(s)"),
+    "length": Study("length of the gist token", "gist_length", (1, 2, 5, 10), 1, "L = {}"),
 }
 
 

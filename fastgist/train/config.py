@@ -174,6 +174,27 @@ class CompareConfig(FinetuneConfig):
         return cls(**{**digits.compared(methods), **given})
 
 
+class Format(enum.StrEnum):
+    """What an exported model is written as."""
+
+    TORCH = "torch"
+    ONNX = "onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Flags of ``fastgist export``."""
+
+    adapter: Path = _option(..., "A run's folder, or one that save_adapter wrote.", "Export", argument=True)
+    output: Path | None = _option(None, "The file; model.pt2 or model.onnx beside the adapter if not given.", "Export")
+    format: Format = _option(Format.TORCH, "torch.export's .pt2, or ONNX.", "Export")
+    overwrite: bool = _option(False, "Replace the file if it is there.", "Export")
+    model: str | None = _option(None, "The timm model it was trained on; a run's own if not given.", "Model")
+    pretrained: bool | None = _option(None, "With timm's published weights; as the run had it if not given.", "Model")
+    checkpoint: Path | None = _option(None, "With the weights of this safetensors file instead.", "Model")
+    image_size: int | None = _option(None, "Pixels a side; the run's own if not given.", "Model", min=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Flags of ``fastgist demo``."""
