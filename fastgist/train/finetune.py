@@ -20,9 +20,11 @@ from fastgist.train.checkpoint import Checkpoints, write_atomically
 from fastgist.train.config import FinetuneConfig, Readout, UserError
 from fastgist.train.engine import FitResult, evaluate, fit
 from fastgist.train.measure import commit, memory_method, trainable_share, versions
+from fastgist.train.metrics import Metrics, parse_metrics
 from fastgist.train.models import adapt, build_backbone, check_name, frozen_fingerprint
 from fastgist.train.optim import to_schedule
 from fastgist.train.settings import written_settings
+from fastgist.train.tracking import Tracking, check_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,6 +44,8 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
     if config.seeds is not None:
         raise UserError("finetune makes one run: fastgist.train.sweep.sweep takes several --seeds")
     check_numbers(config)
+    chosen = parse_metrics(config.metrics)
+    trackers = check_trackers(config.report_to)
     accelerator = _accelerator(config)
     main = accelerator.is_main_process
     tell = say if main else lambda line: None
@@ -50,6 +54,7 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
     check_name(config)
 
     splits = _checked_splits(config, accelerator)
+    metrics = Metrics(chosen, len(splits.classes))
     images.seed_everything(config.seed)
     model = build_backbone(config, len(splits.classes))
     _set_transforms(splits, model, config)
@@ -80,6 +85,7 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
     for note in splits.notes:
         tell(f"note: {note}")
 
+    tracking = Tracking(trackers, accelerator, config)
     journal = _Journal(config.output_dir / "metrics.jsonl", enabled=main)
 
     def start(step: int, notes: list[str]) -> None:
@@ -91,6 +97,11 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
             write_atomically(config.output_dir / "config.json", settings.encode())
         for note in notes:
             tell(note)
+        tracking.start(step)
+
+    def epoch(record: dict[str, float]) -> None:
+        journal.add(record)
+        tracking.log(record)
 
     try:
         result = fit(
@@ -104,12 +115,15 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
             checkpoint_every=config.checkpoint_every,
             resume=config.resume,
             identity=identity,
-            on_epoch=journal.add,
+            on_epoch=epoch,
+            metrics=metrics,
             on_start=start,
             progress=config.progress,
             description=method,
         )
-        return _finish(config, accelerator, model, splits, result, tell)
+        summary = _finish(config, accelerator, model, splits, result, metrics, tell)
+        tracking.log({name: summary[name] for name in summary if name.startswith("test_")} | {"step": result.steps})
+        return summary
     except KeyboardInterrupt:
         newest = next(iter(checkpoints), None)
         hint = (
@@ -118,6 +132,8 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
             else "no checkpoint had been written yet (one comes with each epoch, or --checkpoint-every N steps)"
         )
         raise Interrupted(f"interrupted: {hint}") from None
+    finally:
+        tracking.end()
 
 
 def check_numbers(config: FinetuneConfig) -> None:
@@ -242,6 +258,7 @@ def _finish(
     model: Any,
     splits: images.Splits,
     result: FitResult,
+    metrics: Metrics,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Judge the selected weights on the test split, once; save the adapter and the summary."""
@@ -253,7 +270,9 @@ def _finish(
         "model": config.model, "method": config.method.value, "gist": config.gist, "classes": splits.classes,
         "images": {name: len(split) for name, split in splits.named().items()},
         "steps": result.steps, "selected_by": "val accuracy" if splits.val is not None else "last epoch",
-        "val_accuracy": result.best_accuracy, "selected_epoch": result.best_epoch or config.epochs,
+        "val_accuracy": result.best_accuracy, "val_loss": result.best_loss,
+        **{f"val_{name}": value for name, value in result.best_metrics.items()},
+        "selected_epoch": result.best_epoch or config.epochs,
         "trained_parameters": trained, "all_parameters": all_parameters,
         "images_per_second": result.images_per_second, "peak_memory_bytes": result.peak_memory_bytes,
         "peak_memory_method": memory_method(accelerator.device) if result.peak_memory_bytes else None,
@@ -263,8 +282,8 @@ def _finish(
     }  # fmt: skip
     if splits.test is not None:
         with accelerator.autocast():
-            accuracy, loss = evaluate(model, splits.test, config.batch_size, accelerator, config.workers)
-        summary |= {"test_accuracy": accuracy, "test_loss": loss}
+            judged = evaluate(model, splits.test, config.batch_size, accelerator, config.workers, metrics)
+        summary |= {f"test_{name}": value for name, value in judged.items()}
     if accelerator.is_main_process:
         fastgist.save_adapter(model, config.output_dir / "adapter")
         summary["config"] = written_settings(config)
