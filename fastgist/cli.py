@@ -101,7 +101,7 @@ def _command(run: Callable[[Any], None], config: type, files: bool = False) -> C
         if not isinstance(option.default_factory, dataclasses._MISSING_TYPE):
             default = option.default_factory()
         hint = str if "parser" in about else hints[option.name]
-        annotation = Annotated[hint, kind]  # type: ignore[valid-type,name-defined]
+        annotation = Annotated[hint, kind]  # type: ignore[valid-type]
         parameter = inspect.Parameter(
             option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
         )
@@ -161,9 +161,9 @@ def _file_flags(config: type) -> list[inspect.Parameter]:
                 beneath(context, understood(settings_of(name), config, f"--recipe {name}"), over=False)
         return name
 
-    for callback, value in ((config_file, "path"), (recipe, "name")):  # typer reads them, and has no name typer there
-        callback.__annotations__ = {"context": typer.Context, value: object}
-    flags = {
+    for reader, value in ((config_file, "path"), (recipe, "name")):  # typer reads them, and has no name typer there
+        reader.__annotations__ = {"context": typer.Context, value: object}
+    flags: dict[str, tuple[Any, Callable[..., Any], str]] = {
         "config": (
             Path,
             config_file,
@@ -177,7 +177,7 @@ def _file_flags(config: type) -> list[inspect.Parameter]:
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
             annotation=Annotated[
-                kind | None,  # type: ignore[valid-type]
+                kind | None,
                 typer.Option(f"--{name}", callback=callback, is_eager=True, help=words, rich_help_panel="Settings"),
             ],
         )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgist.train.checkpoint import write_atomically
-from fastgist.train.config import CompareConfig, FinetuneConfig, Method, UserError, plain
+from fastgist.train.config import CompareConfig, FinetuneConfig, Method, UserError, _plain
 from fastgist.train.finetune import Interrupted, check_numbers, finetune
 from fastgist.train.measure import commit, versions
 from fastgist.train.statistics import paired, spread
@@ -53,7 +53,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     found: dict[str, Any] = {
         "measured": measured, "images": summaries[0]["images"], "seeds": seeds, "confidence": config.confidence,
         "rows": [_row(method, values, trained, seeds, config.confidence) for method in methods],
-        "settings": {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)},
+        "settings": {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)},
         "versions": versions(), "commit": commit(),
     }  # fmt: skip
     from fastgist.train.compare_figure import draw
@@ -83,7 +83,14 @@ def plan(config: CompareConfig) -> dict[tuple[str, bool, int], FinetuneConfig]:
                 raise UserError(f"--method-lr {method}={rates[method]}: expected a number") from None
             for gist in (False, True):
                 name = f"{method}{'-gist' if gist else ''}-seed{seed}"
-                own = {"method": Method(method), "gist": gist, "seed": seed, "seeds": None, "lr": lr, "resume": True}
+                own: dict[str, Any] = {
+                    "method": Method(method),
+                    "gist": gist,
+                    "seed": seed,
+                    "seeds": None,
+                    "lr": lr,
+                    "resume": True,
+                }
                 own |= {"set": settings.get(method, []), "output_dir": config.output_dir / "runs" / name}
                 run = FinetuneConfig(**common | own)
                 runs[method, gist, seed] = run if gist else _without_token(run)
@@ -111,7 +118,7 @@ def _pair(word: str, sign: str, flag: str, config: CompareConfig) -> tuple[str, 
 
 def _without_token(run: FinetuneConfig) -> FinetuneConfig:
     """A plain run: what is said about the token is not for it."""
-    defaults = {f.name: f.default for f in dataclasses.fields(FinetuneConfig)}
+    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(FinetuneConfig)}
     names = ("lr_gist", "wd_gist", "gist_length", "gist_readout")
     return replace(run, **{name: defaults[name] for name in names})
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from fastgist.recipes import Recipe
 
-__all__ = ["CompareConfig", "DemoConfig", "FinetuneConfig", "Method", "MixedPrecision", "Readout", "UserError", "plain"]
+__all__ = ["CompareConfig", "DemoConfig", "FinetuneConfig", "Method", "MixedPrecision", "Readout", "UserError"]
 
 
 class UserError(Exception):
@@ -131,7 +131,7 @@ class FinetuneConfig(Recipe):
         """The settings that a resumed run must share with the run it continues, as JSON values."""
         by_content = "data checkpoint batch_size metrics".split()
         names = [name for name in self.decisive() if name not in by_content]
-        return {f"--{name.replace('_', '-')}": plain(getattr(self, name)) for name in names}
+        return {f"--{name.replace('_', '-')}": _plain(getattr(self, name)) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +207,7 @@ class DemoConfig:
     cache: bool = _option(True, "Keep the pre-trained model for the next time.", "Demo")
 
 
-def plain(value: object) -> object:
+def _plain(value: object) -> object:
     """A setting as a JSON value."""
     if isinstance(value, enum.Enum):
         return value.value

@@ -93,7 +93,7 @@ def _front(model: nn.Module) -> nn.Module:
     """``model`` without torch.compile's and DistributedDataParallel's wrappers, a gist model kept."""
     while True:
         if "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+            model = model._modules["_orig_mod"]
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         else:

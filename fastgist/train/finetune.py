@@ -150,7 +150,7 @@ def check_numbers(config: FinetuneConfig) -> None:
         except ValueError as error:
             raise UserError(f"--{name}: {error}") from error
         ends = (schedule.start, schedule.end) if isinstance(schedule, Linear) else (schedule,)
-        if not min(ends) > least:
+        if any(not end > least for end in ends):
             raise UserError(f"--{name} must be finite and {words}, got {getattr(config, name)}")
     if config.lr <= 0:
         raise UserError(f"--lr must be > 0, got {config.lr}")

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from fastgist.nn import Cosine, Linear
-from fastgist.nn.schedule import Schedule
 from fastgist.peft import state as _state
 
 __all__ = ["PARTS", "parameter_groups", "parse_schedule", "to_schedule"]
@@ -110,7 +109,7 @@ def _numbers(
 _SHAPES = {"linear": Linear, "cosine": Cosine}
 
 
-def to_schedule(value: float | str) -> float | Schedule:
+def to_schedule(value: float | str) -> float | Linear:
     """A number as it is; "linear:START:END[:SINCE:UNTIL]" or "cosine:..." as a schedule over the run's progress.
 
     Raises:

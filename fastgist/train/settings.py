@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastgist.train.config import UserError, plain
+from fastgist.train.config import UserError, _plain
 
 __all__ = ["known_settings", "read_settings", "understood", "written_settings"]
 
@@ -107,4 +107,4 @@ def _has_choice(hint: Any, word: str) -> bool:
 def written_settings(config: Any) -> dict[str, Any]:
     """Every setting as a JSON value; :func:`understood` reads them back."""
     names = [name for name in known_settings(config) if name != "resume"]
-    return {name: plain(getattr(config, name)) for name in names}
+    return {name: _plain(getattr(config, name)) for name in names}
