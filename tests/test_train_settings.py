@@ -51,9 +51,11 @@ EXPECTED = FinetuneConfig(
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
     from fastgist.train import finetune as module
+    from fastgist.train import sweep as sweeping
 
     got: list[FinetuneConfig] = []
     monkeypatch.setattr(module, "finetune", got.append)
+    monkeypatch.setattr(sweeping, "sweep", got.append)
     return got
 
 

@@ -21,8 +21,6 @@ from torch import Tensor, nn
 
 from fastgist.peft import state as _state
 from fastgist.peft.method import method_of
-from fastgist.reference import adapter as _adapter
-from fastgist.reference import cp_linear as _cp_linear
 from fastgist.testing import error_floor
 
 __all__ = ["FORMATS", "METADATA", "Exported", "as_plain_module", "export_model", "export_program"]
@@ -107,7 +105,9 @@ def _adapter_fwd(
     x: Tensor, down: Tensor, down_bias: Tensor | None, up: Tensor, up_bias: Tensor | None, residual: Tensor | None,
     gate: Tensor | None, activation: str, scale: float, residual_scale: float, need_z: bool, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y = _adapter.adapter(
+    from fastgist.reference.adapter import adapter
+
+    y = adapter(
         x, down, down_bias, up, up_bias, activation=activation, scale=scale,
         residual=False if residual is None else residual, residual_scale=residual_scale, gate=gate,
     )  # fmt: skip
@@ -118,7 +118,9 @@ def _cp_linear_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, gain: Tensor | None, seed: Tensor | None,
     scale: float, dropout_p: float, need_h: bool, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _cp_linear.cp_linear(x, weight, bias, u, v, gain, scale=scale), x.new_empty(0)
+    from fastgist.reference.cp_linear import cp_linear
+
+    return cp_linear(x, weight, bias, u, v, gain, scale=scale), x.new_empty(0)
 
 
 def _plain_expressions() -> dict[Any, Callable[..., Any]]:
