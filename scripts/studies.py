@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from fastgist.train.checkpoint import write_atomically
     from fastgist.train.compare import run_all
     from fastgist.train.config import FinetuneConfig, Method
-    from fastgist.train.measure import commit, versions
+    from fastgist.train.measure import versions
     from fastgist.train.sweep import parse_seeds
 
     given = compared(["adapter"])
@@ -132,7 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = {
             "study": study.title, "reference": study.label.format(study.reference), "seeds": seeds,
             "shots": common.shots, "epochs": common.epochs, "lr": common.lr, "images": summaries[0]["images"],
-            "rows": judge(study, list(grid), values), "cores": os.cpu_count(), "versions": versions(), "commit": commit(),
+            "rows": judge(study, list(grid), values), "cores": os.cpu_count(), "versions": versions(),
+            "commits": sorted({str(summary["commit"]) for summary in summaries}),
         }  # fmt: skip
         write_atomically(options.out / f"studies-{name}.json", (json.dumps(found, indent=2) + "\n").encode())
         draw(options.out / f"studies-{name}.svg", study, found)

@@ -216,6 +216,12 @@ def test_wrong_settings_are_named_before_anything_runs(changes: dict, message: s
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_in_the_folders_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match=r"--output-dir .*out: .*out is a file"):
+        module.compare(CompareConfig.of(data="digits", output_dir=tmp_path / "out"))
+
+
 # -- images ----------------------------------------------------------------------------------------------------------
 
 SMALL = {
@@ -259,6 +265,8 @@ def test_several_seeds_are_folders_with_a_summary_of_all(digits: Path, tmp_path:
     assert (out / "seed-4" / "summary.json").stat().st_mtime_ns == before
     other = invoke(*flags, "--seeds", "0,4", "--resume", "--lr", 0.5)
     assert other.exit_code == 2 and "holds a run with --lr = 0.01, this one has 0.5" in other.stderr
+    both = invoke(*flags, "--seeds", "6", "--seed", 1, "--resume")
+    assert both.exit_code == 2 and "--seed and --seeds exclude each other" in both.stderr
     with pytest.raises(UserError, match="takes several --seeds"):
         finetune(replace(FinetuneConfig(data=str(digits), seeds="0,1"), output_dir=out))
 

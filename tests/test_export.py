@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
 import shutil
@@ -172,6 +173,10 @@ def test_wrong_arguments_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         export_model(model, tmp_path / "model.pth", SHAPE)
     with pytest.raises(ValueError, match=r"at least two images .* got \(1, 3, 16, 16\)"):
         export_model(model, tmp_path / "model.pt2", images(1))
+    if importlib.util.find_spec("onnxruntime"):
+        monkeypatch.setattr(module, "ONNX_BYTES", 1000)
+        with pytest.raises(ValueError, match="GiB of weights do not fit one ONNX file: take format 'torch'"):
+            export_model(model, tmp_path / "model.onnx", SHAPE)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ModuleNotFoundError, match="onnxscript"):
         export_model(model, tmp_path / "model.onnx", SHAPE)

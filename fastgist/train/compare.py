@@ -38,6 +38,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         UserError: what the user can put right. Interrupted: Ctrl-C; the same command goes on.
     """
     runs = plan(config)
+    parent = next(p for p in [config.output_dir, *config.output_dir.absolute().parents] if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"--output-dir {config.output_dir}: {parent} is a file")
     summaries = run_all(list(runs.values()), config)
     if summaries is None:  # not the first process
         return {}

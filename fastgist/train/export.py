@@ -34,6 +34,9 @@ METADATA = "fastgist.json"
 #: in every layer, and a merged weight rounds once more.
 SLACK = 8.0
 
+#: What one ONNX file can hold (a protobuf message), less the graph.
+ONNX_BYTES = 2**31 - 2**20
+
 #: Batches that a file is checked with. Two is the one it was traced with.
 BATCHES = (1, 2, 5)
 
@@ -168,7 +171,7 @@ def export_model(
         metadata: JSON values to keep in the file under :data:`METADATA`.
 
     Raises:
-        ValueError: an unknown format, an example of one image.
+        ValueError: an unknown format, an example of one image, more weights than one ONNX file holds.
         ModuleNotFoundError: a package that the format needs.
         RuntimeError: the file's results differ from the model's by more than rounding: the error tells by how much,
             and nothing is written.
@@ -190,6 +193,11 @@ def export_model(
     own = next(model.parameters(), None)
     images = images.to(own) if own is not None else images
     plain, merged = as_plain_module(model)
+    held = sum(t.numel() * t.element_size() for t in [*plain.parameters(), *plain.buffers()])
+    if kind == "onnx" and held > ONNX_BYTES:
+        raise ValueError(
+            f"export_model: {held / 2**30:.1f} GiB of weights do not fit one ONNX file: take format 'torch'"
+        )
     about = {**(metadata or {}), "merged": merged, "input": "images (batch, channels, height, width), normalised"}
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}{FORMATS[kind]}")
     try:

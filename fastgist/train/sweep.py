@@ -58,7 +58,11 @@ def sweep(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict[st
 
     With ``config.resume`` finished seeds are kept, an interrupted one goes on, and new ones are added.
     """
-    seeds = parse_seeds(config.seeds or str(config.seed))
+    if config.seeds is None:
+        raise UserError("sweep: --seeds says which seeds to run")
+    if config.seed != 0:
+        raise UserError("--seed and --seeds exclude each other")
+    seeds = parse_seeds(config.seeds)
     runs = [replace(config, seeds=None, seed=seed, output_dir=config.output_dir / f"seed-{seed}") for seed in seeds]
     done = {run.seed: finished(run) for run in runs}
     if any(done.values()) and not config.resume:
