@@ -64,12 +64,16 @@ def sweep(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict[st
         raise UserError("--seed and --seeds exclude each other")
     seeds = parse_seeds(config.seeds)
     runs = [replace(config, seeds=None, seed=seed, output_dir=config.output_dir / f"seed-{seed}") for seed in seeds]
+    from accelerate import PartialState
+
+    main = PartialState(cpu=config.device == "cpu").is_main_process
+    tell = say if main else lambda line: None
     done = {run.seed: finished(run) for run in runs}
     if any(done.values()) and not config.resume:
         raise UserError(f"{config.output_dir} holds finished runs: pass --resume, or another --output-dir")
     summaries: dict[int, dict[str, Any]] = {}
     for run in runs:
-        say(f"seed {run.seed} ({len(summaries) + 1} of {len(runs)}){': finished before' if done[run.seed] else ''}")
+        tell(f"seed {run.seed} ({len(summaries) + 1} of {len(runs)}){': finished before' if done[run.seed] else ''}")
         summaries[run.seed] = done[run.seed] or finetune(run, say)
     together = {
         "seeds": seeds,
@@ -77,7 +81,7 @@ def sweep(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict[st
         **{name: spread([s[name] for s in summaries.values()]) for name in _measured(summaries)},
         "config": written_settings(config),
     }
-    if _main_process():
+    if main:
         path = config.output_dir / "summary.json"
         write_atomically(path, (json.dumps(together, indent=2) + "\n").encode())
         for name in _measured(summaries):
@@ -96,9 +100,3 @@ def _measured(summaries: dict[int, dict[str, Any]]) -> list[str]:
         for name, value in each[0].items()
         if name.startswith(("val_", "test_")) and isinstance(value, float) and all(name in s for s in each)
     ]
-
-
-def _main_process() -> bool:
-    from accelerate import PartialState
-
-    return PartialState().is_main_process
