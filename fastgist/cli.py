@@ -269,8 +269,9 @@ def _finetune(config: Any) -> None:
 def _compare(config: Any) -> None:
     """Compare methods, each with and without a gist token, on the same data and seeds; finished runs are kept.
 
-    A table of paired differences with confidence intervals, compare.json, compare.csv and a figure. Learning rates
-    decide such comparisons: choose them with --method-lr, on other images or seeds.
+    A table of paired differences with confidence intervals, compare.json, compare.csv and a figure.
+
+    Learning rates decide such comparisons: choose them with --method-lr, on other images or seeds.
     """
     from fastgist.train.compare import compare
 
@@ -280,7 +281,7 @@ def _compare(config: Any) -> None:
 def _export(config: Any) -> None:
     """Write an adapted model as one file for other runtimes, checked against the model itself before it takes its name.
 
-    What merges into the weights is merged; adapters, prompts and the gist token stay in the graph. The batch is dynamic.
+    What merges is merged; adapters, prompts and the gist token stay in the graph. The batch is dynamic.
     """
     from fastgist.train.export_command import export
 
