@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgist.nn._tuner import keep_original_state, linear_slice
+from fastgist.nn._tuner import fan, keep_original_state, linear_slice
 
 __all__ = ["AffineLayer", "BiasShift", "ScaleShift", "channels"]
 
 INITS = ("identity", "paper")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNELS_FIRST = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+#: What multiplies its output channels by ``weight`` (its rows) and adds ``bias``: an RMS norm has no bias to add, and
+#: some of them multiply by 1 + weight; transformers' Conv1D keeps channels in columns.
+_MERGEABLE = (nn.Linear, nn.LayerNorm, *_CONVOLUTIONS)
 
 
 def channels(layer: nn.Module) -> int:
@@ -25,8 +28,9 @@ def channels(layer: nn.Module) -> int:
     """
     if isinstance(layer, _CONVOLUTIONS):
         return layer.out_channels
-    if hasattr(layer, "out_features"):
-        return int(layer.out_features)
+    sizes = fan(layer)
+    if sizes is not None:
+        return sizes[1]
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.dim() == 1 and not isinstance(layer, _CHANNELS_FIRST):
         return weight.shape[0]
@@ -192,6 +196,14 @@ class ScaleShift(AffineLayer):
         if y is None or self.merged:
             return y
         return torch.addcmul(self.shift[start:stop].to(y.dtype), y, self.scale[start:stop].to(y.dtype))
+
+    def check_mergeable(self) -> None:
+        super().check_mergeable()
+        if not isinstance(self.base_layer, _MERGEABLE):
+            raise TypeError(
+                f"{type(self).__name__}.merge: base_layer is {type(self.base_layer).__name__}; a scale and a shift go "
+                "into a linear layer, a convolution or a normalisation of torch with a weight and a place for a bias"
+            )
 
     def merged_weights(self) -> tuple[Tensor | None, Tensor | None]:
         weight, bias = self.base_layer.weight, self.base_layer.bias

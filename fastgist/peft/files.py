@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import warnings
@@ -53,7 +54,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         "backbone": backbone_fingerprint(plain, state),
     }
     if state.extension is not None:
-        config[state.extension.name] = vars(state.extension.config).copy()
+        config[state.extension.name] = dataclasses.asdict(state.extension.config)
     storage.write(folder, config, _state.owned_tensors(plain, state))
 
 
@@ -247,8 +248,9 @@ def _check_alike(
 
 def _check_extension(state: _state.State, extension: Mapping[str, dict[str, Any]], path: Path) -> None:
     assert state.extension is not None
-    have, found = vars(state.extension.config), extension.get(state.extension.name)
-    if have != found:
+    have, found = state.extension.config, extension.get(state.extension.name)
+    fields = {f.name for f in dataclasses.fields(have)}
+    if found is None or not fields.issuperset(found) or type(have)(**found) != have:
         raise ValueError(f"{path}: holds {state.extension.name} {found}, the model has {have}")
 
 

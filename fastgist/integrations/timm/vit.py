@@ -141,6 +141,7 @@ class TimmViTGist(GistHost):
     """
 
     path = GIST_PATH
+    last = "head"
 
     def __init__(self, model: Any) -> None:
         vit, eva = _classes()
@@ -178,6 +179,12 @@ class TimmViTGist(GistHost):
     # -- forward -----------------------------------------------------------------------------------------------------
     def forward(self, model: Any, config: GistConfig, want_gist: bool, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x: (B, 3, H, W) -> logits (B, C) and gist logits (B, C) or None."""
+        logits = model.head(self.rows(model, config, x, want_gist=want_gist))  # one call: the halves are contiguous
+        batch = x.shape[0]
+        return (logits[:batch], logits[batch:]) if want_gist else (logits, None)
+
+    def rows(self, model: Any, config: GistConfig, x: Tensor, want_gist: bool = True) -> Tensor:
+        """x: (B, 3, H, W) -> (2 B, D), or (B, D) for the prediction alone: what goes into the head."""
         if self.rowwise is not None and model.global_pool == "token" and self.rowwise.serves(model):
             rows = self._last_rows(model, config, want_gist, x)
             z, gist = rows[:, 0], rows[:, 1:]
@@ -185,15 +192,13 @@ class TimmViTGist(GistHost):
             features = model.forward_features(x)
             z, gist = model.pool(features), features[:, self.index : self.index + config.rows]
         if not want_gist:
-            return model.head(model.head_drop(model.fc_norm(z))), None
+            return model.head_drop(model.fc_norm(z))
         if config.rows > 1 and not isinstance(model.fc_norm, nn.Identity):
             gist = model.fc_norm(gist)  # the mean is of final, normed states
             both = torch.cat((model.fc_norm(z), gist.mean(1)))
         else:
             both = model.fc_norm(torch.cat((z, gist.mean(1) if config.rows > 1 else gist[:, 0])))
-        logits = model.head(model.head_drop(both))  # one call: the halves are contiguous
-        batch = x.shape[0]
-        return logits[:batch], logits[batch:]
+        return model.head_drop(both)
 
     def _last_rows(self, model: Any, config: GistConfig, want_gist: bool, x: Tensor) -> Tensor:
         """forward_features, but of the last block and the norm only the rows that are read: (B, 1 or 1 + rows, D)."""

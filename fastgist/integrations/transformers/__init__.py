@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
-from fastgist.integrations.transformers.encoders import Encoder, EncoderGist
+from typing import Any
 
-__all__ = ["Encoder", "EncoderGist"]
+from fastgist.integrations.transformers.decoders import Decoder, DecoderGist
+from fastgist.integrations.transformers.encoders import Encoder, EncoderGist
+from fastgist.integrations.transformers.loss import gist_loss_func
+
+__all__ = ["Decoder", "DecoderGist", "Encoder", "EncoderGist", "GistTrainer", "gist_loss_func"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "GistTrainer":  # Trainer is a slow import, and few ask for it
+        from fastgist.integrations.transformers.trainer import GistTrainer
+
+        return GistTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

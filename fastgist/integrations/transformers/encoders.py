@@ -129,12 +129,10 @@ class EncoderGist(GistHost):
     def forward(
         self, model: Any, config: GistConfig, want_gist: bool, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """The classifier's arguments but for labels -> logits (B, C) and gist logits (B, C) or None."""
+        """The classifier's arguments -> logits (B, C) and gist logits (B, C) or None."""
         given = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
         given = given | given.pop("kwargs", {})
         given.pop("self", None)
-        if given.pop("labels", None) is not None:
-            raise TypeError("GistModel: labels are the loss's: fastgist.nn.GistLoss()(output, labels)")
         mask = given.get("attention_mask")
         if mask is not None:
             if mask.dim() != 2:
