@@ -90,6 +90,8 @@ class GistHost(ABC):
     dim: int
     #: Whether the token is in the sequence at present.
     active: bool = False
+    #: Whether :meth:`forward` and :meth:`rows` take ``prefix``, a Hugging Face PeftModel whose keys and values come first.
+    takes_prefix: bool = False
     #: Path of the linear layer whose outputs for :meth:`rows` are the logits; None: :meth:`rows` is not there.
     last: str | None = None
 
@@ -171,6 +173,7 @@ class GistModel(_state.Front):
             of problem that ``config.problem_type``, the number of outputs and the labels say, as in transformers.
         gist_config: the :class:`GistConfig`.
         config: the wrapped model's own where it has one (transformers), else the :class:`GistConfig`.
+        peft_model: the Hugging Face PeftModel that was given to add_gist, or None.
     """
 
     model: Any
@@ -178,12 +181,17 @@ class GistModel(_state.Front):
     #: transformers' Trainer passes ``num_items_in_batch``.
     accepts_loss_kwargs = True
 
-    def __init__(self, model: nn.Module, config: GistConfig, host: GistHost, loss: GistLoss | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, config: GistConfig, host: GistHost, peft_model: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.model = model
+        self.__dict__["peft_model"] = peft_model  # not a submodule: its parameters are the model's
+        if peft_model is not None and getattr(peft_model, "prompt_encoder", None) is not None:
+            self.prompt_encoder = peft_model.prompt_encoder  # these are not
         self.gist_config = config
         self.host = host
-        self.loss = loss
+        self.loss = None
 
     @property
     def config(self) -> Any:
@@ -241,10 +249,12 @@ class GistModel(_state.Front):
         kwargs |= {name: value for name, value in named.items() if value is not None}
         want = self.training if return_gist_logits is None else return_gist_logits
         value = None
+        if self.peft_model is not None and self.host.takes_prefix:
+            kwargs["prefix"] = self.peft_model
         if not self.host.active:
             if return_gist_logits:
                 raise RuntimeError("GistModel: gist logits were asked for while the gist token is detached")
-            output = self.model(*args, **kwargs)
+            output = (self.model if self.peft_model is None else self.peft_model)(*args, **kwargs)
             logits, gist_logits = output if isinstance(output, Tensor) else output["logits"], None
         elif labels is not None and self.training and return_gist_logits is None and self._fuses(labels, return_logits):
             logits = gist_logits = None
@@ -363,7 +373,8 @@ def add_gist(model: nn.Module, config: GistConfig | None = None) -> GistModel:
     """Give ``model`` a gist token and return the :class:`GistModel` around it.
 
     A plain model is frozen but for its head first; one from :func:`fastgist.get_peft_model` keeps its adapters, each
-    named one with a gist token of its own. What is trained then: the adapter, the gist token, the head.
+    named one with a gist token of its own. What is trained then: the adapter, the gist token, the head. A Hugging Face
+    PeftModel goes on training what PEFT trains (:mod:`fastgist.integrations.peft`).
 
     Raises:
         ValueError: the model has a gist token already, or there is no place for one (no class token, pooling by
@@ -376,10 +387,14 @@ def add_gist(model: nn.Module, config: GistConfig | None = None) -> GistModel:
     known = _state.state_of(model)
     if isinstance(model, GistModel) or (known is not None and known.extension is not None):
         raise ValueError("add_gist: the model has a gist token already")
-    plain = _state.inner(model)
-    state = _state.begin(plain, "add_gist")
+    plain, outer = _state.inner(model), model if _state.is_foreign(model) else None
+    state = _state.begin(model, "add_gist")
     try:
         host: GistHost = state.family.gist_host(plain)
+        if outer is not None:
+            from fastgist.integrations import peft as hf_peft
+
+            hf_peft.check(outer, host.takes_prefix)
         host.check(plain, config)
         base = host.base(plain)
         device, dtype = _place(plain)
@@ -394,7 +409,7 @@ def add_gist(model: nn.Module, config: GistConfig | None = None) -> GistModel:
         if record.name != state.active:
             record.extra = extension.fresh()
     extension.attach(plain)
-    return GistModel(plain, config, host).train(plain.training)
+    return GistModel(plain, config, host, outer).train(plain.training)
 
 
 def _ignore_at_inference(model: nn.Module, ignored: bool) -> None:

@@ -127,6 +127,7 @@ class DecoderGist(GistHost):
     path = GIST_PATH
     index = -1
     last = "score"
+    takes_prefix = True
 
     def __init__(self, model: Any) -> None:
         self.kind = _KINDS[type(model).__name__]
@@ -172,6 +173,7 @@ class DecoderGist(GistHost):
         if states is None:
             states = body.get_input_embeddings()(ids)
         batch, number = states.shape[:2]
+        cache, before = self._prefix(body, given.pop("prefix", None), batch)
         last = self._last(model, ids, batch, number, states.device)
         mask = given.pop("attention_mask", None)
         if mask is not None and mask.shape != (batch, number):
@@ -179,15 +181,15 @@ class DecoderGist(GistHost):
                 f"GistModel: expected attention_mask of shape ({batch}, {number}), got {tuple(mask.shape)}"
             )
         positions = given.pop("position_ids", None)
-        full = number + config.length > model.config.max_position_embeddings
-        if full and mask is None:  # positions must be said then, and without a mask they would mean packed sequences
+        full = before + number + config.length > model.config.max_position_embeddings
+        if (full or before) and mask is None:  # positions are said then, and without a mask would mean packed sequences
             mask = torch.ones((batch, number), dtype=torch.long, device=states.device)
         explicit = positions is not None or mask is not None
         if positions is None:
             positions = torch.arange(number, device=states.device).expand(batch, -1)
             if mask is not None:
                 padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
-                positions = (positions - padding).clamp(min=0)
+                positions = (positions - padding).clamp(min=0) + before
         positions = positions.expand(batch, -1)
         if full:
             last = self._with_room(model, config, positions, last, want_gist)
@@ -202,7 +204,9 @@ class DecoderGist(GistHost):
             types = given.get("token_type_ids")
             if types is not None:
                 given["token_type_ids"] = self._put(types, types.gather(1, at).expand(-1, config.length), index)
-        given |= {"attention_mask": mask, "position_ids": positions if explicit else None}
+        if before:
+            mask = torch.cat((mask.new_ones(batch, before), mask), dim=1)
+        given |= {"attention_mask": mask, "position_ids": positions if explicit else None, "past_key_values": cache}
         out = body(inputs_embeds=states, use_cache=False, return_dict=True, **given).last_hidden_state
         each = torch.arange(batch, device=out.device)
         z = out[each, last]
@@ -210,6 +214,20 @@ class DecoderGist(GistHost):
             return z
         gist = torch.stack([out[each, last + 1 + i] for i in range(config.rows)])
         return torch.cat((z, gist.mean(0) if config.rows > 1 else gist[0]))
+
+    @staticmethod
+    def _prefix(body: Any, peft_model: Any, batch: int) -> tuple[Any, int]:
+        """Keys and values that PEFT's prefix tuning puts first, and how many rows they are; (None, 0) without it."""
+        if peft_model is None:
+            return None, 0
+        from fastgist.integrations import peft
+
+        found = peft.prefix(peft_model, batch)
+        if found is not None and body.training and getattr(body, "gradient_checkpointing", False):
+            raise ValueError(
+                "GistModel: recomputed layers would not see the prefix: no checkpointing with prefix tuning"
+            )
+        return (None, 0) if found is None else found
 
     def _token(self, model: Any, states: Tensor) -> Tensor:
         return model.get_submodule(self.path).gist(states)

@@ -31,13 +31,18 @@ class GistTrainer(Trainer):
     Raises:
         TypeError: ``model`` is no gist model.
         ValueError: ``label_smoothing_factor``: Trainer would take a loss of its own, without the gist logits; give
-            ``GistLoss(label_smoothing=...)`` to the model. FSDP or DeepSpeed, whose checkpoints are their own.
+            ``GistLoss(label_smoothing=...)`` to the model. FSDP or DeepSpeed, whose checkpoints are their own; a gist token
+            in a Hugging Face PeftModel, of which a checkpoint would hold a part.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not isinstance(self.model, GistModel):
             raise TypeError(f"GistTrainer: model must be a GistModel (add_gist), got {type(self.model).__name__}")
+        if self.model.peft_model is not None:
+            raise ValueError(
+                "GistTrainer: a checkpoint would hold nothing of the PeftModel around the model; take Trainer"
+            )
         if self.args.label_smoothing_factor:
             raise ValueError(
                 "GistTrainer: label_smoothing_factor replaces the model's loss by one without gist logits; set "
