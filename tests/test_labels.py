@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -81,6 +82,26 @@ def test_labels_give_the_papers_loss(make) -> None:
     with disable_adapter(model):
         output = model.train()(**inputs, labels=TARGET)
         torch.testing.assert_close(output.loss, nn.functional.cross_entropy(output.logits, TARGET))
+
+
+@pytest.mark.parametrize("make", [vit, llama])
+def test_labels_in_one_graph(make) -> None:
+    model = still(make(num_classes=3) if make is vit else make())
+    inputs = given(model)
+    for options in ({}, {"return_logits": False}, {"num_items_in_batch": torch.tensor(3)}):
+        torch._dynamo.reset()
+        output = torch.compile(model, backend="eager", fullgraph=True)(**inputs, labels=TARGET, **options)
+        torch.testing.assert_close(output, model(**inputs, labels=TARGET, **options))
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+def test_labels_by_position_are_refused(make) -> None:
+    """They would reach a body that ignores what it does not know."""
+    model = still(make())
+    names = list(inspect.signature(type(model.model).forward).parameters)[1:]
+    places = [None] * names.index("labels")
+    with pytest.raises(TypeError, match="labels are given by name"):
+        model(texts()["input_ids"], *places[1:], TARGET)
 
 
 def test_the_kind_of_problem_is_the_configurations() -> None:
@@ -223,18 +244,20 @@ def test_loss_func_alone() -> None:
         gist_loss_func()(z, y)
 
 
-def test_configurations() -> None:
-    model = llama()
-    config, keys = model.config, list(model.config.keys_to_ignore_at_inference)
+@pytest.mark.parametrize("make", [bert, llama])
+def test_configurations(make) -> None:
+    model = make()
+    config, before = model.config, copy.deepcopy(vars(model.config))
     gist = add_gist(model, GistConfig(dropout=0.3))
     assert gist.config is config and gist.gist_config == GistConfig(dropout=0.3)
-    assert gist.config.keys_to_ignore_at_inference == [*keys, "gist_logits"]
+    assert config.keys_to_ignore_at_inference == ["past_key_values", "gist_logits"]
     with disable_adapter(gist):
-        assert config.keys_to_ignore_at_inference == keys
-    assert config.keys_to_ignore_at_inference == [*keys, "gist_logits"]
+        assert vars(config) == before
+    assert config.keys_to_ignore_at_inference == ["past_key_values", "gist_logits"]
+    config.keys_to_ignore_at_inference += ["mine"]
     with pytest.warns(UserWarning, match="leaves the sequence"):
         unload(gist)
-    assert config.keys_to_ignore_at_inference == keys
+    assert config.keys_to_ignore_at_inference == ["past_key_values", "mine"]
     timm_model = add_gist(vit(), GistConfig(dropout=0.3))  # timm's have no configuration of their own
     assert timm_model.config is timm_model.gist_config and timm_model.gist_config.dropout == 0.3
 

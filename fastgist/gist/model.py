@@ -415,10 +415,16 @@ def add_gist(model: nn.Module, config: GistConfig | None = None) -> GistModel:
 def _ignore_at_inference(model: nn.Module, ignored: bool) -> None:
     """Tell transformers' Trainer, by the model's configuration, that gist logits are no predictions to gather."""
     config, name = getattr(model, "config", None), "keys_to_ignore_at_inference"
-    keys = getattr(config, name, None)
-    if isinstance(keys, list):
-        others = [key for key in keys if key != "gist_logits"]
-        setattr(config, name, [*others, "gist_logits"] if ignored else others)
+    if not any(base.__module__.startswith("transformers.") for base in type(config).__mro__):
+        return
+    usual = getattr(type(config), name, ["past_key_values"])  # Trainer's own, where a configuration says nothing
+    keys = [key for key in getattr(config, name, usual) if key != "gist_logits"]
+    if ignored:
+        setattr(config, name, [*keys, "gist_logits"])
+    elif keys == usual:
+        vars(config).pop(name, None)
+    else:
+        setattr(config, name, keys)
 
 
 def _place(model: nn.Module) -> tuple[torch.device | None, torch.dtype]:

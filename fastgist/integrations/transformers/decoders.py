@@ -164,6 +164,8 @@ class DecoderGist(GistHost):
     def rows(self, model: Any, config: GistConfig, *args: Any, want_gist: bool = True, **kwargs: Any) -> Tensor:
         """The classifier's arguments -> (2 B, D), or (B, D) for the prediction alone: what goes into ``score``."""
         given = dict(zip(self.names, args)) | kwargs
+        if given.pop("labels", None) is not None:
+            raise TypeError("GistModel: labels are given by name, labels=...")
         if given.pop("past_key_values", None) is not None or given.pop("use_cache", None):
             raise ValueError("GistModel: a classifier with a gist token keeps no keys and values: leave use_cache out")
         ids, states = given.pop("input_ids", None), given.pop("inputs_embeds", None)

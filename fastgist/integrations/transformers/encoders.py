@@ -133,6 +133,8 @@ class EncoderGist(GistHost):
         given = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
         given = given | given.pop("kwargs", {})
         given.pop("self", None)
+        if given.pop("labels", None) is not None:
+            raise TypeError("GistModel: labels are given by name, labels=...")
         mask = given.get("attention_mask")
         if mask is not None:
             if mask.dim() != 2:
