@@ -93,7 +93,7 @@ def test_what_is_in_the_file(tmp_path) -> None:
     assert len(metadata["sha256"]) == 64
     config = json.loads(metadata["fastgist"])
     assert config["adapter"] == {"method": "cp", "rank": 3, "core": "cp", "targets": ["q", "k", "v"], "dropout": 0.1}
-    assert config["gist"] == {"length": 2, "dropout": 0.1, "readout": "first"}
+    assert config["gist"] == {"length": 2, "dropout": 0.1, "readout": "first", "full_length": "refuse"}
     assert json.loads((tmp_path / "fastgist_config.json").read_text()) == config
     assert sorted(p.name for p in tmp_path.iterdir()) == [storage.MODEL_NAME, storage.CONFIG_NAME]
     assert {k: type(v) for k, v in config["backbone"].items()} == {"sha256": str, "numbers": list, "dtype": str}

@@ -88,7 +88,7 @@ def test_labels_give_the_papers_loss(make) -> None:
 def test_labels_in_one_graph(make) -> None:
     model = still(make(num_classes=3) if make is vit else make())
     inputs = given(model)
-    for options in ({}, {"return_logits": False}, {"num_items_in_batch": torch.tensor(3)}):
+    for options in ({}, {"return_logits": False, "num_items_in_batch": torch.tensor(3)}):
         torch._dynamo.reset()
         output = torch.compile(model, backend="eager", fullgraph=True)(**inputs, labels=TARGET, **options)
         torch.testing.assert_close(output, model(**inputs, labels=TARGET, **options))

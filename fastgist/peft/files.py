@@ -270,7 +270,7 @@ def _check_extension(state: _state.State, extension: Mapping[str, dict[str, Any]
     have, found = state.extension.config, extension.get(state.extension.name)
     fields = {f.name for f in dataclasses.fields(have)}
     if found is None or not fields.issuperset(found) or type(have)(**found) != have:
-        raise ValueError(f"{path}: holds {state.extension.name} {found}, the model has {have}")
+        raise ValueError(f"{path}: holds {state.extension.name} {found}, the model has {dataclasses.asdict(have)}")
 
 
 @torch.no_grad()
