@@ -167,7 +167,7 @@ def test_gpt2s_positions_and_types() -> None:
 @pytest.mark.parametrize(("make", "config"), EVERY, ids=lambda x: getattr(x, "__name__", repr(x)))
 def test_every_method_on_every_decoder(make, config, tmp_path) -> None:
     base = make()
-    given = texts("left")
+    right, given = both()
     base_logits = base(**given).logits
     model = get_peft_model(copy.deepcopy(base), config)
     torch.testing.assert_close(model(**given).logits, base_logits)
@@ -176,6 +176,15 @@ def test_every_method_on_every_decoder(make, config, tmp_path) -> None:
     assert report(model).parts.keys() >= {"gist", "head"}
     assert not torch.allclose(output.logits, base_logits, atol=1e-3)
     torch.testing.assert_close(model(**given).logits, output.logits)
+    torch.testing.assert_close(model(**right, return_gist_logits=True), output, msg="padding's side matters")
+    for i, row in enumerate(right["input_ids"]):
+        alone = model(input_ids=row[row != 0][None], return_gist_logits=True)
+        torch.testing.assert_close(alone.gist_logits, output.gist_logits[i : i + 1], msg="a sample sees its batch")
+        torch.testing.assert_close(alone.logits, output.logits[i : i + 1], msg="a sample sees its batch")
+    with torch.autocast("cpu", torch.bfloat16):
+        GistLoss()(model(**given, return_gist_logits=True), torch.tensor([0, 2, 1])).backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in model.parameters() if p.requires_grad)
+    model.zero_grad()
     GistLoss()(model.train()(**given), torch.tensor([0, 2, 1])).backward()
     assert {n for n, p in model.named_parameters() if p.grad is not None} == trainable(model)
     assert all(p.grad.any() for n, p in model.named_parameters() if p.grad is not None and "factors.p" not in n)

@@ -298,3 +298,20 @@ def test_not_wrapped(tmp_path) -> None:
     with pytest.raises(ValueError, match="save_adapter: VisionTransformer is not wrapped"):
         save_adapter(vit(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_from_before_a_field_of_gist_config_existed(tmp_path) -> None:
+    base = vit()
+    model = made(base, LoraConfig(rank=2), True)
+    save_adapter(model, tmp_path)
+    config, tensors = storage.read(tmp_path)
+    assert config["gist"].pop("full_length") == "refuse"
+    storage.write(tmp_path, config, tensors)
+    for target in (copy.deepcopy(base), made(base, LoraConfig(rank=2), True)):
+        loaded = load_adapter(target, tmp_path).eval()
+        assert torch.equal(loaded.gist.token, model.gist.token)
+    config["gist"]["newer"] = 1
+    storage.write(tmp_path, config, tensors)
+    for target in (copy.deepcopy(base), made(base, LoraConfig(rank=2), True)):
+        with pytest.raises(ValueError, match="newer"):
+            load_adapter(target, tmp_path)
