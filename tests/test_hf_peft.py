@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -139,8 +140,12 @@ def test_trained_saved_and_taken_out(make, config, tmp_path) -> None:
     output = gist(**given, return_gist_logits=True)
     save_adapter(gist, tmp_path / "gist")
     model.save_pretrained(tmp_path / "peft")
-    fresh = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "peft")
-    loaded = load_adapter(fresh, tmp_path / "gist").eval()
+    start = copy.deepcopy(base)
+    stir(start.get_submodule(head))  # a head that was drawn anew, as from_pretrained of a bare backbone draws one
+    fresh = peft.PeftModel.from_pretrained(start, tmp_path / "peft")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*trained on other frozen weights")
+        loaded = load_adapter(fresh, tmp_path / "gist").eval()
     again = loaded(**given, return_gist_logits=True)
     torch.testing.assert_close(again.logits, output.logits)
     torch.testing.assert_close(again.gist_logits, output.gist_logits)
