@@ -16,7 +16,8 @@ __all__ = ["default_loss", "divided", "fuses", "hooked_everywhere", "loss_of", "
 #: wide. Measured on a CPU (float32, a head of 768, forward and backward, peak memory beyond parameters and their
 #: gradients): the operation holds the head's gradient twice, the way of logits holds logits and their gradients. With 32
 #: and 128 rows it takes 1.2 to 1.8 times the memory at every class count from 1,000 to 131,072, with 256 about the same,
-#: with 384 0.75, with 512 0.67 at 4,096 classes and about half from 10,000. Times are alike from 128 rows. DESIGN.md.
+#: with 384 0.75 to 0.85, with 512 0.67 at 4,096 classes and about half from 10,000, in 0.85 to 1.25 of the time: it saves
+#: memory, not time. DESIGN.md has the numbers.
 FUSED_CLASSES = 4096
 FUSED_ROWS_PER_WIDTH = 0.5
 
