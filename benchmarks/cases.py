@@ -51,6 +51,13 @@ CASES: dict[tuple[str, str], list[Case]] = {
     ("adapter", "cpu"): [case(torch.float32, M=3152, d=768, H=8), case(torch.float32, M=3152, d=768, H=64)],
     ("adapter", "cuda"): [case(torch.bfloat16, M=16384, d=d, H=h) for d in (768, 1024, 4096) for h in (8, 64)],
 }
+_VITS = {"Ti": {"D": 192, "L": 12}, "B": {"D": 768, "L": 12}, "L": {"D": 1024, "L": 24}}
+CASES["train_step", "cpu"] = [case(torch.float32, B=8, S=224, **_VITS["Ti"])]
+CASES["train_step", "cuda"] = [
+    case(torch.bfloat16, launch_bound=b == 32, B=b, S=224, **_VITS[size])
+    for size, batches in (("B", (32, 64, 256)), ("Ti", (32, 256)), ("L", (64,)))
+    for b in batches
+]
 CASES["gist_loss", "cpu"] = CASES["bidirectional_kl", "cpu"]
 CASES["gist_loss", "cuda"] = CASES["bidirectional_kl", "cuda"]
 
@@ -66,6 +73,8 @@ DIRECTIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("cp_linear", "cuda"): ("fwd", "bwd"),
     ("adapter", "cpu"): ("fwd_bwd",),
     ("adapter", "cuda"): ("fwd", "bwd"),
+    ("train_step", "cpu"): ("step",),
+    ("train_step", "cuda"): ("step",),
 }
 
 

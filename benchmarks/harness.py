@@ -312,6 +312,14 @@ def ceilings(device: torch.device) -> dict[str, float]:
     return found
 
 
+@functools.cache
+def cpu_matmul_rate() -> float:
+    """FLOP/s of a float32 product of this machine, random data."""
+    a, b = (torch.randn(1024, 1024) for _ in range(2))
+    times = sample(functools.partial(torch.mm, a, b), Clock(torch.device("cpu")), 13)[3:]
+    return 2 * 1024**3 / statistics.median(times)
+
+
 def _copy_bandwidth(device: torch.device, clock: Clock) -> float:
     source = torch.randint(0, 255, (2**31,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

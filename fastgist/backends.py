@@ -41,8 +41,10 @@ _SERVES: dict[tuple[str, str], _Implementation] = {
     ("bidirectional_kl", "cuda"): _Implementation("cuda", _ALL),
 }
 
-#: The order in which "auto" asks. The extension's CUDA kernel is not in it: it has not been measured faster than Triton's.
-_AUTO = {"cuda": ("triton",), "cpu": ("native",)}
+#: The order in which "auto" asks. bidirectional_kl, the one operation that has it, is faster in CUDA C++ than in Triton at
+#: every shape measured on an H200 (8192 rows, bfloat16, forward and backward: 0.48 ms against 0.66 at 1,000 classes, 1.00
+#: against 1.33 at 32,000, 3.58 against 4.72 at 128,256).
+_AUTO = {"cuda": ("cuda", "triton"), "cpu": ("native",)}
 
 
 @functools.cache

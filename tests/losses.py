@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastgist.testing import assert_within_budget, layouts
 
@@ -52,6 +53,24 @@ def gradient_terms(z: Tensor, other: Tensor, temperature: float) -> float:
     return max(float(side.max()) for side in sides) / temperature
 
 
+def assert_same(a: Tensor, b: Tensor) -> None:
+    """The same numbers: bitwise on a CPU. On a GPU other strides, or other gradients asked for, are another compilation, which
+    may contract other products and sums: the same but for a few units in the last place."""
+    if a.is_cuda:
+        few = 8 * torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a, b, rtol=few, atol=few * float(b.abs().max()), equal_nan=True)
+    else:
+        assert torch.equal(a, b)
+
+
+def on_every_device(evaluate_plain: Callable, *tensors):
+    """``evaluate_plain(*tensors)``, once where the tensors are and, for tensors on a GPU, once more on the CPU: a list."""
+    results = [evaluate_plain(*tensors)]
+    if any(t.is_cuda for t in tree_leaves(tensors) if isinstance(t, Tensor)):
+        results.append(evaluate_plain(*tree_map_only(Tensor, Tensor.cpu, tensors)))
+    return results
+
+
 def check_against_float64(
     ours: Callable[..., Tensor],
     formula: Callable[..., Tensor],
@@ -69,10 +88,11 @@ def check_against_float64(
     """
     wanted = [True] * len(inputs)
     loss, grads = evaluate(ours, inputs, wanted, grad, **options, **(ours_options or {}))
-    plain_loss, plain_grads = evaluate(formula, inputs, wanted, grad, **options)
+    plain = on_every_device(lambda x, y, o: evaluate(formula, x, wanted, y, **o), list(inputs), grad, options)
+    plain_loss, plain_grads = [loss for loss, _ in plain], list(zip(*(grads for _, grads in plain), strict=True))
     exact_loss, exact_grads = evaluate(formula, [x.double() for x in inputs], wanted, grad, **options)
     assert_within_budget(loss, plain_loss, exact_loss, what="loss", scale=scale)
-    for i, (g, plain, exact) in enumerate(zip(grads, plain_grads, exact_grads, strict=True)):
+    for i, (g, p, exact) in enumerate(zip(grads, plain_grads, exact_grads, strict=True)):
         assert g.dtype == inputs[i].dtype, f"gradient {i} is {g.dtype}, its input {inputs[i].dtype}"
-        assert_within_budget(g, plain, exact, what=f"gradient {i}", scale=grad_scale)
+        assert_within_budget(g, p, exact, what=f"gradient {i}", scale=grad_scale)
     return loss, grads

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from losses import on_every_device
 
 from fastgist.functional import adapter
 from fastgist.reference.adapter import ACTIVATIONS
@@ -66,7 +67,8 @@ def evaluate(function, inputs, wanted, grad, **options):
 def check(inputs, grad, impl, wanted=None, ours=None, **options):
     wanted = {k: t is not None for k, t in inputs.items()} if wanted is None else wanted
     y, grads = evaluate(adapter, inputs if ours is None else ours, wanted, grad, impl=impl, **options)
-    plain_y, plain_grads = evaluate(plain, inputs, wanted, grad, **options)
+    peers = on_every_device(lambda i, g, o: evaluate(plain, i, wanted, g, **o), inputs, grad, options)
+    plain_y, plain_grads = [y for y, _ in peers], {k: [grads[k] for _, grads in peers] for k in NAMES}
     double = {k: None if t is None else t.double() for k, t in inputs.items()}
     exact_y, exact_grads = evaluate(formula, double, wanted, grad, **options)
     # The oracle itself, held against the expression as anyone would write it: a wrong one would widen the budget.

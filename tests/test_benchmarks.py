@@ -63,7 +63,15 @@ def test_peers_agree_with_the_formula(op):
             provider = build(problem.tensors)
         except Missing:
             continue
-        assert harness.parity(problem, provider) is None, name
+        if name.startswith("fastgist"):
+            assert harness.parity(problem, provider) is None, name
+        else:  # the same function; how exactly it sums is its own affair and the processor's
+            _, (exact, exact_grads) = harness._expected(op, problem.case, CPU)
+            out, grads = harness.run(problem, provider)
+            pairs = [(out if problem.is_loss else harness._rows("x", out), exact)]
+            pairs += [(harness._rows(leaf, grads[leaf]), exact_grads[leaf]) for leaf in problem.leaves]
+            for mine, e in pairs:
+                assert float((mine - e).norm() / e.norm()) < 1e-5, name
         checked.append(name)
     assert any(not name.startswith("fastgist") for name in checked), "no independent peer was there to compare"
 

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from losses import on_every_device
 from torch.utils.checkpoint import checkpoint
 
 from fastgist.functional import cp_linear
@@ -57,7 +58,8 @@ def evaluate(function, inputs, wanted, grad, **options):
 def check(inputs, grad, impl, wanted=None, ours=None, **options):
     wanted = [t is not None for t in inputs] if wanted is None else wanted
     y, grads = evaluate(cp_linear, inputs if ours is None else ours, wanted, grad, impl=impl, **options)
-    plain_y, plain_grads = evaluate(plain, inputs, wanted, grad, **options)
+    peers = on_every_device(lambda i, g, o: evaluate(plain, i, wanted, g, **o), list(inputs), grad, options)
+    plain_y, plain_grads = [y for y, _ in peers], list(zip(*(grads for _, grads in peers), strict=True))
     double = [None if t is None else t.double() for t in inputs]
     exact_y, exact_grads = evaluate(formula, double, wanted, grad, **options)
     # The oracle itself, held against the expression as anyone would write it: a wrong one would widen the budget.

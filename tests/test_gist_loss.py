@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from losses import check_against_float64, evaluate, gradient_terms, layout_pairs, loss_terms
+from losses import assert_same, check_against_float64, evaluate, gradient_terms, layout_pairs, loss_terms
 
 from fastgist.functional import bidirectional_kl, gist_loss
 from fastgist.reference import _numerics
@@ -74,7 +74,7 @@ def test_matches_float64(impl, device, dtype, rows, classes, temperature):
     kept["grad_scale"] /= rows - 1
     check_against_float64(
         lambda a, b, **k: gist_loss(a, b, y, **k),
-        lambda a, b, **k: formula(a, b, y, **k),
+        lambda a, b, **k: formula(a, b, y.to(a.device), **k),
         (z, g),
         temperature=temperature,
         ours_options={"impl": impl},
@@ -93,7 +93,7 @@ def test_targets_and_temperatures(impl, device, temperature, kind):
     grad = torch.randn(13, device=device)
     check_against_float64(
         lambda a, b, **k: gist_loss(a, b, y, **k),
-        lambda a, b, **k: formula(a, b, y, **k),
+        lambda a, b, **k: formula(a, b, y.to(a.device), **k),
         (z, g),
         grad=grad,
         reduction="none",
@@ -111,7 +111,7 @@ def test_reductions_leading_dimensions_and_t_squared(impl, device, reduction):
     grad = torch.randn(3, 4, device=device) if reduction == "none" else torch.tensor(-2.5, device=device)
     loss, grads = check_against_float64(
         lambda a, b, **k: gist_loss(a, b, y, **k),
-        lambda a, b, **k: formula(a, b, y, **k),
+        lambda a, b, **k: formula(a, b, y.to(a.device), **k),
         (z, g),
         grad=grad,
         reduction=reduction,
@@ -208,11 +208,13 @@ def test_hard_06_07_subsets_poison_and_bad_rows(impl, device, wanted):
     clean = evaluate(
         lambda a, b: gist_loss(a, b, y[rest], reduction="none", impl=impl), (z[rest], g[rest]), (True, True)
     )
-    assert bool(loss[3].isnan()) and torch.equal(loss[rest], clean[0])
+    assert bool(loss[3].isnan())
+    assert_same(loss[rest], clean[0])
     for w, mine, want in zip(wanted, got, clean[1], strict=True):
         assert (mine is not None) == w
         if w:
-            assert torch.equal(mine[rest], want) and bool(mine[3].isnan().any())
+            assert_same(mine[rest], want)
+            assert bool(mine[3].isnan().any())
 
 
 def test_hard_07_second_backward_and_double_backward(impl, device):
@@ -252,7 +254,7 @@ def test_hard_13_offsets_and_gaps(impl, device):
         far = (z + offset, g - offset)
         check_against_float64(
             lambda a, b, **k: gist_loss(a, b, y, **k),
-            lambda a, b, **k: formula(a, b, y, **k),
+            lambda a, b, **k: formula(a, b, y.to(a.device), **k),
             far,
             ours_options={"impl": impl},
             **scales(z, g, 3.0),
@@ -316,7 +318,7 @@ def test_hard_16_class_counts(impl, device, classes):
     z, g, y = case(2, classes, device=device)
     check_against_float64(
         lambda a, b, **k: gist_loss(a, b, y, **k),
-        lambda a, b, **k: formula(a, b, y, **k),
+        lambda a, b, **k: formula(a, b, y.to(a.device), **k),
         (z, g),
         ours_options={"impl": impl},
         **scales(z, g, 3.0),
@@ -344,7 +346,7 @@ def test_hard_12_classes_masked_by_large_numbers(impl, device, here, there, temp
             options = {"temperature": temperature, **scales(z[:, classes:], g[:, classes:], temperature)}
             _, grads = check_against_float64(
                 lambda a, b, **k: gist_loss(a, b, y, impl=impl, **k),
-                lambda a, b, **k: formula(a, b, y, **k),
+                lambda a, b, **k: formula(a, b, y.to(a.device), **k),
                 (z, g),
                 **options,
             )

@@ -85,3 +85,11 @@ def test_poisoned_allocations_poison_and_are_undone():
     before = torch.empty
     assert before is torch.empty and not hasattr(torch.empty, "__wrapped__")
     assert torch.zeros(3).eq(0).all()
+
+
+def test_the_worst_of_several_plain_results_sets_the_budget():
+    exact = torch.linspace(-1, 1, 9, dtype=torch.float64)
+    near, far, ours = (exact.float() + e for e in (1e-6, 4e-6, 7e-6))
+    assert within_budget(ours, near, exact) is not None
+    assert within_budget(ours, [near, far], exact) is None
+    assert within_budget(exact.float() + 1e-5, [near, far], exact) is not None

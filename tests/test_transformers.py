@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
 from torch import Tensor, nn
-from vits import dense, layer_norm, randomised, stir, trainable
+from vits import dense, layer_norm, randomised, stir
 
 pytest.importorskip("transformers")
 
@@ -23,25 +22,14 @@ from transformers import (
 
 from fastgist import (
     AdapterConfig,
-    BitFitConfig,
     CPConfig,
-    FacTConfig,
     GistConfig,
-    LinearProbeConfig,
     LoraConfig,
     PrefixConfig,
     PromptConfig,
-    SSFConfig,
     add_gist,
-    assert_training,
-    disable_adapter,
     get_peft_model,
-    load_adapter,
-    merge,
-    save_adapter,
-    unload,
 )
-from fastgist.nn import GistLoss
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "num_labels": 3}
 WORDS = {"vocab_size": 50, "max_position_embeddings": 24}
@@ -60,10 +48,6 @@ def hf_vit(**options) -> nn.Module:
 
 
 MODELS = [bert, roberta, hf_vit]
-CONFIGS = [
-    LinearProbeConfig(), LoraConfig(rank=2), LoraConfig(rank=2, targets=("q", "fc1", "fc2")), CPConfig(rank=2), FacTConfig(2),
-    AdapterConfig(3), AdapterConfig(3, "houlsby"), SSFConfig(), BitFitConfig(),
-]  # fmt: skip
 
 
 def inputs(model, batch=3, length=7) -> dict[str, Tensor]:
@@ -121,52 +105,6 @@ def test_against_a_bert_written_out(config, length) -> None:
 
 
 @pytest.mark.parametrize("make", MODELS)
-@pytest.mark.parametrize("config", CONFIGS, ids=repr)
-def test_every_method_on_every_encoder(make, config, tmp_path) -> None:
-    base = make()
-    given = inputs(base)
-    model = get_peft_model(copy.deepcopy(base), config)
-    torch.testing.assert_close(model(**given).logits, base(**given).logits)
-    model = stir(add_gist(model)).eval()
-    output = model(**given, return_gist_logits=True)
-    torch.testing.assert_close(model(**given).logits, output.logits)
-    assert model(**given).gist_logits is None
-    alone = [model(**{k: v[i : i + 1] for k, v in given.items()}).logits for i in range(3)]
-    torch.testing.assert_close(torch.cat(alone), output.logits, msg="samples depend on their batch")
-    GistLoss()(model.train()(**given), torch.tensor([0, 2, 1])).backward()
-    assert {n for n, p in model.named_parameters() if p.grad is not None} == trainable(model)
-    model.eval()
-    save_adapter(model, tmp_path)
-    loaded = load_adapter(copy.deepcopy(base), tmp_path).eval()
-    torch.testing.assert_close(loaded(**given).logits, output.logits)
-    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(**given).logits, output.logits)
-    with disable_adapter(model):
-        torch.testing.assert_close(model(**given).logits, base(**given).logits)
-    with pytest.warns(UserWarning, match="leaves the sequence"):
-        plain = unload(model, keep_head=False)
-    assert all(torch.equal(v, base.state_dict()[k]) for k, v in plain.state_dict().items())
-
-
-@pytest.mark.parametrize("make", [bert, roberta])
-def test_padding_and_length(make) -> None:
-    """More padding changes nothing, and a text of full length has room: the token takes no position embedding."""
-    model = stir(add_gist(get_peft_model(make(), LoraConfig(rank=2)))).eval()
-    given = inputs(model.model)
-    output = model(**given, return_gist_logits=True)
-    pad = model.model.config.pad_token_id
-    longer = {
-        "input_ids": nn.functional.pad(given["input_ids"], (0, 4), value=pad),
-        "attention_mask": nn.functional.pad(given["attention_mask"], (0, 4)),
-    }
-    for got, want in zip(model(**longer, return_gist_logits=True).values(), output.values(), strict=True):
-        torch.testing.assert_close(got, want)
-    full = torch.randint(3, 50, (2, 22 if make is roberta else 24))  # RoBERTa's positions start behind the padding's
-    assert model(full, return_gist_logits=True).gist_logits.shape == (2, 3)
-    with_ones = model(full, torch.ones_like(full))
-    torch.testing.assert_close(model(full).logits, with_ones.logits)
-
-
-@pytest.mark.parametrize("make", MODELS)
 def test_compiled_and_checkpointed(make) -> None:
     model = stir(add_gist(get_peft_model(make(), LoraConfig(rank=2)))).eval()
     given = inputs(model.model)
@@ -196,29 +134,13 @@ def test_what_cannot_be_says_so() -> None:
     with pytest.raises(ValueError, match=r"expected attention_mask of shape \(B, N\), got \(3, 1, 7, 7\)"):
         model(given["input_ids"], torch.ones(3, 1, 7, 7))
     with pytest.raises(
-        ValueError, match="PromptConfig: where prompts go in a BertForSequenceClassification is not known"
-    ):
-        get_peft_model(bert(), PromptConfig())
-    with pytest.raises(ValueError, match="PrefixConfig: what happens inside the attention of BertFor"):
-        get_peft_model(bert(), PrefixConfig())
-    with pytest.raises(
-        ValueError, match="placement 'parallel' needs sublayers that keep the width; bert.encoder.layer.0.output"
+        ValueError, match=r"'parallel' needs sublayers that keep the width; bert.encoder.layer.0.output.*'adaptformer'"
     ):
         get_peft_model(bert(), AdapterConfig(placement="parallel"))
-    with pytest.raises(ValueError, match="placement 'shared' is not to be had: how the blocks of BertFor"):
-        get_peft_model(bert(), AdapterConfig(placement="shared"))
+    for config in (PromptConfig(), PrefixConfig(), AdapterConfig(placement="shared")):
+        with pytest.raises(ValueError, match="BertForSequenceClassification is set up as a decoder"):
+            get_peft_model(bert(is_decoder=True), config)
     with pytest.raises(ValueError, match="is set up as a decoder"):
         add_gist(bert(is_decoder=True))
-    with pytest.raises(
-        TypeError, match="the structure of transformers.models.bert.modeling_bert.BertModel is not known"
-    ):
+    with pytest.raises(TypeError, match="BertModel has no classification head, .*: take BertForSequenceClassification"):
         get_peft_model(bert().bert, LoraConfig())
-
-
-@pytest.mark.parametrize("make", MODELS)
-def test_training_reaches_everything(make) -> None:
-    assert_training(add_gist(get_peft_model(make(), LoraConfig(rank=2))))
-    merged = stir(get_peft_model(make(), CPConfig(rank=2))).eval()
-    given = inputs(merged)
-    before = merged(**given).logits
-    torch.testing.assert_close(merge(merged)(**given).logits, before)

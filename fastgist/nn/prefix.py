@@ -12,9 +12,9 @@ from fastgist.nn._tuner import check_positive
 
 __all__ = ["AttentionForward", "PrefixedAttention"]
 
-#: run(attention, extend, x, *args, **kwargs): an attention layer's forward in which keys and values (B, heads, N, d), ready
+#: run(attention, extend, *args, **kwargs): an attention layer's forward in which keys and values (B, heads, N, d), ready
 #: for the softmax (normed, rotated), pass through ``extend(k, v)``.
-AttentionForward = Callable[..., Tensor]
+AttentionForward = Callable[..., Any]
 
 
 class PrefixedAttention(nn.Module):
@@ -56,8 +56,9 @@ class PrefixedAttention(nn.Module):
         nn.init.normal_(self.key, std=self.key.shape[-1] ** -0.5)
         nn.init.zeros_(self.value)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.run(self.base_layer, self.extend, x, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """``base_layer``'s arguments; what ``run`` returns."""
+        return self.run(self.base_layer, self.extend, *args, **kwargs)
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v (B, heads, N, d) -> (B, heads, length + N, d)."""

@@ -21,6 +21,8 @@ class PromptedBlock(nn.Module):
         dim: D.
         length: how many prompts.
         insert: True puts them in at ``index`` (the first block), False replaces the rows there (later blocks: VPT-deep).
+        after: they go into what comes out of ``base_layer``, whose arguments may be any, such as the last layer of the
+            embeddings.
         dropout: rate on the prompts, in training.
         device, dtype: of ``prompt`` (length, dim), drawn from U(-b, b) with b = sqrt(3 / dim): the paper's bound at ViT-B/16.
     """
@@ -35,6 +37,7 @@ class PromptedBlock(nn.Module):
         length: int = 10,
         *,
         insert: bool = True,
+        after: bool = False,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -46,6 +49,7 @@ class PromptedBlock(nn.Module):
         self.dim = check_positive("PromptedBlock", "dim", dim)
         self.length = check_positive("PromptedBlock", "length", length)
         self.insert = insert
+        self.after = after
         self.dropout = nn.Dropout(check_dropout("PromptedBlock", dropout))
         self.prompt = nn.Parameter(torch.empty(length, dim, device=device, dtype=dtype))
         self.reset_parameters()
@@ -55,13 +59,15 @@ class PromptedBlock(nn.Module):
         nn.init.uniform_(self.prompt, -bound, bound)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.after:
+            return self.place(self.base_layer(x, *args, **kwargs))
         return self.base_layer(self.place(x), *args, **kwargs)
 
     def place(self, x: Tensor) -> Tensor:
         """x (B, N, D) with the prompts at ``index``: (B, N + length, D) where they are new."""
         prompt = self.dropout(self.prompt.to(x.dtype).expand(x.shape[0], -1, -1))
-        after = self.index if self.insert else self.index + self.length
-        return torch.cat((x[:, : self.index], prompt, x[:, after:]), dim=1)
+        rest = self.index if self.insert else self.index + self.length
+        return torch.cat((x[:, : self.index], prompt, x[:, rest:]), dim=1)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, length={self.length}, insert={self.insert}, index={self.index}"

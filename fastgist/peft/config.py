@@ -141,7 +141,10 @@ class SSFConfig(PeftConfig):
 
 @dataclass
 class BitFitConfig(PeftConfig):
-    """BitFit (arXiv 2106.10199): the biases of every layer that has one, as a change of the frozen ones."""
+    """BitFit (arXiv 2106.10199): the biases of every layer that has one, as a change of the frozen ones.
+
+    Biases that a model keeps outside its layers (those of q and v in timm's EVA, BEiT and Swin V2) stay as they are.
+    """
 
     method: ClassVar[str] = "bitfit"
 

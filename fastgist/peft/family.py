@@ -51,6 +51,10 @@ class Family(ABC):
     def matches(self, model: nn.Module) -> bool:
         """Whether ``model`` is of this family."""
 
+    def why_not(self, model: nn.Module) -> str | None:
+        """Why ``model``, which no family matches, cannot be adapted, as a sentence; None where nothing is known of it."""
+        return None
+
     @abstractmethod
     def head_paths(self, model: nn.Module) -> tuple[str, ...]:
         """Paths of the task head's modules: trained, saved and swapped with an adapter."""
@@ -100,6 +104,10 @@ class Family(ABC):
         """
         raise ValueError(f"where prompts go in a {type(model).__name__} is not known")
 
+    def prompts_after(self, model: nn.Module) -> bool:
+        """Whether prompts go into what comes out of the first of :meth:`prompt_blocks`, not into what goes in."""
+        return False
+
     def attentions(self, model: nn.Module) -> dict[str, AttentionSite]:
         """Attention layers by path, and how each runs with its keys and values left open.
 
@@ -137,19 +145,24 @@ def find_family(model: nn.Module, caller: str) -> Family:
     """The family of ``model``.
 
     Raises:
-        TypeError: none matches.
+        TypeError: none matches; the error gives the reason where a family knows it.
     """
-    if any(base.__module__.startswith("timm.") for base in type(model).__mro__):
-        import fastgist.integrations.timm
+    of_timm = any(base.__module__.startswith("timm.") for base in type(model).__mro__)
+    if of_timm:
+        import fastgist.integrations.timm as timm_models
     elif type(model).__module__.startswith("transformers."):
         import fastgist.integrations.transformers  # noqa: F401
     for family in _FAMILIES:
         if family.matches(model):
             return family
+    reason = next((why for family in _FAMILIES if (why := family.why_not(model)) is not None), None)
+    if reason is not None:
+        raise TypeError(f"{caller}: {reason}")
     known = ", ".join(f.name for f in _FAMILIES) or "timm vision transformers (timm is not imported)"
+    reason = f" ({timm_models.why_unknown(model)})" if of_timm else ""
     raise TypeError(
-        f"{caller}: the structure of {type(model).__module__}.{type(model).__name__} is not known; known: {known}. "
-        "Others can be added with fastgist.peft.register_family"
+        f"{caller}: the structure of {type(model).__module__}.{type(model).__name__} is not known"
+        f"{reason}; known: {known}. Others can be added with fastgist.peft.register_family"
     )
 
 

@@ -122,7 +122,8 @@ class _Adapters(Method):
                 width = family.width(model, path)
                 if side == "parallel" and getattr(base, "in_features", width) != width:
                     raise ValueError(
-                        f"AdapterConfig: placement {config.placement!r} needs sublayers that keep the width; {path} does not"
+                        f"AdapterConfig: placement {config.placement!r} needs sublayers that keep the width; {path} does not "
+                        "('adaptformer' stands beside the branch as a whole)"
                     )
                 built[path] = AdaptedLayer(base, self._adapter(model, family, config, path), side)
         return built
@@ -258,6 +259,7 @@ class _Prompts(Method):
                 family.width(model, path),
                 config.length,
                 insert=path == paths[0],
+                after=path == paths[0] and family.prompts_after(model),
                 dropout=config.dropout,
                 **factory(_first_linear(base), None, None),
             )

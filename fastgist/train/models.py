@@ -59,7 +59,7 @@ def build_backbone(config: FinetuneConfig, num_classes: int) -> nn.Module:
     except TypeError:
         kind = type(model).__name__
         raise UserError(
-            f"{name} is a {kind}: only timm's Vision Transformers (vit_*, deit_*, eva*) are known"
+            f"{name} is a {kind}: only timm's Vision Transformers (vit_*, deit_*, eva*, beit*, swin*) are known"
         ) from None
     if config.checkpoint is not None:
         load_weights(model, config.checkpoint)
@@ -86,10 +86,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
             state = filter_fn(state, model)
         except Exception as error:
             raise UserError(f"{path} does not fit {type(model).__name__}: {error}") from error
-    head = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
-    replaced = {k for k, v in own.items() if k.startswith(f"{head}.") and (k not in state or state[k].shape != v.shape)}
+    heads = getattr(model, "pretrained_cfg", {}).get("classifier", "head")  # a distilled DeiT has two
+    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    replaced = {k for k, v in own.items() if k.startswith(heads) and (k not in state or state[k].shape != v.shape)}
     missing = sorted(own.keys() - state.keys() - replaced)
-    unexpected = sorted(k for k in state.keys() - own.keys() if not k.startswith(f"{head}."))
+    unexpected = sorted(k for k in state.keys() - own.keys() if not k.startswith(heads))
     shapes = sorted(k for k in own.keys() & state.keys() - replaced if own[k].shape != state[k].shape)
     for problem, names in (("lacks", missing), ("has unexpected", unexpected), ("has another shape of", shapes)):
         if names:

@@ -168,8 +168,41 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def resources(compiled) -> Resources:
-    """Registers, stack and shared memory as ``cuobjdump -res-usage`` reports them; spills and HGMMA from the SASS."""
+_UNIFORM = re.compile(r"\bUR(\d+)\b")
+#: Instructions that write the uniform register they name first: the uniform datapath's, and moves into it.
+_WRITES_UNIFORM = re.compile(r"^(?:U[A-Z0-9]+|R2UR|S2UR|REDUX|CREDUX|LDCU|VOTEU|SYNCS|ELECT)\b")
+
+
+def undefined_uniform(sass: str) -> list[str]:
+    """Instructions of ``nvdisasm -c`` output that read a uniform register which nothing before them writes.
+
+    ptxas 12.8, which Triton 3.6 bundles, builds one of cp_linear's HGMMA descriptors on such a register where no load of
+    the loop is asynchronous: wrong results or an illegal address, and nothing else to see before a launch.
+    """
+    written: set[int] = set()
+    found = []
+    for line in sass.splitlines():
+        m = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*?);", line)
+        if not m:
+            continue
+        opcode, operands = m[1], m[2].split(",")
+        first = _UNIFORM.fullmatch(operands[0].strip()) if _WRITES_UNIFORM.match(opcode) else None
+        reads = {int(n) for operand in operands[1 if first else 0 :] for n in _UNIFORM.findall(operand)}
+        if descriptor := re.search(r"gdesc\[UR(\d+)\]", m[2]):  # A's descriptor, then B's; A may be in registers
+            at = int(descriptor[1])
+            reads = {at + 2, at + 3} if re.match(r"\s*R\d+", ",".join(operands[1:])) else {at, at + 1, at + 2, at + 3}
+        if reads - written:
+            found.append(f"{opcode} {m[2].strip()}")
+        if first:
+            at = int(first[1])
+            wide = ".64" in opcode or ".WIDE" in opcode or opcode.startswith(("ULDC.128", "LDCU.128"))
+            written |= set(range(at, at + (4 if "128" in opcode else 2 if wide else 1)))
+    return found
+
+
+def resources(compiled) -> tuple[Resources, str]:
+    """Registers, stack and shared memory as ``cuobjdump -res-usage`` reports them; spills and HGMMA from the SASS, which
+    is returned too."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
@@ -181,7 +214,7 @@ def resources(compiled) -> Resources:
     if found is None:
         raise RuntimeError(f"no resource line in cuobjdump's output:\n{usage}")
     registers, stack, _ = map(int, found.groups())
-    return Resources(
+    found_there = Resources(
         registers=registers,
         stack=stack,
         spill_loads=len(re.findall(r"\bLDL\b", sass)),
@@ -189,6 +222,7 @@ def resources(compiled) -> Resources:
         shared=int(compiled.metadata.shared),
         hgmma=len(re.findall(r"\bHGMMA\b", sass)),
     )
+    return found_there, sass
 
 
 def _row(task: tuple[bool, int, int]) -> dict[str, Any]:
@@ -196,7 +230,8 @@ def _row(task: tuple[bool, int, int]) -> dict[str, Any]:
     every, index, arch = task
     spec = (every_tile if every else all_specs)()[index]
     row: dict[str, Any] = {"triton": triton.__version__, "kernel": spec.name, "arch": arch, "matrix": spec.matrix}
-    row |= asdict(resources(compile_spec(spec, arch)))
+    found, sass = resources(compile_spec(spec, arch))
+    row |= asdict(found) | {"undefined": undefined_uniform(sass) if arch == 90 else []}  # Blackwell's reads otherwise
     if arch == spec.archs[0]:
         row["narrow"] = narrow_offsets(written_ir(spec))
     return row
@@ -239,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     rows = compile_all(args.only, args.jobs, args.every_tile)
     for row in rows:
-        print(*(row[c] for c in COLUMNS), *row.get("narrow", ()), sep="\t")
+        print(*(row[c] for c in COLUMNS), *row.get("narrow", ()), *row["undefined"], sep="\t")
     if args.csv:
         update_csv(args.csv, rows)
     if args.json:

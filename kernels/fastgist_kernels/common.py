@@ -6,11 +6,13 @@ import functools
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 from triton.runtime.errors import OutOfResources
 
 __all__ = ["INTERPRET", "LOG2E", "cdiv", "device_arch", "dot", "launch", "launch_config", "next_power_of_2"]
@@ -32,6 +34,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+@functools.cache
 def device_arch(device: torch.device) -> str:
     """Key of the launch tables: "sm_90", or "interpret" on the CPU."""
     if device.type != "cuda":
@@ -53,9 +56,6 @@ def launch_config(kernel: str, arch: str, shape_class: str) -> dict[str, int]:
     return _tables().get(kernel, {}).get(arch, {}).get(shape_class, {})
 
 
-_SHRUNK: dict[tuple, dict[str, int]] = {}
-
-
 def _smaller(config: dict[str, int]) -> dict[str, int] | None:
     """The next thing to try on a device without room for ``config``: fewer stages, then half of the largest side."""
     if config.get("num_stages", 1) > 2:
@@ -67,27 +67,82 @@ def _smaller(config: dict[str, int]) -> dict[str, int] | None:
     return config | {largest: config[largest] // 2}
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A kernel that is compiled and loaded: its launcher, and the constexprs that end its arguments."""
+
+    run: Callable[..., None]
+    function: int
+    metadata: tuple
+    tail: tuple
+    config: dict[str, int]
+
+
+#: What a launch is decided by -> the kernel it takes. Filled by the first launch of its kind.
+_READY: dict[tuple, _Ready] = {}
+
+
+def _specialisation(args: tuple) -> list:
+    """What Triton distinguishes arguments by: dtypes and 16-byte alignment of pointers; of integers whether they are 1, a
+    multiple of 16, and how wide; the kind of anything else."""
+    found: list = []
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            found.append((a.dtype, a.data_ptr() % 16 == 0))
+        elif type(a) is int:
+            found.append(1 if a == 1 else (a % 16 == 0, -0x80000000 <= a < 0x80000000))
+        else:
+            found.append(type(a))
+    return found
+
+
 def launch(
     kernel, grid: tuple[int, ...] | Callable[[dict], tuple], config: dict[str, int], *args, **constexprs
 ) -> None:
     """``kernel[grid](*args)`` on the device of the first tensor; ``grid`` may be a function of the configuration taken.
 
+    The first launch of its kind goes through Triton's JIT, which compiles and loads; later ones go straight to the loaded
+    kernel (the JIT's own way takes some 60 us of host time for thirty arguments, measured on the host of an H200).
+
     Where that device has too little shared memory for the tile, a smaller one is taken and remembered. Inside a CUDA
     graph capture a kernel cannot be compiled or loaded: its first use there raises and names the way out.
     """
     tensor = next(a for a in args if isinstance(a, torch.Tensor))
-    key = (kernel, device_arch(tensor.device), *sorted(constexprs.items()), *sorted(config.items()))
-    config = _SHRUNK.get(key, config)
+    device = tensor.device
+    if INTERPRET or device.type != "cuda":
+        kernel[grid(config) if callable(grid) else grid](*args, **constexprs, enable_fp_fusion=True, **config)
+        return
+    key = (id(kernel), device.index, *config.items(), *constexprs.items(), *_specialisation(args))
+    ready = _READY.get(key)
+    if ready is None or knobs.runtime.launch_enter_hook is not None or knobs.runtime.launch_exit_hook is not None:
+        _READY[key] = _first_launch(kernel, grid, config, tensor, args, constexprs)
+        return
+    size = (*(grid(ready.config) if callable(grid) else grid), 1, 1)
+    if torch.cuda.current_device() == device.index:
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        ready.run(*size[:3], stream, ready.function, ready.metadata, None, None, None, *args, *ready.tail)
+    else:
+        with torch.cuda.device(device):
+            stream = torch._C._cuda_getCurrentRawStream(device.index)
+            ready.run(*size[:3], stream, ready.function, ready.metadata, None, None, None, *args, *ready.tail)
+
+
+def _first_launch(kernel, grid, config: dict[str, int], tensor: torch.Tensor, args: tuple, constexprs: dict) -> _Ready:
+    """Launch through Triton's JIT, with smaller tiles while the device has no room; what it compiled is the result."""
     while True:
         try:
             with torch.cuda.device_of(tensor):
-                kernel[grid(config) if callable(grid) else grid](*args, **constexprs, enable_fp_fusion=True, **config)
-            return
+                compiled = kernel[grid(config) if callable(grid) else grid](
+                    *args, **constexprs, enable_fp_fusion=True, **config
+                )
+            given = constexprs | config
+            tail = tuple(given[name] for name in kernel.arg_names[len(args) :])
+            return _Ready(compiled.run, compiled.function, compiled.packed_metadata, tail, config)
         except OutOfResources:
             smaller = _smaller(config)
             if smaller is None:
                 raise
-            config = _SHRUNK[key] = smaller
+            config = smaller
         except Exception as error:
             if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(

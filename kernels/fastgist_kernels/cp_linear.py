@@ -234,6 +234,7 @@ _TILES = {
         "large": (128, 128, 32, 8, 4),
         "medium": (128, 128, 32, 8, 4),
         "small": (16, 64, 64, 4, 4),
+        "ragged": (64, 64, 32, 8, 3),
         "tf32": (128, 64, 32, 8, 3),
         "ieee": (64, 64, 16, 8, 3),
     },
@@ -241,6 +242,7 @@ _TILES = {
         "large": (128, 256, 64, 8, 3),
         "medium": (128, 128, 64, 8, 3),
         "small": (16, 64, 64, 4, 4),
+        "ragged": (64, 128, 32, 8, 3),
         "tf32": (128, 64, 32, 8, 3),
         "ieee": (64, 64, 16, 8, 3),
     },
@@ -270,9 +272,19 @@ def _rank_tile(x: torch.Tensor, rank: int, tf32: bool, fused: bool) -> int:
     return rank_block(rank, most)
 
 
-def _matmul_config(x: torch.Tensor, out: int, fold_n: int, rank: int, tf32: bool) -> dict[str, int]:
+def _aligned(t: torch.Tensor) -> bool:
+    """Whether a tile of ``t`` can be fetched 16 bytes at a time, as Triton sees it.
+
+    Else every load of the loop goes through registers: tiles with BLOCK_K = 64 then spill and, where u is not aligned
+    either, meet a fault of ptxas 12.8 (see :func:`fastgist_kernels.aot.undefined_uniform`).
+    """
+    return t.data_ptr() % 16 == 0 and all(s == 1 or s % 16 == 0 for s in t.stride())
+
+
+def _matmul_config(x: torch.Tensor, weight: torch.Tensor, fold_n: int, rank: int, tf32: bool) -> dict[str, int]:
     arch = device_arch(x.device)
     rows, inner = x.shape
+    out = weight.shape[0]
     if arch == "interpret":
         return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2}
     tiles = _TILES[family(arch)]
@@ -282,6 +294,8 @@ def _matmul_config(x: torch.Tensor, out: int, fold_n: int, rank: int, tf32: bool
         kind = "tf32" if tf32 else "ieee"
     elif rows <= 32:
         kind = "small"
+    elif not (_aligned(x) and _aligned(weight)):
+        kind = "ragged"
     elif x.dtype == torch.bfloat16 and programs >= processors(x.device) and (rank <= 16 or rank % 16 == 0):
         kind = "large"  # ragged ranks load V element by element, for which its registers do not suffice
     else:
@@ -290,7 +304,9 @@ def _matmul_config(x: torch.Tensor, out: int, fold_n: int, rank: int, tf32: bool
     return default | launch_config("cp_linear_fwd", arch, _shape_class(rows, out, inner, rank))
 
 
-def cp_linear_form(x: torch.Tensor, out: int, fold_n: int, rank: int, tf32: bool, *, forward: bool = True) -> str:
+def cp_linear_form(
+    x: torch.Tensor, weight: torch.Tensor, fold_n: int, rank: int, tf32: bool, *, forward: bool = True
+) -> str:
     """Which form computes (x W^T + update): "fused", "started" or "blas" (the library's product, then the update added).
 
     The table's entry, where one was measured; else by a model: the library's matmul is ahead for float32, and at large
@@ -299,6 +315,7 @@ def cp_linear_form(x: torch.Tensor, out: int, fold_n: int, rank: int, tf32: bool
     Only a forward can be fused: dL/dh is needed beyond dx.
     """
     arch = device_arch(x.device)
+    out = weight.shape[0]
     can_fuse = forward and rank <= _rank_tile(x, rank, tf32, fused=True)
     can_blas = x.dtype != torch.float16
     measured = launch_config("cp_linear_form", arch, _shape_class(x.shape[0], out, x.shape[1], rank))
@@ -307,7 +324,7 @@ def cp_linear_form(x: torch.Tensor, out: int, fold_n: int, rank: int, tf32: bool
         return "started" if (form == "fused" and not can_fuse) or (form == "blas" and not can_blas) else form
     if can_blas and arch != "interpret" and (x.dtype == torch.float32 or out * x.shape[1] >= 2048**2):
         return "blas"
-    block_n = _matmul_config(x, out, fold_n, rank, tf32)["BLOCK_N"]
+    block_n = _matmul_config(x, weight, fold_n, rank, tf32)["BLOCK_N"]
     return "fused" if can_fuse and out * rank * 256 <= 47_000 * block_n else "started"
 
 
@@ -325,7 +342,7 @@ def matmul(x, weight, bias, u, v, gain, seed, scale, dropout_p, tf32, y, h, *, f
     """y = x W^T + bias + scale * (h * gain) V^T, h being computed (fused; stored where not None) or read."""
     out, inner = weight.shape
     fold_n, rank = v.shape
-    config = _matmul_config(x, out, fold_n, rank, tf32)
+    config = _matmul_config(x, weight, fold_n, rank, tf32)
     launch(
         _cp_linear_fwd_kernel,
         lambda c: (cdiv(x.shape[0], c["BLOCK_M"]) * (out // fold_n) * cdiv(fold_n, c["BLOCK_N"]),),
@@ -410,7 +427,7 @@ def low_rank_empty(x: torch.Tensor, rank: int) -> torch.Tensor:
 def cp_linear_fwd(x, weight, bias, u, v, gain, seed, scale, dropout_p, tf32, y, h) -> None:
     """Write y (M, N) and, where h is not None, h = drop(x U) (M, R), both contiguous. Inputs of any strides: x (M, K), weight
     (N, K), bias (N,) or None, u (K, R), v (n, R), gain (1 or G, R) or None, seed (1,) int64 where dropout acts."""
-    form = cp_linear_form(x, weight.shape[0], v.shape[0], u.shape[1], tf32)
+    form = cp_linear_form(x, weight, v.shape[0], u.shape[1], tf32)
     if form == "fused":
         matmul(x, weight, bias, u, v, gain, seed, scale, dropout_p, tf32, y, h, fused=True)
         return
@@ -443,6 +460,10 @@ def _specs() -> list[Spec]:
         ("bf16", "ieee", "large", 64, False, True),
         ("bf16", "ieee", "medium", 16, True, False),
         ("bf16", "ieee", "small", 16, True, True),
+        ("bf16", "ieee", "ragged", 16, True, False),
+        ("bf16", "ieee", "ragged", 64, True, False),
+        ("bf16", "ieee", "ragged", 64, False, False),
+        ("fp16", "tf32", "ragged", 64, True, False),
         ("fp16", "tf32", "medium", 64, True, True),
         ("fp16", "tf32", "medium", 64, False, True),
         ("fp32", "tf32", "tf32", 64, True, True),
@@ -468,16 +489,18 @@ def _specs() -> list[Spec]:
             flags |= {"EVEN_K": even, "WIDE": dtype == "fp16", "PRECISION": precision, "BLOCK_R": rank, "GROUP_M": 8}
             constexprs: dict[str, object] = {**unit, **flags, **tile}
             form = "fused" if fused else "started"
+            types = argument_types(_cp_linear_fwd_kernel, constexprs, dtype)
             out.append(
                 Spec(
                     _cp_linear_fwd_kernel,
                     f"{'' if shared else family_name + '_'}{dtype}_{kind}_{form}_r{rank}{'' if even else '_ragged'}",
-                    argument_types(_cp_linear_fwd_kernel, constexprs, dtype),
+                    types,
                     constexprs,
                     num_warps=warps,
                     num_stages=stages,
                     matrix=tile["BLOCK_M"] >= 64 and kind != "ieee",
-                    aligned=_ALIGNED,
+                    aligned=_ALIGNED if kind != "ragged" else (),
+                    unaligned=tuple(n for n in types if n.startswith("stride_")) if kind == "ragged" else (),
                     archs=(80, 90, 100) if shared else archs,
                 )
             )

@@ -181,7 +181,7 @@ def cp_linear_bwd(
         outer(x, grad_h, grad_u, tf32=tf32)
     if grad_x is None:
         return
-    if cp_linear_form(grad, weight.shape[1], weight.shape[1], rank, tf32, forward=False) == "blas":
+    if cp_linear_form(grad, weight.t(), weight.shape[1], rank, tf32, forward=False) == "blas":
         torch.mm(grad, weight, out=grad_x)
         grad_x.addmm_(grad_h, u.t())
     else:

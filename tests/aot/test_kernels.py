@@ -196,6 +196,32 @@ def test_matrix_kernels_use_hopper_instructions(rows):
     _fail([f"{_label(r)}: no HGMMA in its SASS" for r in rows if r["matrix"] and r["arch"] == 90 and not r["hgmma"]])
 
 
+def test_no_uniform_register_is_read_before_it_is_written(rows):
+    """ptxas 12.8 builds matrix descriptors on such registers: wrong results on the card, and nowhere else to be seen."""
+    _fail([f"{_label(row)}: {line}" for row in rows for line in row["undefined"]])
+
+
+_SASS = """
+        /*0010*/                   ULDC.64 UR4, c[0x0][0x208] ;
+        /*0020*/                   UMOV UR6, 0x400 ;
+        /*0030*/                   UIADD3 UR7, UP0, UR6, 0x20, URZ ;
+        /*0040*/                   UIADD3 {base}, UP0, {base}, 0x20, URZ ;
+        /*0050*/              @P6 LDG.E.U16 R170, desc[UR4][R166.64] ;
+        /*0060*/                   HGMMA.64x16x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+        /*0070*/                   HGMMA.64x16x16.F32.BF16 R24, R88, gdesc[UR4], R24, gsb0 ;
+"""
+
+
+def test_the_uniform_check_finds_what_ptxas_did():
+    """The instructions are those of the kernel that gave wrong results on an H200."""
+    from fastgist_kernels.aot import undefined_uniform
+
+    assert undefined_uniform(_SASS.format(base="UR6")) == []
+    assert undefined_uniform(_SASS.format(base="UR14")) == ["UIADD3 UR14, UP0, UR14, 0x20, URZ"]
+    later = _SASS.format(base="UR6").replace("gdesc[UR4], R24, gsb0", "gdesc[UR12], R24, gsb0")
+    assert len(undefined_uniform(later)) == 2, "a descriptor is four registers, or the last two"
+
+
 def test_pointer_arithmetic_is_64_bit(rows):
     _fail([f"{_label(row)}: 32-bit pointer arithmetic: {line}" for row in rows for line in row.get("narrow", ())])
 
@@ -217,3 +243,12 @@ def test_the_pointer_check_catches_narrow_offsets(kernel, caught):
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (int(done.stdout) > 0) == caught
+
+
+def test_constexprs_end_every_kernel():
+    """A launch passes positional arguments and appends the constexprs in the kernel's order."""
+    from fastgist_kernels import aot
+
+    for kernel in aot.all_kernels():
+        kinds = [parameter.is_constexpr for parameter in kernel.params]
+        assert kinds == sorted(kinds), kernel.fn.__name__

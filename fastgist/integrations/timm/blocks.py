@@ -11,10 +11,15 @@ __all__ = [
     "ATTENTION_PARTS",
     "BLOCK_PARTS",
     "attend_and_project",
+    "example_images",
     "plain_add",
+    "queries_keys_values",
     "run_attention",
+    "run_beit_attention",
+    "run_beit_block",
     "run_block",
     "run_eva_block",
+    "separate_biases",
 ]
 
 #: What the code here does with a block's parts; a version of timm that has more is left alone.
@@ -38,7 +43,7 @@ def run_attention(
     """timm's Attention, AttentionRope or EvaAttention with keys and values (B, heads, N, d) passed through ``extend``."""
     if is_causal:
         raise ValueError("an attention layer with a prefix cannot be causal")
-    q, k, v = _queries_keys_values(attention, x)
+    q, k, v = queries_keys_values(attention, x)
     q, k = attention.q_norm(q), attention.k_norm(k)
     if rope is not None:
         q, k = (_rotated(attention, t, rope).type_as(v) for t in (q, k))
@@ -52,7 +57,20 @@ def run_attention(
     return attend_and_project(attention, q, k, v, x, attn_mask)
 
 
-def _queries_keys_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def run_beit_attention(attention: Any, extend: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+    """timm's BEiT Attention in the same way; the position bias of what ``extend`` puts before the keys is 0."""
+    q, k, v = queries_keys_values(attention, x)
+    bias = shared_rel_pos_bias
+    if attention.relative_position_bias_table is not None:
+        own = attention._get_rel_pos_bias()
+        bias = own if bias is None else own + bias
+    k, v = extend(k, v)
+    if bias is not None:
+        bias = nn.functional.pad(bias, (k.shape[2] - q.shape[2], 0))
+    return attend_and_project(attention, q, k, v, x, bias)
+
+
+def queries_keys_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (B, heads, N, d) of x (B, N, D), before any norm."""
     if attention.qkv is None:
         layers = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -87,7 +105,10 @@ def attend_and_project(
                 weights.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else weights + attn_mask
             )
         out = attention.attn_drop(weights.softmax(dim=-1)) @ v
-    out = attention.norm(out.transpose(1, 2).flatten(2))
+    out = out.transpose(1, 2).flatten(2)
+    norm = getattr(attention, "norm", None)
+    if norm is not None:
+        out = norm(out)
     gate = getattr(attention, "gate", None)
     if gate is not None:
         out = out * gate(rows).sigmoid()
@@ -106,7 +127,42 @@ def run_block(block: Any, add: Any, x: Tensor, **kwargs: Any) -> Tensor:
 
 def run_eva_block(block: Any, add: Any, x: Tensor, rope: Tensor | None = None, **kwargs: Any) -> Tensor:
     """timm's EvaBlock with its two additions left to ``add``."""
-    branch = block.attn(block.norm1(x), rope=rope, **kwargs)
+    return _run_scaled_block(block, add, x, rope=rope, **kwargs)
+
+
+def run_beit_block(block: Any, add: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+    """timm's BEiT Block with its two additions left to ``add``."""
+    return _run_scaled_block(block, add, x, shared_rel_pos_bias=shared_rel_pos_bias)
+
+
+def _run_scaled_block(block: Any, add: Any, x: Tensor, **kwargs: Any) -> Tensor:
+    branch = block.attn(block.norm1(x), **kwargs)
     x = add("attention", x, block.drop_path1(branch if block.gamma_1 is None else block.gamma_1 * branch))
     branch = block.mlp(block.norm2(x))
     return add("mlp", x, block.drop_path2(branch if block.gamma_2 is None else block.gamma_2 * branch))
+
+
+def separate_biases(blocks: nn.Module) -> None:
+    """Let attention layers with their q and v biases apart (EvaAttention, BEiT's, Swin V2's) call what stands in qkv's place.
+
+    They pass qkv.weight to F.linear, past whatever was put around qkv, unless told otherwise.
+    """
+    for module in blocks.modules():
+        if getattr(module, "q_bias", None) is None or not hasattr(module, "qkv_bias_separate"):
+            continue
+        mine = module.__dict__.get("_fastgist_bias_was")
+        wrapped = hasattr(module.qkv, "base_layer")
+        if wrapped and mine is None:
+            module._fastgist_bias_was = module.qkv_bias_separate
+            module.qkv_bias_separate = True
+        elif not wrapped and mine is not None:
+            module.qkv_bias_separate = mine
+            del module._fastgist_bias_was
+
+
+def example_images(model: Any) -> Tensor:
+    """Two random images of the size, device and dtype that ``model`` takes."""
+    size = model.patch_embed.img_size or (224, 224)
+    proj = model.patch_embed.proj
+    p = next(model.parameters())
+    return torch.randn(2, getattr(proj, "base_layer", proj).in_channels, *size, device=p.device, dtype=p.dtype)

@@ -1,8 +1,12 @@
-"""timm's vision transformers: VisionTransformer and its subclasses, and Eva (EVA-02, DINOv3).
+"""timm's vision transformers: VisionTransformer and its subclasses, Eva (EVA-02, DINOv3) and Beit.
 
 The gist token goes in before ``norm_pre``: after the position embedding, ``pos_drop`` and patch dropout, right after
 the prefix tokens. Whatever counts prefix tokens from there on (attention with rotary embedding, pooling, the split into
-prefix and patches) counts it too; what runs earlier (position embedding, its resampling, patch dropout) does not.
+prefix and patches) counts it too; what runs earlier (position embedding, its resampling, patch dropout) does not. A Beit
+has no ``norm_pre``: there it goes in behind ``pos_drop``, and in the relative position bias it is a second class token.
+
+A distilled DeiT predicts with the mean of two classifiers, of its class and its distillation token: the gist's logits are
+the mean of both classifiers for the gist token.
 """
 
 from __future__ import annotations
@@ -13,28 +17,52 @@ import torch
 from torch import Tensor, nn
 
 from fastgist.gist import GistConfig, GistHost
-from fastgist.integrations.timm.blocks import ATTENTION_PARTS, BLOCK_PARTS, run_attention, run_block, run_eva_block
-from fastgist.integrations.timm.prefix import GIST_PATH, count_prefix, own_prefix
+from fastgist.integrations.timm.blocks import (
+    ATTENTION_PARTS,
+    BLOCK_PARTS,
+    example_images,
+    run_attention,
+    run_beit_attention,
+    run_beit_block,
+    run_block,
+    run_eva_block,
+    separate_biases,
+)
+from fastgist.integrations.timm.patches import embed_patches
+from fastgist.integrations.timm.prefix import count_prefix, gist_path, own_prefix
 from fastgist.integrations.timm.rowwise import Rowwise
-from fastgist.nn import BlockForward
+from fastgist.nn import AttentionForward, BlockForward
 from fastgist.peft.family import AttentionSite, Family, LinearSite, register_family
 
 __all__ = ["TimmViT", "TimmViTGist"]
 
 _QKV = ("q", "k", "v")
+#: A layer's own name -> others that targets know it by. A gated MLP may have its first layer in two.
+_ALIASES = {"q_proj": ("q",), "k_proj": ("k",), "v_proj": ("v",), "fc1_g": ("fc1",), "fc1_x": ("fc1",)}
 
 
-def _classes() -> tuple[Any, Any]:
+def _classes() -> tuple[Any, Any, Any, Any]:
+    """VisionTransformerDistilled, VisionTransformer (its base), Eva, Beit."""
+    from timm.models.beit import Beit
+    from timm.models.deit import VisionTransformerDistilled
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer, Eva
+    return VisionTransformerDistilled, VisionTransformer, Eva, Beit
+
+
+def _pools_prefix(model: Any) -> bool:
+    """Whether the prediction is pooled from all rows, prefix tokens included."""
+    if model.global_pool == "token":
+        return False
+    attentive = getattr(model, "attn_pool", None) is not None and not hasattr(model, "pool_include_prefix")  # Eva's
+    return attentive or getattr(model, "pool_include_prefix", False)
 
 
 class TimmViT(Family):
-    """timm's VisionTransformer (with its subclasses) and Eva."""
+    """timm's VisionTransformer (with its subclasses), Eva and Beit."""
 
-    name = "timm VisionTransformer and Eva"
+    name = "timm VisionTransformer, Eva and Beit"
 
     def matches(self, model: Any) -> bool:
         return isinstance(model, _classes())
@@ -52,8 +80,7 @@ class TimmViT(Family):
             if leaf == "qkv" and module.out_features % 3 == 0:
                 sites.append(LinearSite(path, module, parts=_QKV))
             else:
-                aliases = (leaf[0],) if leaf in ("q_proj", "k_proj", "v_proj") else ()
-                sites.append(LinearSite(path, module, aliases))
+                sites.append(LinearSite(path, module, _ALIASES.get(leaf, ())))
         return sites
 
     def sublayers(self, model: Any) -> dict[str, list[str]]:
@@ -71,22 +98,23 @@ class TimmViT(Family):
 
     def attentions(self, model: Any) -> dict[str, AttentionSite]:
         from timm.layers.attention import Attention, AttentionRope
+        from timm.models.beit import Attention as BeitAttention
         from timm.models.eva import EvaAttention
 
+        runs: dict[type, AttentionForward] = dict.fromkeys((Attention, AttentionRope, EvaAttention), run_attention)
+        runs[BeitAttention] = run_beit_attention
         found = {}
         for path in self.sublayers(model)["attention"]:
             attention = model.get_submodule(path)
             kind = type(attention)
-            if kind not in (Attention, AttentionRope, EvaAttention) or not ATTENTION_PARTS.issuperset(
-                attention._modules
-            ):
+            if kind not in runs or not ATTENTION_PARTS.issuperset(attention._modules):
                 raise ValueError(f"what happens inside {kind.__name__} is not known (inside timm's Attention it is)")
             inside = attention.proj.in_features
-            found[path] = AttentionSite(run_attention, attention.num_heads, inside // attention.num_heads)
+            found[path] = AttentionSite(runs[kind], attention.num_heads, inside // attention.num_heads)
         return found
 
     def prompt_blocks(self, model: Any) -> list[str]:
-        if model.global_pool != "token" and getattr(model, "pool_include_prefix", False):
+        if _pools_prefix(model):
             raise ValueError(f"{type(model).__name__} pools its prefix tokens; the prompts would enter the prediction")
         return [f"blocks.{i}" for i in range(len(model.blocks))]
 
@@ -95,39 +123,27 @@ class TimmViT(Family):
         head = model.head
         if isinstance(head, nn.Linear):
             model.num_classes = head.out_features
-        for module in model.blocks.modules():
-            # EvaAttention passes qkv.weight to F.linear, past whatever stands in qkv's place, unless told otherwise
-            if getattr(module, "q_bias", None) is not None and hasattr(module, "qkv_bias_separate"):
-                mine = module.__dict__.get("_fastgist_bias_was")
-                wrapped = hasattr(module.qkv, "base_layer")
-                if wrapped and mine is None:
-                    module._fastgist_bias_was = module.qkv_bias_separate
-                    module.qkv_bias_separate = True
-                elif not wrapped and mine is not None:
-                    module.qkv_bias_separate = mine
-                    del module._fastgist_bias_was
+        separate_biases(model.blocks)
 
     def reserved_paths(self, model: Any) -> tuple[str, ...]:
-        return (GIST_PATH,)
+        return (gist_path(model),)
 
     def residual_blocks(self, model: Any) -> dict[str, BlockForward]:
+        from timm.models.beit import Block as BeitBlock
         from timm.models.eva import EvaBlock
         from timm.models.vision_transformer import Block
 
-        runs: dict[type, BlockForward] = {Block: run_block, EvaBlock: run_eva_block}
+        runs: dict[type, BlockForward] = {Block: run_block, EvaBlock: run_eva_block, BeitBlock: run_beit_block}
         found = {}
         for i, block in enumerate(model.blocks):
             kind = type(block)
             if kind not in runs or not BLOCK_PARTS.issuperset(block._modules):
-                raise ValueError(f"how a {kind.__name__} adds up is not known (timm's Block and EvaBlock are)")
+                raise ValueError(f"how a {kind.__name__} adds up is not known (that of timm's Block and EvaBlock is)")
             found[f"blocks.{i}"] = runs[kind]
         return found
 
     def example_inputs(self, model: Any) -> tuple[Tensor]:
-        size = model.patch_embed.img_size or (224, 224)
-        p = next(model.parameters())
-        channels = getattr(model, "in_chans", None) or model.patch_embed.proj.in_channels
-        return (torch.randn(2, channels, *size, device=p.device, dtype=p.dtype),)
+        return (example_images(model),)
 
     def gist_host(self, model: Any) -> TimmViTGist:
         return TimmViTGist(model)
@@ -140,29 +156,30 @@ class TimmViTGist(GistHost):
         ValueError: no class token to stand after, or pooling that a gist token has no part in.
     """
 
-    path = GIST_PATH
-    last = "head"
-
     def __init__(self, model: Any) -> None:
-        vit, eva = _classes()
         name = type(model).__name__
-        family = vit if isinstance(model, vit) else eva
+        family = next(c for c in _classes() if isinstance(model, c))
+        distilled, vit, _, _ = _classes()
         if getattr(model, "cls_token", None) is None:
             raise ValueError(f"add_gist: {name} has no class token, and the gist token's place is right after it")
-        if model.attn_pool is not None or model.global_pool not in ("token", "avg", "avgmax", "max"):
+        if getattr(model, "attn_pool", None) is not None or model.global_pool not in ("token", "avg", "avgmax", "max"):
             raise ValueError(
                 f"add_gist: {name} has global_pool={model.global_pool!r}; the head must read the class token or pooled "
                 "patches (token, avg, avgmax or max) for the gist token to share it"
             )
-        if model.global_pool != "token" and getattr(model, "pool_include_prefix", False):
+        if _pools_prefix(model):
             raise ValueError(f"add_gist: {name} pools its prefix tokens too; the gist token would enter the prediction")
         for method in ("forward_head", "pool"):
-            if getattr(type(model), method) is not getattr(family, method):
+            if getattr(type(model), method, None) is not getattr(family, method, None):
                 raise ValueError(
                     f"add_gist: {name} has a {method} of its own; which logits the gist token shares is not known"
                 )
+        self.path = gist_path(model)
+        self.after = self.path == "pos_drop"
         self.index = own_prefix(model)
         self.dim = model.embed_dim
+        self.distilled = family is distilled
+        self.last = None if self.distilled else "head"
         self.plain_forward = (
             family is vit
             and type(model).forward_features is vit.forward_features
@@ -179,6 +196,10 @@ class TimmViTGist(GistHost):
     # -- forward -----------------------------------------------------------------------------------------------------
     def forward(self, model: Any, config: GistConfig, want_gist: bool, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x: (B, 3, H, W) -> logits (B, C) and gist logits (B, C) or None."""
+        if self.distilled:
+            features = model.forward_features(x)
+            gist = features[:, self.index : self.index + config.rows].mean(1) if want_gist else None
+            return self._both_heads(model, features, gist)
         logits = model.head(self.rows(model, config, x, want_gist=want_gist))  # one call: the halves are contiguous
         batch = x.shape[0]
         return (logits[:batch], logits[batch:]) if want_gist else (logits, None)
@@ -190,7 +211,7 @@ class TimmViTGist(GistHost):
             z, gist = rows[:, 0], rows[:, 1:]
         else:
             features = model.forward_features(x)
-            z, gist = model.pool(features), features[:, self.index : self.index + config.rows]
+            z, gist = self._pool(model, features), features[:, self.index : self.index + config.rows]
         if not want_gist:
             return model.head_drop(model.fc_norm(z))
         if config.rows > 1 and not isinstance(model.fc_norm, nn.Identity):
@@ -200,9 +221,37 @@ class TimmViTGist(GistHost):
             both = model.fc_norm(torch.cat((z, gist.mean(1) if config.rows > 1 else gist[:, 0])))
         return model.head_drop(both)
 
+    @staticmethod
+    def _pool(model: Any, features: Tensor) -> Tensor:
+        """Final states (B, N, D) -> (B, D)."""
+        if hasattr(model, "pool"):
+            return model.pool(features)
+        return (
+            features[:, 0] if model.global_pool == "token" else features[:, model.num_prefix_tokens :].mean(1)
+        )  # Beit
+
+    @staticmethod
+    def _both_heads(model: Any, features: Tensor, gist: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The mean of a distilled model's classifiers: of its class and distillation token, and both of the gist token.
+
+        Raises:
+            ValueError: in training with ``set_distilled_training``, which asks for two predictions.
+        """
+        if model.distilled_training and model.training:
+            raise ValueError(
+                f"GistModel: {type(model).__name__} is set to return two predictions (set_distilled_training); a gist "
+                "model returns their mean"
+            )
+        batch, more = features.shape[0], [] if gist is None else [gist]
+        first = model.head(model.head_drop(torch.cat([features[:, 0], *more])))
+        second = model.head_dist(model.head_drop(torch.cat([features[:, 1], *more])))
+        logits = (first + second) / 2
+        return logits[:batch], None if gist is None else logits[batch:]
+
     def _last_rows(self, model: Any, config: GistConfig, want_gist: bool, x: Tensor) -> Tensor:
         """forward_features, but of the last block and the norm only the rows that are read: (B, 1 or 1 + rows, D)."""
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+        x = embed_patches(model.patch_embed, x)
+        x = model.norm_pre(model.patch_drop(model._pos_embed(x)))
         checkpointing = model.grad_checkpointing
         if checkpointing:
             from timm.models import checkpoint

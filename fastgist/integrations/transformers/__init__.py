@@ -8,7 +8,15 @@ from fastgist.integrations.transformers.decoders import Decoder, DecoderGist
 from fastgist.integrations.transformers.encoders import Encoder, EncoderGist
 from fastgist.integrations.transformers.loss import gist_loss_func
 
-__all__ = ["Decoder", "DecoderGist", "Encoder", "EncoderGist", "GistTrainer", "gist_loss_func"]
+__all__ = [
+    "Decoder",
+    "DecoderGist",
+    "Encoder",
+    "EncoderGist",
+    "GistTrainer",
+    "T5EncoderForSequenceClassification",
+    "gist_loss_func",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,4 +24,8 @@ def __getattr__(name: str) -> Any:
         from fastgist.integrations.transformers.trainer import GistTrainer
 
         return GistTrainer
+    if name == "T5EncoderForSequenceClassification":  # loads transformers' T5, which few need
+        from fastgist.integrations.transformers.t5 import T5EncoderForSequenceClassification
+
+        return T5EncoderForSequenceClassification
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,74 @@
+"""Try every method on every backbone and write docs/pairs.md: python scripts/pairs_table.py [output]"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from pairs import METHODS, TIMM_BACKBONES, TRANSFORMERS_BACKBONES, attempt  # noqa: E402
+
+from fastgist import assert_training  # noqa: E402
+
+YES = "yes"
+HEAD = """\
+# Which method goes on which backbone
+
+Written by `python scripts/pairs_table.py`, which builds a tiny model of each architecture, puts the method and a gist token
+on it and runs a forward and a backward. A number stands for the reason of a refusal, below the table; "alone" means that
+the method works there without a gist token.
+"""
+
+
+def outcome(build: Callable[[], nn.Module], method: str) -> tuple[str, str]:
+    """("yes" | "alone" | "no", why not).
+
+    Raises:
+        RuntimeError: a pair that is taken does not train: a mistake, not a refusal.
+    """
+    try:
+        model = attempt(build, method)
+    except (ValueError, TypeError) as error:
+        why = re.sub(r"^\w+: |; known: .*", "", str(error))
+    else:
+        assert_training(model)
+        return YES, ""
+    try:
+        assert_training(attempt(build, method, gist=False))
+    except (ValueError, TypeError):
+        return "no", why
+    return "alone", why
+
+
+def table(backbones: Mapping[str, Callable[[], nn.Module]], methods: Iterable[str], reasons: list[str]) -> list[str]:
+    """Lines of a Markdown table; ``reasons`` grows by what is new."""
+    methods = list(methods)
+    lines = ["| | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
+    for name, build in backbones.items():
+        cells = []
+        for method in methods:
+            result, why = outcome(build, method)
+            if why and why not in reasons:
+                reasons.append(why)
+            cells.append(result if not why else f"{result} [{reasons.index(why) + 1}]")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def page() -> str:
+    reasons: list[str] = []
+    parts = [HEAD, "## timm\n", *table(TIMM_BACKBONES, METHODS, reasons), ""]
+    if TRANSFORMERS_BACKBONES:
+        parts += ["## transformers\n", *table(TRANSFORMERS_BACKBONES, METHODS, reasons), ""]
+    parts += ["## Why not\n", *(f"{i}. {why}" for i, why in enumerate(reasons, 1)), ""]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "docs" / "pairs.md").write_text(page())

@@ -1,0 +1,51 @@
+"""How launches are told apart and split, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fastgist_kernels.common import _specialisation
+from fastgist_kernels.cp_linear import _aligned
+from fastgist_kernels.outer import _splits
+
+
+def _same(a, b) -> bool:
+    return _specialisation((a,)) == _specialisation((b,))
+
+
+def test_launches_are_told_apart_as_triton_does():
+    x = torch.empty(64)
+    assert _same(x, torch.empty(9))
+    assert not _same(x, x[1:]), "an unaligned pointer is another kernel"
+    assert _same(x, x[4:])
+    assert not _same(x, x.double()) and not _same(x, None)
+    assert _same(32, 48) and _same(3, 5) and not _same(3, 48) and not _same(1, 3), "1 is a constant"
+    assert not _same(2**31, 16) and not _same(2**31 + 1, 5), "a 64-bit argument is another kernel"
+    assert _same(0.5, 2.0) and not _same(0.5, 1)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "aligned"),
+    [
+        (torch.empty(8, 64), True),
+        (torch.empty(8, 72), False),
+        (torch.empty(64, 8).t(), False),
+        (torch.empty(64, 16).t(), True),
+        (torch.empty(8, 128)[:, 64:], True),
+        (torch.empty(8, 128)[:, 1:65], False),
+    ],
+)
+def test_what_can_be_fetched_sixteen_bytes_at_a_time(tensor, aligned):
+    assert _aligned(tensor) == aligned
+
+
+def test_rows_are_split_over_four_programs_a_processor_while_partial_sums_stay_small():
+    assert _splits(132, 6, 50688, 128, 16, 2) == 4 * 132 // 6
+    assert _splits(132, 1, 100, 64, 16, 2) == 2, "no more than there are row blocks"
+    rows, rank, columns = 16384, 256, 4096
+    splits = _splits(132, 32, rows, 64, rank, 2)
+    assert splits * columns * rank * 4 <= max(132 // 32 * columns * rank * 4, rows * columns * 2 // 8)
+    assert _splits(132, 1000, 64, 64, 16, 2) == 1

@@ -1,0 +1,100 @@
+"""What makes a whole step cheap: the patch embedding as a product, and the ledger that says where memory goes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from vits import images, vit
+
+import fastgist as fg
+from fastgist.integrations.timm import patches
+from fastgist.train.ledger import saved_tensor_ledger
+
+
+@pytest.mark.parametrize("norm", [None, nn.LayerNorm])
+@pytest.mark.parametrize("shape", [((16, 16), (8, 8)), ((16, 24), (8, 4))])
+def test_the_patch_product_is_the_convolution(shape, norm):
+    from timm.layers import PatchEmbed
+
+    size, patch = shape
+    embed = PatchEmbed(size, patch, 3, 32, norm_layer=norm).double()
+    x = torch.randn(3, 3, *size, dtype=torch.float64)
+    torch.testing.assert_close(patches.patch_product(embed, x), embed(x))
+    assert patches._is_plain(embed, x)
+
+
+def test_what_is_no_plain_patch_embedding_is_called(monkeypatch):
+    from timm.layers import PatchEmbed
+
+    x = images()
+    plain = PatchEmbed(16, 8, 3, 32)
+    assert patches._is_plain(plain, x)
+    assert not patches._is_plain(plain, x.bfloat16())
+    assert not patches._is_plain(plain, torch.randn(1, 3, 24, 24))
+    overlapping = PatchEmbed(16, 8, 3, 32)
+    overlapping.proj = nn.Conv2d(3, 32, 8, stride=4)
+    watched = PatchEmbed(16, 8, 3, 32)
+    watched.proj.register_forward_hook(lambda *a: None)
+    for embed in (overlapping, watched, nn.Identity(), PatchEmbed(16, 8, 3, 32, flatten=False)):
+        assert not patches._is_plain(embed, x)
+    monkeypatch.setattr(patches, "patch_product", lambda *a: pytest.fail("a product on a CPU"))
+    assert patches.embed_patches(plain, x).shape == (3, 4, 32)
+
+
+def test_the_ledger_counts_what_autograd_keeps():
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+    model[2].weight.requires_grad_(False)
+    x = torch.randn(5, 8)
+    found = saved_tensor_ledger(model, lambda: model(x).sum(), by_block=True)
+    # Linear keeps its input for dW where W is trained, GELU its input; the frozen layer keeps nothing.
+    assert found == {"0": 5 * 8 * 4, "1": 5 * 16 * 4}
+    assert saved_tensor_ledger(model, lambda: model(x).sum()) == {"*": 5 * 8 * 4 + 5 * 16 * 4}
+    with torch.no_grad():
+        assert saved_tensor_ledger(model, lambda: model(x).sum()) == {}
+
+
+def test_the_ledger_of_a_gist_model_and_what_is_not_in_it():
+    model = fg.add_gist(fg.get_peft_model(vit(), fg.AdapterConfig(4))).train()
+    loss, x, target = fg.nn.GistLoss(), images(), torch.tensor([0, 1, 2])
+    found = saved_tensor_ledger(model, lambda: loss(model(x), target))
+    assert any("mlp" in path for path in found)
+    assert not any("fc1" in path or "qkv" in path or "proj" in path for path in found)  # frozen: no dW, nothing kept
+    again = saved_tensor_ledger(model, lambda: loss(model(x), target))
+    assert found == again
+
+
+def test_the_ledger_page(tmp_path):
+    """Of a small model: three tables, and fastgist keeps the least."""
+    root = Path(__file__).parents[1]
+    out = tmp_path / "ledger.md"
+    command = [
+        sys.executable,
+        str(root / "scripts" / "ledger.py"),
+        *"--width 64 --layers 2 --size 32 --out".split(),
+        str(out),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    totals = [float(line.rsplit(" ", 1)[1]) for line in out.read_text().splitlines() if line.startswith("## ")]
+    assert len(totals) == 3
+    assert 0 < totals[2] == min(totals)
+
+
+def test_the_shared_adapter_and_the_token_of_the_benchmark_are_the_same_model():
+    """benchmarks/train_step.py's model, written independently, against ours: loss and every gradient, in float32."""
+    root = Path(__file__).parents[1]
+    sys.path.insert(0, str(root))
+    from benchmarks import train_step
+    from benchmarks.cases import case
+
+    small = case(torch.float32, B=4, S=32, D=64, L=2)
+    for provider in ("fastgist", "authors"):
+        assert train_step.parity(provider, small, torch.device("cpu")) is None
+    steps = [train_step.PROVIDERS[p](small, torch.device("cpu"), dropout=0.0) for p in ("fastgist", "plain")]
+    for _ in range(3):
+        losses = [step() for step in steps]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
