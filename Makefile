@@ -46,7 +46,7 @@ PACKAGES := $(STAMPS)/packages
 EXTENSION := $(STAMPS)/extension
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup test demo bench lint format aot mutants plot gpu wheel clean distclean
+.PHONY: help setup test demo studies bench lint format aot mutants plot gpu wheel clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -70,10 +70,12 @@ ifeq ($(VENV),none)
 define CHECK_PACKAGES
 import importlib.metadata, importlib.util, subprocess, sys, tempfile
 wanted = dict(accelerate="accelerate", datasets="datasets", expecttest="expecttest", huggingface_hub="huggingface_hub",
-    hypothesis="hypothesis", matplotlib="matplotlib", ninja="ninja", numpy="numpy", pybind11="pybind11", pytest="pytest",
-    pytest_benchmark="pytest-benchmark", rich="rich", safetensors="safetensors",
-    sklearn="scikit-learn", timm="timm", torchvision="torchvision", tqdm="tqdm", transformers="transformers",
-    typer="typer", xdist="pytest-xdist")
+    hypothesis="hypothesis", matplotlib="matplotlib", ninja="ninja", numpy="numpy", onnx="onnx",
+    onnxruntime="onnxruntime", onnxscript="onnxscript", pybind11="pybind11", pytest="pytest",
+    pytest_benchmark="pytest-benchmark", rich="rich", safetensors="safetensors", scipy="scipy",
+    sklearn="scikit-learn", tensorboard="tensorboard", timm="timm", torchmetrics="torchmetrics",
+    torchvision="torchvision", tqdm="tqdm", transformers="transformers", typer="typer", xdist="pytest-xdist",
+    yaml="pyyaml")
 def missing():
     absent = [package for module, package in wanted.items() if importlib.util.find_spec(module) is None]
     try:  # older ones cannot read our pyproject.toml; torch 2.11 wants no newer
@@ -135,6 +137,9 @@ $(EXTENSION): $(filter-out csrc/tests/%,$(CSRC)) setup.py $(PACKAGES)
 
 demo: setup ## fine-tune on real digits, in under 90 s once set up
 	@$(FASTGIST) demo $(ARGS)
+
+studies: setup ## temperature and gist length on digits, paired by seed, into docs/ (minutes)
+	@$(PY) scripts/studies.py $(ARGS)
 
 # Four stages, each in its own process; all run, and one that fails fails the target. Logs in build/test/.
 test: setup ## everything that runs without a GPU

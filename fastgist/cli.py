@@ -1,4 +1,4 @@
-"""The ``fastgist`` command: demo, finetune, env, warmup.
+"""The ``fastgist`` command: demo, finetune, compare, export, env, warmup.
 
 A command's flags are the fields of its dataclass; the command turns them into one call, and errors into one line. What
 the user can put right exits with 2, what went wrong at run time with 1, Ctrl-C with 130. FASTGIST_DEBUG=1 shows the
@@ -16,6 +16,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 if TYPE_CHECKING:
@@ -26,9 +27,10 @@ __all__ = ["main"]
 #: What the command line imports beyond torch, all in one extra.
 _EXTRA = "fastgist[train]"
 _PACKAGES = (
-    "PIL", "accelerate", "datasets", "matplotlib", "numpy", "rich", "safetensors", "sklearn", "timm", "torchvision",
-    "tqdm", "typer",
+    "PIL", "accelerate", "datasets", "matplotlib", "numpy", "rich", "safetensors", "scipy", "sklearn", "timm",
+    "torchmetrics", "torchvision", "tqdm", "typer", "yaml",
 )  # fmt: skip
+_OTHER_EXTRAS = dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "fastgist[onnx]")
 
 
 def main() -> None:
@@ -66,22 +68,31 @@ def _one_line_errors() -> Iterator[None]:
         raise
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".", 1)[0]
-        install = f": pip install '{_EXTRA}'" if package in _PACKAGES else ""
+        extra = _OTHER_EXTRAS.get(package, _EXTRA if package in _PACKAGES else None)
+        install = f": pip install '{extra}'" if extra else ""
         leave(f"this command needs the package {package}{install}", 2, error)
     except Exception as error:
         leave(f"{type(error).__name__}: {error} (FASTGIST_DEBUG=1 shows where)", 1, error)
 
 
-def _command(run: Callable[[Any], None], config: type) -> Callable[..., None]:
-    """A typer command that fills the dataclass ``config`` from flags and calls ``run`` with it."""
+def _command(run: Callable[[Any], None], config: type, files: bool = False) -> Callable[..., None]:
+    """A typer command that fills the dataclass ``config`` from flags and calls ``run`` with it.
+
+    ``files``: also from ``--config`` and ``--recipe``, whose settings flags override. ``config.of``, where there is one,
+    makes the dataclass from what was given.
+    """
     import typer
 
     hints = typing.get_type_hints(config)
-    parameters: list[inspect.Parameter] = []
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    parameters = [context, *(_file_flags(config) if files else [])]
+    options = [o for o in dataclasses.fields(config) if o.name not in getattr(config, "not_flags", ())]
     # The recipe's flags, inherited and therefore first, go to the end of the help.
-    for option in sorted(dataclasses.fields(config), key=lambda option: option.metadata.get("panel") == "Recipe"):
+    for option in sorted(options, key=lambda option: option.metadata.get("panel") == "Recipe"):
         about = dict(option.metadata)
         argument = about.pop("argument", False)
+        if about.pop("schedule", False):
+            about |= {"parser": _schedule, "metavar": "NUMBER|SCHEDULE"}
         about["rich_help_panel"] = about.pop("panel", None)
         # A switch that is off needs no --no- twin, which would only fill the help.
         names = [f"--{option.name.replace('_', '-')}"] if option.default is False else []
@@ -89,15 +100,19 @@ def _command(run: Callable[[Any], None], config: type) -> Callable[..., None]:
         default = inspect.Parameter.empty if argument else option.default
         if not isinstance(option.default_factory, dataclasses._MISSING_TYPE):
             default = option.default_factory()
-        annotation = Annotated[hints[option.name], kind]  # type: ignore[valid-type,name-defined]
+        hint = str if "parser" in about else hints[option.name]
+        annotation = Annotated[hint, kind]  # type: ignore[valid-type]
         parameter = inspect.Parameter(
             option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
         )
         parameters.insert(0 if argument else len(parameters), parameter)
 
-    def command(**options: Any) -> None:
+    def command(context: typer.Context, **options: Any) -> None:
+        given = {name: value for name, value in options.items() if _was_given(context, name)}
+        for name in ("config", "recipe"):
+            given.pop(name, None)
         with _one_line_errors():
-            run(config(**options))
+            run(getattr(config, "of", config)(**given))
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -105,11 +120,76 @@ def _command(run: Callable[[Any], None], config: type) -> Callable[..., None]:
     return command
 
 
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "PROMPT")
+
+
+def _schedule(value: Any) -> float | str:
+    import typer
+
+    from fastgist.train.optim import parse_schedule
+
+    try:
+        return parse_schedule(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _file_flags(config: type) -> list[inspect.Parameter]:
+    """``--config FILE`` and ``--recipe NAME``: settings beneath the flags, the file's above the recipe's."""
+    import typer
+
+    def beneath(context: typer.Context, settings: dict[str, Any], over: bool) -> None:
+        before = dict(context.default_map or {})
+        context.default_map = {**before, **settings} if over else {**settings, **before}
+
+    def config_file(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None:
+            from fastgist.train.settings import read_settings
+
+            with _one_line_errors():
+                beneath(context, read_settings(path, config), over=True)
+        return path
+
+    def recipe(context: typer.Context, name: str | None) -> str | None:
+        if name is not None:
+            from fastgist.recipes.benchmarks import settings_of
+            from fastgist.train.settings import understood
+
+            with _one_line_errors():
+                beneath(context, understood(settings_of(name), config, f"--recipe {name}"), over=False)
+        return name
+
+    for reader, value in ((config_file, "path"), (recipe, "name")):  # typer reads them, and has no name typer there
+        reader.__annotations__ = {"context": typer.Context, value: object}
+    flags: dict[str, tuple[Any, Callable[..., Any], str]] = {
+        "config": (
+            Path,
+            config_file,
+            "A YAML, TOML or JSON file of settings (a run's config.json); flags override it.",
+        ),
+        "recipe": (str, recipe, "A benchmark's settings, such as vtab/caltech101 or fgvc/oxford_pets."),
+    }
+    return [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                kind | None,
+                typer.Option(f"--{name}", callback=callback, is_eager=True, help=words, rich_help_panel="Settings"),
+            ],
+        )
+        for name, (kind, callback, words) in flags.items()
+    ]
+
+
 def build_app() -> typer.Typer:
     """The command line: built on demand, so that importing this module needs the standard library only."""
     import typer
 
-    from fastgist.train.config import DemoConfig, FinetuneConfig
+    from fastgist.train.config import CompareConfig, DemoConfig, ExportConfig, FinetuneConfig
 
     app = typer.Typer(
         help="Parameter-efficient fine-tuning with GIST and PETAL on fused kernels.",
@@ -132,7 +212,9 @@ def build_app() -> typer.Typer:
     top.__annotations__ = {"version": Annotated[bool, flag]}
     app.callback()(top)
     app.command("demo")(_command(_demo, DemoConfig))
-    app.command("finetune")(_command(_finetune, FinetuneConfig))
+    app.command("finetune")(_command(_finetune, FinetuneConfig, files=True))
+    app.command("compare")(_command(_compare, CompareConfig, files=True))
+    app.command("export")(_command(_export, ExportConfig))
     app.command("env")(_command(_env, EnvConfig))
     app.command("warmup")(_command(_warmup, WarmupConfig))
     return app
@@ -174,9 +256,36 @@ def _finetune(config: Any) -> None:
 
     Several processes: accelerate launch -m fastgist finetune ...
     """
-    from fastgist.train.finetune import finetune
+    if config.seeds is not None:
+        from fastgist.train.sweep import sweep
 
-    finetune(config)
+        sweep(config)
+    else:
+        from fastgist.train.finetune import finetune
+
+        finetune(config)
+
+
+def _compare(config: Any) -> None:
+    """Compare methods, each with and without a gist token, on the same data and seeds; finished runs are kept.
+
+    A table of paired differences with confidence intervals, compare.json, compare.csv and a figure.
+
+    Learning rates decide such comparisons: choose them with --method-lr, on other images or seeds.
+    """
+    from fastgist.train.compare import compare
+
+    compare(config)
+
+
+def _export(config: Any) -> None:
+    """Write an adapted model as one file for other runtimes, checked against the model itself before it takes its name.
+
+    What merges is merged; adapters, prompts and the gist token stay in the graph. The batch is dynamic.
+    """
+    from fastgist.train.export_command import export
+
+    export(config)
 
 
 #: Names of what fastgist._extension.build_info() returns, for people.

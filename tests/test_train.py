@@ -174,7 +174,10 @@ def _adapter(folder: Path) -> Path:
 def uninterrupted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneConfig:
     """A whole run with everything random in it, and a checkpoint of every step."""
     out = tmp_path_factory.mktemp("uninterrupted") / "out"
-    settings = config(digits, out, drop_path=0.3, checkpoint_every=1, keep_checkpoints=100, clip_grad=1.0)
+    settings = config(
+        digits, out, drop_path=0.3, checkpoint_every=1, keep_checkpoints=100, clip_grad=1.0, lr_gist=0.03, lr_head=0.002,
+        wd_gist=0.05, weight_decay=0.01, temperature="linear:10:1", beta="cosine:0.25:1:0.2:0.9",
+    )  # fmt: skip
     quiet(settings)
     return settings
 
@@ -362,10 +365,15 @@ def _process(command: list[str], **environment: str) -> subprocess.CompletedProc
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(digits: Path, tmp_path: Path) -> None:
-    """The same global batches without dropout and augmentation: the same weights, up to the order of sums."""
+    """The same global batches without dropout and augmentation: the same weights, up to the order of sums; the same
+    metrics, of an odd number of val images."""
     from safetensors.torch import load_file
 
+    pytest.importorskip("torchmetrics")
+    digits = Path(shutil.copytree(digits, tmp_path / "digits"))
+    next((digits / "val" / "digit1").iterdir()).unlink()
     plain = {"method": Method.ADAPTER, "gist": False, "augment": False, "drop_path": 0.0, "epochs": 2}
+    plain["metrics"] = "macro-f1,ece"
     quiet(config(digits, tmp_path / "one", **plain))
     flags = [
         "--method",
@@ -378,6 +386,8 @@ def test_two_processes_do_what_one_does(digits: Path, tmp_path: Path) -> None:
         "2",
         "--batch-size",
         "4",
+        "--metrics",
+        "macro-f1,ece",
     ]
     # --multi_gpu is how accelerate starts several processes on one machine; --device cpu makes them talk through gloo.
     launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
@@ -402,6 +412,7 @@ def test_two_processes_do_what_one_does(digits: Path, tmp_path: Path) -> None:
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
     journals = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert "val_macro_f1" in journals[0][0]
     for mine, theirs in zip(*journals, strict=True):
         assert json.loads(mine) == pytest.approx(json.loads(theirs), rel=1e-3)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -297,7 +299,7 @@ def adapter(
     residual_scale = check_number(_OP, "residual_scale", residual_scale)
     x, down_weight, down_bias, up_weight, up_bias, residual, gate = named.values()
     leading, out = x.shape[:-1], up_weight.shape[0]
-    rows = leading.numel()
+    rows = math.prod(leading)  # Size.numel() would make a dynamic batch a constant under torch.export
     y = _Adapter.apply(
         x.reshape(rows, x.shape[-1]),
         down_weight,

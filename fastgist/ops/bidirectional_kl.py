@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -210,7 +212,7 @@ def bidirectional_kl(
     temperature = _common.check_temperature(_OP, temperature)
     _common.check_reduction(_OP, reduction)
     leading, classes = logits.shape[:-1], logits.shape[-1]
-    rows = leading.numel()
+    rows = math.prod(leading)
     row_loss = _BidirectionalKL.apply(
         logits.reshape(rows, classes),
         other_logits.reshape(rows, classes),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -268,7 +270,7 @@ def cp_linear(
     x, weight, bias, u, v, gain = named.values()
     leading = x.shape[:-1]
     y = _CPLinear.apply(
-        x.reshape(leading.numel(), x.shape[-1]),
+        x.reshape(math.prod(leading), x.shape[-1]),  # Size.numel() would make a dynamic batch a constant
         weight,
         bias,
         u,

@@ -8,6 +8,8 @@ gradients are not known yet, the backward runs the chunks again.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -226,7 +228,7 @@ def gist_linear_loss(
     check_target(_OP, target, leading, classes)
     temperature = _common.check_temperature(_OP, temperature)
     check_options(_OP, alpha, beta, label_smoothing, reduction)
-    rows = leading.numel()
+    rows = math.prod(leading)
     if chunk_rows is None:
         chunk_rows = default_chunk_rows(rows, width, classes)
     elif chunk_rows < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -253,7 +254,7 @@ def gist_loss(
     _common.check_same_device(_OP, logits=logits, gist_logits=gist_logits, target=target)
     temperature = _common.check_temperature(_OP, temperature)
     check_options(_OP, alpha, beta, label_smoothing, reduction)
-    rows = leading.numel()
+    rows = math.prod(leading)
     flat_target = target.reshape(rows, classes) if target.is_floating_point() else target.reshape(rows)
     beta_t = float(beta) * (temperature**2 if t_squared else 1.0)
     row_loss = _GistLoss.apply(

@@ -30,18 +30,40 @@ class Recipe:
     lr: float = _number(1e-3, "Peak learning rate.", min=0)
     min_lr: float = _number(0.0, "Learning rate at the end of the cosine.", min=0)
     weight_decay: float = _number(5e-5, "AdamW's weight decay; biases and other vectors take none.", min=0)
+    lr_gist: float | None = _number(None, "Peak learning rate of the gist token; --lr if not given.", min=0)
+    lr_peft: float | None = _number(None, "Peak learning rate of the adapter's layers; --lr if not given.", min=0)
+    lr_head: float | None = _number(None, "Peak learning rate of the head; --lr if not given.", min=0)
+    wd_gist: float | None = _number(None, "Weight decay of the gist token; --weight-decay if not given.", min=0)
+    wd_peft: float | None = _number(None, "Weight decay of the adapter's matrices, likewise.", min=0)
+    wd_head: float | None = _number(None, "Weight decay of the head's matrix, likewise.", min=0)
     batch_size: int = _number(32, "Images a step and process.", min=1)
     drop_path: float = _number(0.1, "Stochastic depth of the backbone.", min=0, max=0.99)
     clip_grad: float = _number(0.0, "Largest gradient norm; 0 does not clip.", min=0)
     alpha: float = _number(0.5, "Weight of the gist token's cross-entropy.", min=0)
-    beta: float = _number(0.75, "Weight of the bidirectional KL divergence.", min=0)
-    temperature: float = _number(3.0, "Temperature T of the bidirectional KL divergence.")
+    beta: float | str = _number(
+        0.75,
+        "Weight of the bidirectional KL divergence: a number, or linear:START:END or cosine:START:END over the run.",
+        schedule=True,
+    )
+    temperature: float | str = _number(
+        3.0, "Temperature T of that divergence; a number or a schedule, as --beta.", schedule=True
+    )
     seed: int = _number(0, "Seed of initialisation, order, augmentation and dropout.", min=0)
 
     @property
     def warmup(self) -> float:
         """Epochs of warm-up."""
         return self.epochs / 10 if self.warmup_epochs is None else self.warmup_epochs
+
+    @property
+    def lrs(self) -> dict[str, float | None]:
+        """Learning rates of single parts, for :func:`fastgist.train.parameter_groups`."""
+        return {"gist": self.lr_gist, "peft": self.lr_peft, "head": self.lr_head}
+
+    @property
+    def weight_decays(self) -> dict[str, float | None]:
+        """Weight decays of single parts, likewise."""
+        return {"gist": self.wd_gist, "peft": self.wd_peft, "head": self.wd_head}
 
 
 GIST = Recipe()

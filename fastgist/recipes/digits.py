@@ -17,6 +17,7 @@ CP + GIST       75.8%  90.9%  93.0%  91.8%
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,9 +28,11 @@ __all__ = [
     "CONTESTANTS",
     "FEW_SHOT",
     "LEARNING_RATES",
+    "NOT_FOR_DIGITS",
     "PRETRAIN",
     "TUNING_SEEDS",
     "Contestant",
+    "compared",
     "quick",
 ]
 
@@ -71,6 +74,26 @@ CONTESTANTS = (
     Contestant("LoRA + GIST", "lora", True, 3e-3, {"rank": 4, "alpha": 8}),
     Contestant("CP + GIST", "cp", True, 1e-2, {"rank": 16}),
 )
+
+
+#: Settings of image data and timm models, which digits do not have.
+NOT_FOR_DIGITS = (
+    "val_split", "splits", "train_images", "val_images", "subset", "image_column", "label_column", "skip_unreadable",
+    "verify", "augment", "workers", "model", "pretrained", "checkpoint", "image_size", "metrics", "checkpoint_every",
+    "keep_checkpoints", "mixed_precision",
+)  # fmt: skip
+
+
+def compared(methods: Sequence[str]) -> dict[str, Any]:
+    """The settings beneath ``fastgist compare digits``: the few-shot recipe, and of ``methods`` the rates and ranks above;
+    other methods take lr. (LoRA's and CP's rates were chosen with a gist token, the adapter's is best with and without.)
+    """
+    chosen = [c for c in CONTESTANTS if c.method in methods and (c.gist or c.method == "linear-probe")]
+    return {
+        "epochs": FEW_SHOT.epochs, "batch_size": FEW_SHOT.batch_size, "drop_path": FEW_SHOT.drop_path, "lr": 1e-2,
+        "shots": 10, "method_lr": [f"{c.method}={c.lr:g}" for c in chosen],
+        "set": [f"{c.method}:{name}={value}" for c in chosen for name, value in c.options.items()],
+    }  # fmt: skip
 
 
 def quick(recipe: Recipe) -> Recipe:

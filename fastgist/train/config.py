@@ -8,10 +8,11 @@ import dataclasses
 import enum
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 from fastgist.recipes import Recipe
 
-__all__ = ["DemoConfig", "FinetuneConfig", "Method", "MixedPrecision", "UserError"]
+__all__ = ["CompareConfig", "DemoConfig", "FinetuneConfig", "Method", "MixedPrecision", "Readout", "UserError"]
 
 
 class UserError(Exception):
@@ -31,6 +32,13 @@ class Method(enum.StrEnum):
     PROMPT = "prompt"
     PREFIX = "prefix"
     FULL = "full"
+
+
+class Readout(enum.StrEnum):
+    """Where the gist logits are read when the gist token has several rows."""
+
+    FIRST = "first"
+    MEAN = "mean"
 
 
 class MixedPrecision(enum.StrEnum):
@@ -59,6 +67,18 @@ class FinetuneConfig(Recipe):
     val_split: float = _option(
         0.2, "Share of the training images held out for selection where there is no val split.", "Data", min=0, max=0.9
     )
+    splits: str | None = _option(
+        None,
+        "Which of the data's splits are which, such as train=train,test=validation; by their names if not given.",
+        "Data",
+    )
+    shots: int | None = _option(
+        None, "Few-shot: so many training images of each class, drawn by the seed.", "Data", min=1
+    )
+    train_images: int | None = _option(None, "So many training images in all, drawn by the seed.", "Data", min=1)
+    val_images: int | None = _option(
+        None, "So many images for selection, drawn by the seed from what the training images leave.", "Data", min=1
+    )
     subset: str | None = _option(None, "Configuration of a hub data set.", "Data")
     image_column: str | None = _option(None, "Image column of a hub data set; found by its type if not given.", "Data")
     label_column: str | None = _option(None, "Label column of a hub data set; found by its type if not given.", "Data")
@@ -73,6 +93,8 @@ class FinetuneConfig(Recipe):
     image_size: int | None = _option(None, "Pixels a side; the model's own if not given.", "Model", min=1)
     method: Method = _option(Method.ADAPTER, "What is trained beside the head.", "Model")
     gist: bool = _option(True, "Add a gist token and its loss.", "Model")
+    gist_length: int = _option(1, "Rows of the gist token; longer ones did worse in the paper.", "Model", min=1)
+    gist_readout: Readout = _option(Readout.FIRST, "Which of several rows the gist logits are read from.", "Model")
     rank: int | None = _option(None, "Rank of lora, cp and fact; the method's default if not given.", "Model", min=1)
     bottleneck_dim: int | None = _option(None, "Width of the adapter's bottleneck.", "Model", min=1)
     set: list[str] = dataclasses.field(
@@ -84,6 +106,13 @@ class FinetuneConfig(Recipe):
     )
 
     output_dir: Path = _option(Path("fastgist-finetune"), "Where everything is written.", "Run")
+    seeds: str | None = _option(
+        None, "Several runs, a folder each, and their mean and deviation: seeds such as 0,1,2 or 0-4.", "Run"
+    )
+    metrics: str = _option(
+        "accuracy", "Metrics of the val and test images, by commas; any unknown name lists them.", "Run"
+    )
+    report_to: str = _option("none", "Trackers, by commas: tensorboard, wandb, trackio, or none.", "Run")
     resume: bool = _option(False, "Continue from the newest complete checkpoint in the output folder.", "Run")
     checkpoint_every: int = _option(0, "Steps between checkpoints; 0 writes one after every epoch.", "Run", min=0)
     keep_checkpoints: int = _option(2, "How many checkpoints to keep.", "Run", min=1)
@@ -91,12 +120,79 @@ class FinetuneConfig(Recipe):
     mixed_precision: MixedPrecision | None = _option(None, "Half precision; accelerate's setting if not given.", "Run")
     progress: bool = _option(True, "Show progress bars.", "Run")
 
+    def decisive(self) -> list[str]:
+        """The settings that decide what comes out; the others say where it goes and how it is shown."""
+        free = (
+            "output_dir resume checkpoint_every keep_checkpoints progress workers verify device seeds report_to".split()
+        )
+        return [f.name for f in dataclasses.fields(self) if f.name not in free]
+
     def trajectory(self) -> dict[str, object]:
         """The settings that a resumed run must share with the run it continues, as JSON values."""
-        free = "output_dir resume checkpoint_every keep_checkpoints progress workers verify device".split()
-        by_content = "data checkpoint batch_size".split()
-        names = [f.name for f in dataclasses.fields(self) if f.name not in free + by_content]
+        by_content = "data checkpoint batch_size metrics".split()
+        names = [name for name in self.decisive() if name not in by_content]
         return {f"--{name.replace('_', '-')}": _plain(getattr(self, name)) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(FinetuneConfig):
+    """Flags of ``fastgist compare``: those of a run, each method with and without a gist token, over seeds."""
+
+    not_flags: ClassVar[tuple[str, ...]] = ("method", "gist", "seed", "rank", "bottleneck_dim", "resume", "report_to")
+
+    data: str = _option(
+        ..., "digits (offline: the demo's small ViT), or images as for finetune.", "Data", argument=True
+    )
+    methods: str = _option("adapter,lora", "Methods to compare, by commas: the names of finetune --method.", "Compare")
+    seeds: str | None = _option("0-4", "Seeds that all methods share, such as 0,1,2 or 0-9.", "Compare")
+    method_lr: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={"help": "A method's own learning rate, such as lora=3e-3; may be repeated.", "panel": "Compare"},
+    )
+    set: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={"help": "A setting of one method, such as lora:rank=4; may be repeated.", "panel": "Compare"},
+    )
+    confidence: float = _option(0.95, "Of the intervals.", "Compare", min=0.5, max=0.999)
+    output_dir: Path = _option(Path("fastgist-compare"), "Where runs, table and figure go.", "Run")
+
+    @classmethod
+    def of(cls, **given: Any) -> CompareConfig:
+        """From what was given; for ``digits`` the demo's numbers stand beneath it.
+
+        Raises:
+            UserError: a setting that digits do not have.
+        """
+        if given.get("data") != "digits":
+            return cls(**given)
+        from fastgist.recipes import digits
+
+        foreign = set(given) & set(digits.NOT_FOR_DIGITS)
+        if foreign:
+            raise UserError(f"--{min(foreign).replace('_', '-')} is for images, not for digits")
+        methods = [name.strip() for name in given.get("methods", cls.methods).split(",")]
+        return cls(**{**digits.compared(methods), **given})
+
+
+class Format(enum.StrEnum):
+    """What an exported model is written as."""
+
+    TORCH = "torch"
+    ONNX = "onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Flags of ``fastgist export``."""
+
+    adapter: Path = _option(..., "A run's folder, or one that save_adapter wrote.", "Export", argument=True)
+    output: Path | None = _option(None, "The file; model.pt2 or model.onnx beside the adapter if not given.", "Export")
+    format: Format = _option(Format.TORCH, "torch.export's .pt2, or ONNX.", "Export")
+    overwrite: bool = _option(False, "Replace the file if it is there.", "Export")
+    model: str | None = _option(None, "The timm model it was trained on; a run's own if not given.", "Model")
+    pretrained: bool | None = _option(None, "With timm's published weights; as the run had it if not given.", "Model")
+    checkpoint: Path | None = _option(None, "With the weights of this safetensors file instead.", "Model")
+    image_size: int | None = _option(None, "Pixels a side; the run's own if not given.", "Model", min=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +208,7 @@ class DemoConfig:
 
 
 def _plain(value: object) -> object:
+    """A setting as a JSON value."""
     if isinstance(value, enum.Enum):
         return value.value
     return str(value) if isinstance(value, Path) else value

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Draw", "EpochBatches", "Split", "Splits", "derive_seed", "load_splits", "seed_everything", "unreadable"]
 
 _VAL_NAMES = ("val", "valid", "validation", "dev")
+_SPLITS: dict[str, tuple[str, ...]] = {"train": ("train",), "val": _VAL_NAMES, "test": ("test",)}
 
 
 def derive_seed(*parts: int) -> int:
@@ -161,19 +162,36 @@ class Splits:
         return {name: split for name, split in found.items() if split is not None}
 
 
+def split_names(words: str | None) -> dict[str, str] | None:
+    """``train=NAME,val=NAME,test=NAME`` by our names; None for none given. UserError where one serves twice."""
+    if words is None:
+        return None
+    pairs = [word.partition("=") for word in words.split(",")]
+    names = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    wrong = [ours for ours, theirs in names.items() if ours not in ("train", "val", "test") or not theirs]
+    if wrong or len(names) < len(pairs) or "train" not in names:
+        raise UserError(f"--splits {words}: expected train=NAME and perhaps val=NAME, test=NAME, by commas")
+    if len(set(names.values())) < len(names):
+        raise UserError(
+            f"--splits {words}: one split cannot serve twice (test images must not be trained on or select)"
+        )
+    return names
+
+
 def load_splits(config: FinetuneConfig) -> Splits:
     """Find the images of ``config.data``; raises UserError for whatever is wrong with their layout."""
+    names = split_names(config.splits)
     root = Path(config.data).expanduser()
     if root.is_file():
         raise UserError(f"{root} is a file; a folder of images or the name of a data set is needed")
     if not root.exists():
         if config.data.count("/") > 1 or config.data.startswith((".", "/", "~")):
             raise UserError(f"no such folder: {root}")
-        return _load_hub(config.data, config)
+        return _load_hub(config.data, config, names)
     saved = (root / "dataset_dict.json").exists() or (root / "state.json").exists()
     if saved or any(root.glob("*.parquet")) or any(root.glob("*/*.parquet")):
-        return _load_hub(str(root), config, saved=saved)
-    return _load_folder(root, config)
+        return _load_hub(str(root), config, names, saved=saved)
+    return _load_folder(root, names)
 
 
 # -- folders ---------------------------------------------------------------------------------------------------------
@@ -205,11 +223,17 @@ def _and_more(items: Sequence[object]) -> str:
     return f" and {len(items) - 1} more" if len(items) > 1 else ""
 
 
-def _load_folder(root: Path, config: FinetuneConfig) -> Splits:
+def _load_folder(root: Path, names: dict[str, str] | None) -> Splits:
     folders = {p.name.lower(): p for p in _class_folders(root)}
-    val_folder = next((folders[name] for name in _VAL_NAMES if name in folders), None)
-    test_folder = folders.get("test")
-    train_folder = folders.get("train")
+    if names is None:
+        val_folder = next((folders[name] for name in _VAL_NAMES if name in folders), None)
+        test_folder, train_folder = folders.get("test"), folders.get("train")
+    else:
+        for name in names.values():
+            if name.lower() not in folders:
+                raise UserError(f"{root} has no folder {name!r} (it has {', '.join(folders) or 'none'})")
+        chosen = {ours: folders[theirs.lower()] for ours, theirs in names.items()}
+        train_folder, val_folder, test_folder = (chosen.get(ours) for ours in ("train", "val", "test"))
     if train_folder is None:
         held_out_folder = val_folder or test_folder
         if held_out_folder is not None:
@@ -245,7 +269,7 @@ def _load_folder(root: Path, config: FinetuneConfig) -> Splits:
 # -- the hub ---------------------------------------------------------------------------------------------------------
 
 
-def _load_hub(name: str, config: FinetuneConfig, saved: bool = False) -> Splits:
+def _load_hub(name: str, config: FinetuneConfig, names: dict[str, str] | None, saved: bool = False) -> Splits:
     try:
         import datasets
     except ImportError:
@@ -257,25 +281,28 @@ def _load_hub(name: str, config: FinetuneConfig, saved: bool = False) -> Splits:
         raise UserError(f"{name} is no folder here and could not be loaded as a data set: {reason}") from error
     if isinstance(tables, datasets.Dataset):
         tables = datasets.DatasetDict(train=tables)
-    if "train" not in tables:
-        raise UserError(f"data set {name} has no train split (it has {', '.join(tables)})")
-    image_column, label_column = _columns(name, tables["train"], config)
-    if not isinstance(tables["train"].features[label_column], datasets.ClassLabel):
+    wanted = {ours: (theirs,) for ours, theirs in names.items()} if names else _SPLITS
+    for theirs in wanted.values() if names else (wanted["train"],):
+        if theirs[0] not in tables:
+            raise UserError(f"data set {name} has no {theirs[0]} split (it has {', '.join(tables)})")
+    whole = wanted["train"][0]
+    image_column, label_column = _columns(name, tables[whole], config)
+    if not isinstance(tables[whole].features[label_column], datasets.ClassLabel):
         tables = tables.class_encode_column(label_column)
-    classes = list(tables["train"].features[label_column].names)
+    classes = list(tables[whole].features[label_column].names)
     notes: list[str] = []
     splits: dict[str, Split] = {}
-    for ours, theirs in (("train", ("train",)), ("val", _VAL_NAMES), ("test", ("test",))):
+    for ours, theirs in wanted.items():
         found = next((t for t in theirs if t in tables), None)
         if found is None:
             continue
-        names = list(tables[found].features[label_column].names)
-        unknown = sorted(set(names) - set(classes))
+        labelled = list(tables[found].features[label_column].names)
+        unknown = sorted(set(labelled) - set(classes))
         if unknown:
             raise UserError(f"split {found} of {name} has class {unknown[0]!r}{_and_more(unknown)} that train has not")
         table = tables[found].cast_column(image_column, datasets.Image(decode=False))
         raw = [int(label) if label is not None else -1 for label in table[label_column]]
-        labels = [classes.index(names[label]) if 0 <= label < len(names) else -1 for label in raw]
+        labels = [classes.index(labelled[label]) if 0 <= label < len(labelled) else -1 for label in raw]
         keep = [row for row, label in enumerate(labels) if label >= 0]
         if len(keep) < len(labels):
             notes.append(f"{len(labels) - len(keep)} of {len(labels)} images in split {found} have no label: left out")
@@ -311,7 +338,7 @@ def _columns(name: str, table: Any, config: FinetuneConfig) -> tuple[str, str]:
     return str(image_column), str(label_column)
 
 
-# -- checks and the validation split ---------------------------------------------------------------------------------
+# -- checks ----------------------------------------------------------------------------------------------------------
 
 
 def unreadable(split: Split, description: str, progress: bool) -> list[tuple[int, str]]:
@@ -366,33 +393,6 @@ def without(splits: Splits, bad: dict[str, list[tuple[int, str]]], skip: bool) -
             raise UserError(f"no readable image is left in the {name} split")
     note = f"left out {count} unreadable image{'s' if count > 1 else ''}, the first is {where} ({reason})"
     return Splits(kept["train"], kept.get("val"), kept.get("test"), splits.classes, [*splits.notes, note])
-
-
-def hold_out(splits: Splits, share: float, seed: int) -> Splits:
-    """Where there is no val split, take ``share`` of every class's training images for it."""
-    if splits.val is not None or share <= 0:
-        return splits
-    generator = torch.Generator().manual_seed(derive_seed(seed, len(splits.train)))
-    train: list[int] = []
-    val: list[int] = []
-    for label, name in enumerate(splits.classes):
-        members = [i for i, other in enumerate(splits.train.labels) if other == label]
-        if len(members) < 2:
-            raise UserError(
-                f"too few images: class {name!r} has {len(members)} and one must be held out for validation "
-                "(add images, give a val/ folder, or pass --val-split 0)"
-            )
-        order = torch.randperm(len(members), generator=generator).tolist()
-        held = min(max(1, round(share * len(members))), len(members) - 1)
-        val += [members[i] for i in order[:held]]
-        train += [members[i] for i in order[held:]]
-    note = f"no val split: {len(val)} of {len(splits.train)} training images held out for selection"
-    return replace(
-        splits,
-        train=splits.train.subset(sorted(train)),
-        val=splits.train.subset(sorted(val)),
-        notes=[*splits.notes, note],
-    )
 
 
 # -- order -----------------------------------------------------------------------------------------------------------

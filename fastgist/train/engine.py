@@ -23,6 +23,8 @@ from fastgist.train.config import UserError
 from fastgist.train.data import EpochBatches, seed_everything
 from fastgist.train.interrupt import deferred_interrupt
 from fastgist.train.measure import StepMemory
+from fastgist.train.metrics import Metrics
+from fastgist.train.optim import parameter_groups, to_schedule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,6 +42,8 @@ class FitResult:
     history: list[dict[str, float]] = field(default_factory=list)
     best_accuracy: float | None = None
     best_epoch: int | None = None
+    best_loss: float | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
     images_per_second: float | None = None
     peak_memory_bytes: int | None = None
 
@@ -52,10 +56,11 @@ class _State:
     best_accuracy: float | None = None
     best_loss: float | None = None
     best_epoch: int | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
 
 
-_NUMBERS = ("best_accuracy", "best_loss", "best_epoch")
+_NUMBERS = ("best_accuracy", "best_loss", "best_epoch", "best_metrics")
 
 
 def _logits(output: Any) -> Tensor:
@@ -66,7 +71,15 @@ def _objective(recipe: Recipe) -> Callable[[Any, Tensor], Tensor]:
     """GIST's loss: cross-entropy for a plain model."""
     from fastgist.nn import GistLoss
 
-    return GistLoss(alpha=recipe.alpha, beta=recipe.beta, temperature=recipe.temperature)
+    return GistLoss(alpha=recipe.alpha, beta=to_schedule(recipe.beta), temperature=to_schedule(recipe.temperature))
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The learning rate, or that of each part where they differ."""
+    rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
+    if len(set(rates.values())) == 1:
+        return {"lr": next(iter(rates.values()))}
+    return {f"lr_{part}": rate for part, rate in rates.items()}
 
 
 def _better(accuracy: float, loss: float, state: _State) -> bool:
@@ -96,18 +109,25 @@ def predict(
 
 
 def evaluate(
-    model: nn.Module, data: Dataset, batch_size: int, accelerator: Accelerator, workers: int = 0
-) -> tuple[float, float]:
-    """(accuracy, mean cross-entropy) over all processes, every image counted once."""
+    model: nn.Module,
+    data: Dataset,
+    batch_size: int,
+    accelerator: Accelerator,
+    workers: int = 0,
+    metrics: Metrics | None = None,
+) -> dict[str, float]:
+    """ "accuracy", "loss" (mean cross-entropy) and ``metrics`` by name over all processes, every image counted once."""
     mine = Subset(data, range(accelerator.process_index, len(data), accelerator.num_processes))  # type: ignore[arg-type]
     sums = torch.zeros(3)
+    logits, labels = torch.zeros(0, 0), torch.zeros(0, dtype=torch.long)
     if len(mine):
         logits, labels = predict(model, mine, batch_size, accelerator.device, workers)
         correct = (logits.argmax(-1) == labels).sum()
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         sums = torch.stack([correct.float(), loss, torch.tensor(float(len(labels)))])
     correct, loss, count = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
-    return correct / count, loss / count
+    found = {"accuracy": correct / count, "loss": loss / count}
+    return found if metrics is None else found | metrics.of(logits, labels, accelerator)
 
 
 def _save(
@@ -178,6 +198,7 @@ def fit(
     *,
     val: Dataset | None = None,
     objective: Callable[[Any, Tensor], Tensor] | None = None,
+    metrics: Metrics | None = None,
     workers: int = 0,
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 0,
@@ -192,10 +213,10 @@ def fit(
     """Train ``model`` in place on ``train``; with ``val``, end with the weights of its best epoch there.
 
     ``train`` is indexed by :class:`~fastgist.train.data.Draw` (index and epoch). ``objective`` (output, target) -> loss is
-    GIST's loss if not given, which for a plain model is cross-entropy; its ``progress`` follows the run. ``identity`` is
+    GIST's loss if not given, which for a plain model is cross-entropy; its ``progress`` follows the run. ``metrics`` are
+    those of ``val`` beside accuracy and loss, which select. ``identity`` is
     what a resumed run must have in common with the run it continues. Without ``val`` the last epoch's weights stay.
     """
-    from timm.optim import param_groups_weight_decay
     from timm.scheduler import CosineLRScheduler
     from tqdm import tqdm
 
@@ -211,7 +232,13 @@ def fit(
     )
     per_epoch = sampler.steps
     total = per_epoch * recipe.epochs
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, recipe.weight_decay), lr=recipe.lr)
+    try:
+        groups = parameter_groups(
+            model, recipe.lr, recipe.weight_decay, lrs=recipe.lrs, weight_decays=recipe.weight_decays
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
     scheduler = CosineLRScheduler(
         optimizer,
         t_initial=total,
@@ -227,6 +254,7 @@ def fit(
     loss_sum = torch.zeros((), device=device)
     state, notes = _State(), list[str]()
     identity = {**(identity or {}), "global batch": recipe.batch_size * world}
+    identity["parameter groups"] = [[group["name"], len(group["params"])] for group in groups]
     if checkpoints is not None and resume:
         state, notes = _restore(checkpoints, inner, optimizer, loss_sum, accelerator, identity)
     on_start(state.step, notes)
@@ -285,13 +313,15 @@ def fit(
             loss_sum.zero_()
             if not math.isfinite(mean_loss):
                 raise RuntimeError(f"the loss became {mean_loss} in epoch {epoch + 1}: try an --lr below {recipe.lr:g}")
-            record: dict[str, float] = {"epoch": epoch + 1, "step": state.step, "lr": optimizer.param_groups[0]["lr"]}
+            record: dict[str, float] = {"epoch": epoch + 1, "step": state.step, **_rates(optimizer)}
             record["train_loss"] = mean_loss
             if val is not None:
-                accuracy, loss = evaluate(inner, val, recipe.batch_size, accelerator, workers)
-                record |= {"val_accuracy": accuracy, "val_loss": loss}
+                judged = evaluate(inner, val, recipe.batch_size, accelerator, workers, metrics)
+                record |= {f"val_{name}": value for name, value in judged.items()}
+                accuracy, loss = judged["accuracy"], judged["loss"]
                 if _better(accuracy, loss, state):
                     state.best_accuracy, state.best_loss, state.best_epoch = accuracy, loss, epoch + 1
+                    state.best_metrics = {name: judged[name] for name in judged if name not in ("accuracy", "loss")}
                     state.best = {k: v.detach().to("cpu", copy=True) for k, v in trained_tensors(inner).items()}
             bar.set_postfix({k: f"{record[k]:.3f}" for k in ("train_loss", "val_accuracy") if k in record})
             result.history.append(record)
@@ -307,7 +337,9 @@ def fit(
             for name, parameter in trained_tensors(inner).items():
                 parameter.copy_(state.best[name])
     inner.eval()
-    result.steps, result.best_accuracy, result.best_epoch = state.step, state.best_accuracy, state.best_epoch
+    result.steps = state.step
+    for name in _NUMBERS:
+        setattr(result, name, getattr(state, name))
     result.images_per_second = timed_images / timed_seconds if timed_images and timed_seconds else None
     result.peak_memory_bytes = memory.peak_bytes
     return result

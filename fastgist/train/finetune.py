@@ -12,17 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastgist.gist import GistConfig
+from fastgist.nn import Linear
 from fastgist.train import data as images
+from fastgist.train import selection
 from fastgist.train.checkpoint import Checkpoints, write_atomically
-from fastgist.train.config import FinetuneConfig, UserError
+from fastgist.train.config import FinetuneConfig, Readout, UserError
 from fastgist.train.engine import FitResult, evaluate, fit
 from fastgist.train.measure import commit, memory_method, trainable_share, versions
+from fastgist.train.metrics import Metrics, parse_metrics
 from fastgist.train.models import adapt, build_backbone, check_name, frozen_fingerprint
+from fastgist.train.optim import to_schedule
+from fastgist.train.settings import written_settings
+from fastgist.train.tracking import Tracking, check_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Interrupted", "finetune"]
+__all__ = ["Interrupted", "check_numbers", "finetune"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -34,7 +41,11 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
 
     Raises UserError for what the user can put right, before anything is written, and Interrupted on Ctrl-C.
     """
-    _check_numbers(config)
+    if config.seeds is not None:
+        raise UserError("finetune makes one run: fastgist.train.sweep.sweep takes several --seeds")
+    check_numbers(config)
+    chosen = parse_metrics(config.metrics)
+    trackers = check_trackers(config.report_to)
     accelerator = _accelerator(config)
     main = accelerator.is_main_process
     tell = say if main else lambda line: None
@@ -43,6 +54,7 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
     check_name(config)
 
     splits = _checked_splits(config, accelerator)
+    metrics = Metrics(chosen, len(splits.classes))
     images.seed_everything(config.seed)
     model = build_backbone(config, len(splits.classes))
     _set_transforms(splits, model, config)
@@ -55,6 +67,7 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
         rank=config.rank,
         bottleneck_dim=config.bottleneck_dim,
         settings=config.set,
+        gist_config=GistConfig(length=config.gist_length, readout=config.gist_readout.value),
     )
     identity = {
         **config.trajectory(),
@@ -72,6 +85,7 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
     for note in splits.notes:
         tell(f"note: {note}")
 
+    tracking = Tracking(trackers, accelerator, config)
     journal = _Journal(config.output_dir / "metrics.jsonl", enabled=main)
 
     def start(step: int, notes: list[str]) -> None:
@@ -79,10 +93,15 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
             config.output_dir.mkdir(parents=True, exist_ok=True)
             checkpoints.sweep()
             journal.rewind(step)
-            settings = json.dumps(config.trajectory() | {"data": config.data}, indent=2)
+            settings = json.dumps(written_settings(config), indent=2) + "\n"
             write_atomically(config.output_dir / "config.json", settings.encode())
         for note in notes:
             tell(note)
+        tracking.start(step)
+
+    def epoch(record: dict[str, float]) -> None:
+        journal.add(record)
+        tracking.log(record)
 
     try:
         result = fit(
@@ -96,12 +115,15 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
             checkpoint_every=config.checkpoint_every,
             resume=config.resume,
             identity=identity,
-            on_epoch=journal.add,
+            on_epoch=epoch,
+            metrics=metrics,
             on_start=start,
             progress=config.progress,
             description=method,
         )
-        return _finish(config, accelerator, model, splits, result, tell)
+        summary = _finish(config, accelerator, model, splits, result, metrics, tell)
+        tracking.log({name: summary[name] for name in summary if name.startswith("test_")} | {"step": result.steps})
+        return summary
     except KeyboardInterrupt:
         newest = next(iter(checkpoints), None)
         hint = (
@@ -110,19 +132,33 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
             else "no checkpoint had been written yet (one comes with each epoch, or --checkpoint-every N steps)"
         )
         raise Interrupted(f"interrupted: {hint}") from None
+    finally:
+        tracking.end()
 
 
-def _check_numbers(config: FinetuneConfig) -> None:
+def check_numbers(config: FinetuneConfig) -> None:
+    """UserError for a number out of range, or one that this run has no use for."""
     if config.warmup >= config.epochs:
         raise UserError(f"--warmup-epochs {config.warmup:g} must be less than --epochs {config.epochs}")
     for option in dataclasses.fields(config):
         value = getattr(config, option.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{option.name.replace('_', '-')} must be finite, got {value}")
-    if not 0 < config.temperature < float("inf"):
-        raise UserError(f"--temperature must be finite and > 0, got {config.temperature}")
+    for name, least, words in (("temperature", 0.0, "> 0"), ("beta", -math.ulp(0.0), ">= 0")):
+        try:
+            schedule = to_schedule(getattr(config, name))
+        except ValueError as error:
+            raise UserError(f"--{name}: {error}") from error
+        ends = (schedule.start, schedule.end) if isinstance(schedule, Linear) else (schedule,)
+        if any(not end > least for end in ends):
+            raise UserError(f"--{name} must be finite and {words}, got {getattr(config, name)}")
     if config.lr <= 0:
         raise UserError(f"--lr must be > 0, got {config.lr}")
+    if config.gist_length == 1 and config.gist_readout is Readout.MEAN:
+        raise UserError("--gist-readout mean is for --gist-length 2 and more")
+    tokens = [name for name in ("lr_gist", "wd_gist") if getattr(config, name) is not None]
+    if tokens and not config.gist:
+        raise UserError(f"--{tokens[0].replace('_', '-')} is for a gist token, and this run has --no-gist")
 
 
 def _check_output(config: FinetuneConfig, checkpoints: Checkpoints) -> None:
@@ -158,7 +194,7 @@ def _checked_splits(config: FinetuneConfig, accelerator: Accelerator) -> images.
     """The splits, without unreadable images, with a validation split: the same on every process."""
     from accelerate.utils import broadcast_object_list
 
-    splits = images.load_splits(config)
+    splits = selection.draw(images.load_splits(config), config)
     if config.verify:
         found: list[Any] = [None]
         if accelerator.is_main_process:
@@ -169,7 +205,9 @@ def _checked_splits(config: FinetuneConfig, accelerator: Accelerator) -> images.
                 }
             ]
         splits = images.without(splits, broadcast_object_list(found)[0], config.skip_unreadable)
-    return images.hold_out(splits, config.val_split, config.seed)
+    if config.shots is not None or config.train_images is not None:
+        return splits  # the draw took what is selected by
+    return selection.hold_out(splits, config.val_split, config.seed)
 
 
 def _set_transforms(splits: images.Splits, model: Any, config: FinetuneConfig) -> None:
@@ -220,6 +258,7 @@ def _finish(
     model: Any,
     splits: images.Splits,
     result: FitResult,
+    metrics: Metrics,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Judge the selected weights on the test split, once; save the adapter and the summary."""
@@ -231,7 +270,9 @@ def _finish(
         "model": config.model, "method": config.method.value, "gist": config.gist, "classes": splits.classes,
         "images": {name: len(split) for name, split in splits.named().items()},
         "steps": result.steps, "selected_by": "val accuracy" if splits.val is not None else "last epoch",
-        "val_accuracy": result.best_accuracy, "selected_epoch": result.best_epoch or config.epochs,
+        "val_accuracy": result.best_accuracy, "val_loss": result.best_loss,
+        **{f"val_{name}": value for name, value in result.best_metrics.items()},
+        "selected_epoch": result.best_epoch or config.epochs,
         "trained_parameters": trained, "all_parameters": all_parameters,
         "images_per_second": result.images_per_second, "peak_memory_bytes": result.peak_memory_bytes,
         "peak_memory_method": memory_method(accelerator.device) if result.peak_memory_bytes else None,
@@ -241,12 +282,11 @@ def _finish(
     }  # fmt: skip
     if splits.test is not None:
         with accelerator.autocast():
-            accuracy, loss = evaluate(model, splits.test, config.batch_size, accelerator, config.workers)
-        summary |= {"test_accuracy": accuracy, "test_loss": loss}
+            judged = evaluate(model, splits.test, config.batch_size, accelerator, config.workers, metrics)
+        summary |= {f"test_{name}": value for name, value in judged.items()}
     if accelerator.is_main_process:
         fastgist.save_adapter(model, config.output_dir / "adapter")
-        settings = dataclasses.asdict(config) | {"method": config.method.value}
-        summary["config"] = json.loads(json.dumps(settings, default=str))
+        summary["config"] = written_settings(config)
         write_atomically(config.output_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     accelerator.wait_for_everyone()
     for name in ("val", "test"):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgist.gist import GistConfig
 from fastgist.peft import PeftConfig
 from fastgist.peft.family import find_family
 from fastgist.train.config import FinetuneConfig, Method, UserError
@@ -107,6 +108,7 @@ def adapt(
     rank: int | None = None,
     bottleneck_dim: int | None = None,
     settings: Sequence[str] = (),
+    gist_config: GistConfig | None = None,
     **options: Any,
 ) -> nn.Module:
     """Freeze ``model`` and add ``method``, and a gist token if asked; ``options`` go to the method's config."""
@@ -125,7 +127,7 @@ def adapt(
         options["bottleneck_dim"] = bottleneck_dim
     try:
         model = fastgist.get_peft_model(model, kind(**options))
-        return fastgist.add_gist(model) if gist else model
+        return fastgist.add_gist(model, gist_config) if gist else model
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
 

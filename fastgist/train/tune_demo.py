@@ -37,7 +37,7 @@ def tune(shots: int = 10) -> dict[str, float]:
                     train, rest = data.pool.draw(shots, seed)
                     recipe = dataclasses.replace(contestant.recipe, lr=lr, seed=seed)
                     model, _ = adapt_to(base, contestant, train, recipe, accelerator)
-                    found.append(evaluate(model, rest, 256, accelerator)[0])
+                    found.append(evaluate(model, rest, 256, accelerator)["accuracy"])
                 scores[lr] = mean(found)
             best[contestant.name] = max(scores, key=lambda lr: scores[lr])
             shown = ", ".join(f"{lr:g}: {score:.1%}" for lr, score in scores.items())

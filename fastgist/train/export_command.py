@@ -1,0 +1,100 @@
+"""``fastgist export``: from an adapter's folder and a timm model to one file."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastgist.train.config import ExportConfig, FinetuneConfig, UserError
+from fastgist.train.data import seed_everything
+from fastgist.train.export import FORMATS, Exported, export_model
+from fastgist.train.models import build_backbone
+
+__all__ = ["export"]
+
+
+def export(config: ExportConfig, say: Callable[[str], None] = print) -> Exported:
+    """Build the model, load the adapter, write and check the file. Raises UserError for what the user can put right."""
+    import fastgist
+    from fastgist.peft import storage
+
+    folder, run = _folders(config.adapter)
+    output = config.output or folder.parent / f"model{FORMATS[config.format.value]}"
+    if output.exists() and not config.overwrite:
+        raise UserError(f"{output} is there already: pass --overwrite, or another --output")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: no such folder as {output.parent}")
+    settings, classes = _settings(config, run)
+    try:
+        _, tensors = storage.read(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from error
+    counts = [t.shape[0] for name, t in tensors.items() if name.startswith("head.") and t.dim() == 2]
+    if not counts:
+        raise UserError(f"{folder} holds no classifier: it cannot be exported as a model")
+    seed_everything(settings.seed)  # a run from random weights drew them from its seed
+    model = build_backbone(settings, counts[0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model = fastgist.load_adapter(model, folder)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    for warning in caught:
+        if "other frozen weights" in str(warning.message):
+            raise UserError(f"{warning.message} (--model, --checkpoint, --pretrained)")
+    from timm.data import resolve_model_data_config
+
+    about: dict[str, Any] = resolve_model_data_config(model.model if hasattr(model, "gist") else model)
+    size = settings.image_size
+    shape = tuple(about["input_size"]) if size is None else (3, size, size)
+    about |= {"input_size": shape, "model": settings.model, "classes": classes, "fastgist": fastgist.__version__}
+    try:
+        done = export_model(model, output, shape, format=config.format.value, metadata=about)
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
+    kept = "update merged into the weights" if done.merged else "nothing merged"
+    say(
+        f"{output}: {output.stat().st_size / 2**20:.1f} MiB, {kept}; largest difference to the model "
+        f"{done.difference:.1e} ({done.allowed:.1e} allowed)"
+    )
+    return done
+
+
+def _folders(given: Path) -> tuple[Path, Path | None]:
+    """The adapter's folder, and that of the run it comes from."""
+    from fastgist.peft import storage
+
+    for folder in (given, given / "adapter"):
+        if (folder / storage.MODEL_NAME).exists():
+            return folder, folder.parent if (folder.parent / "config.json").exists() else None
+    raise UserError(f"no {storage.MODEL_NAME} in {given} or {given / 'adapter'}")
+
+
+def _settings(config: ExportConfig, run: Path | None) -> tuple[FinetuneConfig, list[str] | None]:
+    """What the backbone is built by, flags above the run's settings, and the names of the classes."""
+    found: dict[str, Any] = {}
+    classes = None
+    if run is not None:
+        try:
+            found = json.loads((run / "config.json").read_text())
+            classes = json.loads((run / "summary.json").read_text())["classes"]
+        except FileNotFoundError:
+            pass  # a run that did not end has an adapter of an older one
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{run} holds no settings of a run that can be read: {error}") from error
+    given = {name: getattr(config, name) for name in ("model", "pretrained", "checkpoint", "image_size")}
+    chosen = {name: value if value is not None else found.get(name) for name, value in given.items()}
+    if chosen["model"] is None:
+        raise UserError(f"{config.adapter} is not a run's: name its --model")
+    if config.checkpoint is None and config.pretrained is not None:
+        chosen["checkpoint"] = None
+    settings = FinetuneConfig(
+        data="", model=chosen["model"], pretrained=chosen["pretrained"] is not False, seed=found.get("seed", 0),
+        checkpoint=Path(chosen["checkpoint"]) if chosen["checkpoint"] else None, image_size=chosen["image_size"],
+        drop_path=0.0,
+    )  # fmt: skip
+    return settings, classes
