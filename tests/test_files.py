@@ -93,7 +93,7 @@ def test_what_is_in_the_file(tmp_path) -> None:
     assert len(metadata["sha256"]) == 64
     config = json.loads(metadata["fastgist"])
     assert config["adapter"] == {"method": "cp", "rank": 3, "core": "cp", "targets": ["q", "k", "v"], "dropout": 0.1}
-    assert config["gist"] == {"length": 2, "dropout": 0.1, "readout": "first"}
+    assert config["gist"] == {"length": 2, "dropout": 0.1, "readout": "first", "full_length": "refuse"}
     assert json.loads((tmp_path / "fastgist_config.json").read_text()) == config
     assert sorted(p.name for p in tmp_path.iterdir()) == [storage.MODEL_NAME, storage.CONFIG_NAME]
     assert {k: type(v) for k, v in config["backbone"].items()} == {"sha256": str, "numbers": list, "dtype": str}
@@ -298,3 +298,20 @@ def test_not_wrapped(tmp_path) -> None:
     with pytest.raises(ValueError, match="save_adapter: VisionTransformer is not wrapped"):
         save_adapter(vit(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_from_before_a_field_of_gist_config_existed(tmp_path) -> None:
+    base = vit()
+    model = made(base, LoraConfig(rank=2), True)
+    save_adapter(model, tmp_path)
+    config, tensors = storage.read(tmp_path)
+    assert config["gist"].pop("full_length") == "refuse"
+    storage.write(tmp_path, config, tensors)
+    for target in (copy.deepcopy(base), made(base, LoraConfig(rank=2), True)):
+        loaded = load_adapter(target, tmp_path).eval()
+        assert torch.equal(loaded.gist.token, model.gist.token)
+    config["gist"]["newer"] = 1
+    storage.write(tmp_path, config, tensors)
+    for target in (copy.deepcopy(base), made(base, LoraConfig(rank=2), True)):
+        with pytest.raises(ValueError, match="newer"):
+            load_adapter(target, tmp_path)

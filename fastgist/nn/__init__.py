@@ -1,6 +1,6 @@
 """Modules: parameters, initialisation and state; the arithmetic is :mod:`fastgist.functional`'s."""
 
-from fastgist.nn._tuner import Factors, TunerLinear, factory, is_hooked, linear_slice
+from fastgist.nn._tuner import Factors, TunerLinear, factory, fan, is_hooked, is_plain, linear_slice
 from fastgist.nn.adapter import AdaptedBlock, AdaptedLayer, Adapter, BlockForward
 from fastgist.nn.affine import AffineLayer, BiasShift, ScaleShift, channels
 from fastgist.nn.cp import CPFactors, CPLinear
@@ -35,6 +35,8 @@ __all__ = [
     "TunerLinear",
     "channels",
     "factory",
+    "fan",
     "is_hooked",
+    "is_plain",
     "linear_slice",
 ]

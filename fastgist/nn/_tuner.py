@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 from fastgist import functional
 
-__all__ = ["Factors", "TunerLinear", "check_dropout", "check_positive", "factory", "is_hooked", "linear_slice"]
+__all__ = [
+    "Factors",
+    "TunerLinear",
+    "check_dropout",
+    "check_positive",
+    "factory",
+    "fan",
+    "is_hooked",
+    "is_plain",
+    "linear_slice",
+]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -55,6 +65,15 @@ def is_hooked(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def fan(layer: Any) -> tuple[int, int] | None:
+    """(in, out) of a linear layer, which transformers' Conv1D calls nx and nf; None for anything else."""
+    for names in (("in_features", "out_features"), ("nx", "nf")):
+        inner, outer = (getattr(layer, name, None) for name in names)
+        if isinstance(inner, int) and isinstance(outer, int):
+            return inner, outer
+    return None
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -115,7 +134,7 @@ class TunerLinear(nn.Module, ABC):
     Factors in another dtype than the base's are cast at the edge, so float32 factors serve a bfloat16 model.
 
     Raises:
-        TypeError: ``base_layer`` has no ``in_features`` and ``out_features``.
+        TypeError: ``base_layer`` has no ``in_features`` and ``out_features`` (nor ``nx`` and ``nf``).
         ValueError: ``base_layer`` is wrapped already.
     """
 
@@ -127,11 +146,11 @@ class TunerLinear(nn.Module, ABC):
         owner = type(self).__name__
         if isinstance(base_layer, TunerLinear):
             raise ValueError(f"{owner}: base_layer is wrapped already, by {type(base_layer).__name__}")
-        if not (hasattr(base_layer, "in_features") and hasattr(base_layer, "out_features")):
+        sizes = fan(base_layer)
+        if sizes is None:
             raise TypeError(f"{owner}: base_layer must be a linear layer, got {type(base_layer).__name__}")
         self.base_layer = base_layer
-        self.in_features: int = base_layer.in_features
-        self.out_features: int = base_layer.out_features
+        self.in_features, self.out_features = sizes
         self._plain = is_plain(base_layer)
         self.register_buffer("_original_weight", None, persistent=False)
         keep_original_state(self)

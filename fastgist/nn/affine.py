@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgist.nn._tuner import keep_original_state, linear_slice
+from fastgist.nn._tuner import fan, keep_original_state, linear_slice
 
 __all__ = ["AffineLayer", "BiasShift", "ScaleShift", "channels"]
 
@@ -28,8 +28,9 @@ def channels(layer: nn.Module) -> int:
     """
     if isinstance(layer, _CONVOLUTIONS):
         return layer.out_channels
-    if hasattr(layer, "out_features"):
-        return int(layer.out_features)
+    sizes = fan(layer)
+    if sizes is not None:
+        return sizes[1]
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.dim() == 1 and not isinstance(layer, _CHANNELS_FIRST):
         return weight.shape[0]

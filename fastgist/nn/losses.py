@@ -143,6 +143,37 @@ class GistLoss(nn.Module):
         kept = self._kept(logits, target)
         return entropies + weight * self._interaction(logits, gist_logits, kept, temperature)
 
+    @property
+    def has_linear(self) -> bool:
+        """Whether :meth:`of_linear` computes this loss: single labels, "bkld", nothing detached."""
+        return self.problem_type == PROBLEMS[0] and self.interaction == "bkld" and self.detach is None
+
+    def of_linear(
+        self, hidden: Tensor, gist_hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
+    ) -> Tensor:
+        """The loss of the logits that a linear head makes of hidden states (..., H), without the logits: see
+        :func:`fastgist.functional.gist_linear_loss`.
+
+        Raises:
+            ValueError: a kind of loss that only has logits (:attr:`has_linear`).
+        """
+        if not self.has_linear:
+            raise ValueError(f"GistLoss: of_linear is for single labels, bkld and no detach, got {self.extra_repr()}")
+        return functional.gist_linear_loss(
+            hidden,
+            gist_hidden,
+            weight,
+            bias,
+            target,
+            alpha=self.alpha,
+            beta=value_at(self.beta, self.progress) * (0.5 if self.halve else 1.0),
+            temperature=_temperature(self, value_at(self.temperature, self.progress)),
+            t_squared=self.t_squared,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
     def _rest(self, logits: Tensor, gist_logits: Tensor, target: Tensor, weight: float, temperature: float) -> Tensor:
         """What a gist token adds to the task's loss, where that is not a cross-entropy of classes."""
         added = weight * self._interaction(logits, gist_logits, None, temperature)

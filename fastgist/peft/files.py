@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import warnings
@@ -38,11 +39,19 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
 
     A fingerprint of the frozen weights goes with it, so that load_adapter can tell another backbone of the same shape.
 
+    Of a gist token in a Hugging Face PeftModel it is the token and the head; the rest is PEFT's ``save_pretrained``'s, in
+    another folder (see :mod:`fastgist.integrations.peft`).
+
     Raises:
-        ValueError: the model is not wrapped.
+        ValueError: the model is not wrapped, or the folder holds an adapter of Hugging Face PEFT.
         OSError: the folder cannot be written.
     """
     state = _state.need_state(model, "save_adapter")
+    if (Path(folder) / "adapter_config.json").exists():
+        raise ValueError(
+            f"save_adapter: {folder} holds an adapter of Hugging Face PEFT (adapter_config.json), whose "
+            f"{storage.MODEL_NAME} would be overwritten; give another folder"
+        )
     plain = _state.inner(model)
     record = state.record()
     config: dict[str, Any] = {
@@ -52,8 +61,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         "head": list(state.original_heads),
         "backbone": backbone_fingerprint(plain, state),
     }
+    if state.foreign:
+        config["peft"] = list(state.foreign)
     if state.extension is not None:
-        config[state.extension.name] = vars(state.extension.config).copy()
+        config[state.extension.name] = dataclasses.asdict(state.extension.config)
     storage.write(folder, config, _state.owned_tensors(plain, state))
 
 
@@ -85,6 +96,14 @@ def load_adapter(
     adapter = _adapter_config(config, path)
     extension = {key: config[key] for key in _EXTENSIONS if isinstance(config.get(key), dict)}
     state = _state.state_of(model)
+    foreign = _state.is_foreign(model) if state is None else bool(state.foreign)
+    if foreign != bool(config.get("peft")):
+        if foreign:
+            raise ValueError(f"{path}: is of a plain model, and this one is a Hugging Face PeftModel")
+        raise ValueError(
+            f"{path}: stands beside Hugging Face PEFT's {', '.join(map(str, config['peft']))}: load that first, and give the "
+            "PeftModel that PeftModel.from_pretrained returns"
+        )
     if state is not None:
         _state.need_state(model, "load_adapter")
         surgery._refuse_merged(state, "load_adapter")
@@ -117,7 +136,8 @@ def backbone_fingerprint(model: nn.Module, state: _state.State) -> dict[str, Any
         unmerged |= {id(p): originals.get(name) for name, p in layer.base_layer.named_parameters(recurse=False)}
     digests, numbers, dtypes = [], [], set()
     for name, parameter in sorted(model.named_parameters()):
-        if id(parameter) in owned or any(word in name for word in ("pos_embed", "position")) or parameter.numel() == 0:
+        apart = any(word in name for word in ("pos_embed", "position", "original_module"))  # the last: PEFT's old heads
+        if id(parameter) in owned or apart or parameter.numel() == 0:
             continue
         if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.is_floating_point():
             return None
@@ -247,9 +267,10 @@ def _check_alike(
 
 def _check_extension(state: _state.State, extension: Mapping[str, dict[str, Any]], path: Path) -> None:
     assert state.extension is not None
-    have, found = vars(state.extension.config), extension.get(state.extension.name)
-    if have != found:
-        raise ValueError(f"{path}: holds {state.extension.name} {found}, the model has {have}")
+    have, found = state.extension.config, extension.get(state.extension.name)
+    fields = {f.name for f in dataclasses.fields(have)}
+    if found is None or not fields.issuperset(found) or type(have)(**found) != have:
+        raise ValueError(f"{path}: holds {state.extension.name} {found}, the model has {dataclasses.asdict(have)}")
 
 
 @torch.no_grad()

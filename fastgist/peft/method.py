@@ -21,6 +21,7 @@ from fastgist.nn import (
     PromptedBlock,
     ScaleShift,
     factory,
+    fan,
 )
 from fastgist.peft.config import (
     AdapterConfig,
@@ -220,8 +221,9 @@ class _CP(Method):
     @staticmethod
     def _shape(choice: Selection) -> tuple[int, int, int]:
         """(in, out, number) of the equal matrices that a chosen layer counts as: folds of its output or of its input."""
-        layer: Any = choice.site.module
-        inner, outer = layer.in_features, layer.out_features
+        sizes = fan(choice.site.module)
+        assert sizes is not None  # a family's linears have them
+        inner, outer = sizes
         if choice.parts is None and inner > outer and inner % outer == 0:
             return outer, outer, inner // outer
         square = outer // inner if outer % inner == 0 else 1

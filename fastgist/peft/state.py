@@ -28,6 +28,7 @@ __all__ = [
     "begin",
     "check_name",
     "inner",
+    "is_foreign",
     "need_state",
     "owned_tensors",
     "state_of",
@@ -97,13 +98,20 @@ class State:
     active: str | None = None
     extension: Extension | None = None
     disabled: bool = False
+    #: Kinds of the Hugging Face PEFT adapters inside, which stay what they are.
+    foreign: tuple[str, ...] = ()
 
     def record(self) -> Record | None:
         return None if self.active is None else self.records[self.active]
 
 
+def is_foreign(model: nn.Module) -> bool:
+    """Whether ``model`` is a Hugging Face PeftModel."""
+    return any(base.__module__ == "peft.peft_model" for base in type(model).__mro__)
+
+
 def inner(model: nn.Module) -> nn.Module:
-    """The plain model inside a front, torch.compile's wrapper or DistributedDataParallel."""
+    """The plain model inside a front, torch.compile's wrapper, DistributedDataParallel or a Hugging Face PeftModel."""
     while True:
         if isinstance(model, Front):
             model = model.model
@@ -111,6 +119,8 @@ def inner(model: nn.Module) -> nn.Module:
             model = model._modules["_orig_mod"]
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
+        elif is_foreign(model):
+            model = model.get_base_model()
         else:
             return model
 
@@ -144,16 +154,25 @@ def check_name(name: str, caller: str) -> str:
 
 
 def begin(model: nn.Module, caller: str) -> State:
-    """The state of ``model``, made on first use: all but the head is frozen, and the head as it was kept as a copy."""
-    model = inner(model)
+    """The state of ``model``, made on first use: all but the head is frozen, and the head as it was kept as a copy. What a
+    Hugging Face PeftModel trains goes on being trained."""
+    outer, model = model, inner(model)
     state = state_of(model)
     if state is not None:
         return need_state(model, caller)
     family = find_family(model, caller)
-    heads = {path: copy.deepcopy(model.get_submodule(path)) for path in family.head_paths(model)}
-    state = State(family, {name: p.requires_grad for name, p in model.named_parameters()}, heads)
+    paths = family.head_paths(model)
+    trained: set[int] = set()
+    foreign: tuple[str, ...] = ()
+    if is_foreign(outer):
+        from fastgist.integrations import peft as hf_peft
+
+        paths = tuple(hf_peft.head_path(model, path) for path in paths)
+        trained, foreign = hf_peft.trained(outer), tuple(hf_peft.kinds(outer))
+    heads = {path: copy.deepcopy(model.get_submodule(path)) for path in paths}
+    state = State(family, {n: p.requires_grad for n, p in model.named_parameters()}, heads, foreign=foreign)
     for p in model.parameters():
-        p.requires_grad_(False)
+        p.requires_grad_(id(p) in trained)
     for path in heads:
         model.get_submodule(path).requires_grad_(True)
     model.__dict__[_ATTRIBUTE] = state

@@ -45,6 +45,11 @@ def add_record(model: nn.Module, config: PeftConfig, name: str, caller: str) -> 
     _state.check_name(name, caller)
     plain = _state.inner(model)
     known = _state.state_of(plain)
+    if _state.is_foreign(model) or (known is not None and known.foreign):
+        raise ValueError(
+            f"{caller}: the model holds Hugging Face PEFT's adapters, and {type(config).__name__} does not stand beside "
+            "those; take the plain model, or only add_gist"
+        )
     if known is not None:
         need_state(plain, caller)
         if name in known.records:
@@ -210,7 +215,8 @@ def unload(model: nn.Module, keep_head: bool = True) -> nn.Module:
         keep_head: keep the head as trained; False puts the head from before wrapping back.
 
     Returns:
-        The plain model: the object that was wrapped, not a gist model around it.
+        The plain model: the object that was wrapped, not a gist model around it (a Hugging Face PeftModel, where the
+        gist token was in one).
 
     Raises:
         ValueError: the model is not wrapped.
@@ -231,7 +237,8 @@ def unload(model: nn.Module, keep_head: bool = True) -> nn.Module:
         _state._place_heads(plain, state.original_heads)
         state.family.after_change(plain)
     _state.end(plain, state)
-    return plain
+    outer = model if _state.is_foreign(model) else getattr(model, "peft_model", None)
+    return plain if outer is None else outer
 
 
 def _merged(state: State) -> bool:

@@ -179,6 +179,7 @@ class TimmViTGist(GistHost):
         self.index = own_prefix(model)
         self.dim = model.embed_dim
         self.distilled = family is distilled
+        self.last = None if self.distilled else "head"
         self.plain_forward = (
             family is vit
             and type(model).forward_features is vit.forward_features
@@ -195,25 +196,30 @@ class TimmViTGist(GistHost):
     # -- forward -----------------------------------------------------------------------------------------------------
     def forward(self, model: Any, config: GistConfig, want_gist: bool, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x: (B, 3, H, W) -> logits (B, C) and gist logits (B, C) or None."""
+        if self.distilled:
+            features = model.forward_features(x)
+            gist = features[:, self.index : self.index + config.rows].mean(1) if want_gist else None
+            return self._both_heads(model, features, gist)
+        logits = model.head(self.rows(model, config, x, want_gist=want_gist))  # one call: the halves are contiguous
+        batch = x.shape[0]
+        return (logits[:batch], logits[batch:]) if want_gist else (logits, None)
+
+    def rows(self, model: Any, config: GistConfig, x: Tensor, want_gist: bool = True) -> Tensor:
+        """x: (B, 3, H, W) -> (2 B, D), or (B, D) for the prediction alone: what goes into the head."""
         if self.rowwise is not None and model.global_pool == "token" and self.rowwise.serves(model):
             rows = self._last_rows(model, config, want_gist, x)
             z, gist = rows[:, 0], rows[:, 1:]
         else:
             features = model.forward_features(x)
-            gist = features[:, self.index : self.index + config.rows]
-            if self.distilled:
-                return self._both_heads(model, features, gist.mean(1) if want_gist else None)
-            z = self._pool(model, features)
+            z, gist = self._pool(model, features), features[:, self.index : self.index + config.rows]
         if not want_gist:
-            return model.head(model.head_drop(model.fc_norm(z))), None
+            return model.head_drop(model.fc_norm(z))
         if config.rows > 1 and not isinstance(model.fc_norm, nn.Identity):
             gist = model.fc_norm(gist)  # the mean is of final, normed states
             both = torch.cat((model.fc_norm(z), gist.mean(1)))
         else:
             both = model.fc_norm(torch.cat((z, gist.mean(1) if config.rows > 1 else gist[:, 0])))
-        logits = model.head(model.head_drop(both))  # one call: the halves are contiguous
-        batch = x.shape[0]
-        return logits[:batch], logits[batch:]
+        return model.head_drop(both)
 
     @staticmethod
     def _pool(model: Any, features: Tensor) -> Tensor:

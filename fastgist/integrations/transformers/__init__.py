@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastgist.integrations.transformers.decoders import Decoder, DecoderGist
 from fastgist.integrations.transformers.encoders import Encoder, EncoderGist
+from fastgist.integrations.transformers.loss import gist_loss_func
 
-__all__ = ["Encoder", "EncoderGist", "T5EncoderForSequenceClassification"]
+__all__ = [
+    "Decoder",
+    "DecoderGist",
+    "Encoder",
+    "EncoderGist",
+    "GistTrainer",
+    "T5EncoderForSequenceClassification",
+    "gist_loss_func",
+]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "GistTrainer":  # Trainer is a slow import, and few ask for it
+        from fastgist.integrations.transformers.trainer import GistTrainer
+
+        return GistTrainer
     if name == "T5EncoderForSequenceClassification":  # loads transformers' T5, which few need
         from fastgist.integrations.transformers.t5 import T5EncoderForSequenceClassification
 

@@ -172,14 +172,14 @@ class EncoderGist(GistHost):
     def forward(
         self, model: Any, config: GistConfig, want_gist: bool, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """The classifier's arguments but for labels -> logits (B, C) and gist logits (B, C) or None."""
+        """The classifier's arguments -> logits (B, C) and gist logits (B, C) or None."""
         if len(args) > len(self.names):
             raise TypeError(
                 f"GistModel: {type(model).__name__} takes {', '.join(self.names)}; got {len(args)} arguments"
             )
         given = dict(zip(self.names, args, strict=False)) | kwargs
         if given.pop("labels", None) is not None:
-            raise TypeError("GistModel: labels are the loss's: fastgist.nn.GistLoss()(output, labels)")
+            raise TypeError("GistModel: labels are given by name, labels=...")
         kind = kind_of(model)
         mask = given.get("attention_mask")
         if mask is not None:

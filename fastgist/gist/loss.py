@@ -1,0 +1,90 @@
+"""The loss that a gist model computes of its own outputs, where it is given labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _torch_module
+
+from fastgist.nn import GistLoss
+
+__all__ = ["default_loss", "divided", "fuses", "hooked_everywhere", "loss_of", "shaped"]
+
+#: Head and loss are one operation from this many classes, where the batch has at least half as many rows as the head is
+#: wide. Measured on a CPU (float32, a head of 768, forward and backward, peak memory beyond parameters and their
+#: gradients): the operation holds the head's gradient twice, the way of logits holds logits and their gradients. With 32
+#: and 128 rows it takes 1.2 to 1.8 times the memory at every class count from 1,000 to 131,072, with 256 about the same,
+#: with 384 0.75 to 0.85, with 512 0.67 at 4,096 classes and about half from 10,000, in 0.85 to 1.25 of the time: it saves
+#: memory, not time. DESIGN.md has the numbers.
+FUSED_CLASSES = 4096
+FUSED_ROWS_PER_WIDTH = 0.5
+
+_SINGLE, _MULTI, _REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+
+
+def fuses(rows: int, width: int, classes: int) -> bool:
+    """Whether a gist model takes its head (width -> classes) and its loss in one operation for a batch of ``rows``, unless
+    it is told: :func:`fastgist.functional.gist_linear_loss`, which makes no whole logits."""
+    return classes >= FUSED_CLASSES and rows >= FUSED_ROWS_PER_WIDTH * width
+
+
+def hooked_everywhere() -> bool:
+    """Whether torch has hooks that run at every module's forward."""
+    return bool(_torch_module._global_forward_hooks or _torch_module._global_forward_pre_hooks)
+
+
+def default_loss(config: Any, labels: Tensor, logits_width: int | None) -> GistLoss:
+    """The paper's loss, of the kind of problem that transformers' classifiers read out of the same things.
+
+    ``config.problem_type`` if it is set; else regression for one output, several labels for floating-point labels. A
+    model without such a configuration (timm's) is a classifier of single labels, whose floating-point labels are soft.
+    """
+    problem = getattr(config, "problem_type", None)
+    if problem is None:
+        problem = _SINGLE
+        if hasattr(config, "problem_type"):
+            if logits_width == 1:
+                problem = _REGRESSION
+            elif labels.is_floating_point():
+                problem = _MULTI
+    return GistLoss(problem_type=problem)
+
+
+def shaped(loss: nn.Module, labels: Tensor, rows: int, width: int) -> Tensor:
+    """``labels`` as ``loss`` takes them: (B,) classes, or (B, C); from (B, 1), or (B,) numbers for one output."""
+    regression = getattr(loss, "problem_type", _SINGLE) == _REGRESSION
+    if regression and labels.shape == (rows,) and width == 1:
+        return labels[:, None]
+    if not regression and labels.shape == (rows, 1) and not labels.is_floating_point():
+        return labels[:, 0]
+    return labels
+
+
+def loss_of(loss: nn.Module, logits: Tensor, gist_logits: Tensor | None, labels: Tensor) -> Tensor:
+    """``loss`` of logits (B, C), with gist logits or without, at labels in any form that :func:`shaped` knows."""
+    labels = shaped(loss, labels, logits.shape[0], logits.shape[-1])
+    if gist_logits is None:
+        return loss({"logits": logits}, labels)
+    return loss(logits, gist_logits, labels)
+
+
+def divided(loss: nn.Module, value: Tensor, labels: Tensor, number: Tensor | int) -> Tensor:
+    """``loss``'s ``value`` for a batch as its share of a mean over ``number`` labels, of several batches.
+
+    ``number`` counts elements of the labels, as transformers' Trainer counts them (without those that are -100), over
+    all batches that are accumulated into one step; a row with C labels counts C times.
+    """
+    rows = labels.shape[0]
+    reduction = getattr(loss, "reduction", "mean")
+    if reduction == "none":
+        value = value.sum()
+    elif reduction == "mean":
+        kept: Tensor | int = rows
+        if not labels.is_floating_point() and getattr(loss, "problem_type", _SINGLE) == _SINGLE:
+            kept = (labels != getattr(loss, "ignore_index", -100)).sum()
+            return value * (kept / number)
+        value = value * kept
+    each = labels.numel() // max(rows, 1)
+    return value * (each / number if isinstance(number, int) else each / number.to(torch.float32))
