@@ -69,13 +69,14 @@ def _smaller(config: dict[str, int]) -> dict[str, int] | None:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A kernel that is compiled and loaded: its launcher, and the constexprs that end its arguments."""
+    """The tile that fits, and of a kernel that is compiled and loaded (not of an interpreted one) its launcher and the
+    constexprs that end its arguments."""
 
-    run: Callable[..., None]
-    function: int
-    metadata: tuple
-    tail: tuple
     config: dict[str, int]
+    run: Callable[..., None] | None = None
+    function: int = 0
+    metadata: tuple = ()
+    tail: tuple = ()
 
 
 #: What a launch is decided by -> the kernel it takes. Filled by the first launch of its kind.
@@ -109,13 +110,10 @@ def launch(
     """
     tensor = next(a for a in args if isinstance(a, torch.Tensor))
     device = tensor.device
-    if INTERPRET or device.type != "cuda":
-        kernel[grid(config) if callable(grid) else grid](*args, **constexprs, enable_fp_fusion=True, **config)
-        return
     key = (id(kernel), device.index, *config.items(), *constexprs.items(), *_specialisation(args))
     ready = _READY.get(key)
-    if ready is None or knobs.runtime.launch_enter_hook is not None or knobs.runtime.launch_exit_hook is not None:
-        _READY[key] = _first_launch(kernel, grid, config, tensor, args, constexprs)
+    if ready is None or ready.run is None or _watched():
+        _READY[key] = _through_jit(kernel, grid, config if ready is None else ready.config, tensor, args, constexprs)
         return
     size = (*(grid(ready.config) if callable(grid) else grid), 1, 1)
     if torch.cuda.current_device() == device.index:
@@ -127,7 +125,12 @@ def launch(
             ready.run(*size[:3], stream, ready.function, ready.metadata, None, None, None, *args, *ready.tail)
 
 
-def _first_launch(kernel, grid, config: dict[str, int], tensor: torch.Tensor, args: tuple, constexprs: dict) -> _Ready:
+def _watched() -> bool:
+    """Whether somebody has asked Triton to be told of launches, such as a profiler."""
+    return knobs.runtime.launch_enter_hook is not None or knobs.runtime.launch_exit_hook is not None
+
+
+def _through_jit(kernel, grid, config: dict[str, int], tensor: torch.Tensor, args: tuple, constexprs: dict) -> _Ready:
     """Launch through Triton's JIT, with smaller tiles while the device has no room; what it compiled is the result."""
     while True:
         try:
@@ -135,9 +138,11 @@ def _first_launch(kernel, grid, config: dict[str, int], tensor: torch.Tensor, ar
                 compiled = kernel[grid(config) if callable(grid) else grid](
                     *args, **constexprs, enable_fp_fusion=True, **config
                 )
+            if compiled is None:  # interpreted
+                return _Ready(config)
             given = constexprs | config
             tail = tuple(given[name] for name in kernel.arg_names[len(args) :])
-            return _Ready(compiled.run, compiled.function, compiled.packed_metadata, tail, config)
+            return _Ready(config, compiled.run, compiled.function, compiled.packed_metadata, tail)
         except OutOfResources:
             smaller = _smaller(config)
             if smaller is None:
