@@ -1,4 +1,4 @@
-"""The ``fastgist`` command: demo, finetune, env, warmup.
+"""The ``fastgist`` command: demo, finetune, finetune-text, env, warmup.
 
 A command's flags are the fields of its dataclass; the command turns them into one call, and errors into one line. What
 the user can put right exits with 2, what went wrong at run time with 1, Ctrl-C with 130. FASTGIST_DEBUG=1 shows the
@@ -26,8 +26,8 @@ __all__ = ["main"]
 #: What the command line imports beyond torch, all in one extra.
 _EXTRA = "fastgist[train]"
 _PACKAGES = (
-    "PIL", "accelerate", "datasets", "matplotlib", "numpy", "rich", "safetensors", "sklearn", "timm", "torchvision",
-    "tqdm", "typer",
+    "PIL", "accelerate", "datasets", "matplotlib", "numpy", "rich", "safetensors", "sklearn", "timm", "tokenizers",
+    "torchmetrics", "torchvision", "tqdm", "transformers", "typer",
 )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def _command(run: Callable[[Any], None], config: type) -> Callable[..., None]:
         # A switch that is off needs no --no- twin, which would only fill the help.
         names = [f"--{option.name.replace('_', '-')}"] if option.default is False else []
         kind = typer.Argument(**about) if argument else typer.Option(*names, **about)
-        default = inspect.Parameter.empty if argument else option.default
+        default = inspect.Parameter.empty if option.default is ... else option.default
         if not isinstance(option.default_factory, dataclasses._MISSING_TYPE):
             default = option.default_factory()
         annotation = Annotated[hints[option.name], kind]  # type: ignore[valid-type,name-defined]
@@ -110,6 +110,7 @@ def build_app() -> typer.Typer:
     import typer
 
     from fastgist.train.config import DemoConfig, FinetuneConfig
+    from fastgist.train.text_config import TextConfig
 
     app = typer.Typer(
         help="Parameter-efficient fine-tuning with GIST and PETAL on fused kernels.",
@@ -133,6 +134,7 @@ def build_app() -> typer.Typer:
     app.callback()(top)
     app.command("demo")(_command(_demo, DemoConfig))
     app.command("finetune")(_command(_finetune, FinetuneConfig))
+    app.command("finetune-text")(_command(_finetune_text, TextConfig))
     app.command("env")(_command(_env, EnvConfig))
     app.command("warmup")(_command(_warmup, WarmupConfig))
     return app
@@ -177,6 +179,16 @@ def _finetune(config: Any) -> None:
     from fastgist.train.finetune import finetune
 
     finetune(config)
+
+
+def _finetune_text(config: Any) -> None:
+    """Fine-tune a BERT, RoBERTa or other sequence classifier of transformers on texts or pairs of texts.
+
+    Several processes: accelerate launch -m fastgist finetune-text ...
+    """
+    from fastgist.train.text import finetune_text
+
+    finetune_text(config)
 
 
 #: Names of what fastgist._extension.build_info() returns, for people.

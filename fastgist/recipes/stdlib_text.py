@@ -1,0 +1,37 @@
+"""The numbers of the small text models that are pre-trained on the standard library's docstrings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["ARCHITECTURE", "BASES", "MAX_LENGTH", "PRETRAIN", "VOCABULARY", "Pretraining"]
+
+VOCABULARY = 4096
+MAX_LENGTH = 128
+
+#: One size for the encoder and the decoder, in transformers' words.
+ARCHITECTURE: dict[str, Any] = {
+    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": MAX_LENGTH,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """How a base model is trained: ``passes`` over the text, each with other masks and pairs."""
+
+    passes: int
+    lr: float
+    batch_size: int = 32
+    warmup: float = 0.06
+    weight_decay: float = 0.01
+    mask: float = 0.15
+    seed: int = 0
+
+
+#: Name of a base model -> its pre-training.
+PRETRAIN = {
+    "stdlib-bert": Pretraining(passes=4, lr=1e-3),
+    "stdlib-llama": Pretraining(passes=2, lr=2e-3),
+}
+BASES = tuple(PRETRAIN)
