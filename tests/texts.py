@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fastgist.train.stdlib_text import StdlibText
-from fastgist.train.text_base import train_tokenizer
+from fastgist.train.text_pretrain import train_tokenizer
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
@@ -19,7 +19,7 @@ def write_bert(folder: Path, vocabulary: int = 400, positions: int = 48, **optio
     from transformers import BertConfig, BertModel
 
     documents = StdlibText.load().documents[:20]
-    tokenizer = train_tokenizer([t for d in documents for t in d], vocabulary, max_length=positions)
+    tokenizer = train_tokenizer([t for d in documents for t in d], vocabulary, positions)
     config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=positions, **TINY | options)
     torch.manual_seed(1)
     BertModel(config).save_pretrained(folder)

@@ -5,23 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ARCHITECTURE", "BASES", "MAX_LENGTH", "PRETRAIN", "VOCABULARY", "Pretraining"]
-
-VOCABULARY = 4096
-MAX_LENGTH = 128
+__all__ = ["ARCHITECTURE", "BASES", "PRETRAIN", "Pretraining"]
 
 #: One size for the encoder and the decoder, in transformers' words.
 ARCHITECTURE: dict[str, Any] = {
-    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": MAX_LENGTH,
+    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 128,
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pretraining:
-    """How a base model is trained: ``passes`` over the text, each with other masks and pairs."""
+    """How a base model is trained: ``passes`` over the text, each with other masks and neighbours, ``length`` tokens a row."""
 
     passes: int
     lr: float
+    length: int
+    vocabulary: int = 4096
     batch_size: int = 32
     warmup: float = 0.06
     weight_decay: float = 0.01
@@ -31,7 +30,7 @@ class Pretraining:
 
 #: Name of a base model -> its pre-training.
 PRETRAIN = {
-    "stdlib-bert": Pretraining(passes=4, lr=1e-3),
-    "stdlib-llama": Pretraining(passes=2, lr=2e-3),
+    "stdlib-bert": Pretraining(passes=6, lr=1e-3, length=48),
+    "stdlib-llama": Pretraining(passes=4, lr=2e-3, length=128, batch_size=16),
 }
 BASES = tuple(PRETRAIN)

@@ -77,13 +77,16 @@ def _docstrings(root: Path) -> tuple[Docstring, ...]:
 
 
 def _walk(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    """(name, docstring) of ``node`` and of what is defined within it; expressions, which define nothing, are passed by."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node)
         if text:
             yield name, text
-    for child in ast.iter_child_nodes(node):
-        inner = getattr(child, "name", None) if isinstance(child, ast.stmt) else None
-        yield from _walk(child, f"{name}.{inner}".lstrip(".") if isinstance(inner, str) else name)
+    blocks = [getattr(node, block, ()) for block in ("body", "handlers", "orelse", "finalbody", "cases")]
+    for child in (child for block in blocks if isinstance(block, list) for child in block):
+        inner = getattr(child, "name", None)
+        known = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        yield from _walk(child, f"{name}.{inner}".lstrip(".") if known else name)
 
 
 def scrub(text: str) -> str:

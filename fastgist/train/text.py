@@ -7,8 +7,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from fastgist.train.finetune import Interrupted
 from fastgist.train.interrupt import deferred_interrupt
 from fastgist.train.measure import commit, trainable_share, versions
 from fastgist.train.models import adapt, frozen_fingerprint
+from fastgist.train.text_base import base_model, quiet
 from fastgist.train.text_config import PaddingSide, TextConfig
 from fastgist.train.text_data import TextSplits, load_texts
 from fastgist.train.text_metrics import metric_names, metrics_function
@@ -44,7 +44,7 @@ def finetune_text(config: TextConfig, say: Callable[[str], None] = print) -> dic
     newest = _check_output(config, checkpoints)
     main = int(os.environ.get("RANK", "0")) == 0
     tell = say if main else lambda line: None
-    with _quiet(config.progress):
+    with quiet(config.progress):
         splits = load_texts(config)
         regression = splits.classes is None
         names = metric_names(config.metrics, regression)
@@ -150,26 +150,6 @@ def _check_identity(config: TextConfig, identity: dict[str, Any], newest: Path |
             )
 
 
-@contextmanager
-def _quiet(progress: bool) -> Iterator[None]:
-    """transformers and datasets say what the user must know only; their bars follow ``progress``."""
-    import datasets
-    from transformers.utils import logging
-
-    before, bars = logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    if not progress:
-        datasets.disable_progress_bars()
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if not bars:
-            datasets.enable_progress_bars()
-        logging.enable_progress_bar()
-
-
 def build_classifier(
     config: TextConfig, classes: list[str] | None, say: Callable[[str], None] = print
 ) -> tuple[Any, Any, list[str]]:
@@ -177,7 +157,6 @@ def build_classifier(
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     from fastgist.recipes.stdlib_text import BASES
-    from fastgist.train.text_base import base_model
 
     name = str(base_model(config.model, progress=config.progress, say=say)) if config.model in BASES else config.model
     head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
@@ -266,6 +245,7 @@ def collator(tokenizer: Any, side: PaddingSide) -> Any:
 def training_arguments(config: TextConfig, folder: Path, *, val: bool, selecting: str) -> Any:
     """The Trainer's arguments of a resolved ``config``."""
     from transformers import TrainingArguments
+    from transformers.integrations import get_reporting_integration_callbacks
 
     if config.device not in (None, "cpu", "cuda", "mps"):
         raise UserError(f"--device is cpu, cuda, mps or left out, got {config.device!r}")
@@ -300,6 +280,7 @@ def training_arguments(config: TextConfig, folder: Path, *, val: bool, selecting
             log_level="error",
         )
         arguments.dataloader_pin_memory = arguments.device.type == "cuda"
+        get_reporting_integration_callbacks(arguments.report_to)
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"the Trainer refuses these settings: {' '.join(str(error).split())}") from error
     if config.device not in (None, arguments.device.type):
