@@ -30,7 +30,7 @@ class Pretraining:
 
 #: Name of a base model -> its pre-training.
 PRETRAIN = {
-    "stdlib-bert": Pretraining(passes=6, lr=1e-3, length=48),
-    "stdlib-llama": Pretraining(passes=4, lr=2e-3, length=128, batch_size=16),
+    "stdlib-bert": Pretraining(passes=3, lr=1e-3, length=32),
+    "stdlib-llama": Pretraining(passes=2, lr=2e-3, length=128, batch_size=16),
 }
 BASES = tuple(PRETRAIN)
