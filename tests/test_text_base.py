@@ -164,9 +164,12 @@ def test_a_base_model_learns_and_is_kept(name, tmp_path, corpus):
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-def test_unknown_base_models_and_unwritable_caches(tmp_path, corpus):
+def test_unknown_base_models_and_unwritable_caches(tmp_path, corpus, monkeypatch):
     with pytest.raises(UserError, match="stdlib-bert, stdlib-llama"):
         base_model("stdlib-gpt", corpus=corpus)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot keep the pre-trained model"):
         base_model("stdlib-bert", corpus=corpus, cache=tmp_path / "file", say=lambda line: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="run once in one process first"):
+        base_model("stdlib-bert", corpus=corpus, cache=tmp_path / "new", say=lambda line: None)

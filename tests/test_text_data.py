@@ -246,39 +246,36 @@ def test_left_padding_is_for_decoders(bert, tmp_path, corpus):
         finetune_text(config, say=lambda line: None)
 
 
-def test_a_decoder_without_gist_trains_with_padding_on_either_side(tmp_path, corpus):
-    """Full fine-tuning of a small Llama, written by from_pretrained's own format; the sides agree in what they predict."""
-    from transformers import LlamaModel
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])
+def test_decoders_predict_the_same_with_padding_on_either_side(family, tmp_path, corpus):
+    """A small decoder in from_pretrained's form, read as the command reads it; in a batch, and alone without padding."""
+    import transformers
 
     from fastgist.train.text_pretrain import train_tokenizer
 
     tokens = train_tokenizer([t for d in corpus.documents[:20] for t in d], 300, 40, causal=True)
-    tokens.save_pretrained(tmp_path / "llama")
+    tokens.save_pretrained(tmp_path / "model")
+    sizes = {
+        "Llama": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48},
+        "GPT2": {"n_embd": 32, "n_layer": 1, "n_head": 2},
+    }[family]
     torch.manual_seed(0)
-    LlamaModel(
-        LlamaConfig(
-            vocab_size=len(tokens),
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=48,
-            max_position_embeddings=40,
-        )
-    ).save_pretrained(tmp_path / "llama")
-    config = TextConfig(model=str(tmp_path / "llama"), progress=False, gist=False)
+    settings = getattr(transformers, f"{family}Config")(vocab_size=len(tokens), max_position_embeddings=40, **sizes)
+    getattr(transformers, f"{family}Model")(settings).save_pretrained(tmp_path / "model")
+    config = TextConfig(model=str(tmp_path / "model"), progress=False, gist=False)
     model, tokenizer, _ = run.build_classifier(config, ["a", "b"])
-    assert model.config.pad_token_id == tokenizer.pad_token_id is not None
+    assert model.config.pad_token_id == tokenizer.pad_token_id is not None and is_decoder(model)
     texts = datasets.Dataset.from_dict(
         {"text": ["return a value", "a much longer text than that one is"], "label": [0, 1]}
     )
     examples = list(tokenize(texts, tokenizer, 40))
-    logits = []
-    for side in PaddingSide:
-        batch = collator(tokenizer, side)(examples)
-        batch.pop("labels")
-        with torch.no_grad():
-            logits.append(model.eval()(**batch).logits)
-    torch.testing.assert_close(*logits)
+    model.eval()
+    with torch.no_grad():
+        alone = torch.cat([model(input_ids=torch.tensor([e["input_ids"]])).logits for e in examples])
+        for side in PaddingSide:
+            batch = collator(tokenizer, side, positions=True)(examples)
+            batch.pop("labels")
+            torch.testing.assert_close(model(**batch).logits, alone)
 
 
 # -- metrics ---------------------------------------------------------------------------------------------------------

@@ -34,3 +34,16 @@ PRETRAIN = {
     "stdlib-llama": Pretraining(passes=2, lr=2e-3, length=128, batch_size=16),
 }
 BASES = tuple(PRETRAIN)
+
+#: What ``scripts/text_study.py`` trains with, beside a method's learning rate: GIST's constants are TextConfig's defaults.
+STUDY: dict[str, Any] = {"epochs": 10, "batch_size": 16, "max_length": 32}
+TUNING_SEED = 100
+_GRID = (3e-3, 1e-2)
+TUNING_GRID: dict[str, tuple[float, ...]] = {
+    "linear-probe": (1e-2, 3e-2), "adapter": _GRID, "lora": _GRID, "cp": _GRID, "ssf": _GRID, "bitfit": _GRID,
+    "full": (5e-4, 2e-3),
+}  # fmt: skip
+#: Method -> learning rate: the best of its grid by accuracy on validation texts, draw TUNING_SEED, without a gist token.
+LEARNING_RATES = {
+    "linear-probe": 1e-2, "adapter": 3e-3, "lora": 3e-3, "cp": 1e-2, "ssf": 1e-2, "bitfit": 3e-3, "full": 5e-4,
+}  # fmt: skip

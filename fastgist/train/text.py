@@ -82,7 +82,7 @@ def finetune_text(config: TextConfig, say: Callable[[str], None] = print) -> dic
         trainer = trainers.TextTrainer(
             trainers.Trained(model, kept_config),
             training_arguments(config, checkpoints, val=splits.val is not None, selecting=selecting),
-            data_collator=collator(tokenizer, config.padding_side),
+            data_collator=collator(tokenizer, config.padding_side, positions=not config.gist),
             train_dataset=tables["train"],
             eval_dataset=tables.get("val"),
             compute_loss_func=trainers.GistObjective(config.alpha, config.beta, config.temperature, regression),
@@ -234,12 +234,25 @@ def tokenize(table: Any, tokenizer: Any, max_length: int) -> Any:
     return table.map(encode, batched=True, remove_columns=table.column_names, desc="tokenizing")
 
 
-def collator(tokenizer: Any, side: PaddingSide) -> Any:
-    """Pads each batch to its longest text, on ``side``."""
+def collator(tokenizer: Any, side: PaddingSide, positions: bool = False) -> Any:
+    """Pads each batch to its longest text, on ``side``.
+
+    ``positions``: with ``position_ids`` that count each row's own tokens, which a causal model with absolute positions
+    needs under padding on the left. (A gist model makes its own.)
+    """
     from transformers import DataCollatorWithPadding
 
     tokenizer.padding_side = side.value
-    return DataCollatorWithPadding(tokenizer)
+    pad = DataCollatorWithPadding(tokenizer)
+    if not (positions and side is PaddingSide.LEFT):
+        return pad
+
+    def pad_and_count(examples: list[dict[str, Any]]) -> Any:
+        batch = pad(examples)
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        return batch
+
+    return pad_and_count
 
 
 def training_arguments(config: TextConfig, folder: Path, *, val: bool, selecting: str) -> Any:

@@ -137,7 +137,8 @@ def base_model(
 ) -> Path:
     """The folder of base model ``name`` ("stdlib-bert" or "stdlib-llama"): from the cache, or trained now, in minutes.
 
-    Raises UserError for an unknown name, a Python without sources, or a cache that cannot be written.
+    Raises UserError for an unknown name, a Python without sources, a cache that cannot be written, or where it would be
+    trained by several processes.
     """
     if name not in recipes.BASES:
         raise UserError(f"no base model named {name!r}: there are {', '.join(recipes.BASES)}")
@@ -153,6 +154,8 @@ def base_model(
         if _intact(folder):
             return folder
         say(f"{folder} is damaged: pre-training again")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{name} is not pre-trained yet: run once in one process first")
     say(f"pre-training {name} on the standard library's docstrings, once: minutes")
     try:
         cache.mkdir(parents=True, exist_ok=True)
