@@ -5,7 +5,7 @@
     python scripts/text_study.py --tune          the learning rates: on validation texts, on a draw no result uses
     python scripts/text_study.py --causal        the same on the small Llama (where add_gist takes decoders)
 
-A few docstrings of each package are drawn to train on; the test texts of the corpus are looked at once, after training,
+Docstrings of each package are drawn to train on; the test texts of the corpus are looked at once, after training,
 and choose nothing: no epoch is selected. With and without gist a pair shares draw, head, order and learning rate, which
 was chosen without gist. Finished runs are kept in the cache, so an interrupted study goes on; --fresh forgets them.
 """
@@ -212,7 +212,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="paired draws")
-    parser.add_argument("--shots", type=int, default=16, help="training texts of each package")
+    parser.add_argument("--shots", type=int, default=100, help="training texts of each package")
     parser.add_argument("--methods", default=",".join(LEARNING_RATES), help="by commas")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="where JSON and figure go")
     parser.add_argument("--fresh", action="store_true", help="forget finished runs")

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from fastgist.recipes.text import EPOCHS
 from fastgist.train.checkpoint import write_atomically
 from fastgist.train.config import MixedPrecision, UserError
 from fastgist.train.data import seed_everything
@@ -265,7 +266,7 @@ def training_arguments(config: TextConfig, folder: Path, *, val: bool, selecting
     try:
         arguments = TrainingArguments(
             output_dir=str(folder),
-            num_train_epochs=config.epochs,
+            num_train_epochs=config.epochs or EPOCHS,
             learning_rate=config.lr,
             lr_scheduler_type="cosine",
             warmup_steps=config.warmup,

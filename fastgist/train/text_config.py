@@ -9,6 +9,7 @@ import enum
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastgist.recipes.text import EPOCHS, TextRecipe
 from fastgist.train.config import Method, MixedPrecision, UserError, _option, _plain
@@ -102,7 +103,7 @@ class TextConfig(TextRecipe):
     def resolved(self) -> TextConfig:
         """With the recipe's settings where a field is None. Raises UserError for what cannot be a run."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        given = _named_recipe(self.recipe) if self.recipe else {}
+        given: dict[str, Any] = _named_recipe(self.recipe) if self.recipe else {}
         filled = dataclasses.replace(self, **{k: v for k, v in given.items() if fields[k] is None})
         if filled.data is None:
             raise UserError("no data: give a file, a folder, a data set's name, stdlib, or --recipe glue/mrpc")
@@ -125,7 +126,7 @@ class TextConfig(TextRecipe):
         return {f"--{name.replace('_', '-')}": _plain(getattr(self, name)) for name in names}
 
 
-def _named_recipe(name: str) -> dict[str, object]:
+def _named_recipe(name: str) -> dict[str, Any]:
     from fastgist.recipes import glue
 
     collection, _, task = name.partition("/")
