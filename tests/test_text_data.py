@@ -80,7 +80,7 @@ def test_folders_of_splits(tmp_path):
     tables.save_to_disk(tmp_path / "saved")
     assert load(tmp_path / "saved").val["text"][0] == "validation 0"
     found = load(tmp_path / "saved", test_name="validation,validation_b", val_split=0.25)
-    assert list(found.tests) == ["validation", "validation_b"] and len(found.val) == 3
+    assert list(found.tests) == ["validation", "validation_b"] and len(found.val) == 2
     assert all(text.startswith("train") for text in found.val["text"]), "what is reported on is not selected by"
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -362,9 +361,7 @@ def _finish(
     settings = dataclasses.asdict(config)
     summary["config"] = json.loads(json.dumps(settings, default=str))
     if trainer.is_world_process_zero():
-        with warnings.catch_warnings():
-            warnings.simplefilter("default")
-            fastgist.save_adapter(model, config.output_dir / "adapter")
+        fastgist.save_adapter(model, config.output_dir / "adapter")
         lines = "".join(json.dumps(entry) + "\n" for entry in state.log_history)
         write_atomically(config.output_dir / "metrics.jsonl", lines.encode())
         write_atomically(config.output_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
