@@ -160,15 +160,15 @@ def show(found: dict[str, Any]) -> None:
         title=f"{len(found['classes'])} packages, {found['shots']} docstrings each, {len(found['seeds'])} paired draws",
         title_justify="left",
     )
-    table.add_column("method")
-    for column in ("trained", "accuracy", "with gist", "difference, points", "95 % interval"):
-        table.add_column(column, justify="right")
+    table.add_column("method", no_wrap=True)
+    for column in ("trained", "accuracy", "with gist", "change", "95 %"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in found["rows"]:
         table.add_row(row["method"], f"{row['trained']:,}", percent(row["plain"]), percent(row["gist"]), *change(row))
     table.add_section()
     table.add_row("all methods", "", "", "", *change(found["all methods"]))
-    for name in ("full from random weights", "words alone"):
-        table.add_row(name, "", percent(found[name]), "", "", "")
+    for name, words in (("full from random weights", "full, random"), ("words alone", "words alone")):
+        table.add_row(words, "", percent(found[name]), "", "", "")
     console.print(table)
     better = [r["method"] for r in found["rows"] if r["interval"][0] > 0]
     worse = [r["method"] for r in found["rows"] if r["interval"][1] < 0]
@@ -177,6 +177,7 @@ def show(found: dict[str, Any]) -> None:
         "the gist token helps beyond the interval: " + (", ".join(better) or "no method"),
         "it hurts beyond the interval: " + (", ".join(worse) or "no method"),
         "intervals are of one method each; of eight, one in three such tables shows one that excludes 0 by chance alone",
+        "change: with gist minus without, in points, and its 95 % interval; full, random: full fine-tuning of random weights",
         "words alone: logistic regression on TF-IDF of the same draw",
     ):
         console.print(line, highlight=False, soft_wrap=True)

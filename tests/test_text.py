@@ -203,6 +203,27 @@ def test_the_best_epoch_by_validation_is_kept_and_the_test_split_decides_nothing
     assert first["selected_step"] == min(step for step, value in curve.items() if value == max(curve.values()))
 
 
+def test_the_selected_epochs_weights_are_what_is_saved(settings, monkeypatch):
+    """With a score that falls from epoch to epoch: the first epoch's, not the last's, and the test is judged by them."""
+    scores = iter([0.9, 0.5, 0.4, 0.1])
+    monkeypatch.setattr(run, "metrics_function", lambda names, classes: lambda prediction: {"accuracy": next(scores)})
+    summary = quiet(replace(settings, epochs=3, keep_checkpoints=3))
+    assert (
+        summary["selected_step"] == 5
+        and summary["val"]["accuracy"] == 0.9
+        and summary["test"]["test"]["accuracy"] == 0.1
+    )
+    folder = settings.output_dir / "checkpoints"
+    first, last = (load_file(folder / f"checkpoint-{step}" / "trained.safetensors") for step in (5, 15))
+    saved = [t.flatten() for t in adapter(settings).values()]
+
+    def among(tensor):
+        return any(tensor.shape == other.shape and torch.equal(tensor, other) for other in saved)
+
+    assert len(first) > 3 and all(among(t.flatten()) for t in first.values())
+    assert not any(among(t.flatten()) for t in last.values())
+
+
 def test_without_anything_to_select_by_the_last_epoch_is_kept(settings, folder):
     summary = quiet(replace(settings, data=str(folder / "train.csv"), val_split=0.0))
     assert summary["selected_by"] == "last epoch" and summary["val"] is None and summary["test"] == {}
@@ -249,13 +270,28 @@ def test_methods_a_model_cannot_take_are_one_line(settings):
 # -- interrupted and resumed -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def whole_runs(folder, bert, tmp_path_factory):
+    """Method -> (configuration, summary, adapter) of a run of 15 steps, 5 an epoch, that nothing interrupts."""
+    found = {}
+
+    def whole(method: Method):
+        if method not in found:
+            config = TextConfig(
+                data=str(folder), model=str(bert), epochs=3, lr=3e-3, batch_size=8, max_length=24, rank=2, method=method,
+                set=["dropout=0.2"], output_dir=tmp_path_factory.mktemp("whole"), progress=False, device="cpu",
+            )  # fmt: skip
+            summary = quiet(config)
+            found[method] = (config, summary, adapter(config))
+        return found[method]
+
+    return whole
+
+
 @pytest.mark.parametrize(("stop", "method"), [(3, Method.LORA), (10, Method.LORA), (7, Method.CP)])
-def test_a_resumed_run_ends_bitwise_where_an_uninterrupted_one_ends(settings, tmp_path, stop, method, monkeypatch):
-    """15 steps, 5 an epoch, killed after ``stop``: within an epoch, later, and at an epoch's end."""
-    whole = replace(
-        settings, method=method, epochs=3, checkpoint_every=1, output_dir=tmp_path / "whole", set=["dropout=0.2"]
-    )
-    expected = quiet(whole)
+def test_a_resumed_run_ends_bitwise_where_an_uninterrupted_one_ends(whole_runs, tmp_path, stop, method, monkeypatch):
+    """Killed after ``stop``: within the first epoch, at an epoch's end, and within the second."""
+    whole, expected, weights = whole_runs(method)
 
     class Killed(Exception):
         pass
@@ -264,16 +300,32 @@ def test_a_resumed_run_ends_bitwise_where_an_uninterrupted_one_ends(settings, tm
         if state.global_step == stop:
             raise Killed
 
-    cut = replace(whole, output_dir=tmp_path / "cut")
+    cut = replace(whole, checkpoint_every=stop, output_dir=tmp_path / "cut")
     with monkeypatch.context() as patch:
         patch.setattr(Interruptible, "on_step_begin", kill)
         with pytest.raises(Killed):
             quiet(cut)
     assert complete_checkpoints(cut.output_dir / "checkpoints")[0].name == f"checkpoint-{stop}"
     resumed = quiet(replace(cut, resume=True))
-    assert same(adapter(whole), adapter(cut))
+    assert same(weights, adapter(cut))
     for key in ("val", "test", "steps", "selected_step"):
         assert resumed[key] == expected[key]
+
+
+def test_an_epochs_last_step_is_checkpointed_with_its_evaluation(settings, monkeypatch):
+    """Killed while the first epoch is evaluated, with checkpoints every 5 steps and 5 steps an epoch: there is none yet.
+
+    One from before the evaluation would resume in the second epoch, without the first's score.
+    """
+
+    def killed(self, *args, **kwargs):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.Trainer.evaluate", killed)
+        with pytest.raises(SystemExit):
+            quiet(replace(settings, checkpoint_every=5))
+    assert complete_checkpoints(settings.output_dir / "checkpoints") == []
 
 
 def test_half_written_checkpoints_are_passed_over(settings, tmp_path):

@@ -131,7 +131,7 @@ def test_a_base_model_learns_and_is_kept(name, tmp_path, corpus):
     """Tiny and short: the loss falls below that of the untrained model; the second call reads the cache."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    documents = [document[:6] for document in corpus.documents[:30] if len(document) > 1]
+    documents = [document[:5] for document in corpus.documents[:20] if len(document) > 1]
     small = StdlibText(corpus.classes, corpus.train, corpus.val, corpus.test, documents, [])
     said: list[str] = []
     options = {"corpus": small, "architecture": SMALL, "cache": tmp_path, "progress": False, "say": said.append}

@@ -57,7 +57,7 @@ def docstrings(root: Path | None = None) -> list[Docstring]:
     return list(_docstrings(Path(sysconfig.get_path("stdlib")) if root is None else root))
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def _docstrings(root: Path) -> tuple[Docstring, ...]:
     found: list[Docstring] = []
     files = [p for p in root.rglob("*.py") if not _NOT_READ & set(p.relative_to(root).parts)]
@@ -144,7 +144,7 @@ class StdlibText:
         return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def _corpus(found: tuple[Docstring, ...]) -> StdlibText:
     task: dict[str, dict[str, str]] = {package: {} for package in PACKAGES}
     owners: Counter[str] = Counter()
