@@ -212,7 +212,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="paired draws")
+    parser.add_argument("--seeds", type=int, default=5, help="paired draws")
     parser.add_argument("--shots", type=int, default=100, help="training texts of each package")
     parser.add_argument("--methods", default=",".join(LEARNING_RATES), help="by commas")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="where JSON and figure go")
