@@ -1,4 +1,4 @@
-"""The ``fastgist`` command: demo, finetune, compare, export, env, warmup.
+"""The ``fastgist`` command: demo, finetune, finetune-text, compare, export, env, warmup.
 
 A command's flags are the fields of its dataclass; the command turns them into one call, and errors into one line. What
 the user can put right exits with 2, what went wrong at run time with 1, Ctrl-C with 130. FASTGIST_DEBUG=1 shows the
@@ -28,7 +28,7 @@ __all__ = ["main"]
 _EXTRA = "fastgist[train]"
 _PACKAGES = (
     "PIL", "accelerate", "datasets", "matplotlib", "numpy", "rich", "safetensors", "scipy", "sklearn", "timm",
-    "torchmetrics", "torchvision", "tqdm", "typer", "yaml",
+    "tokenizers", "torchmetrics", "torchvision", "tqdm", "transformers", "typer", "yaml",
 )  # fmt: skip
 _OTHER_EXTRAS = dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "fastgist[onnx]")
 
@@ -75,17 +75,17 @@ def _one_line_errors() -> Iterator[None]:
         leave(f"{type(error).__name__}: {error} (FASTGIST_DEBUG=1 shows where)", 1, error)
 
 
-def _command(run: Callable[[Any], None], config: type, files: bool = False) -> Callable[..., None]:
+def _command(run: Callable[[Any], None], config: type, files: tuple[str, ...] = ()) -> Callable[..., None]:
     """A typer command that fills the dataclass ``config`` from flags and calls ``run`` with it.
 
-    ``files``: also from ``--config`` and ``--recipe``, whose settings flags override. ``config.of``, where there is one,
+    ``files``: which of ``--config`` and ``--recipe`` it reads settings from, which flags override. ``config.of``, where there is one,
     makes the dataclass from what was given.
     """
     import typer
 
     hints = typing.get_type_hints(config)
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    parameters = [context, *(_file_flags(config) if files else [])]
+    parameters = [context, *_file_flags(config, files)]
     options = [o for o in dataclasses.fields(config) if o.name not in getattr(config, "not_flags", ())]
     # The recipe's flags, inherited and therefore first, go to the end of the help.
     for option in sorted(options, key=lambda option: option.metadata.get("panel") == "Recipe"):
@@ -97,7 +97,7 @@ def _command(run: Callable[[Any], None], config: type, files: bool = False) -> C
         # A switch that is off needs no --no- twin, which would only fill the help.
         names = [f"--{option.name.replace('_', '-')}"] if option.default is False else []
         kind = typer.Argument(**about) if argument else typer.Option(*names, **about)
-        default = inspect.Parameter.empty if argument else option.default
+        default = inspect.Parameter.empty if option.default is ... else option.default
         if not isinstance(option.default_factory, dataclasses._MISSING_TYPE):
             default = option.default_factory()
         hint = str if "parser" in about else hints[option.name]
@@ -109,7 +109,7 @@ def _command(run: Callable[[Any], None], config: type, files: bool = False) -> C
 
     def command(context: typer.Context, **options: Any) -> None:
         given = {name: value for name, value in options.items() if _was_given(context, name)}
-        for name in ("config", "recipe"):
+        for name in files:
             given.pop(name, None)
         with _one_line_errors():
             run(getattr(config, "of", config)(**given))
@@ -136,8 +136,8 @@ def _schedule(value: Any) -> float | str:
         raise typer.BadParameter(str(error)) from None
 
 
-def _file_flags(config: type) -> list[inspect.Parameter]:
-    """``--config FILE`` and ``--recipe NAME``: settings beneath the flags, the file's above the recipe's."""
+def _file_flags(config: type, names: tuple[str, ...]) -> list[inspect.Parameter]:
+    """Those of ``--config FILE`` and ``--recipe NAME`` that are among ``names``: settings beneath the flags, the file's above the recipe's."""
     import typer
 
     def beneath(context: typer.Context, settings: dict[str, Any], over: bool) -> None:
@@ -182,6 +182,7 @@ def _file_flags(config: type) -> list[inspect.Parameter]:
             ],
         )
         for name, (kind, callback, words) in flags.items()
+        if name in names
     ]
 
 
@@ -190,6 +191,7 @@ def build_app() -> typer.Typer:
     import typer
 
     from fastgist.train.config import CompareConfig, DemoConfig, ExportConfig, FinetuneConfig
+    from fastgist.train.text_config import TextConfig
 
     app = typer.Typer(
         help="Parameter-efficient fine-tuning with GIST and PETAL on fused kernels.",
@@ -212,8 +214,9 @@ def build_app() -> typer.Typer:
     top.__annotations__ = {"version": Annotated[bool, flag]}
     app.callback()(top)
     app.command("demo")(_command(_demo, DemoConfig))
-    app.command("finetune")(_command(_finetune, FinetuneConfig, files=True))
-    app.command("compare")(_command(_compare, CompareConfig, files=True))
+    app.command("finetune")(_command(_finetune, FinetuneConfig, files=("config", "recipe")))
+    app.command("finetune-text")(_command(_finetune_text, TextConfig, files=("config",)))
+    app.command("compare")(_command(_compare, CompareConfig, files=("config", "recipe")))
     app.command("export")(_command(_export, ExportConfig))
     app.command("env")(_command(_env, EnvConfig))
     app.command("warmup")(_command(_warmup, WarmupConfig))
@@ -286,6 +289,16 @@ def _export(config: Any) -> None:
     from fastgist.train.export_command import export
 
     export(config)
+
+
+def _finetune_text(config: Any) -> None:
+    """Fine-tune a BERT, RoBERTa or other sequence classifier of transformers on texts or pairs of texts.
+
+    Several processes: accelerate launch -m fastgist finetune-text ...
+    """
+    from fastgist.train.text import finetune_text
+
+    finetune_text(config)
 
 
 #: Names of what fastgist._extension.build_info() returns, for people.

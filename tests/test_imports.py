@@ -47,6 +47,7 @@ ROOMS = {
     "fastgist/peft": Room({"torch", "fastgist.functional", "fastgist.nn", "fastgist.peft"}, MODELS),
     "fastgist/gist": Room({"torch", "fastgist.functional", "fastgist.nn", "fastgist.peft", "fastgist.gist"}, MODELS),
     "fastgist/petal": Room({"torch", "fastgist.functional", "fastgist.nn", "fastgist.peft", "fastgist.petal"}, MODELS),
+    "fastgist/train/text_trainer.py": Room({"torch", "transformers"} | RUN, ANYTHING),  # subclasses its Trainer
     "fastgist/train": Room({"torch"} | RUN, ANYTHING),
     "fastgist/recipes": Room({"torch"} | RUN, ANYTHING),
     "fastgist/cli.py": Room({"torch"} | RUN, ANYTHING),
