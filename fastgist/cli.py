@@ -78,8 +78,8 @@ def _one_line_errors() -> Iterator[None]:
 def _command(run: Callable[[Any], None], config: type, files: tuple[str, ...] = ()) -> Callable[..., None]:
     """A typer command that fills the dataclass ``config`` from flags and calls ``run`` with it.
 
-    ``files``: which of ``--config`` and ``--recipe`` it reads settings from, which flags override. ``config.of``, where there is one,
-    makes the dataclass from what was given.
+    ``files``: which of ``--config`` and ``--recipe`` it reads settings from, which flags override. ``config.of``, where
+    there is one, makes the dataclass from what was given.
     """
     import typer
 
@@ -137,7 +137,8 @@ def _schedule(value: Any) -> float | str:
 
 
 def _file_flags(config: type, names: tuple[str, ...]) -> list[inspect.Parameter]:
-    """Those of ``--config FILE`` and ``--recipe NAME`` that are among ``names``: settings beneath the flags, the file's above the recipe's."""
+    """Those of ``--config FILE`` and ``--recipe NAME`` that are among ``names``: settings beneath the flags, the file's above
+    the recipe's."""
     import typer
 
     def beneath(context: typer.Context, settings: dict[str, Any], over: bool) -> None:

@@ -33,6 +33,7 @@ from fastgist.peft import PeftConfig
 
 __all__ = [
     "CARRIERS",
+    "DECODER_BACKBONES",
     "METHODS",
     "PAIRS",
     "TIMM_BACKBONES",
@@ -125,6 +126,13 @@ try:  # builders of transformers' models, in the same form
     from hf_models import TRANSFORMERS_BACKBONES
 except ImportError:
     TRANSFORMERS_BACKBONES: dict[str, Callable[[], nn.Module]] = {}  # type: ignore[no-redef]
+
+try:
+    from decoders import DECODER_BACKBONES as _decoders
+
+    DECODER_BACKBONES: dict[str, Callable[[], nn.Module]] = {build.__name__: build for build in _decoders}
+except ImportError:
+    DECODER_BACKBONES = {}
 
 #: Every registered configuration, and every placement and form of it.
 METHODS: dict[str, PeftConfig] = {

@@ -244,7 +244,7 @@ def test_a_held_out_part_selects_where_no_split_does(settings, folder):
     assert any("9 of 36 training texts held out" in line for line in lines)
 
 
-@pytest.mark.parametrize("method", [m for m in Method if m not in (Method.PROMPT, Method.PREFIX, Method.LORA)])
+@pytest.mark.parametrize("method", [m for m in Method if m is not Method.LORA])
 def test_every_method_runs(settings, method, tmp_path):
     """One epoch on a handful; what is trained moves, and what is frozen stays."""
     config = replace(settings, method=method, epochs=1, rank=None, val_split=0.0, val_name="", test_name="")
@@ -257,9 +257,8 @@ def test_every_method_runs(settings, method, tmp_path):
 
 
 def test_methods_a_model_cannot_take_are_one_line(settings):
-    for method in (Method.PROMPT, Method.PREFIX):
-        with pytest.raises(UserError):
-            quiet(replace(settings, method=method, rank=None))
+    with pytest.raises(UserError, match="parallel"):
+        quiet(replace(settings, method=Method.ADAPTER, rank=None, set=["placement=parallel"]))
     with pytest.raises(UserError, match="--rank is for lora"):
         quiet(replace(settings, method=Method.SSF))
     with pytest.raises(UserError, match="--set targets=nothing|nothing"):
