@@ -46,7 +46,7 @@ PACKAGES := $(STAMPS)/packages
 EXTENSION := $(STAMPS)/extension
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup test demo studies bench lint format aot mutants plot gpu wheel clean distclean
+.PHONY: help setup test demo studies textstudy bench lint format aot mutants plot gpu wheel clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -140,6 +140,9 @@ demo: setup ## fine-tune on real digits, in under 90 s once set up
 
 studies: setup ## temperature and gist length on digits, paired by seed, into docs/ (minutes)
 	@$(PY) scripts/studies.py $(ARGS)
+
+textstudy: setup ## every method on the standard library's docstrings, with and without gist, into docs/ (half an hour)
+	@$(PY) scripts/text_study.py $(ARGS)
 
 # Four stages, each in its own process; all run, and one that fails fails the target. Logs in build/test/.
 test: setup ## everything that runs without a GPU
