@@ -203,18 +203,21 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axis.axvline(0, color="#888888", linewidth=0.8)
         axis.set_yticks(range(len(rows)), [row["method"] for row in reversed(rows)])
         axis.set_xlabel("accuracy with gist minus without, in points: each draw (grey), mean, 95 % interval")
-        axis.set_title(f"A gist token on a small BERT, {found['shots']} docstrings a package", loc="left", fontsize=10)
+        axis.set_title(f"A gist token on a small {_NAMES[found['model']]}, {found['shots']} docstrings a package", loc="left", fontsize=10)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
 
 
+_NAMES = {"stdlib-bert": "BERT", "stdlib-llama": "Llama"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="paired draws")
     parser.add_argument("--shots", type=int, default=100, help="training texts of each package")
-    parser.add_argument("--methods", default=",".join(LEARNING_RATES), help="by commas")
+    parser.add_argument("--methods", help="by commas (default: all, but bitfit on the Llama, which has no biases)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="where JSON and figure go")
     parser.add_argument("--fresh", action="store_true", help="forget finished runs")
     parser.add_argument("--tune", action="store_true", help="print validation accuracies by learning rate, and leave")
@@ -224,7 +227,8 @@ def main() -> None:
     name = "stdlib-llama" if arguments.causal else "stdlib-bert"
     corpus = StdlibText.load()
     study = Study(corpus, base_model(name, corpus=corpus), arguments.shots, arguments.fresh)
-    methods = arguments.methods.split(",")
+    every = [m for m in LEARNING_RATES if not (arguments.causal and m == "bitfit")]
+    methods = arguments.methods.split(",") if arguments.methods else every
     if arguments.tune:
         tune(study, methods)
         return

@@ -72,6 +72,7 @@ def test_a_small_study(script, tmp_path, monkeypatch):
         }
         assert row["difference"] == pytest.approx(sum(b - a for a, b in zip(row["plain"], row["gist"])) / 2)
     assert script.compare(study, ["lora"], [0, 1])["rows"] == found["rows"] and len(judged) == 6, "from the cache"
+    found |= {"model": "stdlib-bert"}
     script.plot(found, tmp_path / "figure.svg")
     text = (tmp_path / "figure.svg").read_text()
     assert "lora" in text and "all methods" in text
