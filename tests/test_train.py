@@ -571,7 +571,7 @@ def test_unreadable_images_are_named_before_training_and_can_be_skipped(digits: 
         ({"set": ["placement=nowhere"]}, "placement must be one of pfeiffer, .*got 'nowhere'"),
         (
             {"method": Method.BITFIT, "set": ["rank=3"]},
-            "--set rank=3: expected field=value; BitFitConfig has no settings",
+            "--set rank=3: BitFitConfig has no .rank.; it has no settings",
         ),
         ({"temperature": float("nan")}, "--temperature must be finite"),
         ({"device": "cuda:99"}, "--device is cpu, cuda, mps"),

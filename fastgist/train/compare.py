@@ -133,6 +133,8 @@ def _without_token(run: FinetuneConfig) -> FinetuneConfig:
 def bench(config: FinetuneConfig) -> Iterator[Bench]:
     """What makes a run: on digits, or on images as ``fastgist finetune`` does."""
     if config.data == "digits":
+        if Path("digits").is_dir():
+            raise UserError("digits is the built-in data set and a folder here: write ./digits for the folder")
         from fastgist.train.digits_bench import DigitsBench
 
         with DigitsBench.opened(config) as digits:

@@ -88,6 +88,8 @@ def _settings(config: ExportConfig, run: Path | None) -> tuple[FinetuneConfig, l
             raise UserError(f"{run} holds no settings of a run that can be read: {error}") from error
     given = {name: getattr(config, name) for name in ("model", "pretrained", "checkpoint", "image_size")}
     chosen = {name: value if value is not None else found.get(name) for name, value in given.items()}
+    if run is not None and (run / "identity.json").exists():
+        raise UserError(f"{config.adapter} is a run of finetune-text: export is for image models")
     if chosen["model"] is None:
         raise UserError(f"{config.adapter} is not a run's: name its --model")
     if config.checkpoint is None and config.pretrained is not None:

@@ -82,6 +82,11 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
         f"{config.model}, {method}: {trained:,} of {all_parameters:,} parameters trained ({trained / all_parameters:.3%})"
     )
     tell(f"{len(splits.classes)} classes; images: {sizes}; {accelerator.num_processes} x {accelerator.device.type}")
+    each = config.batch_size * accelerator.num_processes
+    if 0 < (left := len(splits.train) % each) < len(splits.train):
+        splits.notes.append(
+            f"{left} of {len(splits.train)} images are left over in each epoch, others in each (batches of {each})"
+        )
     for note in splits.notes:
         tell(f"note: {note}")
 

@@ -139,9 +139,11 @@ def _settings(kind: type[PeftConfig], given: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for word in given:
         name, equals, value = word.partition("=")
-        if not equals or name not in fields:
-            has = ", ".join(fields) or "no settings"
+        has = ", ".join(fields) or "no settings"
+        if not equals:
             raise UserError(f"--set {word}: expected field=value; {kind.__name__} has {has}")
+        if name not in fields:
+            raise UserError(f"--set {word}: {kind.__name__} has no {name!r}; it has {has}")
         try:
             found[name] = _READ.get(fields[name], _names)(value)
         except (ValueError, KeyError):

@@ -88,7 +88,7 @@ def understood(found: Mapping[str, Any], config_class: type, where: str) -> dict
             continue
         if hints[name] == list[str]:
             words = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
-            value = [str(word) for word in words] if isinstance(words, list) else words
+            value = [str(word) for word in words] if isinstance(words, list) else [str(words)]
         elif isinstance(value, (list, tuple)) and all(isinstance(v, (str, int)) for v in value):
             value = ",".join(map(str, value))
         if value is False and _has_choice(hints[name], "no"):

@@ -20,6 +20,7 @@ from fastgist.train.finetune import Interrupted
 from fastgist.train.interrupt import deferred_interrupt
 from fastgist.train.measure import commit, trainable_share, versions
 from fastgist.train.models import adapt, frozen_fingerprint
+from fastgist.train.settings import written_settings
 from fastgist.train.text_base import base_model, quiet
 from fastgist.train.text_config import PaddingSide, TextConfig
 from fastgist.train.text_data import TextSplits, load_texts
@@ -77,7 +78,8 @@ def finetune_text(config: TextConfig, say: Callable[[str], None] = print) -> dic
     if main:
         checkpoints.mkdir(parents=True, exist_ok=True)
         trainers.remove_incomplete(checkpoints)
-        write_atomically(config.output_dir / "config.json", (json.dumps(identity, indent=2) + "\n").encode())
+        _write_json(config.output_dir / "identity.json", identity)
+        _write_json(config.output_dir / "config.json", written_settings(config))
     with deferred_interrupt(int(os.environ.get("WORLD_SIZE", "1")) == 1) as interrupted:
         trainer = trainers.TextTrainer(
             trainers.Trained(model, kept_config),
@@ -134,11 +136,15 @@ def _check_output(config: TextConfig, checkpoints: Path) -> Path | None:
     return newest
 
 
+def _write_json(path: Path, found: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(found, indent=2) + "\n").encode())
+
+
 def _check_identity(config: TextConfig, identity: dict[str, Any], newest: Path | None) -> None:
     """A resumed run must be the run it continues."""
     if newest is None:
         return
-    path = config.output_dir / "config.json"
+    path = config.output_dir / "identity.json"
     try:
         before = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -79,6 +79,8 @@ def _tables(config: TextConfig) -> tuple[DatasetDict, list[str]]:
         raise UserError("reading texts needs the datasets library: pip install 'fastgist[train]'") from None
     data = str(config.data)
     if data == "stdlib":
+        if Path("stdlib").is_dir():
+            raise UserError("stdlib is the built-in data set and a folder here: write ./stdlib for the folder")
         return _stdlib()
     root = Path(data).expanduser()
     if not root.exists() and (data.count("/") > 1 or data.startswith((".", "/", "~")) or root.suffix in _BUILDERS):
