@@ -182,3 +182,17 @@ def test_layers_left_open_are_transformers_own_with_every_dropout(name) -> None:
         got, want, again = (t if isinstance(t, tuple) else (t,) for t in (got, want, again))
         torch.testing.assert_close(got, want)
         assert not torch.equal(got[0], again[0]), "no dropout is in it"
+
+
+def test_a_text_that_is_all_padding_is_finite() -> None:
+    """Its mean over no token is 0, not NaN, and the other rows do not know of it."""
+    from hf_models import backbone
+
+    model = backbone("t5-encoder").eval()
+    ids, mask = torch.randint(2, 40, (3, 6)), torch.ones(3, 6, dtype=torch.long)
+    with torch.no_grad():
+        want = model(input_ids=ids, attention_mask=mask).logits
+        mask[1] = 0
+        got = model(input_ids=ids, attention_mask=mask).logits
+    assert bool(got.isfinite().all())
+    torch.testing.assert_close(got[[0, 2]], want[[0, 2]])

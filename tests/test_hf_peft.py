@@ -216,3 +216,15 @@ def test_prefix_tuning_of_an_encoder_is_refused() -> None:
     with pytest.raises(ValueError, match="prefix tuning of a BertForSequenceClassification is not served"):
         add_gist(peft.get_peft_model(model, prefix()))
     assert not hasattr(model, "_fastgist_state")
+
+
+def test_another_head_of_peft_is_not_saved_as_ours(tmp_path) -> None:
+    """peft_model.set_adapter puts another copy of the head in place: saving refuses, and works again after the way back."""
+    model = add_gist(theirs(llama(), lora(task_type="SEQ_CLS")))
+    model.peft_model.add_adapter("other", lora(task_type="SEQ_CLS"))
+    model.peft_model.set_adapter("other")
+    with pytest.raises(RuntimeError, match=r"save_adapter: Hugging Face PEFT trains the head .*other now"):
+        save_adapter(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    model.peft_model.set_adapter("default")
+    save_adapter(model, tmp_path / "a")

@@ -367,3 +367,15 @@ def test_gist_trainer_keeps_the_best_and_refuses_the_rest(tmp_path) -> None:
         GistTrainer(llama(), settings(tmp_path))
     with pytest.raises(ValueError, match="label_smoothing_factor replaces the model's loss"):
         GistTrainer(model, settings(tmp_path, label_smoothing_factor=0.1))
+
+
+@pytest.mark.parametrize("number", [0, torch.tensor(0), torch.tensor(0.0)])
+def test_a_step_of_ignored_labels_alone_is_zero(number) -> None:
+    """Trainer counts no label then; the loss is 0 and so are its gradients, not NaN."""
+    model = add_gist(bert()).train()
+    ids = torch.randint(3, 50, (3, 6))
+    loss = model(input_ids=ids, labels=torch.full((3,), -100), num_items_in_batch=number).loss
+    loss.backward()
+    assert float(loss) == 0
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert grads and all(bool((g == 0).all()) for g in grads)

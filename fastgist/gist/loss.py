@@ -77,6 +77,7 @@ def divided(loss: nn.Module, value: Tensor, labels: Tensor, number: Tensor | int
     all batches that are accumulated into one step; a row with C labels counts C times.
     """
     rows = labels.shape[0]
+    number = number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1)  # a step of ignored labels alone: 0
     reduction = getattr(loss, "reduction", "mean")
     if reduction == "none":
         value = value.sum()

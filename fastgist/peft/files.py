@@ -53,6 +53,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
             f"{storage.MODEL_NAME} would be overwritten; give another folder"
         )
     plain = _state.inner(model)
+    if state.foreign:
+        _check_peft_head(plain, state)
     record = state.record()
     config: dict[str, Any] = {
         "name": "default" if record is None else record.name,
@@ -66,6 +68,22 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     if state.extension is not None:
         config[state.extension.name] = dataclasses.asdict(state.extension.config)
     storage.write(folder, config, _state.owned_tensors(plain, state))
+
+
+def _check_peft_head(plain: nn.Module, state: _state.State) -> None:
+    """The head that PEFT trains now must be the one that the gist token was added to.
+
+    Raises:
+        RuntimeError: PEFT has switched to another of its adapters, with a head of its own.
+    """
+    from fastgist.integrations import peft as hf_peft
+
+    now = [hf_peft.head_path(plain, path) for path in state.family.head_paths(plain)]
+    if now != list(state.original_heads):
+        raise RuntimeError(
+            f"save_adapter: Hugging Face PEFT trains the head {', '.join(now)} now, the gist token was added beside "
+            f"{', '.join(state.original_heads)}; switch back with peft_model.set_adapter first"
+        )
 
 
 def load_adapter(

@@ -140,7 +140,7 @@ def _real(model: Any, states: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return states.mean(1)
     mask = mask.to(states.dtype)
-    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def _as_configured(model: Any, states: Tensor, mask: Tensor | None) -> Tensor:

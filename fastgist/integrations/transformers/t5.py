@@ -59,7 +59,7 @@ class T5EncoderForSequenceClassification(T5PreTrainedModel):
         output = self.encode(input_ids, attention_mask, inputs_embeds, **kwargs)
         states = output.last_hidden_state
         mask = states.new_ones(states.shape[:2]) if attention_mask is None else attention_mask.to(states.dtype)
-        pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
         logits = self.classifier(self.dropout(pooled))
         loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(

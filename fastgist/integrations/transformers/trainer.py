@@ -2,6 +2,10 @@
 
 ``Trainer(model=gist_model)`` works as it is: the model computes its loss where it is given labels. :class:`GistTrainer` adds
 what Trainer cannot know of: the progress that schedules ask for, and checkpoints that hold the adaptation, not the model.
+
+Two things the plain Trainer does without a word that reaches us: with ``label_smoothing_factor`` it keeps the labels and takes
+its own loss of the logits (smooth with ``model.loss = GistLoss(label_smoothing=...)``), and it cannot save CP and FacT,
+whose factors many layers share.
 """
 
 from __future__ import annotations
