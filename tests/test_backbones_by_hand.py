@@ -196,3 +196,18 @@ def test_a_text_that_is_all_padding_is_finite() -> None:
         got = model(input_ids=ids, attention_mask=mask).logits
     assert bool(got.isfinite().all())
     torch.testing.assert_close(got[[0, 2]], want[[0, 2]])
+
+
+def test_tied_weights_are_saved_once(tmp_path) -> None:
+    """T5's embedding has two names; all of the model is saved by full fine-tuning."""
+    from hf_models import backbone, example_inputs
+
+    from fastgist import FullConfig, get_peft_model, load_adapter, save_adapter
+
+    model = get_peft_model(backbone("t5-encoder"), FullConfig()).eval()
+    save_adapter(model, tmp_path)
+    fresh = load_adapter(backbone("t5-encoder"), tmp_path).eval()
+    inputs = example_inputs(model)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, fresh(**inputs).logits)
+    assert fresh.transformer.shared.weight is fresh.transformer.encoder.embed_tokens.weight

@@ -278,8 +278,10 @@ def owned_tensors(model: nn.Module, state: State) -> dict[str, Tensor]:
         owned |= {f"{state.extension.name}.{name}": t for name, t in extra.items()}
     if record is not None and record.whole:
         known = {id(t) for t in owned.values()}
-        everything = model.state_dict(keep_vars=True)
-        owned |= {f"model.{name}": t for name, t in everything.items() if id(t) not in known}
+        for name, t in model.state_dict(keep_vars=True).items():
+            if id(t) not in known:  # tied weights once
+                known.add(id(t))
+                owned[f"model.{name}"] = t
     return owned
 
 
