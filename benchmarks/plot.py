@@ -78,14 +78,14 @@ def draw(results: list[tuple[dict, list[dict]]], out: Path) -> None:
             height_ratios=[n + 1.2 for n in rows_each], squeeze=False, layout="constrained",
         )  # fmt: skip
         for (speed, memory), (device, title, rows) in zip(axes, drawn, strict=True):
-            rates = [row["M"] / row["median_s"] for row in rows]
+            rates = [_count(row) / row["median_s"] for row in rows]
             floor = rows[0]["floor_s"]
             said = [
                 f"{_rate(rate)}, {_time(row['median_s'])}, {row['median_s'] / floor:.3g} x floor"
                 for row, rate in zip(rows, rates, strict=True)
             ]
             _bars(speed, rows, rates, said, room=2.0)
-            speed.axvline(rows[0]["M"] / floor, color=AXIS, linestyle="--", linewidth=1)
+            speed.axvline(_count(rows[0]) / floor, color=AXIS, linestyle="--", linewidth=1)
             about = f"rows/s; the line is the floor, {_time(floor)}: {rows[0]['floor']}"
             speed.set_title(f"{title}\n{device}\n{about}", loc="left", fontsize=8)
             mebibytes = [row["peak_bytes"] / 2**20 for row in rows]
@@ -94,6 +94,11 @@ def draw(results: list[tuple[dict, list[dict]]], out: Path) -> None:
             memory.tick_params(labelleft=False)
         figure.savefig(out, format="svg", metadata={"Date": None})
         pyplot.close(figure)
+
+
+def _count(row: dict) -> int:
+    """Rows of an operation, images of a training step."""
+    return row["M"] if "M" in row else row["B"]
 
 
 def _rate(rows_per_second: float) -> str:
