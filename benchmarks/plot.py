@@ -78,15 +78,16 @@ def draw(results: list[tuple[dict, list[dict]]], out: Path) -> None:
             height_ratios=[n + 1.2 for n in rows_each], squeeze=False, layout="constrained",
         )  # fmt: skip
         for (speed, memory), (device, title, rows) in zip(axes, drawn, strict=True):
+            what = "rows" if "M" in rows[0] else "images"
             rates = [_count(row) / row["median_s"] for row in rows]
             floor = rows[0]["floor_s"]
             said = [
-                f"{_rate(rate)}, {_time(row['median_s'])}, {row['median_s'] / floor:.3g} x floor"
+                f"{_rate(rate, what)}, {_time(row['median_s'])}, {row['median_s'] / floor:.3g} x floor"
                 for row, rate in zip(rows, rates, strict=True)
             ]
             _bars(speed, rows, rates, said, room=2.0)
             speed.axvline(_count(rows[0]) / floor, color=AXIS, linestyle="--", linewidth=1)
-            about = f"rows/s; the line is the floor, {_time(floor)}: {rows[0]['floor']}"
+            about = f"{what}/s; the line is the floor, {_time(floor)}: {rows[0]['floor']}"
             speed.set_title(f"{title}\n{device}\n{about}", loc="left", fontsize=8)
             mebibytes = [row["peak_bytes"] / 2**20 for row in rows]
             _bars(memory, rows, mebibytes, [f"{m:.3g} MiB" for m in mebibytes], room=1.4)
@@ -101,9 +102,9 @@ def _count(row: dict) -> int:
     return row["M"] if "M" in row else row["B"]
 
 
-def _rate(rows_per_second: float) -> str:
-    millions = rows_per_second / 1e6
-    return f"{millions:.3g} M rows/s" if millions >= 1 else f"{millions * 1e3:.3g} k rows/s"
+def _rate(per_second: float, what: str) -> str:
+    size, prefix = (1e6, " M") if per_second >= 1e6 else (1e3, " k") if per_second >= 1e3 else (1.0, "")
+    return f"{per_second / size:.3g}{prefix} {what}/s"
 
 
 def _bars(axis, rows: list[dict], values: list[float], said: list[str], room: float) -> None:
