@@ -339,6 +339,8 @@ def test_resuming_something_else_is_refused(uninterrupted: FinetuneConfig, digit
     ):
         with pytest.raises(UserError, match=f"cannot resume from .*{message}"):
             quiet(replace(resume, **changes))
+    with pytest.raises(UserError, match=r"holds a run of --model .*, this one has vit_base_patch16_224: with --config"):
+        quiet(replace(resume, model="vit_base_patch16_224"))  # at once: nothing is downloaded
     other = tmp_path / "other"
     shutil.copytree(digits, other)
     next((other / "train" / "digit1").iterdir()).unlink()

@@ -176,6 +176,22 @@ def _check_output(config: FinetuneConfig, checkpoints: Checkpoints) -> None:
         raise UserError(f"{folder} holds a run already ({newest.name}): pass --resume, or another --output-dir")
     if not os.access(parent, os.W_OK):
         raise UserError(f"cannot write to --output-dir {folder}")
+    if newest is not None:
+        _check_model(config)
+
+
+def _check_model(config: FinetuneConfig) -> None:
+    """Before anything is fetched or decoded: a run goes on with the model it was begun with."""
+    settings = config.output_dir / "config.json"
+    try:
+        before = json.loads(settings.read_text()).get("model", config.model)
+    except (OSError, ValueError, AttributeError):
+        return  # the checkpoint itself says what it was made with
+    if before != config.model:
+        raise UserError(
+            f"{config.output_dir} holds a run of --model {before}, this one has {config.model}: with --config {settings} "
+            "--resume it goes on"
+        )
 
 
 def _accelerator(config: FinetuneConfig) -> Accelerator:
