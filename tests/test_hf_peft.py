@@ -228,3 +228,9 @@ def test_another_head_of_peft_is_not_saved_as_ours(tmp_path) -> None:
     assert not (tmp_path / "a").exists()
     model.peft_model.set_adapter("default")
     save_adapter(model, tmp_path / "a")
+
+
+def test_merging_by_peft_says_what_stands_in_the_way() -> None:
+    model = add_gist(theirs(bert(), lora(target_modules=["query", "value"])))
+    with pytest.raises(RuntimeError, match=r"a gist token cannot be merged: .*fastgist\.unload"):
+        model.peft_model.merge_and_unload()

@@ -70,6 +70,16 @@ class GistInsert(nn.Module):
             return self._insert(self.base_layer(*args, **kwargs))
         return self.base_layer(self._insert(*args, **kwargs))
 
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Hugging Face PEFT's merge_and_unload asks every module that has a ``base_layer``.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "a gist token cannot be merged: take it out first with fastgist.unload(model) (predictions change), then merge"
+        )
+
     def _insert(self, x: Tensor) -> Tensor:
         return torch.cat((x[:, : self.index], self.gist(x), x[:, self.index :]), dim=1)
 
