@@ -158,7 +158,7 @@ def _partial_config(device: torch.device, dtype: torch.dtype, columns: int, rank
 
 def _splits(sms: int, tiles: int, rows: int, block_m: int, rank: int, itemsize: int) -> int:
     """How many programs share the rows of a column tile: four a processor, since one alone waits for its loads (36 us for
-    2 x 78 MB on an H200, 18 would do), as long as the partial sums stay an eighth of what is read."""
+    78 MB on an H200, 18 would do; four have not been timed), as long as the partial sums stay an eighth of what is read."""
     most = max(sms // tiles, rows * itemsize // (32 * rank))
     return max(1, min(4 * sms // tiles, most, cdiv(rows, block_m)))
 

@@ -252,3 +252,42 @@ def test_constexprs_end_every_kernel():
     for kernel in aot.all_kernels():
         kinds = [parameter.is_constexpr for parameter in kernel.params]
         assert kinds == sorted(kinds), kernel.fn.__name__
+
+
+def _table_specs():
+    """A Spec for every entry of the launch tables, made of the kernel's first bfloat16 one."""
+    import dataclasses
+
+    from fastgist_kernels import aot
+
+    table = json.loads((ROOT / "kernels" / "fastgist_kernels" / "launch_tables.json").read_text())
+    for name, archs in table.items():
+        base = next(s for s in aot.all_specs() if s.kernel.fn.__name__ == f"_{name}_kernel" and "bf16" in s.label)
+        for arch, classes in archs.items():
+            for shape_class, config in classes.items():
+                tile = {k: v for k, v in config.items() if k.startswith("BLOCK_")}
+                assert set(tile) <= set(base.constexprs), f"{name} {shape_class}: {tile} are not tiles of the kernel"
+                yield (
+                    int(arch.removeprefix("sm_")),
+                    dataclasses.replace(
+                        base,
+                        label=f"table {shape_class}",
+                        constexprs=base.constexprs | tile,
+                        num_warps=config["num_warps"],
+                        num_stages=config["num_stages"],
+                    ),
+                )
+
+
+def test_measured_tiles_pass_the_gates_too():
+    """What a card timed is launched as well: it fits, spills nothing and reads no register that nothing writes."""
+    from fastgist_kernels import aot
+
+    checked = 0
+    for arch, spec in _table_specs():
+        found, sass = aot.resources(aot.compile_spec(spec, arch))
+        assert found.shared <= SHARED_LIMIT[arch], (spec.name, found)
+        assert (found.stack, found.spill_loads, found.spill_stores) == (0, 0, 0), (spec.name, found)
+        assert arch != 90 or aot.undefined_uniform(sass) == [], spec.name
+        checked += 1
+    assert checked, "the table is empty: nothing was shown"
