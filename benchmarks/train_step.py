@@ -6,7 +6,8 @@ it is what the paper's own code does (attention weights in memory, softmax().log
 PyTorch (scaled_dot_product_attention, log_softmax losses), which torch.compile may then improve on.
 
 In half precision the frozen weights and the head are bfloat16, what is trained beside them is float32 and cast where it
-meets an activation, for every provider alike.
+meets an activation. The providers named "autocast" train the way that most scripts do instead, which needs no change to a
+model: every weight float32, torch.autocast around forward and loss.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ class PlainViT(nn.Module):
 _ADAPTER = ("down_weight", "down_bias", "up_weight", "up_bias")
 
 
-def backbone(case: Case, device: torch.device) -> Any:
-    """A timm VisionTransformer with random weights, the same at every call, in the case's dtype."""
+def backbone(case: Case, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """A timm VisionTransformer with random weights, the same at every call, in ``dtype`` or the case's."""
     try:
         from timm.models.vision_transformer import VisionTransformer
     except ImportError as e:
@@ -112,7 +113,7 @@ def backbone(case: Case, device: torch.device) -> Any:
             img_size=case["S"], patch_size=16, embed_dim=case["D"], depth=case["L"], num_heads=case["D"] // 64,
             num_classes=CLASSES,
         )  # fmt: skip
-    return vit.to(device, case.dtype).requires_grad_(False)
+    return vit.to(device, dtype or case.dtype).requires_grad_(False)
 
 
 def initial(case: Case, device: torch.device) -> dict[str, Tensor]:
@@ -128,25 +129,51 @@ def initial(case: Case, device: torch.device) -> dict[str, Tensor]:
     return {name: value.to(device, wide) for name, value in values.items()}
 
 
-def batch(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
+def batch(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(2)
-    images = torch.randn(case["B"], 3, case["S"], case["S"], generator=generator, device=device).to(case.dtype)
+    images = torch.randn(case["B"], 3, case["S"], case["S"], generator=generator, device=device).to(dtype)
     return images, torch.randint(0, CLASSES, (case["B"],), generator=generator, device=device)
 
 
 # -- providers ---------------------------------------------------------------------------------------------------------
 
 
-def _step(case: Case, device: torch.device, model: nn.Module, loss: Any, parameters: dict[str, Tensor]) -> Step:
-    images, target = batch(case, device)
+@dataclass(frozen=True)
+class Recipe:
+    """What providers of one model differ in. ``autocast``: weights in float32, torch.autocast in the case's dtype."""
+
+    compiled: bool = False
+    autocast: bool = False
+
+    def dtype(self, case: Case) -> torch.dtype:
+        """Of weights and images."""
+        if not self.autocast:
+            return case.dtype
+        if case.dtype.itemsize != 2:
+            raise Missing("autocast is for half precision")
+        return torch.float32
+
+
+PLAIN = Recipe()
+
+
+def _step(
+    case: Case, device: torch.device, model: nn.Module, loss: Any, parameters: dict[str, Tensor], recipe: Recipe
+) -> Step:
+    images, target = batch(case, device, recipe.dtype(case))
+    if recipe.compiled:
+        torch._dynamo.reset()
+        loss = torch.compile(loss, dynamic=False)
+    if recipe.autocast:
+        loss = torch.autocast(device.type, case.dtype)(loss)
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=5e-5, fused=fused, capturable=fused)
     return Step(model, loss, parameters, optimizer, images, target)
 
 
-def _plain(materialised: bool, compiled: bool) -> Callable[..., Step]:
+def _plain(materialised: bool, recipe: Recipe = PLAIN) -> Callable[..., Step]:
     def build(case: Case, device: torch.device, dropout: float = 0.1) -> Step:
-        vit = backbone(case, device)
+        vit = backbone(case, device, recipe.dtype(case))
         vit.head.requires_grad_(True)
         model = PlainViT(vit, initial(case, device), materialised, dropout).train()
         kl = authors_kl if materialised else log_softmax_kl
@@ -157,23 +184,16 @@ def _plain(materialised: bool, compiled: bool) -> Callable[..., Step]:
 
         parameters = {f"{i}.{n}": p for i, a in enumerate(model.adapters) for n, p in a.items()}
         parameters |= {"token": model.token, "head.weight": vit.head.weight, "head.bias": vit.head.bias}
-        return _step(case, device, model, _compile(loss, compiled), parameters)
+        return _step(case, device, model, loss, parameters, recipe)
 
     return build
 
 
-def _compile(loss: Any, compiled: bool) -> Any:
-    if compiled:
-        torch._dynamo.reset()
-        return torch.compile(loss, dynamic=False)
-    return loss
-
-
-def _fastgist(gist: bool = True, compiled: bool = False) -> Callable[..., Step]:
+def _fastgist(gist: bool = True, recipe: Recipe = PLAIN) -> Callable[..., Step]:
     def build(case: Case, device: torch.device, dropout: float = 0.1) -> Step:
         import fastgist as fg
 
-        vit = backbone(case, device)
+        vit = backbone(case, device, recipe.dtype(case))
         fg.get_peft_model(vit, fg.AdapterConfig(BOTTLENECK, placement="shared", scale=SCALE))
         values = initial(case, device)
         model = fg.add_gist(vit, fg.GistConfig(dropout=dropout)) if gist else vit
@@ -190,37 +210,44 @@ def _fastgist(gist: bool = True, compiled: bool = False) -> Callable[..., Step]:
         def loss(images: Tensor, target: Tensor) -> Tensor:
             return loss_fn(model(images), target)
 
-        return _step(case, device, model, _compile(loss, compiled), parameters)
+        return _step(case, device, model, loss, parameters, recipe)
 
     return build
 
 
-def _peft_lora(case: Case, device: torch.device, dropout: float = 0.1) -> Step:
-    _need("peft")
-    from peft import LoraConfig, get_peft_model
+def _peft_lora(recipe: Recipe = PLAIN) -> Callable[..., Step]:
+    def build(case: Case, device: torch.device, dropout: float = 0.1) -> Step:
+        _need("peft")
+        from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=["qkv"], modules_to_save=["head"])
-    model = get_peft_model(backbone(case, device), config).train()
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        config = LoraConfig(r=8, lora_alpha=16, target_modules=["qkv"], modules_to_save=["head"])
+        model = get_peft_model(backbone(case, device, recipe.dtype(case)), config).train()
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-    def loss(images: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(model(images).float(), target)
+        def loss(images: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(model(images).float(), target)
 
-    return _step(case, device, model, loss, parameters)
+        return _step(case, device, model, loss, parameters, recipe)
+
+    return build
 
 
 #: provider -> builder(case, device, dropout of the gist token).
 PROVIDERS: dict[str, Callable[..., Step]] = {
     "fastgist": _fastgist(),
-    "fastgist, compiled": _fastgist(compiled=True),
+    "fastgist, compiled": _fastgist(recipe=Recipe(compiled=True)),
+    "fastgist, autocast": _fastgist(recipe=Recipe(autocast=True)),
     "fastgist without gist": _fastgist(gist=False),
-    "authors": _plain(materialised=True, compiled=False),
-    "plain": _plain(materialised=False, compiled=False),
-    "plain, compiled": _plain(materialised=False, compiled=True),
-    "PEFT LoRA": _peft_lora,
+    "authors": _plain(materialised=True),
+    "authors, autocast": _plain(materialised=True, recipe=Recipe(autocast=True)),
+    "plain": _plain(materialised=False),
+    "plain, compiled": _plain(materialised=False, recipe=Recipe(compiled=True)),
+    "plain, compiled, autocast": _plain(materialised=False, recipe=Recipe(compiled=True, autocast=True)),
+    "PEFT LoRA": _peft_lora(),
+    "PEFT LoRA, autocast": _peft_lora(Recipe(autocast=True)),
 }
 #: Steps of another model, there for their cost.
-OTHER_MODEL = {"fastgist without gist", "PEFT LoRA"}
+OTHER_MODEL = {"fastgist without gist", "PEFT LoRA", "PEFT LoRA, autocast"}
 
 
 # -- parity, and what a step costs -------------------------------------------------------------------------------------
@@ -239,6 +266,7 @@ def _parity(provider: str, case: Case, device: torch.device) -> str | None:
     at = {dtype: Case(case.name, case.sizes, dtype) for dtype in (case.dtype, torch.float64)}
     ours, grads = PROVIDERS[provider](at[case.dtype], device, dropout=0.0).gradients()
     plain, plain_grads = PROVIDERS["plain"](at[case.dtype], device, dropout=0.0).gradients()
+    grads = {name: g.to(plain_grads[name].dtype) for name, g in grads.items()}  # under autocast the head is float32
     exact, exact_grads = PROVIDERS["plain"](at[torch.float64], device, dropout=0.0).gradients()
     # Loss and gradients may be float32 numbers, but what they are made of is in the case's dtype: so is the floor.
     wrong = within_budget(ours.float(), plain.float(), exact, scale=float(exact) + 1.0, dtype=case.dtype)
