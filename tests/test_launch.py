@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastgist_kernels.common import _specialisation
+from fastgist_kernels import common
+from fastgist_kernels.common import _specialisation, cdiv, launch, next_power_of_2
 from fastgist_kernels.cp_linear import _aligned
 from fastgist_kernels.outer import _splits
 
@@ -49,3 +50,69 @@ def test_rows_are_split_over_four_programs_a_processor_while_partial_sums_stay_s
     splits = _splits(132, 32, rows, 64, rank, 2)
     assert splits * columns * rank * 4 <= max(132 // 32 * columns * rank * 4, rows * columns * 2 // 8)
     assert _splits(132, 1000, 64, 64, 16, 2) == 1
+
+
+def test_sizes_of_grids():
+    assert [cdiv(n, 4) for n in (1, 4, 5, 8)] == [1, 1, 2, 2]
+    assert [next_power_of_2(n) for n in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
+
+
+class _Compiled:
+    """What a launch through Triton's JIT returns."""
+
+    function, packed_metadata = 7, (1, 2)
+
+    def __init__(self):
+        self.runs = []
+
+    def run(self, *args):
+        self.runs.append(args)
+
+
+class _Kernel:
+    """A kernel that counts its trips through the JIT."""
+
+    arg_names = ("x", "n", "FLAG", "BLOCK")
+
+    def __init__(self):
+        self.jits, self.compiled = 0, _Compiled()
+
+    def __getitem__(self, grid):
+        def run(*args, **options):
+            self.jits += 1
+            return self.compiled
+
+        return run
+
+
+def test_a_second_launch_goes_past_the_jit_unless_somebody_watches(monkeypatch):
+    from triton import knobs
+
+    monkeypatch.setattr(common, "_READY", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # a CPU tensor's index
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 5, raising=False)
+    kernel, x = _Kernel(), torch.empty(8)
+
+    def go(n, flag=True):
+        launch(kernel, lambda config: (cdiv(n, config["BLOCK"]),), {"BLOCK": 4}, x, n, FLAG=flag)
+
+    go(8)
+    assert kernel.jits == 1 and not kernel.compiled.runs
+    go(12)
+    (run,) = kernel.compiled.runs
+    assert kernel.jits == 1
+    assert run[:9] == (3, 1, 1, 5, 7, (1, 2), None, None, None)
+    assert run[9] is x and run[10:] == (12, True, 4)
+    go(16)
+    assert kernel.jits == 2, "16 is another kernel: Triton compiles for multiples of it"
+    go(12, flag=False)
+    assert kernel.jits == 3
+    hook = lambda *args: None  # noqa: E731
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        go(8)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert kernel.jits == 4 and len(kernel.compiled.runs) == 1
+    go(8)
+    assert kernel.jits == 4 and len(kernel.compiled.runs) == 2

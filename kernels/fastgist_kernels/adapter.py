@@ -8,6 +8,10 @@ launch, the output collected in float32. Gated experts' units and biases are sca
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 import triton
 import triton.language as tl
@@ -287,21 +291,27 @@ def tile_defaults(kernel: str, float32: bool, block_h: int, gated: bool, ragged:
 
 def tile_config(
     kernel: str, x: torch.Tensor, out: int, hidden: int, gated: bool = False
-) -> tuple[int, int, dict[str, int]]:
+) -> tuple[int, int, Mapping[str, int]]:
     """BLOCK_M, BLOCK_H, and what may shrink on a smaller device, for a launch over ``hidden`` units from x (M, D) to width
     ``out``."""
-    arch = device_arch(x.device)
+    return _tile_config(kernel, x.device, x.dtype == torch.float32, *x.shape, out, hidden, gated)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tile_config(
+    kernel: str, device: torch.device, float32: bool, rows: int, inner: int, out: int, hidden: int, gated: bool
+) -> tuple[int, int, Mapping[str, int]]:
+    arch = device_arch(device)
     block_h = rank_block(hidden, 256)
     if arch == "interpret":
         return 16, block_h, {"BLOCK_D": 16, "BLOCK_N": 32}
-    rows = x.shape[0]
-    sms = processors(x.device)
-    kind = x.dtype == torch.float32, block_h, gated, bool(x.shape[1] % 128 or out % 128)
+    sms = processors(device)
+    kind = float32, block_h, gated, bool(inner % 128 or out % 128)
     tiles = row_tiles(kernel, *kind[1:])
     block_m = next((tile for tile in tiles if rows <= tile * sms), tiles[-1])
     config = tile_defaults(kernel, *kind)
-    config |= launch_config(kernel, arch, f"m{next_power_of_2(rows)}_d{next_power_of_2(x.shape[1])}_h{block_h}")
-    return config.pop("BLOCK_M", block_m), block_h, config
+    config |= launch_config(kernel, arch, f"m{next_power_of_2(rows)}_d{next_power_of_2(inner)}_h{block_h}")
+    return config.pop("BLOCK_M", block_m), block_h, MappingProxyType(config)
 
 
 def adapter_fwd(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,15 @@ __all__ = ["INTERPRET", "LOG2E", "cdiv", "device_arch", "dot", "launch", "launch
 INTERPRET: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
-cdiv = triton.cdiv
-next_power_of_2 = triton.next_power_of_2
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (Triton's own is a function of constexprs too: on the host it takes ten times as long.)"""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is n >= 1 or more."""
+    return 1 << (n - 1).bit_length()
 
 
 @triton.jit
@@ -56,15 +63,15 @@ def launch_config(kernel: str, arch: str, shape_class: str) -> dict[str, int]:
     return _tables().get(kernel, {}).get(arch, {}).get(shape_class, {})
 
 
-def _smaller(config: dict[str, int]) -> dict[str, int] | None:
+def _smaller(config: Mapping[str, int]) -> Mapping[str, int] | None:
     """The next thing to try on a device without room for ``config``: fewer stages, then half of the largest side."""
     if config.get("num_stages", 1) > 2:
-        return config | {"num_stages": config["num_stages"] - 1}
+        return {**config, "num_stages": config["num_stages"] - 1}
     sides = [name for name, value in config.items() if name.startswith("BLOCK_") and value > 16]
     if not sides:
         return None
     largest = max(sides, key=config.__getitem__)
-    return config | {largest: config[largest] // 2}
+    return {**config, largest: config[largest] // 2}
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class _Ready:
     """The tile that fits, and of a kernel that is compiled and loaded (not of an interpreted one) its launcher and the
     constexprs that end its arguments."""
 
-    config: dict[str, int]
+    config: Mapping[str, int]
     run: Callable[..., None] | None = None
     function: int = 0
     metadata: tuple = ()
@@ -88,22 +95,24 @@ def _specialisation(args: tuple) -> list:
     multiple of 16, and how wide; the kind of anything else."""
     found: list = []
     for a in args:
-        if isinstance(a, torch.Tensor):
-            found.append((a.dtype, a.data_ptr() % 16 == 0))
-        elif type(a) is int:
-            found.append(1 if a == 1 else (a % 16 == 0, -0x80000000 <= a < 0x80000000))
+        kind = type(a)
+        if kind is int:  # 0: the constant 1; else the sum of two bits and 1
+            found.append(0 if a == 1 else 1 + (a & 15 == 0) + 2 * (not -0x80000000 <= a < 0x80000000))
+        elif isinstance(a, torch.Tensor):
+            found.append(a.dtype)
+            found.append(a.data_ptr() & 15 == 0)
         else:
-            found.append(type(a))
+            found.append(kind)
     return found
 
 
 def launch(
-    kernel, grid: tuple[int, ...] | Callable[[dict], tuple], config: dict[str, int], *args, **constexprs
+    kernel, grid: tuple[int, ...] | Callable[[Mapping], tuple], config: Mapping[str, int], *args, **constexprs
 ) -> None:
     """``kernel[grid](*args)`` on the device of the first tensor; ``grid`` may be a function of the configuration taken.
 
     The first launch of its kind goes through Triton's JIT, which compiles and loads; later ones go straight to the loaded
-    kernel. (On the host of an H200 an adapter took 224 us a call through the JIT, eager PyTorch 73; this way is not timed.)
+    kernel. (On the host of an H200 an adapter took 352 us a call through the JIT, eager PyTorch 69.)
 
     Where that device has too little shared memory for the tile, a smaller one is taken and remembered. Inside a CUDA
     graph capture a kernel cannot be compiled or loaded: its first use there raises and names the way out.
@@ -126,11 +135,15 @@ def launch(
 
 
 def _watched() -> bool:
-    """Whether somebody has asked Triton to be told of launches, such as a profiler."""
-    return knobs.runtime.launch_enter_hook is not None or knobs.runtime.launch_exit_hook is not None
+    """Whether somebody has asked Triton to be told of launches, such as a profiler. A hook is a chain of functions, empty
+    as long as nobody has."""
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 
 
-def _through_jit(kernel, grid, config: dict[str, int], tensor: torch.Tensor, args: tuple, constexprs: dict) -> _Ready:
+def _through_jit(
+    kernel, grid, config: Mapping[str, int], tensor: torch.Tensor, args: tuple, constexprs: dict
+) -> _Ready:
     """Launch through Triton's JIT, with smaller tiles while the device has no room; what it compiled is the result."""
     while True:
         try:
@@ -140,7 +153,7 @@ def _through_jit(kernel, grid, config: dict[str, int], tensor: torch.Tensor, arg
                 )
             if compiled is None:  # interpreted
                 return _Ready(config)
-            given = constexprs | config
+            given = constexprs | dict(config)
             tail = tuple(given[name] for name in kernel.arg_names[len(args) :])
             return _Ready(config, compiled.run, compiled.function, compiled.packed_metadata, tail)
         except OutOfResources:
