@@ -12,7 +12,7 @@ from torch import nn
 from vits import images, vit
 
 import fastgist as fg
-from fastgist.integrations.timm import patches
+from fastgist.integrations.timm import blocks, patches
 from fastgist.train.ledger import saved_tensor_ledger
 
 
@@ -44,6 +44,60 @@ def test_what_is_no_plain_patch_embedding_is_called(monkeypatch):
         assert not patches._is_plain(embed, x)
     monkeypatch.setattr(patches, "patch_product", lambda *a: pytest.fail("a product on a CPU"))
     assert patches.embed_patches(plain, x).shape == (3, 4, 32)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_attention_written_out_is_timms_and_its_gradients_are_put_together_once(fused, wrapped):
+    from timm.layers import Attention
+    from torch.profiler import ProfilerActivity, profile
+
+    attention = Attention(32, 4, qkv_bias=True, qk_norm=True, norm_layer=nn.LayerNorm)
+    attention.fused_attn = fused
+    module = fg.nn.AdaptedLayer(attention, fg.nn.Adapter(32, 4, init="paper")) if wrapped else attention
+    x, grad = torch.randn(2, 9, 32, requires_grad=True), torch.randn(2, 9, 32)
+    found, copies = [], []
+    for run in (module, lambda x: blocks.attend(module, x)):
+        y = run(x)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            found.append((y, *torch.autograd.grad(y, x, grad)))
+        copies.append(sum(e.count for e in seen.key_averages() if e.key == "aten::copy_"))
+    for ours, timms in zip(*found, strict=True):
+        assert torch.equal(ours, timms)
+    assert copies[1] < copies[0] if fused else copies[1] <= copies[0]
+
+
+def test_attention_that_somebody_watches_or_masks_is_called(monkeypatch):
+    from timm.layers import Attention
+
+    monkeypatch.setattr(blocks, "run_attention", lambda *a: pytest.fail("written out"))
+    seen, x = [], torch.randn(1, 5, 32)
+    watched, masked = Attention(32, 4), Attention(32, 4)
+    watched.register_forward_hook(lambda *a: seen.append(a))
+    blocks.attend(watched, x)
+    assert len(seen) == 1
+    blocks.attend(masked, x, attn_mask=torch.ones(5, 5, dtype=torch.bool))
+    hook = nn.modules.module.register_module_forward_hook(lambda *a: None)
+    try:
+        blocks.attend(masked, x)
+    finally:
+        hook.remove()
+    with pytest.raises(pytest.fail.Exception, match="written out"):
+        blocks.attend(masked, x)
+
+
+def test_blocks_without_an_adapter_run_written_out_too(monkeypatch):
+    """Of a gist model: LoRA's and a linear probe's blocks are timm's own, and a watched one is called."""
+    model, x = fg.add_gist(fg.get_peft_model(vit(), fg.LoraConfig(rank=2))).eval(), images()
+    runs, written = [], blocks.run_attention
+    monkeypatch.setattr(blocks, "run_attention", lambda *a: runs.append(1) or written(*a))
+    expected = model(x)
+    assert len(runs) == len(model.model.blocks) - 1, "all but the last, which runs for a few rows"
+    seen = []
+    model.model.blocks[0].register_forward_hook(lambda *a: seen.append(a))
+    again = model(x)
+    assert len(seen) == 1 and len(runs) == 2 * len(model.model.blocks) - 3
+    assert torch.equal(expected.logits, again.logits)
 
 
 def test_the_ledger_counts_what_autograd_keeps():

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastgist.nn import AdaptedLayer, is_hooked
+
 __all__ = [
     "ATTENTION_PARTS",
     "BLOCK_PARTS",
+    "attend",
     "attend_and_project",
+    "block_forward",
     "example_images",
     "plain_add",
     "queries_keys_values",
@@ -20,6 +26,7 @@ __all__ = [
     "run_block",
     "run_eva_block",
     "separate_biases",
+    "split_heads",
 ]
 
 #: What the code here does with a block's parts; a version of timm that has more is left alone.
@@ -80,8 +87,18 @@ def queries_keys_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tens
     qkv = attention.qkv(x)
     if getattr(attention, "q_bias", None) is not None:
         qkv = qkv + torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
-    q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = split_heads(qkv, 3, attention.num_heads)
     return q, k, v
+
+
+def split_heads(packed: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """packed (B, N, parts heads d) -> ``parts`` tensors (B, heads, N, d), all of them views.
+
+    Taken apart before heads and rows change places: an attention kernel's gradients are stored row by row, so they are
+    put together in one pass over memory. The other way round autograd copies them twice, element by element: 8 of an
+    eager ViT-B/16's 60 ms a step at batch 256 on an H200.
+    """
+    return tuple(part.transpose(1, 2) for part in packed.unflatten(-1, (parts, heads, -1)).unbind(2))
 
 
 def _rotated(attention: Any, t: Tensor, rope: Tensor) -> Tensor:
@@ -89,6 +106,40 @@ def _rotated(attention: Any, t: Tensor, rope: Tensor) -> Tensor:
 
     prefix, half = attention.num_prefix_tokens, getattr(attention, "rotate_half", False)
     return torch.cat((t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], rope, half=half)), dim=2)
+
+
+def attend(attention: Any, x: Tensor, **kwargs: Any) -> Tensor:
+    """``attention(x, **kwargs)``, with timm's Attention and an adapter around it written out: the same numbers, see
+    :func:`split_heads` for why. A layer of another type, one that somebody watches and one with a mask are called."""
+    asked = any(not (value is None or value is False) for value in kwargs.values())
+    if asked or is_hooked(attention) or _watched_globally():
+        return attention(x, **kwargs)
+    if type(attention) is AdaptedLayer:
+        return attention.combine(x, attend(attention.base_layer, x))
+    from timm.layers import Attention
+
+    if type(attention) is Attention and ATTENTION_PARTS.issuperset(attention._modules):
+        return run_attention(attention, lambda k, v: (k, v), x)
+    return attention(x, **kwargs)
+
+
+def _watched_globally() -> bool:
+    from torch.nn.modules import module
+
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
+
+
+def block_forward(block: Any) -> Callable[[Tensor], Tensor]:
+    """The forward of a block of a ViT: timm's Block as :func:`run_block` has it, anything else itself."""
+    from timm.models.vision_transformer import Block
+
+    if (
+        type(block) is Block
+        and BLOCK_PARTS.issuperset(block._modules)
+        and not (is_hooked(block) or _watched_globally())
+    ):
+        return functools.partial(run_block, block, plain_add)
+    return block
 
 
 def attend_and_project(
@@ -121,7 +172,7 @@ def plain_add(kind: str, x: Tensor, branch: Tensor) -> Tensor:
 
 def run_block(block: Any, add: Any, x: Tensor, **kwargs: Any) -> Tensor:
     """timm's Block with its two additions left to ``add``."""
-    x = add("attention", x, block.drop_path1(block.ls1(block.attn(block.norm1(x), **kwargs))))
+    x = add("attention", x, block.drop_path1(block.ls1(attend(block.attn, block.norm1(x), **kwargs))))
     return add("mlp", x, block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
 
 

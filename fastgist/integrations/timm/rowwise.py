@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgist.integrations.timm.blocks import ATTENTION_PARTS, BLOCK_PARTS, attend_and_project, plain_add
+from fastgist.integrations.timm.blocks import (
+    ATTENTION_PARTS,
+    BLOCK_PARTS,
+    attend_and_project,
+    plain_add,
+    split_heads,
+)
 from fastgist.nn import (
     AdaptedBlock,
     AdaptedLayer,
@@ -116,7 +122,7 @@ class Rowwise:
             q = self._pick(q, index, count)
         else:
             kv = linear_slice(attention.qkv, h, width, 3 * width)
-        k, v = kv.reshape(batch, -1, 2, heads, attention.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        k, v = split_heads(kv, 2, heads)
         q = q.reshape(batch, number, heads, attention.head_dim).transpose(1, 2)
         q, k = attention.q_norm(q), attention.k_norm(k)
         if extend is not None:

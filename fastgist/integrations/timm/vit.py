@@ -20,6 +20,7 @@ from fastgist.gist import GistConfig, GistHost
 from fastgist.integrations.timm.blocks import (
     ATTENTION_PARTS,
     BLOCK_PARTS,
+    block_forward,
     example_images,
     run_attention,
     run_beit_attention,
@@ -257,7 +258,8 @@ class TimmViTGist(GistHost):
             from timm.models import checkpoint
         *blocks, last = model.blocks
         for block in blocks:
-            x = checkpoint(block, x) if checkpointing else block(x)
+            run = block_forward(block)
+            x = checkpoint(run, x) if checkpointing else run(x)
         count = config.rows if want_gist else 0
 
         def rows(x: Tensor) -> Tensor:
