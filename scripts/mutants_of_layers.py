@@ -263,15 +263,27 @@ ADAPTER = [
         ),
         (
             "down bias left out",
-            "        z += bias.to(tl.float32)[None, :]\n",
+            "        z += narrow(bias, x_ptr.dtype.element_ty).to(tl.float32)[None, :]\n",
             "        z += 0.0 * bias.to(tl.float32)[None, :]\n",
             "b_d",
         ),
         (
             "residual not scaled",
-            "acc += residual.to(tl.float32) * residual_scale",
-            "acc += residual.to(tl.float32)",
+            "acc += residual * residual_scale",
+            "acc += residual",
             "residual_scale",
+        ),
+        (
+            "branch of another row",
+            "branch_ptrs = branch_ptr + offs_m[:, None] * stride_jm",
+            "branch_ptrs = branch_ptr + offs_m[:, None] * 0 * stride_jm",
+            "branch",
+        ),
+        (
+            "float32 weights not rounded",
+            "z = dot(x, narrow(w, x.dtype), z, PRECISION)",
+            "z = dot(x.to(tl.float32), w.to(tl.float32), z, PRECISION)",
+            "float32 weights",
         ),
         ("scale takes the residual too", "        acc = acc * scale\n", "        acc = acc * 1.0\n", "scale"),
         (

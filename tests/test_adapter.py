@@ -166,6 +166,69 @@ def test_residuals_and_biases(impl, device, kind, biases):
     check(inputs, grad, impl, scale=0.1, residual_scale=-1.5, **options)
 
 
+@pytest.mark.parametrize("first", ["x", "another"])
+def test_a_branch_beside_the_residual(impl, device, first):
+    """A block's input and the branch beside the adapter, both added: as one residual of their sum, with a gradient each."""
+    inputs = case(37, 24, 6, device=device, residual=True)
+    branch, grad = torch.randn(37, 24, device=device), torch.randn(37, 24, device=device)
+    residual = inputs.pop("residual")
+    inputs.pop("gate")
+
+    def run(function, dtype, **options):
+        leaves = {k: t.to(dtype).detach().requires_grad_() for k, t in inputs.items()}
+        added = leaves["x"] if first == "x" else residual.to(dtype).detach().requires_grad_()
+        other = branch.to(dtype).detach().requires_grad_()
+        y = function(*leaves.values(), added, other, **options)
+        y.backward(grad.to(dtype))
+        return y.detach(), [t.grad for t in (*leaves.values(), added, other)]
+
+    def ours(*args, **options):
+        return adapter(*args[:-2], residual=args[-2:], scale=0.7, residual_scale=0.6, impl=impl)
+
+    def written(x, d, db, u, ub, added, other):
+        return 0.7 * F.linear(F.gelu(F.linear(x, d, db)), u, ub) + 0.6 * (added + other)
+
+    (y, grads), (plain_y, plain_grads) = run(ours, torch.float32), run(written, torch.float32)
+    exact_y, exact_grads = run(written, torch.float64)
+    assert_within_budget(y, plain_y, exact_y, what="y")
+    terms = float(grad.abs().sum(0).max())  # of a bias's gradient, a sum over the rows that may cancel
+    for name, *three in zip((*inputs, "residual", "branch"), grads, plain_grads, exact_grads, strict=True):
+        assert_within_budget(*three, what=f"gradient of {name}", scale=terms if "bias" in name else None)
+
+
+@pytest.mark.parametrize("wanted", [("down_weight", "up_weight", "up_bias"), ("x",), NAMES[:5]])
+@pytest.mark.parametrize("experts", [None, 2])
+def test_float32_weights_beside_a_half_precision_x(impl, device, wanted, experts):
+    """Rounded where they meet x, as .to() would: the same y, and gradients that are the same before they are rounded."""
+    half = case(50, 24, 6, experts=experts, dtype=torch.float16, device=device)
+    wide = {k: t.float() if t is not None and k in NAMES[1:5] else t for k, t in half.items()}
+    wide |= {k: t + 1e-5 * torch.rand_like(t) for k, t in wide.items() if k in NAMES[1:5]}
+    half = {k: t if t is None else t.half() for k, t in wide.items()}
+    grad = torch.randn(50, 24, device=device)
+    found = []
+    for inputs in (wide, half):
+        leaves = {k: None if t is None else t.detach().requires_grad_(k in wanted) for k, t in inputs.items()}
+        y = adapter(*(leaves[k] for k in NAMES[:5]), gate=leaves["gate"], impl=impl)
+        y.backward(grad.half())
+        found.append((y, {k: leaves[k].grad for k in wanted}))
+    assert torch.equal(found[0][0], found[1][0])
+    for name in wanted:
+        ours, rounded = found[0][1][name], found[1][1][name]
+        assert ours.dtype == wide[name].dtype
+        assert torch.equal(ours.half(), rounded)
+
+
+def test_autocast_leaves_float32_weights_to_the_kernel(impl, device):
+    inputs = case(20, 24, 6, device=device)
+    leaves = [inputs[k].detach().requires_grad_() for k in NAMES[1:5]]
+    x = inputs["x"].bfloat16() if impl != "triton" or device.type != "cpu" else inputs["x"].half()
+    with torch.autocast(device.type, x.dtype):
+        y = adapter(inputs["x"], *leaves, impl=impl)
+    assert y.dtype == x.dtype and torch.equal(y, adapter(x, *leaves, impl=impl))
+    y.float().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in leaves)
+
+
 def test_leading_dimensions(impl, device):
     inputs = case(24, device=device)
     parts = list(inputs.values())[:5]

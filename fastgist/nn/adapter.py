@@ -77,11 +77,13 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.down_bias)
         nn.init.zeros_(self.up_bias)
 
-    def forward(self, x: Tensor, residual: Tensor | bool | None = None) -> Tensor:
-        """x: (..., dim). residual: None for x itself, a tensor of x's shape, or False for none. Returns (..., dim)."""
+    def forward(self, x: Tensor, residual: Tensor | tuple[Tensor, Tensor] | bool | None = None) -> Tensor:
+        """x: (..., dim). residual: None for x itself, one tensor of x's shape or two in a tuple, or False for none. Returns
+        (..., dim). Parameters of another dtype than x's take x's for the call (autocast's under autocast)."""
         weights: list[Tensor] = [self.down_weight, self.down_bias, self.up_weight, self.up_bias]
-        if x.dtype != weights[0].dtype and not autocast_enabled(x.device):
-            weights = [w.to(x.dtype) for w in weights]  # float32 adapters in a half-precision model
+        in_kernel = x.dtype.itemsize == 2 and weights[0].dtype == torch.float32  # float32 adapters in a half model
+        if x.dtype != weights[0].dtype and not in_kernel and not autocast_enabled(x.device):
+            weights = [w.to(x.dtype) for w in weights]
         return functional.adapter(x, *weights, activation=self.activation, scale=self.scale, residual=residual)
 
     def extra_repr(self) -> str:
@@ -151,7 +153,7 @@ class AdaptedBlock(nn.Module):
 
     def add(self, kind: str, x: Tensor, branch: Tensor) -> Tensor:
         """x + branch, and the adapter's output for x where the branch has one."""
-        return (self.adapter(x) if kind in self.branches else x) + branch
+        return self.adapter(x, residual=(x, branch)) if kind in self.branches else x + branch
 
     def reset_parameters(self) -> None:
         self.adapter.reset_parameters()

@@ -28,8 +28,10 @@ def _saves_z(impl: str, hidden: int) -> bool:
 
 
 # -- raw ops ---------------------------------------------------------------------------------------------------------
-# 2-D throughout: x (M, D), down (H, D), up (D', H), up_bias (D',) or (E, D'), residual (M, D'), gate (M, E). Results that
-# were not asked for are empty. Inputs that no wanted gradient needs are None in the backward.
+# 2-D throughout: x (M, D), down (H, D), up (D', H), up_bias (D',) or (E, D'), residual and branch (M, D'), gate (M, E).
+# Weights and biases are x's dtype, or float32 beside a half-precision x: they are rounded to x's where they meet it, and
+# their gradients are their own dtype's. Results that were not asked for are empty. Inputs that no wanted gradient needs are
+# None in the backward.
 
 
 def _fwd(
@@ -39,6 +41,7 @@ def _fwd(
     up_weight: Tensor,
     up_bias: Tensor | None,
     residual: Tensor | None,
+    branch: Tensor | None,
     gate: Tensor | None,
     activation: str,
     scale: float,
@@ -49,8 +52,11 @@ def _fwd(
     impl = backends.resolve(_OP, impl, x)
     save_z = need_z and _saves_z(impl, down_weight.shape[0])
     if impl == "reference" or x.numel() == 0:
+        down_weight, up_weight = down_weight.to(x.dtype), up_weight.to(x.dtype)
+        down_bias, up_bias = _as(down_bias, x.dtype), _as(up_bias, x.dtype)
+        added = residual if branch is None else residual + branch
         y, z = reference.forward(
-            x, down_weight, down_bias, up_weight, up_bias, residual, gate, activation, scale, residual_scale
+            x, down_weight, down_bias, up_weight, up_bias, added, gate, activation, scale, residual_scale
         )
         return y, empty_unless(z if save_z else None, x)
     from fastgist_kernels import adapter as kernels
@@ -58,14 +64,18 @@ def _fwd(
     rows, (out, hidden) = x.shape[0], up_weight.shape
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     z = torch.empty(rows, hidden, dtype=low_rank_dtype(x.dtype), device=x.device) if save_z else None
-    tensors = (x, down_weight, down_bias, up_weight, up_bias, residual, gate)
+    tensors = (x, down_weight, down_bias, up_weight, up_bias, residual, branch, gate)
     kernels.adapter_fwd(*tensors, activation, scale, residual_scale, _common.tf32_allowed(), y, z)
     return y, empty_unless(z, x)
 
 
+def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
 def _fwd_fake(
-    x, down_weight, down_bias, up_weight, up_bias, residual, gate, activation, scale, residual_scale, need_z, impl
-):
+    x, down_weight, down_bias, up_weight, up_bias, residual, branch, gate, activation, scale, residual_scale, need_z, impl
+):  # fmt: skip
     impl = backends.resolve(_OP, impl, x)
     y = x.new_empty(x.shape[0], up_weight.shape[0])
     if not (need_z and _saves_z(impl, down_weight.shape[0])):
@@ -87,49 +97,57 @@ def _bwd(
     residual_scale: float,
     residual_is_x: bool,
     needs: list[bool],
+    weight_dtype: torch.dtype,
     impl: str,
 ) -> tuple[Tensor, ...]:
     impl = backends.resolve(_OP, impl, grad)
     if impl == "reference" or grad.numel() == 0 or (x is not None and x.numel() == 0):
         if z is None and any(needs[i] for i in (0, 1, 2, 3, 5)):  # zero rows, of which nothing was saved
             z = grad.new_empty(0, up_weight.shape[1])
+        down_weight, up_weight, up_bias = (_as(w, grad.dtype) for w in (down_weight, up_weight, up_bias))
         grads = reference.backward(
             grad, x, down_weight, up_weight, up_bias, gate, z, activation, scale, residual_scale, residual_is_x, *needs
         )
+        grads = (grads[0], *(_as(g, weight_dtype) for g in grads[1:5]), grads[5])
     else:
         from fastgist_kernels import adapter_bwd as kernels
 
-        grads = _empty_grads(grad, x, down_weight, up_weight, up_bias, gate, needs)
+        grads = _empty_grads(grad, x, down_weight, up_weight, up_bias, gate, needs, weight_dtype)
         tensors = (grad, x, down_weight, down_bias, up_weight, up_bias, gate, z)
         tf32 = _common.tf32_allowed()
         kernels.adapter_bwd(*tensors, activation, scale, residual_scale, residual_is_x, tf32, *grads)
     return tuple(empty_unless(g, grad) for g in grads)
 
 
-def _empty_grads(grad, x, down_weight, up_weight, up_bias, gate, needs):
-    """Uninitialised gradients in ``grad``'s dtype, None where not wanted."""
+def _empty_grads(grad, x, down_weight, up_weight, up_bias, gate, needs, weight_dtype):
+    """Uninitialised gradients, None where not wanted: of weights and biases as ``weight_dtype``, else in ``grad``'s."""
     need_x, need_down, need_down_bias, need_up, need_up_bias, need_gate = needs
+
+    def weight(*shape):
+        return grad.new_empty(*shape, dtype=weight_dtype)
+
     return (
         grad.new_empty(grad.shape[0], down_weight.shape[1]) if need_x else None,
-        grad.new_empty(up_weight.shape[1], x.shape[1]) if need_down else None,
-        grad.new_empty(up_weight.shape[1]) if need_down_bias else None,
-        grad.new_empty(up_weight.shape) if need_up else None,
-        grad.new_empty(up_bias.shape) if need_up_bias else None,
+        weight(up_weight.shape[1], x.shape[1]) if need_down else None,
+        weight(up_weight.shape[1]) if need_down_bias else None,
+        weight(*up_weight.shape) if need_up else None,
+        weight(*up_bias.shape) if need_up_bias else None,
         grad.new_empty(gate.shape) if need_gate else None,
     )
 
 
 def _bwd_fake(
     grad, x, down_weight, down_bias, up_weight, up_bias, gate, z, activation, scale, residual_scale, residual_is_x, needs,
-    impl,
+    weight_dtype, impl,
 ):  # fmt: skip
-    grads = _empty_grads(grad, x, down_weight, up_weight, up_bias, gate, needs)
+    grads = _empty_grads(grad, x, down_weight, up_weight, up_bias, gate, needs, weight_dtype)
     return tuple(empty_unless(g, grad) for g in grads)
 
 
 _fwd_op = _common.define(
     "adapter_fwd(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, Tensor? residual, "
-    "Tensor? gate, str activation, float scale, float residual_scale, bool need_z, str impl) -> (Tensor, Tensor)",
+    "Tensor? branch, Tensor? gate, str activation, float scale, float residual_scale, bool need_z, str impl) "
+    "-> (Tensor, Tensor)",
     _fwd,
     _fwd_fake,
     _OP,
@@ -137,7 +155,7 @@ _fwd_op = _common.define(
 _bwd_op = _common.define(
     "adapter_bwd(Tensor grad, Tensor? x, Tensor? down_weight, Tensor? down_bias, Tensor? up_weight, Tensor? up_bias, "
     "Tensor? gate, Tensor? z, str activation, float scale, float residual_scale, bool residual_is_x, bool[] needs, "
-    "str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "ScalarType weight_dtype, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd,
     _bwd_fake,
     _OP,
@@ -149,16 +167,15 @@ class _Adapter(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, down_weight, down_bias, up_weight, up_bias, gate, residual, residual_is_x, activation, scale,
+        ctx, x, down_weight, down_bias, up_weight, up_bias, gate, residual, branch, residual_is_x, activation, scale,
         residual_scale, record, impl,
     ):  # fmt: skip
         needs = list(ctx.needs_input_grad[:6]) if record else [False] * 6
         need_x, need_down, need_down_bias, need_up, need_up_bias, need_gate = needs
         need_z = need_x or need_down or need_down_bias or need_up or need_gate
         added = x if residual_is_x else residual
-        y, z = _fwd_op(
-            x, down_weight, down_bias, up_weight, up_bias, added, gate, activation, scale, residual_scale, need_z, impl
-        )
+        weights = (down_weight, down_bias, up_weight, up_bias)
+        y, z = _fwd_op(x, *weights, added, branch, gate, activation, scale, residual_scale, need_z, impl)
         saved = z.dim() == 2
         again = need_z and not saved  # the backward forms z from x
         gated_bias = up_bias is not None and up_bias.dim() == 2
@@ -172,7 +189,7 @@ class _Adapter(torch.autograd.Function):
             z if saved else None,
         )
         ctx.needs, ctx.activation, ctx.scale, ctx.impl = needs, activation, scale, impl
-        ctx.residual_scale, ctx.residual_is_x = residual_scale, residual_is_x
+        ctx.residual_scale, ctx.residual_is_x, ctx.weight_dtype = residual_scale, residual_is_x, down_weight.dtype
         return y
 
     @staticmethod
@@ -180,13 +197,14 @@ class _Adapter(torch.autograd.Function):
     def backward(ctx, grad):
         grads = [None] * 6
         if any(ctx.needs):
-            options = (ctx.activation, ctx.scale, ctx.residual_scale, ctx.residual_is_x, ctx.needs, ctx.impl)
-            computed = _bwd_op(grad, *ctx.saved_tensors, *options)
+            options = (ctx.activation, ctx.scale, ctx.residual_scale, ctx.residual_is_x, ctx.needs, ctx.weight_dtype)
+            computed = _bwd_op(grad, *ctx.saved_tensors, *options, ctx.impl)
             grads = [g if needed else None for g, needed in zip(computed, ctx.needs, strict=True)]
-        grad_residual = None
-        if ctx.needs_input_grad[6]:
-            grad_residual = grad if ctx.residual_scale == 1.0 else grad * ctx.residual_scale
-        return *grads, grad_residual, None, None, None, None, None, None
+        added = None
+        if any(ctx.needs_input_grad[6:8]):
+            added = grad if ctx.residual_scale == 1.0 else grad * ctx.residual_scale
+        added = [added if needed else None for needed in ctx.needs_input_grad[6:8]]
+        return *grads, *added, None, None, None, None, None, None
 
 
 # -- the public function ---------------------------------------------------------------------------------------------
@@ -199,6 +217,7 @@ def _check_shapes(
     up_weight: Tensor,
     up_bias: Tensor | None,
     residual: Tensor | None,
+    branch: Tensor | None,
     gate: Tensor | None,
     residual_is_x: bool,
 ) -> None:
@@ -236,8 +255,9 @@ def _check_shapes(
             f"{_OP}: residual=None adds x, but expected up_weight.shape[0] == {inner} (x's width) then, got {out}; give a "
             "residual of the output's shape, or False for none"
         )
-    if residual is not None and tuple(residual.shape) != (*x.shape[:-1], out):
-        raise ValueError(f"{_OP}: expected residual.shape == {(*x.shape[:-1], out)}, got {tuple(residual.shape)}")
+    for added in (residual, branch):
+        if added is not None and tuple(added.shape) != (*x.shape[:-1], out):
+            raise ValueError(f"{_OP}: expected residual.shape == {(*x.shape[:-1], out)}, got {tuple(added.shape)}")
 
 
 def adapter(
@@ -249,7 +269,7 @@ def adapter(
     *,
     activation: str = "gelu",
     scale: float = 1.0,
-    residual: Tensor | bool | None = None,
+    residual: Tensor | tuple[Tensor, Tensor] | bool | None = None,
     residual_scale: float = 1.0,
     gate: Tensor | None = None,
     impl: str = "auto",
@@ -260,14 +280,16 @@ def adapter(
     experts of width h are one adapter of width E h whose units, and output biases, are scaled by the gate.
 
     Args:
-        x: (..., D), float32, bfloat16, float16 or float64, any strides.
+        x: (..., D), float32, bfloat16, float16 or float64, any strides. Weights and biases are of x's dtype, or float32
+            beside a half-precision x: then they are rounded to x's dtype inside, and their gradients are float32.
         down_weight: (H, D), as nn.Linear stores it.
         down_bias: (H,) or None.
         up_weight: (D', H).
         up_bias: (D',) or None; with a gate also (E, D'), then b_u = sum_e gate_e up_bias[e].
         activation: "gelu" (erf), "gelu_tanh", "relu", "silu" or "identity".
         scale: a Python number.
-        residual: None adds x itself (D' = D), a tensor (..., D') adds that, False adds nothing.
+        residual: None adds x itself (D' = D), a tensor (..., D') adds that, a tuple of two adds both (a block's input and
+            the branch beside the adapter), False adds nothing.
         residual_scale: a Python number.
         gate: (..., E), E dividing H: the H / E hidden units of expert e are scaled by gate[..., e].
         impl: "auto", "triton" or "reference"; see :mod:`fastgist.backends`.
@@ -278,26 +300,46 @@ def adapter(
 
     Raises:
         ValueError: shapes that do not fit, an unknown activation, a scale that is not finite.
-        TypeError: dtypes that differ outside autocast, or are not floating point.
+        TypeError: dtypes that differ outside autocast (but for float32 weights), or are not floating point.
         RuntimeError: an explicit ``impl`` that cannot run here; a second derivative.
     """
+    branch = None
+    if isinstance(residual, tuple):
+        if len(residual) != 2:
+            raise TypeError(f"{_OP}: a tuple of residuals must be of two Tensors, got {len(residual)}")
+        residual, branch = residual
+        _common.check_floating(_OP, "residual[0]", residual)
+        _common.check_floating(_OP, "residual[1]", branch)
     if residual is True or (isinstance(residual, (int, float)) and residual is not False):
-        raise TypeError(f"{_OP}: residual must be None (adds x), a Tensor or False (adds nothing), got {residual!r}")
+        raise TypeError(
+            f"{_OP}: residual must be None (adds x), a Tensor, a tuple of two or False (adds nothing), got {residual!r}"
+        )
     residual_is_x = residual is None or residual is x
-    named = {"x": x, "down_weight": down_weight, "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias}
-    named |= {"residual": None if residual_is_x or residual is False else residual, "gate": gate}
-    for name, t in named.items():
+    data = {
+        "x": x,
+        "residual": None if residual_is_x or residual is False else residual,
+        "branch": branch,
+        "gate": gate,
+    }
+    weights = {"down_weight": down_weight, "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias}
+    for name, t in (data | weights).items():
         if t is not None or name in ("x", "down_weight", "up_weight"):
             _common.check_floating(_OP, name, t)
-    named = dict(zip(named, cast_for_autocast(*named.values()), strict=True))
-    _common.check_same_dtype(_OP, **named)
+    data = dict(zip(data, cast_for_autocast(*data.values()), strict=True))
+    x = data["x"]
+    if not (x.dtype.itemsize == 2 and all(w is None or w.dtype == torch.float32 for w in weights.values())):
+        weights = dict(zip(weights, cast_for_autocast(*weights.values()), strict=True))
+        _common.check_same_dtype(_OP, x=x, **weights)
+    _common.check_same_dtype(_OP, **data)
+    named = data | weights
     _common.check_same_device(_OP, **named)
     _check_shapes(**named, residual_is_x=residual_is_x)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{_OP}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     scale = check_number(_OP, "scale", scale)
     residual_scale = check_number(_OP, "residual_scale", residual_scale)
-    x, down_weight, down_bias, up_weight, up_bias, residual, gate = named.values()
+    x, residual, branch, gate = data.values()
+    down_weight, down_bias, up_weight, up_bias = weights.values()
     leading, out = x.shape[:-1], up_weight.shape[0]
     rows = math.prod(leading)  # Size.numel() would make a dynamic batch a constant under torch.export
     y = _Adapter.apply(
@@ -308,6 +350,7 @@ def adapter(
         up_bias,
         None if gate is None else gate.reshape(rows, gate.shape[-1]),
         None if residual is None else residual.reshape(rows, out),
+        None if branch is None else branch.reshape(rows, out),
         residual_is_x,
         activation,
         scale,

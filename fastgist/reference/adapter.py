@@ -58,7 +58,7 @@ def adapter(
     *,
     activation: str = "gelu",
     scale: float = 1.0,
-    residual: Tensor | bool | None = None,
+    residual: Tensor | tuple[Tensor, Tensor] | bool | None = None,
     residual_scale: float = 1.0,
     gate: Tensor | None = None,
 ) -> Tensor:
@@ -75,7 +75,8 @@ def adapter(
         y = y + (gate @ bias if bias.dim() == 2 and gate is not None else bias)
     y = scale * y
     if residual is not False:
-        y = y + residual_scale * accumulate(x if residual is None or residual is True else residual)
+        added = residual if isinstance(residual, tuple) else (x if residual is None or residual is True else residual,)
+        y = y + residual_scale * sum(accumulate(t) for t in added)
     return y.to(x.dtype)
 
 

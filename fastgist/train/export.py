@@ -106,13 +106,15 @@ def _front(model: nn.Module) -> nn.Module:
 
 def _adapter_fwd(
     x: Tensor, down: Tensor, down_bias: Tensor | None, up: Tensor, up_bias: Tensor | None, residual: Tensor | None,
-    gate: Tensor | None, activation: str, scale: float, residual_scale: float, need_z: bool, impl: str,
+    branch: Tensor | None, gate: Tensor | None, activation: str, scale: float, residual_scale: float, need_z: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from fastgist.reference.adapter import adapter
 
+    added = False if residual is None else residual if branch is None else (residual, branch)
     y = adapter(
-        x, down, down_bias, up, up_bias, activation=activation, scale=scale,
-        residual=False if residual is None else residual, residual_scale=residual_scale, gate=gate,
+        x, down, down_bias, up, up_bias, activation=activation, scale=scale, residual=added,
+        residual_scale=residual_scale, gate=gate,
     )  # fmt: skip
     return y, x.new_empty(0)
 

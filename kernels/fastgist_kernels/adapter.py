@@ -22,6 +22,7 @@ from fastgist_kernels.outer import argument_types, low_dot, narrow, processors, 
 
 __all__ = [
     "SPECS",
+    "WEIGHTS",
     "activate",
     "activation_slope",
     "adapter_fwd",
@@ -110,10 +111,10 @@ def project_down(
         w_ptrs = down_ptr + offs_c[:, None] * stride_dd + offs_h[None, :] * stride_dh
         x = tl.load(x_ptrs, mask=mask_x, other=0.0)
         w = tl.load(w_ptrs, mask=mask_w, other=0.0)
-        z = dot(x, w, z, PRECISION)
+        z = dot(x, narrow(w, x.dtype), z, PRECISION)
     if HAS_DOWN_BIAS:
         bias = tl.load(down_bias_ptr + offs_h * stride_db, mask=mask_h, other=0.0)
-        z += bias.to(tl.float32)[None, :]
+        z += narrow(bias, x_ptr.dtype.element_ty).to(tl.float32)[None, :]
     return z
 
 
@@ -138,6 +139,7 @@ def _adapter_fwd_kernel(
     up_ptr,
     up_bias_ptr,
     residual_ptr,
+    branch_ptr,
     gate_ptr,
     z_ptr,
     y_ptr,
@@ -159,6 +161,8 @@ def _adapter_fwd_kernel(
     stride_bn,
     stride_rm,
     stride_rn,
+    stride_jm,
+    stride_jn,
     stride_gm,
     stride_ge,
     stride_zm,
@@ -168,6 +172,7 @@ def _adapter_fwd_kernel(
     HAS_DOWN_BIAS: tl.constexpr,
     HAS_UP_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
     HAS_GATE: tl.constexpr,
     GATED_BIAS: tl.constexpr,
     STORE_Z: tl.constexpr,
@@ -224,20 +229,23 @@ def _adapter_fwd_kernel(
         mask_c = offs_c < N
         mask_out = mask_m[:, None] & mask_c[None, :]
         up_ptrs = up_ptr + offs_h[:, None] * stride_uh + offs_c[None, :] * stride_un
-        up = tl.load(up_ptrs, mask=mask_h[:, None] & mask_c[None, :], other=0.0)
+        up = narrow(tl.load(up_ptrs, mask=mask_h[:, None] & mask_c[None, :], other=0.0), x_ptr.dtype.element_ty)
         acc = low_dot(hidden, up, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), WIDE, PRECISION)
         if GATED_BIAS:
             bias_ptrs = up_bias_ptr + offs_e[:, None] * stride_be + offs_c[None, :] * stride_bn
             bias = tl.load(bias_ptrs, mask=mask_e[:, None] & mask_c[None, :], other=0.0)
-            acc = dot(experts, bias, acc, PRECISION)
+            acc = dot(experts, narrow(bias, experts.dtype), acc, PRECISION)
         elif HAS_UP_BIAS:
             bias = tl.load(up_bias_ptr + offs_c * stride_bn, mask=mask_c, other=0.0)
-            acc += bias.to(tl.float32)[None, :]
+            acc += narrow(bias, x_ptr.dtype.element_ty).to(tl.float32)[None, :]
         acc = acc * scale
         if HAS_RESIDUAL:
             residual_ptrs = residual_ptr + offs_m[:, None] * stride_rm + offs_c[None, :] * stride_rn
-            residual = tl.load(residual_ptrs, mask=mask_out, other=0.0)
-            acc += residual.to(tl.float32) * residual_scale
+            residual = tl.load(residual_ptrs, mask=mask_out, other=0.0).to(tl.float32)
+            if HAS_BRANCH:
+                branch_ptrs = branch_ptr + offs_m[:, None] * stride_jm + offs_c[None, :] * stride_jn
+                residual += tl.load(branch_ptrs, mask=mask_out, other=0.0).to(tl.float32)
+            acc += residual * residual_scale
         y_ptrs = y_ptr + offs_m[:, None] * N + offs_c[None, :]
         tl.store(y_ptrs, narrow(acc, y_ptr.dtype.element_ty), mask=mask_out)
 
@@ -315,10 +323,11 @@ def _tile_config(
 
 
 def adapter_fwd(
-    x, down_weight, down_bias, up_weight, up_bias, residual, gate, activation, scale, residual_scale, tf32, y, z
-) -> None:
+    x, down_weight, down_bias, up_weight, up_bias, residual, branch, gate, activation, scale, residual_scale, tf32, y, z
+) -> None:  # fmt: skip
     """Write y (M, D') and, where z is not None, z = D x + b_d (M, H), both contiguous. Inputs of any strides: x (M, D),
-    down_weight (H, D), up_weight (D', H), up_bias (D',) or (E, D'), residual (M, D') or None, gate (M, E) or None."""
+    down_weight (H, D), up_weight (D', H), up_bias (D',) or (E, D'), residual (M, D') or None, branch (M, D') or None
+    (added to the residual, which there must be), gate (M, E) or None. Weights are x's dtype or float32."""
     rows, inner = x.shape
     out, hidden = up_weight.shape
     experts = 1 if gate is None else gate.shape[1]
@@ -330,6 +339,7 @@ def adapter_fwd(
         down, up = down_weight[units], up_weight[:, units]
         bias = None if down_bias is None else down_bias[units]
         add = collected if index else residual
+        also = None if index else branch
         add_bias = up_bias is not None and index == 0
         gated_bias = add_bias and up_bias.dim() == 2
         bias_strides = (0, 0) if not add_bias else up_bias.stride() if gated_bias else (0, up_bias.stride(0))
@@ -343,6 +353,7 @@ def adapter_fwd(
             up,
             up_bias if add_bias else None,
             add,
+            also,
             gate,
             None if z is None else z[:, units],
             y if index == len(parts) - 1 else collected,
@@ -359,6 +370,7 @@ def adapter_fwd(
             *up.stride(),
             *bias_strides,
             *((0, 0) if add is None else add.stride()),
+            *((0, 0) if also is None else also.stride()),
             *((0, 0) if gate is None else gate.stride()),
             hidden,
             scale,
@@ -367,6 +379,7 @@ def adapter_fwd(
             HAS_DOWN_BIAS=bias is not None,
             HAS_UP_BIAS=add_bias,
             HAS_RESIDUAL=add is not None,
+            HAS_BRANCH=also is not None,
             HAS_GATE=gate is not None,
             GATED_BIAS=gated_bias,
             STORE_Z=z is not None,
@@ -382,23 +395,36 @@ def adapter_fwd(
 # -- ahead-of-time specs ---------------------------------------------------------------------------------------------
 
 
-_UNIT = dict.fromkeys(("stride_xd", "stride_dd", "stride_db", "stride_uh", "stride_bn", "stride_rn", "stride_ge"), 1)
+_UNIT = dict.fromkeys(
+    ("stride_xd", "stride_dd", "stride_db", "stride_uh", "stride_bn", "stride_rn", "stride_jn", "stride_ge"), 1
+)
 
 
-def _spec(dtype: str, precision: str, hidden: int, gated: bool, rows: int, sizes: str = "even") -> Spec:
+#: Of float32 where x is in half precision.
+WEIGHTS = ("down_ptr", "down_bias_ptr", "up_ptr", "up_bias_ptr")
+
+
+def _spec(
+    dtype: str, precision: str, hidden: int, gated: bool, rows: int, sizes: str = "even", block: bool = False
+) -> Spec:
     """The kernel at the tile that a launch takes. ``sizes``: "even", "odd" (a number of hidden units that 16 does not
-    divide) or "ragged" (that, and widths that no tile divides)."""
+    divide) or "ragged" (that, and widths that no tile divides). ``block``: as a block of a half-precision model calls it,
+    with float32 weights and a branch to add."""
     ragged = sizes == "ragged"
     tile = tile_defaults("adapter_fwd", dtype == "fp32", hidden, gated, ragged)
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     flags = {"ACTIVATION": "gelu", "HAS_DOWN_BIAS": True, "HAS_UP_BIAS": True, "HAS_RESIDUAL": True, "HAS_GATE": gated}
     flags |= {"GATED_BIAS": gated, "STORE_Z": hidden > 64, "EVEN_D": not ragged, "WIDE": dtype == "fp16"}
-    flags |= {"PRECISION": precision, "BLOCK_M": rows, "BLOCK_H": hidden, "BLOCK_E": 16}
+    flags |= {"PRECISION": precision, "BLOCK_M": rows, "BLOCK_H": hidden, "BLOCK_E": 16, "HAS_BRANCH": block}
     constexprs = _UNIT | flags | tile
+    types = argument_types(_adapter_fwd_kernel, constexprs, dtype)
+    if block:
+        types |= dict.fromkeys(WEIGHTS, "*fp32")
+    ending = ("_gate" * gated, f"_m{rows}", "" if sizes == "even" else f"_{sizes}", "_block" * block)
     return Spec(
         _adapter_fwd_kernel,
-        f"{dtype}_{precision}_h{hidden}{'_gate' * gated}_m{rows}{'' if sizes == 'even' else f'_{sizes}'}",
-        argument_types(_adapter_fwd_kernel, constexprs, dtype),
+        f"{dtype}_{precision}_h{hidden}{''.join(ending)}",
+        types,
         constexprs,
         num_warps=warps,
         num_stages=stages,
@@ -425,7 +451,9 @@ SPECS = [
     _spec(*case)
     for case in (
         ("bf16", "ieee", 16, False, 64),
+        ("bf16", "ieee", 16, False, 64, "even", True),
         ("bf16", "ieee", 64, False, 64),
+        ("bf16", "ieee", 64, False, 64, "even", True),
         ("bf16", "ieee", 64, True, 64),
         ("bf16", "ieee", 256, False, 64),
         ("bf16", "ieee", 256, True, 32),

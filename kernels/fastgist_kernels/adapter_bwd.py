@@ -133,7 +133,7 @@ def _adapter_bwd_dx_kernel(
             up_ptrs = up_ptr + offs_c[:, None] * stride_un + offs_h[None, :] * stride_uh
             dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
             up = tl.load(up_ptrs, mask=mask_c[:, None] & mask_h[None, :], other=0.0)
-            dh = dot(dy, up, dh, PRECISION)
+            dh = dot(dy, narrow(up, dy.dtype), dh, PRECISION)
     dh = dh * scale
 
     if LOAD_Z:  # after the loop: one tile less to hold in it
@@ -168,7 +168,9 @@ def _adapter_bwd_dx_kernel(
             mask_c = offs_c < D
             mask_out = mask_m[:, None] & mask_c[None, :]
             down_ptrs = down_ptr + offs_h[:, None] * stride_dh + offs_c[None, :] * stride_dd
-            down = tl.load(down_ptrs, mask=mask_h[:, None] & mask_c[None, :], other=0.0)
+            down = narrow(
+                tl.load(down_ptrs, mask=mask_h[:, None] & mask_c[None, :], other=0.0), dy_ptr.dtype.element_ty
+            )
             dx = low_dot(dz, down, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), WIDE, PRECISION)
             if ADD_DY:
                 dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_c[None, :] * stride_dyn
@@ -312,7 +314,7 @@ def _dx(
         total = gates.sum(0)
         if up_bias is not None and up_bias.dim() == 2:
             by_bias = torch.empty_like(total)
-            project(grad, up_bias.t(), None, None, scale, 0.0, tf32, by_bias)
+            project(grad, up_bias.to(grad.dtype).t(), None, None, scale, 0.0, tf32, by_bias)
             total += by_bias
         grad_gate.copy_(total)
 
