@@ -169,7 +169,7 @@ def _compile(loss: Any, compiled: bool) -> Any:
     return loss
 
 
-def _fastgist(gist: bool = True, compiled: bool = False) -> Callable[..., Step]:
+def _fastgist(gist: bool = True, compiled: bool = False, recompute: bool = False) -> Callable[..., Step]:
     def build(case: Case, device: torch.device, dropout: float = 0.1) -> Step:
         import fastgist as fg
 
@@ -177,6 +177,8 @@ def _fastgist(gist: bool = True, compiled: bool = False) -> Callable[..., Step]:
         fg.get_peft_model(vit, fg.AdapterConfig(BOTTLENECK, placement="shared", scale=SCALE))
         values = initial(case, device)
         model = fg.add_gist(vit, fg.GistConfig(dropout=dropout)) if gist else vit
+        if recompute:
+            model.set_grad_checkpointing("mlp")
         model.train()
         parameters = {f"{i}.{n}": getattr(b.adapter, n) for i, b in enumerate(vit.blocks) for n in _ADAPTER}
         if gist:
@@ -213,6 +215,8 @@ def _peft_lora(case: Case, device: torch.device, dropout: float = 0.1) -> Step:
 PROVIDERS: dict[str, Callable[..., Step]] = {
     "fastgist": _fastgist(),
     "fastgist, compiled": _fastgist(compiled=True),
+    "fastgist, hidden units again": _fastgist(recompute=True),
+    "fastgist, hidden units again, compiled": _fastgist(recompute=True, compiled=True),
     "fastgist without gist": _fastgist(gist=False),
     "authors": _plain(materialised=True, compiled=False),
     "plain": _plain(materialised=False, compiled=False),
