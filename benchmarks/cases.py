@@ -50,6 +50,8 @@ CASES: dict[tuple[str, str], list[Case]] = {
     ("cp_linear", "cuda"): [case(torch.bfloat16, M=16384, d=d, R=r) for d in (768, 1024, 4096) for r in (16, 64)],
     ("adapter", "cpu"): [case(torch.float32, M=3152, d=768, H=8), case(torch.float32, M=3152, d=768, H=64)],
     ("adapter", "cuda"): [case(torch.bfloat16, M=16384, d=d, H=h) for d in (768, 1024, 4096) for h in (8, 64)],
+    ("gelu", "cpu"): [case(torch.float32, M=3152, d=3072)],
+    ("gelu", "cuda"): [case(torch.bfloat16, M=m, d=3072) for m in (6336, 50688)],
 }
 _VITS = {"Ti": {"D": 192, "L": 12}, "B": {"D": 768, "L": 12}, "L": {"D": 1024, "L": 24}}
 CASES["train_step", "cpu"] = [case(torch.float32, B=8, S=224, **_VITS["Ti"])]
@@ -73,6 +75,8 @@ DIRECTIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("cp_linear", "cuda"): ("fwd", "bwd"),
     ("adapter", "cpu"): ("fwd_bwd",),
     ("adapter", "cuda"): ("fwd", "bwd"),
+    ("gelu", "cpu"): ("fwd_bwd",),
+    ("gelu", "cuda"): ("fwd", "bwd"),
     ("train_step", "cpu"): ("step",),
     ("train_step", "cuda"): ("step",),
 }
@@ -114,10 +118,16 @@ def _adapter(case: Case, b: int):
     return ((2 * m * d + 2 * d * h) * b, 4 * m * d * h), ((3 * m * d + 4 * d * h) * b, 10 * m * d * h)
 
 
+def _gelu(case: Case, b: int):
+    elements = case["M"] * case["d"]
+    return (2 * elements * b, 0), (3 * elements * b, 0)
+
+
 _COSTS = {
     "bidirectional_kl": _logits,
     "gist_loss": _logits,
     "gist_linear_loss": _gist_linear,
     "cp_linear": _cp_linear,
     "adapter": _adapter,
+    "gelu": _gelu,
 }

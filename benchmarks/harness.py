@@ -1,4 +1,4 @@
-"""Inputs, parity and timing, shared by all five benchmark files. Parity comes first: a wrong result is not timed."""
+"""Inputs, parity and timing, shared by all six benchmark files. Parity comes first: a wrong result is not timed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Problem:
 
     @property
     def is_loss(self) -> bool:
-        return self.op not in ("cp_linear", "adapter")
+        return self.op not in ("cp_linear", "adapter", "gelu")
 
 
 def make_problem(op: str, case: Case, device: torch.device) -> Problem:
@@ -66,6 +66,8 @@ def make_problem(op: str, case: Case, device: torch.device) -> Problem:
         tensors |= {"bias": randn(v, spread=0.1), "target": targets(v)}
         return Problem(op, case, tensors, ("hidden", "gist_hidden", "weight", "bias"))
     m, d = case["M"], case["d"]
+    if op == "gelu":
+        return Problem(op, case, {"x": randn(m, d)}, ("x",))
     if op == "cp_linear":
         r = case["R"]
         tensors = {"x": randn(m, d), "weight": randn(d, d, spread=d**-0.5), "bias": randn(d, spread=0.1)}
@@ -123,8 +125,8 @@ def _evaluate(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, dict[str, T
                 outs.append(out.detach())
             else:
                 out = formula(*args, **problem.options)
-                grad = incoming_rows(problem, start, out)
-                out.backward(grad)
+                if compared or every_chunk:
+                    out.backward(incoming_rows(problem, start, out))
                 outs.append(out.detach())
         if compared:
             for name in grads:
@@ -339,11 +341,14 @@ def floor_seconds(problem: Problem, direction: str) -> tuple[float, str]:
     return statistics.median(sample(work, clock, rounds_for(work, clock, 1.0))), what
 
 
-def _cpu_floor(problem: Problem) -> tuple[Callable[[], None], str]:
+def _cpu_floor(problem: Problem) -> tuple[Callable[[], object], str]:
     t, case = problem.tensors, problem.case
     if problem.op in ("bidirectional_kl", "gist_loss"):
         copies = [(t[n], torch.empty_like(t[n])) for n in ("z", "g")]
         return lambda: [target.copy_(source) for source, target in copies], "copy of the two tensors, same run"
+    if problem.op == "gelu":
+        once, twice = torch.empty_like(t["x"]), torch.empty_like(t["x"])
+        return lambda: (once.copy_(t["x"]), torch.add(t["x"], once, out=twice)), "a copy and a sum, same run"
     rows, width = case["M"], case.dtype
 
     def product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -203,6 +203,7 @@ PEERS: dict[str, dict[str, Build]] = {
     | _both("factored", cp_factored)
     | {"dense delta": _plain(cp_dense), "frozen linear alone": _plain(frozen_linear), "PEFT LoRA": _peft_lora},
     "adapter": _implementations("adapter") | _both("eager", adapter_eager),
+    "gelu": _implementations("gelu") | _both("eager", F.gelu),
 }
 #: Providers that compute something else, there for their cost: their result is not held against the formula.
 OTHER_FUNCTION = {"Liger JSD", "Liger fused linear JSD", "frozen linear alone"}

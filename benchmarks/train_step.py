@@ -189,7 +189,7 @@ def _plain(materialised: bool, recipe: Recipe = PLAIN) -> Callable[..., Step]:
     return build
 
 
-def _fastgist(gist: bool = True, recipe: Recipe = PLAIN) -> Callable[..., Step]:
+def _fastgist(gist: bool = True, recipe: Recipe = PLAIN, recompute: bool = False) -> Callable[..., Step]:
     def build(case: Case, device: torch.device, dropout: float = 0.1) -> Step:
         import fastgist as fg
 
@@ -197,6 +197,8 @@ def _fastgist(gist: bool = True, recipe: Recipe = PLAIN) -> Callable[..., Step]:
         fg.get_peft_model(vit, fg.AdapterConfig(BOTTLENECK, placement="shared", scale=SCALE))
         values = initial(case, device)
         model = fg.add_gist(vit, fg.GistConfig(dropout=dropout)) if gist else vit
+        if recompute:
+            model.set_grad_checkpointing("mlp")
         model.train()
         parameters = {f"{i}.{n}": getattr(b.adapter, n) for i, b in enumerate(vit.blocks) for n in _ADAPTER}
         if gist:
@@ -237,6 +239,8 @@ PROVIDERS: dict[str, Callable[..., Step]] = {
     "fastgist": _fastgist(),
     "fastgist, compiled": _fastgist(recipe=Recipe(compiled=True)),
     "fastgist, autocast": _fastgist(recipe=Recipe(autocast=True)),
+    "fastgist, hidden units again": _fastgist(recompute=True),
+    "fastgist, hidden units again, compiled": _fastgist(recipe=Recipe(compiled=True), recompute=True),
     "fastgist without gist": _fastgist(gist=False),
     "authors": _plain(materialised=True),
     "authors, autocast": _plain(materialised=True, recipe=Recipe(autocast=True)),

@@ -1,9 +1,10 @@
-"""The five operations as functions. Each takes ``impl=`` (see :mod:`fastgist.backends`) and works on any device."""
+"""The six operations as functions. Each takes ``impl=`` (see :mod:`fastgist.backends`) and works on any device."""
 
 from fastgist.ops.adapter import adapter
 from fastgist.ops.bidirectional_kl import bidirectional_kl
 from fastgist.ops.cp_linear import cp_linear
+from fastgist.ops.gelu import gelu
 from fastgist.ops.gist_linear_loss import gist_linear_loss
 from fastgist.ops.gist_loss import gist_loss
 
-__all__ = ["adapter", "bidirectional_kl", "cp_linear", "gist_linear_loss", "gist_loss"]
+__all__ = ["adapter", "bidirectional_kl", "cp_linear", "gelu", "gist_linear_loss", "gist_loss"]

@@ -19,6 +19,7 @@ COMPARED = {
     "authors": "the authors' expressions (attention in memory, softmax().log(), two head calls)",
     "plain": "the best of plain PyTorch (scaled_dot_product_attention, log_softmax)",
     "fastgist": "fastgist",
+    "fastgist, hidden units again": 'fastgist, `set_grad_checkpointing("mlp")`',
 }
 
 

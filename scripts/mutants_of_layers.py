@@ -1,4 +1,4 @@
-"""Mutants of cp_linear and adapter: (name, text, its replacement, why a test must notice)."""
+"""Mutants of cp_linear, adapter and gelu: (name, text, its replacement, why a test must notice)."""
 
 from __future__ import annotations
 
@@ -391,4 +391,46 @@ ADAPTER = [
     ),
 ]
 
-LAYERS = [*CP_LINEAR, *ADAPTER]
+GELU = [
+    *kernel(
+        "gelu",
+        ("a coefficient off by 1e-4", "r = r * t + 0.1372276", "r = r * t + 0.1373276", "2^-17 of the value"),
+        ("the last coefficient off by 1e-5", "r = r * t + 0.1230173", "r = r * t + 0.1230273", "the tail is relative"),
+        ("exponent of e, not of 2", "x * x * -0.7213475204444817", "x * x * -0.5", "Phi"),
+        ("slope without its density", "e * (r - 0.3989422804014327 * a)", "e * r", "Phi + x phi"),
+        ("slope not mirrored", "tl.where(x < 0.0, d, 1.0 - d)", "tl.where(x < 0.0, d, d)", "the right side"),
+        (
+            "infinity meets 0",
+            "a = tl.abs(tl.minimum(x, 1e38, propagate_nan=tl.PropagateNan.ALL))",
+            "a = tl.abs(x)",
+            "gelu(inf) = inf",
+        ),
+        (
+            "NaN lost",
+            "    a = tl.abs(tl.minimum(x, 1e38, propagate_nan=tl.PropagateNan.ALL))\n    e, r = tail(a, a)\n"
+            "    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)",
+            "    a = tl.where(x < 1e38, tl.abs(x), 1e38)\n    e, r = tail(a, a)\n    return tl.where(x > 0.0, x, 0.0)",
+            "NaN stays NaN",
+        ),
+        ("gradient left out", "narrow(grad * gelu_slope(x, ERF)", "narrow(gelu_slope(x, ERF)", "the chain rule"),
+        (
+            "programs write one block",
+            "    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)\n    tl.store(y_ptr + offs,",
+            "    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)\n    tl.store(y_ptr + offs % BLOCK,",
+            "each program has its block",
+        ),
+        (
+            "float32 takes the polynomial",
+            "x, y, n, ERF=x.element_size() == 4)",
+            "x, y, n, ERF=x.element_size() == 3)",
+            "float32's own accuracy",
+        ),
+    ),
+    *reference(
+        "gelu",
+        ("without its half", "(0.5 * wide *", "(wide *", "the oracle is held against torch"),
+        ("backward by tanh", "aten.gelu_backward(grad, x)", 'aten.gelu_backward(grad, x, approximate="tanh")', "erf"),
+    ),
+]
+
+LAYERS = [*CP_LINEAR, *ADAPTER, *GELU]

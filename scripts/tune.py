@@ -33,6 +33,7 @@ Key = tuple[str, str, str]  # kernel, architecture, shape class
 _ROWS = {"BLOCK_V": (256, 512, 1024, 2048, 4096, 8192), "BLOCK_M": (1, 2, 4, 8), "num_warps": (2, 4, 8, 16)}
 _TILE = {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
 _ADAPTER = {"BLOCK_M": (16, 32, 64, 128), "BLOCK_D": (32, 64, 128), "BLOCK_N": (32, 64, 128)} | _TILE
+_FLAT = {"BLOCK": (1024, 2048, 4096, 8192), "num_warps": (2, 4, 8)}
 #: What may vary in each entry. Every kernel name that the launchers ask the table for has a line here (tested).
 SPACES: dict[str, dict[str, tuple[int, ...]]] = {
     "bidirectional_kl_fwd": _ROWS,
@@ -47,6 +48,8 @@ SPACES: dict[str, dict[str, tuple[int, ...]]] = {
     "cp_linear_project": {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128)} | _TILE,
     "adapter_fwd": _ADAPTER,
     "adapter_bwd": _ADAPTER,
+    "gelu_fwd": _FLAT,
+    "gelu_bwd": _FLAT,
 }
 #: A tile of a row kernel holds at most this many elements of one tensor.
 MOST_ELEMENTS = 8192

@@ -1,4 +1,4 @@
-"""Each operation at one small ragged shape, behind one interface: what tests of all five have in common."""
+"""Each operation at one small ragged shape, behind one interface: what tests of all six have in common."""
 
 from __future__ import annotations
 
@@ -79,6 +79,8 @@ def make(op: str, dtype: torch.dtype = torch.float32, device: str = DEVICE, rows
         tensors = {"x": randn(rows, 72), "weight": randn(48, 72, spread=0.1), "bias": randn(48)}
         tensors |= {"u": randn(72, 5, spread=0.1), "v": randn(24, 5), "gain": randn(2, 5)}
         return Call(op, tensors, ("x", "u", "v", "gain"), {"scale": 0.5})
+    if op == "gelu":
+        return Call(op, {"x": randn(rows, 72)}, ("x",))
     tensors = {"x": randn(rows, 72), "down": randn(9, 72, spread=0.1), "down_bias": randn(9)}
     tensors |= {"up": randn(72, 9), "up_bias": randn(72)}
     return Call(op, tensors, ("x", "down", "down_bias", "up", "up_bias"), {"scale": 0.5})

@@ -22,6 +22,7 @@ SMALL = {
     "gist_linear_loss": case(torch.float32, M=40, V=65, H=24),
     "cp_linear": case(torch.float32, M=600, d=48, R=5),
     "adapter": case(torch.float32, M=600, d=48, H=9),
+    "gelu": case(torch.float32, M=600, d=48),
 }
 
 
@@ -43,6 +44,8 @@ def test_every_operation_is_timed_everywhere():
         ("cp_linear", "bwd", {"M": 16384, "d": 4096, "R": 64}, 739),
         ("adapter", "fwd", {"M": 16384, "d": 768, "H": 64}, 11.8),
         ("adapter", "bwd", {"M": 16384, "d": 1024, "H": 64}, 23.5),
+        ("gelu", "fwd", {"M": 50688, "d": 3072}, 145),
+        ("gelu", "bwd", {"M": 50688, "d": 3072}, 217),
         ("gist_linear_loss", "fwd_bwd", {"M": 8192, "V": 128256, "H": 4096}, 65_000),
     ],
 )

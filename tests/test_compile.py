@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True), autocast, checkpointing, deterministic mode and opcheck, for all five operations."""
+"""torch.compile(fullgraph=True), autocast, checkpointing, deterministic mode and opcheck, for all six operations."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ NUMBERS = {
     "gist_linear_loss": ("temperature", "alpha", "beta"),
     "cp_linear": ("scale",),
     "adapter": ("scale", "residual_scale"),
+    "gelu": (),
 }
 
 

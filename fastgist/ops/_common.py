@@ -53,7 +53,11 @@ def define(schema: str, implementation: Callable, fake: Callable, public: str) -
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return results
         leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
-        return _NotDifferentiable.apply(message, len(results), *results, *leaves) if leaves else results
+        if not leaves:
+            return results
+        if isinstance(results, Tensor):
+            return _NotDifferentiable.apply(message, 1, results, *leaves)[0]
+        return _NotDifferentiable.apply(message, len(results), *results, *leaves)
 
     _LIBRARY.impl(name, guard, "Autograd")
     return op

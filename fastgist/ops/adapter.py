@@ -35,13 +35,13 @@ def _left_to_the_compiler(x: Tensor, hidden: int, gate: Tensor | None, impl: str
         and hidden <= _BY_UNIT
         and gate is None
         and impl == "auto"
-        and _is_triton(x.device.type, x.dtype)
+        and (x.is_cuda or _INTERPRETING)
+        and x.dtype != torch.float64
     )
 
 
-@torch.compiler.assume_constant_result
-def _is_triton(device: str, dtype: torch.dtype) -> bool:
-    return backends.resolve(_OP, "auto", torch.empty(0, dtype=dtype, device=device)) == "triton"
+#: Asked once: a compiler cannot trace the question.
+_INTERPRETING = backends.interpreting()
 
 
 def _saves_z(impl: str, hidden: int) -> bool:
@@ -124,9 +124,9 @@ def _bwd(
 ) -> tuple[Tensor, ...]:
     impl = backends.resolve(_OP, impl, grad)
     if impl == "reference" or grad.numel() == 0 or (x is not None and x.numel() == 0):
-        if z is None and any(needs[i] for i in (0, 1, 2, 3, 5)):  # zero rows, of which nothing was saved
-            z = grad.new_empty(0, up_weight.shape[1])
         down_weight, up_weight, up_bias = (_as(w, grad.dtype) for w in (down_weight, up_weight, up_bias))
+        if z is None and any(needs[i] for i in (0, 1, 2, 3, 5)):  # the forward was another implementation's
+            z = torch.nn.functional.linear(x, down_weight, _as(down_bias, grad.dtype))
         grads = reference.backward(
             grad, x, down_weight, up_weight, up_bias, gate, z, activation, scale, residual_scale, residual_is_x, *needs
         )

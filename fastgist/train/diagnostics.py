@@ -135,3 +135,4 @@ def _cases(
     yield "cp_linear", runner(F.cp_linear, x, qkv, qkv_bias, u, v, gain, dropout_p=0.1, training=True)
     down, up = make(bottleneck_dim, dim), make(dim, bottleneck_dim)
     yield "adapter", runner(F.adapter, x, down, make(bottleneck_dim), up, make(dim))
+    yield "gelu", runner(F.gelu, make(batch, tokens, 4 * dim))

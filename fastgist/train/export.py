@@ -128,11 +128,16 @@ def _cp_linear_fwd(
     return cp_linear(x, weight, bias, u, v, gain, scale=scale), x.new_empty(0)
 
 
+def _gelu_fwd(x: Tensor, impl: str) -> Tensor:
+    return nn.functional.gelu(x)
+
+
 def _plain_expressions() -> dict[Any, Callable[..., Any]]:
     import fastgist.functional  # noqa: F401 - defines the operators
 
     ops = torch.ops.fastgist
-    return {ops.adapter_fwd.default: _adapter_fwd, ops.cp_linear_fwd.default: _cp_linear_fwd}
+    found = {ops.adapter_fwd.default: _adapter_fwd, ops.cp_linear_fwd.default: _cp_linear_fwd}
+    return found | {ops.gelu_fwd.default: _gelu_fwd}
 
 
 def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:

@@ -17,8 +17,9 @@ def saved_tensor_ledger(model: nn.Module, forward: Callable[[], object], *, by_b
     """Bytes that one ``forward()`` of ``model`` keeps for its backward, by the module in which they are kept.
 
     Parameters and buffers are not counted, nor is a storage that another saved tensor shares. Numbers in a path become
-    "*" (one line for the same part of all blocks) unless ``by_block``. What a module's own forward keeps outside its
-    children stands under the module's path and the name of the function that ran.
+    "*" (one line for the same part of all blocks) unless ``by_block``. What is kept outside a module's children, by its own
+    forward or by a function that runs its parts in the forward's place, stands under the module's path and the name of
+    the function.
 
     Hooks would change what some models run, so none are set: the module is read from the call stack.
     """
@@ -41,10 +42,12 @@ def saved_tensor_ledger(model: nn.Module, forward: Callable[[], object], *, by_b
 
 
 def _where(paths: dict[int, str], by_block: bool) -> str:
-    """The innermost module on the call stack that ``paths`` knows."""
+    """The innermost module on the call stack that ``paths`` knows: the first argument of a method, or of a function that
+    runs a module's parts."""
     frame = sys._getframe(2)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
+    while frame is not None and frame.f_code is not saved_tensor_ledger.__code__:
+        names = frame.f_code.co_varnames
+        owner = frame.f_locals.get(names[0]) if names else None
         if isinstance(owner, nn.Module) and id(owner) in paths:
             path, function = paths[id(owner)], frame.f_code.co_name
             path = path if by_block else re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)

@@ -43,7 +43,8 @@ class Spec:
     Every pointer and stride counts as a multiple of 16, as the launcher's specialisation finds them on ordinary
     tensors, but for those named in ``unaligned``; so do the sizes named in ``aligned``. ``archs``:
     the architectures whose launches use this tile. ``matrix``: the kernel
-    multiplies tiles of >= 64 rows, so Hopper's SASS must show HGMMA.
+    multiplies tiles of >= 64 rows, so Hopper's SASS must show HGMMA. ``wide``: it only streams, so all its accesses to
+    global memory must be of 16 bytes.
     """
 
     kernel: Any
@@ -53,6 +54,7 @@ class Spec:
     num_warps: int = 4
     num_stages: int = 2
     matrix: bool = False
+    wide: bool = False
     unaligned: tuple[str, ...] = field(default=())
     aligned: tuple[str, ...] = field(default=())
     archs: tuple[int, ...] = ARCHITECTURES
@@ -200,6 +202,12 @@ def undefined_uniform(sass: str) -> list[str]:
     return found
 
 
+def narrow_accesses(sass: str) -> list[str]:
+    """Loads and stores of global memory in ``nvdisasm -c`` output that move less than 16 bytes a thread."""
+    accesses = re.findall(r"\b((?:LDG|STG)\.[A-Z0-9.]+)", sass)
+    return [access for access in accesses if not re.search(r"\.(?:128|256)\b", access)]
+
+
 def resources(compiled) -> tuple[Resources, str]:
     """Registers, stack and shared memory as ``cuobjdump -res-usage`` reports them; spills and HGMMA from the SASS, which
     is returned too."""
@@ -232,6 +240,8 @@ def _row(task: tuple[bool, int, int]) -> dict[str, Any]:
     row: dict[str, Any] = {"triton": triton.__version__, "kernel": spec.name, "arch": arch, "matrix": spec.matrix}
     found, sass = resources(compile_spec(spec, arch))
     row |= asdict(found) | {"undefined": undefined_uniform(sass) if arch == 90 else []}  # Blackwell's reads otherwise
+    if spec.wide:
+        row["narrow_accesses"] = narrow_accesses(sass)
     if arch == spec.archs[0]:
         row["narrow"] = narrow_offsets(written_ir(spec))
     return row

@@ -196,6 +196,18 @@ def test_matrix_kernels_use_hopper_instructions(rows):
     _fail([f"{_label(r)}: no HGMMA in its SASS" for r in rows if r["matrix"] and r["arch"] == 90 and not r["hgmma"]])
 
 
+def test_streaming_kernels_move_16_bytes_at_a_time(rows):
+    _fail([f"{_label(r)}: {' '.join(r['narrow_accesses'])}" for r in rows if r.get("narrow_accesses")])
+    assert any("narrow_accesses" in row for row in rows), "no kernel was looked at"
+
+
+def test_the_width_check_finds_a_narrow_access():
+    from fastgist_kernels.aot import narrow_accesses
+
+    sass = "LDG.E.128 R4, desc[UR4][R2.64] ;\nSTG.E.U16 desc[UR4][R2.64], R4 ;\nLDG.E R5, desc[UR4][R2.64] ;\n"
+    assert narrow_accesses(sass) == ["STG.E.U16", "LDG.E"]
+
+
 def test_no_uniform_register_is_read_before_it_is_written(rows):
     """ptxas 12.8 builds matrix descriptors on such registers: wrong results on the card, and nowhere else to be seen."""
     _fail([f"{_label(row)}: {line}" for row in rows for line in row["undefined"]])

@@ -22,7 +22,8 @@ def _spread(t: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _inputs(op: str) -> tuple[str, ...]:
-    return {"cp_linear": ("x", "weight"), "adapter": ("x",), "gist_linear_loss": ("hidden", "weight")}.get(op, ("z",))
+    layers = {"cp_linear": ("x", "weight"), "adapter": ("x",), "gelu": ("x",)}
+    return (layers | {"gist_linear_loss": ("hidden", "weight")}).get(op, ("z",))
 
 
 @pytest.mark.parametrize(("op", "by"), PAIRS)

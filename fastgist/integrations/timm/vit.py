@@ -20,8 +20,8 @@ from fastgist.gist import GistConfig, GistHost
 from fastgist.integrations.timm.blocks import (
     ATTENTION_PARTS,
     BLOCK_PARTS,
-    block_forward,
     example_images,
+    open_block,
     run_attention,
     run_beit_attention,
     run_beit_block,
@@ -187,12 +187,25 @@ class TimmViTGist(GistHost):
             and type(model)._pos_embed is vit._pos_embed
         )
         self.rowwise = Rowwise() if self.plain_forward else None
+        self.recompute_mlp = False
 
     def attached(self, model: Any, length: int) -> None:
         count_prefix(model)
 
     def detached(self, model: Any, length: int) -> None:
         count_prefix(model)
+
+    def recompute_mlps(self, model: Any, enable: bool) -> None:
+        if enable and not self._serves(model):
+            raise ValueError(
+                f'GistModel: checkpointing "mlp" is for a VisionTransformer of timm\'s own blocks, read at its class token '
+                f"(this {type(model).__name__} is read by {model.global_pool!r}), that nobody watches"
+            )
+        self.recompute_mlp = enable
+
+    def _serves(self, model: Any) -> bool:
+        """Whether the blocks are run one by one, the last for the rows that are read."""
+        return self.rowwise is not None and model.global_pool == "token" and self.rowwise.serves(model)
 
     # -- forward -----------------------------------------------------------------------------------------------------
     def forward(self, model: Any, config: GistConfig, want_gist: bool, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -207,7 +220,7 @@ class TimmViTGist(GistHost):
 
     def rows(self, model: Any, config: GistConfig, x: Tensor, want_gist: bool = True) -> Tensor:
         """x: (B, 3, H, W) -> (2 B, D), or (B, D) for the prediction alone: what goes into the head."""
-        if self.rowwise is not None and model.global_pool == "token" and self.rowwise.serves(model):
+        if self._serves(model):
             rows = self._last_rows(model, config, want_gist, x)
             z, gist = rows[:, 0], rows[:, 1:]
         else:
@@ -258,7 +271,7 @@ class TimmViTGist(GistHost):
             from timm.models import checkpoint
         *blocks, last = model.blocks
         for block in blocks:
-            run = block_forward(block)
+            run = open_block(block, self.recompute_mlp and not checkpointing)
             x = checkpoint(run, x) if checkpointing else run(x)
         count = config.rows if want_gist else 0
 

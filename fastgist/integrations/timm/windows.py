@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgist.integrations.timm.blocks import plain_add, queries_keys_values
+from fastgist.integrations.timm.blocks import plain_add, queries_keys_values, run_mlp
 
 __all__ = [
     "PackedForward",
@@ -43,7 +43,7 @@ def run_swin_block(block: Any, add: Any, x: Tensor, size: Size | None = None) ->
     if size is None:
         return run_swin_block(block, add, x.flatten(1, 2), (x.shape[1], x.shape[2])).reshape(x.shape)
     x = add("attention", x, block.drop_path1(attend_windows(block, block.norm1(x), size)))
-    return add("mlp", x, block.drop_path2(block.mlp(block.norm2(x))))
+    return add("mlp", x, block.drop_path2(run_mlp(block.mlp, block.norm2(x))))
 
 
 def run_swin_v2_block(block: Any, add: Any, x: Tensor, size: Size | None = None) -> Tensor:
@@ -51,7 +51,7 @@ def run_swin_v2_block(block: Any, add: Any, x: Tensor, size: Size | None = None)
     if size is None:
         return run_swin_v2_block(block, add, x.flatten(1, 2), (x.shape[1], x.shape[2])).reshape(x.shape)
     x = add("attention", x, block.drop_path1(block.norm1(attend_windows(block, x, size))))
-    return add("mlp", x, block.drop_path2(block.norm2(block.mlp(x))))
+    return add("mlp", x, block.drop_path2(block.norm2(run_mlp(block.mlp, x))))
 
 
 def attend_windows(block: Any, x: Tensor, size: Size) -> Tensor:
