@@ -24,6 +24,7 @@ from fastgist_kernels.adapter import (
     tile_config,
     tile_defaults,
 )
+from fastgist_kernels.adapter_bwd_once import adapter_bwd_once, applies
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, dot, launch
 from fastgist_kernels.cp_linear import project
@@ -194,6 +195,12 @@ def adapter_bwd(
     """Write the gradients that are not None, contiguous, in the shapes of their inputs: grad_x (M, D), grad_down (H, D),
     grad_down_bias (H,), grad_up (D', H), grad_up_bias (D',) or (E, D'), grad_gate (M, E), from grad (M, D') of any strides.
     z (M, H) or None: what the forward saved. Inputs that none of them needs may be None."""
+    if applies(grad, x, down_weight, up_weight, up_bias, gate, z, grad_down, grad_up, grad_up_bias):
+        adapter_bwd_once(
+            grad, x, down_weight, down_bias, up_weight, activation, scale, residual_scale, residual_is_x,
+            grad_x, grad_down, grad_down_bias, grad_up, grad_up_bias,
+        )  # fmt: skip
+        return
     rows = grad.shape[0]
     single_bias = up_bias is not None and up_bias.dim() == 1
     in_kernel = grad_up_bias is not None and single_bias and grad_x is not None and residual_is_x
