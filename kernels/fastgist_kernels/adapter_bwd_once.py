@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgist_kernels.adapter import activate, activation_slope
+from fastgist_kernels.adapter import WEIGHTS, activate, activation_slope
 from fastgist_kernels.aot import SHARED_LIMIT, Spec
 from fastgist_kernels.common import cdiv, device_arch, dot, launch, launch_config, next_power_of_2
 from fastgist_kernels.outer import argument_types, narrow, processors
@@ -77,7 +77,8 @@ def _adapter_bwd_once_kernel(
     eye = tl.broadcast_to(eye[None, :, :], [PARTS, BLOCK_C, BLOCK_C])
     bias = tl.zeros([BLOCK_H], tl.float32)
     if HAS_DOWN_BIAS:
-        bias = tl.load(down_bias_ptr + offs_h * stride_db, mask=mask_h, other=0.0).to(tl.float32)
+        bias = tl.load(down_bias_ptr + offs_h * stride_db, mask=mask_h, other=0.0)
+        bias = narrow(bias, x_ptr.dtype.element_ty).to(tl.float32)
 
     downs = ()
     ups = ()
@@ -90,8 +91,8 @@ def _adapter_bwd_once_kernel(
             mask_w = mask_w & (offs_d < D)[:, None, :]
         down_ptrs = down_ptr + offs_k[None, :, None] * stride_dh + offs_d[:, None, :] * stride_dd
         up_ptrs = up_ptr + offs_d[:, None, :] * stride_un + offs_k[None, :, None] * stride_uh
-        downs = downs + (tl.load(down_ptrs, mask=mask_w, other=0.0),)
-        ups = ups + (tl.load(up_ptrs, mask=mask_w, other=0.0),)
+        downs = downs + (narrow(tl.load(down_ptrs, mask=mask_w, other=0.0), x_ptr.dtype.element_ty),)
+        ups = ups + (narrow(tl.load(up_ptrs, mask=mask_w, other=0.0), x_ptr.dtype.element_ty),)
         grad_down = grad_down + (tl.zeros([PARTS, BLOCK_C, BLOCK_H], tl.float32),)
         grad_up = grad_up + (tl.zeros([PARTS, BLOCK_C, BLOCK_H], tl.float32),)
     sum_dz = tl.zeros([BLOCK_H, BLOCK_M], tl.float32)
@@ -102,7 +103,9 @@ def _adapter_bwd_once_kernel(
         # Of one row the warps' columns lie side by side. The hint says so as far as it can: it decides in which order
         # the axes lie in shared memory, and a warp's rows must lie closer than its neighbour's, or all meet in one bank.
         near_x = tl.max_contiguous(offs_m[None, None, :] * stride_xm + offs_c[:, :, None] * stride_xd, [2, BLOCK_C, 1])
-        near_y = tl.max_contiguous(offs_m[None, None, :] * stride_dym + offs_c[:, :, None] * stride_dyn, [2, BLOCK_C, 1])
+        near_y = tl.max_contiguous(
+            offs_m[None, None, :] * stride_dym + offs_c[:, :, None] * stride_dyn, [2, BLOCK_C, 1]
+        )
         near_dx = tl.max_contiguous(offs_m[None, None, :] * D + offs_c[:, :, None], [2, BLOCK_C, 1])
         xs = ()
         dys = ()
@@ -338,17 +341,26 @@ def adapter_bwd_once(
 _UNIT = dict.fromkeys(("stride_dyn", "stride_xd", "stride_dd", "stride_db", "stride_uh"), 1)
 
 
-def _spec(columns: int, block_h: int, archs: tuple[int, ...], even_h: bool = False) -> Spec:
-    """The kernel at the tile that a launch takes for D = ``columns``; ``even_h``: 16 divides the bottleneck."""
+def _spec(columns: int, block_h: int, archs: tuple[int, ...], even_h: bool = False, block: bool = False) -> Spec:
+    """The kernel at the tile that a launch takes for D = ``columns``; ``even_h``: 16 divides the bottleneck; ``block``: with
+    float32 weights, as a block of a half-precision model has them."""
     tile = _tile_defaults(columns)
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     flags = {"ACTIVATION": "gelu", "HAS_DOWN_BIAS": True, "ADD_DY": True, "NEED_DX": True, "PRECISION": "ieee"}
-    flags |= {"EVEN_D": columns % (warps * tile["BLOCK_C"]) == 0, "COLUMNS": columns, "PARTS": warps, "BLOCK_H": block_h}
+    flags |= {
+        "EVEN_D": columns % (warps * tile["BLOCK_C"]) == 0,
+        "COLUMNS": columns,
+        "PARTS": warps,
+        "BLOCK_H": block_h,
+    }
     constexprs = _UNIT | flags | tile
+    types = argument_types(_adapter_bwd_once_kernel, constexprs, "bf16")
+    if block:
+        types |= {name: "*fp32" for name in WEIGHTS if name in types}
     return Spec(
         _adapter_bwd_once_kernel,
-        f"bf16_d{columns}_h{block_h}{'_even' * even_h}",
-        argument_types(_adapter_bwd_once_kernel, constexprs, "bf16"),
+        f"bf16_d{columns}_h{block_h}{'_even' * even_h}{'_block' * block}",
+        types,
         constexprs,
         num_warps=warps,
         num_stages=stages,
@@ -372,6 +384,7 @@ def every_tile() -> list[Spec]:
 SPECS = [
     *(_spec(d, h, _fitting(d)) for d, h in ((768, 8), (768, 16), (640, 8), (384, 8), (384, 16), (192, 8))),
     _spec(768, 16, _fitting(768), even_h=True),
+    _spec(768, 8, _fitting(768), block=True),
     Spec(
         _adapter_once_reduce_kernel,
         "fp32_to_bf16",
