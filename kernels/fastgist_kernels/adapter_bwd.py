@@ -195,7 +195,7 @@ def adapter_bwd(
     """Write the gradients that are not None, contiguous, in the shapes of their inputs: grad_x (M, D), grad_down (H, D),
     grad_down_bias (H,), grad_up (D', H), grad_up_bias (D',) or (E, D'), grad_gate (M, E), from grad (M, D') of any strides.
     z (M, H) or None: what the forward saved. Inputs that none of them needs may be None."""
-    if applies(grad, x, down_weight, up_weight, up_bias, gate, z, grad_down, grad_up, grad_up_bias):
+    if applies(grad, x, down_weight, up_weight, gate, z, grad_down, grad_up):
         adapter_bwd_once(
             grad, x, down_weight, down_bias, up_weight, activation, scale, residual_scale, residual_is_x,
             grad_x, grad_down, grad_down_bias, grad_up, grad_up_bias,

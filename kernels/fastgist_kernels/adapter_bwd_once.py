@@ -64,44 +64,45 @@ def _adapter_bwd_once_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """COLUMNS >= D: the columns that are walked. H <= BLOCK_H, which is 8 or 16; H < BLOCK_H where db_u is wanted. A row
-    of part: dD (H, D), dU^T (H, D), db_u (D), db_d (H). dx (M, D) contiguous."""
+    """COLUMNS: D, or more. H < BLOCK_H, which is 8 or 16. A row of part: dD (H, D), dU^T (H, D), db_u (D), db_d (H). dx
+    (M, D) contiguous; rows of dy, x, D and U have unit stride within."""
     WIDTH: tl.constexpr = PARTS * BLOCK_C
     CHUNKS: tl.constexpr = (COLUMNS + WIDTH - 1) // WIDTH
     pid = tl.program_id(0).to(tl.int64)
     offs_h = tl.arange(0, BLOCK_H).to(tl.int64)
-    offs_k = tl.arange(0, 16).to(tl.int64)  # the bottleneck where a dot takes no less than 16 of it
+    offs_k = tl.arange(0, 16).to(tl.int64)[None, :, None]  # the bottleneck where a dot takes no fewer than 16
     offs_c = (tl.arange(0, PARTS).to(tl.int64) * BLOCK_C)[:, None] + tl.arange(0, BLOCK_C)[None, :]
     mask_h = offs_h < H
-    eye = (tl.arange(0, BLOCK_C)[:, None] == tl.arange(0, BLOCK_C)[None, :]).to(dy_ptr.dtype.element_ty)
-    eye = tl.broadcast_to(eye[None, :, :], [PARTS, BLOCK_C, BLOCK_C])
+    eye = tl.where(tl.arange(0, BLOCK_C)[:, None] == tl.arange(0, BLOCK_C)[None, :], 1.0, 0.0)
+    eye = tl.broadcast_to(narrow(eye, dy_ptr.dtype.element_ty)[None, :, :], [PARTS, BLOCK_C, BLOCK_C])
     bias = tl.zeros([BLOCK_H], tl.float32)
     if HAS_DOWN_BIAS:
         bias = tl.load(down_bias_ptr + offs_h * stride_db, mask=mask_h, other=0.0)
         bias = narrow(bias, x_ptr.dtype.element_ty).to(tl.float32)
 
+    # Offsets whose last axis in memory is the warp's come with a hint that they are contiguous along another axis, too. That
+    # is true of the fastest axis alone, and only that one makes wide loads; of the rest the hint decides the order in shared
+    # memory, where the rows that a warp reads must not be a multiple of 128 bytes apart: all would meet in one bank.
     downs = ()
     ups = ()
     grad_down = ()
     grad_up = ()
     for chunk in tl.static_range(CHUNKS):
-        offs_d = chunk * WIDTH + offs_c
-        mask_w = (offs_k < H)[None, :, None]
+        offs_d = (chunk * WIDTH + offs_c)[:, None, :]
+        mask_w = offs_k < H
         if not EVEN_D:
-            mask_w = mask_w & (offs_d < D)[:, None, :]
-        down_ptrs = down_ptr + offs_k[None, :, None] * stride_dh + offs_d[:, None, :] * stride_dd
-        up_ptrs = up_ptr + offs_d[:, None, :] * stride_un + offs_k[None, :, None] * stride_uh
-        downs = downs + (narrow(tl.load(down_ptrs, mask=mask_w, other=0.0), x_ptr.dtype.element_ty),)
-        ups = ups + (narrow(tl.load(up_ptrs, mask=mask_w, other=0.0), x_ptr.dtype.element_ty),)
-        grad_down = grad_down + (tl.zeros([PARTS, BLOCK_C, BLOCK_H], tl.float32),)
-        grad_up = grad_up + (tl.zeros([PARTS, BLOCK_C, BLOCK_H], tl.float32),)
-    sum_dz = tl.zeros([BLOCK_H, BLOCK_M], tl.float32)
+            mask_w = mask_w & (offs_d < D)
+        near_down = tl.max_contiguous(offs_k * stride_dh + offs_d * stride_dd, [2, 1, BLOCK_C])
+        near_up = tl.max_contiguous(offs_d * stride_un + offs_k * stride_uh, [1, 16, 2])
+        downs += (narrow(tl.load(down_ptr + near_down, mask=mask_w, other=0.0), x_ptr.dtype.element_ty),)
+        ups += (narrow(tl.load(up_ptr + near_up, mask=mask_w, other=0.0), x_ptr.dtype.element_ty),)
+        grad_down += (tl.zeros([PARTS, BLOCK_C, BLOCK_H], tl.float32),)
+        grad_up += (tl.zeros([PARTS, BLOCK_C, BLOCK_H], tl.float32),)
+    sum_dz = tl.zeros([BLOCK_H], tl.float32)
 
     for block in tl.range(0, blocks_per_program):
         offs_m = (pid * blocks_per_program + block) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = (offs_m < M)[None, None, :]
-        # Of one row the warps' columns lie side by side. The hint says so as far as it can: it decides in which order
-        # the axes lie in shared memory, and a warp's rows must lie closer than its neighbour's, or all meet in one bank.
         near_x = tl.max_contiguous(offs_m[None, None, :] * stride_xm + offs_c[:, :, None] * stride_xd, [2, BLOCK_C, 1])
         near_y = tl.max_contiguous(
             offs_m[None, None, :] * stride_dym + offs_c[:, :, None] * stride_dyn, [2, BLOCK_C, 1]
@@ -116,8 +117,8 @@ def _adapter_bwd_once_kernel(
             mask_x = mask_m
             if not EVEN_D:
                 mask_x = mask_m & (first + offs_c < D)[:, :, None]
-            xs = xs + (tl.load(x_ptr + near_x + first * stride_xd, mask=mask_x, other=0.0),)
-            dys = dys + (tl.load(dy_ptr + near_y + first * stride_dyn, mask=mask_x, other=0.0),)
+            xs += (tl.load(x_ptr + near_x + first * stride_xd, mask=mask_x, other=0.0),)
+            dys += (tl.load(dy_ptr + near_y + first * stride_dyn, mask=mask_x, other=0.0),)
             z = dot(downs[chunk], xs[chunk], z, PRECISION)
             dh = dot(ups[chunk], dys[chunk], dh, PRECISION)
         z = tl.sum(z, 0)
@@ -128,7 +129,7 @@ def _adapter_bwd_once_kernel(
         z += bias[:, None]
         hidden = tl.where(mask_h[:, None], activate(z, ACTIVATION), 1.0)
         dz = dh * scale * activation_slope(z, ACTIVATION)
-        sum_dz += dz
+        sum_dz += tl.sum(dz, 1)
         hidden = tl.trans(narrow(hidden, dy_ptr.dtype.element_ty))
         dz = narrow(dz, x_ptr.dtype.element_ty)
         hidden = tl.broadcast_to(hidden[None, :, :], [PARTS, BLOCK_M, BLOCK_H])
@@ -140,8 +141,8 @@ def _adapter_bwd_once_kernel(
         next_down = ()
         next_up = ()
         for chunk in tl.static_range(CHUNKS):
-            next_down = next_down + (dot(xs[chunk], dz_t, grad_down[chunk], PRECISION),)
-            next_up = next_up + (dot(dys[chunk], hidden, grad_up[chunk], PRECISION),)
+            next_down += (dot(xs[chunk], dz_t, grad_down[chunk], PRECISION),)
+            next_up += (dot(dys[chunk], hidden, grad_up[chunk], PRECISION),)
             if NEED_DX:
                 dx = tl.zeros([PARTS, BLOCK_C, BLOCK_M], tl.float32)
                 if ADD_DY:
@@ -162,7 +163,7 @@ def _adapter_bwd_once_kernel(
         part_ptrs = part_ptr + offs_h[None, None, :] * D + offs_d
         tl.store(part_ptrs, grad_down[chunk], mask=mask_h[None, None, :] & (offs_d < D))
         tl.store(part_ptrs + products, grad_up[chunk] * scale, mask=(offs_h <= H)[None, None, :] & (offs_d < D))
-    tl.store(part_ptr + (2 * products + tl.cast(D, tl.int64)) + offs_h, tl.sum(sum_dz, 1), mask=mask_h)
+    tl.store(part_ptr + (2 * products + tl.cast(D, tl.int64)) + offs_h, sum_dz, mask=mask_h)
 
 
 @triton.jit
@@ -215,18 +216,17 @@ def _shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 20
 
 
-def _block_h(hidden: int, sum_dy: bool) -> int:
-    """The tile of hidden units, one more where db_u is wanted; 32 where it would not fit."""
-    units = hidden + sum_dy
-    return 8 if units <= 8 else 16 if units <= 16 else 32
+def _block_h(hidden: int) -> int:
+    """The tile of hidden units and the column of ones."""
+    return 8 if hidden < 8 else 16
 
 
-def _tile_defaults(columns: int) -> dict[str, int]:
-    """What the compiler's registers allow (no spill in bfloat16 under Triton 3.6 and 3.9); not off a clock yet."""
-    narrow_chunk = columns % 256 and columns % 128 == 0
+def _tile_defaults(columns: int, block_h: int) -> dict[str, int]:
+    """What the compiler's registers allow (no spill under Triton 3.6 and 3.9), not a clock. PROGRAMS: a processor's."""
     return {
         "BLOCK_M": 16,
-        "BLOCK_C": 16 if narrow_chunk and columns <= 384 else 32,
+        "BLOCK_C": 16 if columns in (128, 384) else 32,
+        "PROGRAMS": 2 if columns <= 384 and block_h == 8 else 1,
         "num_warps": 8,
         "num_stages": 3,
     }
@@ -236,16 +236,16 @@ def _config(x: torch.Tensor, block_h: int) -> dict[str, int]:
     arch = device_arch(x.device)
     rows, columns = x.shape
     if arch == "interpret":
-        return {"BLOCK_M": 16, "BLOCK_C": 16, "num_warps": 2, "num_stages": 1}
+        return {"BLOCK_M": 16, "BLOCK_C": 16, "PROGRAMS": 1, "num_warps": 2, "num_stages": 1}
     key = f"m{next_power_of_2(rows)}_d{columns}_h{block_h}"
-    return _tile_defaults(columns) | launch_config("adapter_bwd_once", arch, key)
+    return _tile_defaults(columns, block_h) | launch_config("adapter_bwd_once", arch, key)
 
 
 def _bytes(columns: int, config: dict[str, int]) -> int:
-    """Shared memory of a program: blocks of x and dy, three forms of the weights, and room for sums over the warps."""
-    padded = cdiv(columns, config["num_warps"] * config["BLOCK_C"]) * config["num_warps"] * config["BLOCK_C"]
+    """Shared memory of a program, at most: blocks of x and dy, three forms of the weights, sums over the warps."""
+    width = config["num_warps"] * config["BLOCK_C"]
     blocks = 2 * config["BLOCK_M"] * (config["num_stages"] - 1)
-    return 2 * padded * (blocks + 3 * 16) + 2 * 4 * 16 * config["num_warps"] * config["BLOCK_M"]
+    return 2 * cdiv(columns, width) * width * (blocks + 3 * 16) + 2 * 4 * 16 * config["num_warps"] * config["BLOCK_M"]
 
 
 def _fetched(t: torch.Tensor) -> bool:
@@ -253,18 +253,18 @@ def _fetched(t: torch.Tensor) -> bool:
     return t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0 and t.data_ptr() % 16 == 0
 
 
-def applies(grad, x, down_weight, up_weight, up_bias, gate, z, grad_down, grad_up, grad_up_bias) -> bool:
+def applies(grad, x, down_weight, up_weight, gate, z, grad_down, grad_up) -> bool:
     """Whether the one pass can and should: both weights' gradients are wanted, nothing is gated, D' = D, the bottleneck
     fits a tile, rows can be fetched asynchronously, and the processor has the shared memory."""
     if grad_down is None or grad_up is None or gate is not None or z is not None:
         return False
-    if up_bias is not None and up_bias.dim() != 1:
+    if grad.shape != x.shape or grad.shape[1] > MOST_COLUMNS or up_weight.shape[1] >= 16:
         return False
-    if grad.shape != x.shape or grad.shape[1] > MOST_COLUMNS or not (_fetched(grad) and _fetched(x)):
+    if not (_fetched(grad) and _fetched(x) and down_weight.stride(1) == 1 and up_weight.stride(1) == 1):
         return False
-    half = grad.dtype == torch.bfloat16 or (grad.dtype == torch.float32 and grad.device.type == "cpu")
-    block_h = _block_h(up_weight.shape[1], grad_up_bias is not None)
-    return half and block_h <= 16 and _bytes(grad.shape[1], _config(x, block_h)) <= _shared_memory(grad.device)
+    if grad.dtype != torch.bfloat16 and not (grad.dtype == torch.float32 and grad.device.type == "cpu"):
+        return False
+    return _bytes(grad.shape[1], _config(x, _block_h(up_weight.shape[1]))) <= _shared_memory(grad.device)
 
 
 def adapter_bwd_once(
@@ -275,11 +275,11 @@ def adapter_bwd_once(
     not None, all contiguous, for operands that :func:`applies` allows."""
     rows, columns = x.shape
     hidden = up_weight.shape[1]
-    block_h = _block_h(hidden, grad_up_bias is not None)
+    block_h = _block_h(hidden)
     config = dict(_config(x, block_h))
     block_m, block_c = config.pop("BLOCK_M"), config.pop("BLOCK_C")
     blocks = cdiv(rows, block_m)
-    blocks_per_program = cdiv(blocks, processors(x.device))
+    blocks_per_program = cdiv(blocks, processors(x.device) * config.pop("PROGRAMS"))
     programs = cdiv(blocks, blocks_per_program)
     width = columns * (2 * hidden + 1) + hidden
     part = torch.empty(programs, width, dtype=torch.float32, device=x.device)
@@ -341,50 +341,41 @@ def adapter_bwd_once(
 _UNIT = dict.fromkeys(("stride_dyn", "stride_xd", "stride_dd", "stride_db", "stride_uh"), 1)
 
 
-def _spec(columns: int, block_h: int, archs: tuple[int, ...], even_h: bool = False, block: bool = False) -> Spec:
-    """The kernel at the tile that a launch takes for D = ``columns``; ``even_h``: 16 divides the bottleneck; ``block``: with
-    float32 weights, as a block of a half-precision model has them."""
-    tile = _tile_defaults(columns)
+def _spec(columns: int, block_h: int, block: bool = False) -> Spec:
+    """The kernel at the tile that a launch takes for D = ``columns``, on the architectures whose shared memory it fits.
+    ``block``: with float32 weights, as a block of a half-precision model has them."""
+    tile = _tile_defaults(columns, block_h)
+    archs = tuple(arch for arch, limit in SHARED_LIMIT.items() if _bytes(columns, tile) <= limit)
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     flags = {"ACTIVATION": "gelu", "HAS_DOWN_BIAS": True, "ADD_DY": True, "NEED_DX": True, "PRECISION": "ieee"}
-    flags |= {
-        "EVEN_D": columns % (warps * tile["BLOCK_C"]) == 0,
-        "COLUMNS": columns,
-        "PARTS": warps,
-        "BLOCK_H": block_h,
-    }
-    constexprs = _UNIT | flags | tile
+    flags |= {"EVEN_D": columns % (warps * tile["BLOCK_C"]) == 0, "COLUMNS": columns, "PARTS": warps}
+    flags |= {name: tile[name] for name in ("BLOCK_M", "BLOCK_C")} | {"BLOCK_H": block_h}
+    constexprs = _UNIT | flags
     types = argument_types(_adapter_bwd_once_kernel, constexprs, "bf16")
     if block:
         types |= {name: "*fp32" for name in WEIGHTS if name in types}
     return Spec(
         _adapter_bwd_once_kernel,
-        f"bf16_d{columns}_h{block_h}{'_even' * even_h}{'_block' * block}",
+        f"bf16_d{columns}_h{block_h}{'_block' * block}",
         types,
         constexprs,
         num_warps=warps,
         num_stages=stages,
-        aligned=("M", "D", "H") if even_h else ("M", "D"),
-        unaligned=() if even_h else ("stride_un",),
+        aligned=("M", "D"),
+        unaligned=("stride_un",),
         archs=archs,
     )
 
 
-def _fitting(columns: int) -> tuple[int, ...]:
-    """The architectures whose shared memory the tile fits."""
-    return tuple(arch for arch, limit in SHARED_LIMIT.items() if _bytes(columns, _tile_defaults(columns)) <= limit)
-
-
 def every_tile() -> list[Spec]:
-    """Every width whose number of chunks or masks differs, and both bottleneck tiles."""
-    widths = range(64, MOST_COLUMNS + 1, 64)
-    return [_spec(d, h, _fitting(d), even) for d in widths for h, even in ((8, False), (16, False), (16, True))]
+    """Widths of every number of chunks, even and masked, with both tiles of the bottleneck."""
+    return [_spec(d, h) for d in range(64, MOST_COLUMNS + 1, 64) for h in (8, 16)]
 
 
 SPECS = [
-    *(_spec(d, h, _fitting(d)) for d, h in ((768, 8), (768, 16), (640, 8), (384, 8), (384, 16), (192, 8))),
-    _spec(768, 16, _fitting(768), even_h=True),
-    _spec(768, 8, _fitting(768), block=True),
+    *(_spec(d, h) for d, h in ((768, 8), (768, 16), (640, 8), (384, 8), (384, 16), (192, 8))),
+    _spec(768, 8, block=True),
+    _spec(768, 16, block=True),
     Spec(
         _adapter_once_reduce_kernel,
         "fp32_to_bf16",
