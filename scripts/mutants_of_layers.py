@@ -421,8 +421,8 @@ GELU = [
         ),
         (
             "float32 takes the polynomial",
-            "x, y, n, ERF=x.element_size() == 4)",
-            "x, y, n, ERF=x.element_size() == 3)",
+            "        y,\n        n,\n        ERF=x.element_size() == 4,",
+            "        y,\n        n,\n        ERF=x.element_size() == 3,",
             "float32's own accuracy",
         ),
     ),

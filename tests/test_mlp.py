@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from vits import eva, gradients, images, stir, vit
 
 import fastgist as fg
 from fastgist.integrations.timm import blocks
+from fastgist.integrations.timm import vit as vits_of_timm
 from fastgist.train.ledger import saved_tensor_ledger
 
 DEPTH = 4
@@ -76,11 +78,13 @@ def mlp(act=nn.GELU, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_method
 def test_the_same_numbers_with_every_method(config, dtype, forced, monkeypatch):
-    """PyTorch's own GELU serves ours on a CPU: bit for bit, so nothing else has changed. The last block runs for two rows."""
+    """As with blocks that are called whole. PyTorch's own GELU serves ours on a CPU: bit for bit, so nothing else has
+    changed. The last block runs for two rows."""
     model = made(config, dtype)
     ours, calls = step(model, dtype), len(forced)
     assert calls == DEPTH - 1
     monkeypatch.undo()
+    monkeypatch.setattr(vits_of_timm, "open_block", lambda block, recompute: block)
     assert_same(ours, step(model, dtype))
     assert len(forced) == calls
 
@@ -111,6 +115,12 @@ def test_a_cpu_and_float32_are_left_alone(monkeypatch):
     assert not blocks._in_half_on_gpu(images())
     with torch.autocast("cpu", torch.bfloat16):
         assert not blocks._in_half_on_gpu(images())
+    assert not blocks._in_half_on_gpu(SimpleNamespace(is_cuda=True, dtype=torch.float32))
+    assert blocks._in_half_on_gpu(SimpleNamespace(is_cuda=True, dtype=torch.float16))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    assert blocks._in_half_on_gpu(SimpleNamespace(is_cuda=True, dtype=torch.float32))
+    assert not blocks._in_half_on_gpu(SimpleNamespace(is_cuda=False, dtype=torch.bfloat16))
 
 
 def test_what_is_no_plain_mlp_is_called(forced):
@@ -155,6 +165,12 @@ def test_watched_blocks_are_called(forced):
     step(model)
     assert seen == ["blocks.0", "blocks.1.mlp.act", "blocks.2.mlp.fc1"]
     assert len(forced) == 1
+    model = made(CONFIGS["shared"])
+    seen.clear()
+    for path in ("blocks.0", "blocks.1.base_layer"):  # the second is never called whole
+        model.model.get_submodule(path).register_forward_hook(lambda module, x, y, path=path: seen.append(path))
+    step(model)
+    assert seen == ["blocks.0"]
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -104,15 +104,30 @@ def _config(kernel: str, x) -> dict[str, int]:
 def gelu_fwd(x, y) -> None:
     """Write y = gelu(x), both contiguous and of one shape."""
     n = x.numel()
-    grid = lambda c: (cdiv(n, c["BLOCK"]),)  # noqa: E731
-    launch(_gelu_fwd_kernel, grid, _config("gelu_fwd", x), x, y, n, ERF=x.element_size() == 4)
+    launch(
+        _gelu_fwd_kernel,
+        lambda c: (cdiv(n, c["BLOCK"]),),
+        _config("gelu_fwd", x),
+        x,
+        y,
+        n,
+        ERF=x.element_size() == 4,
+    )
 
 
 def gelu_bwd(grad, x, grad_x) -> None:
     """Write grad_x = grad * gelu'(x), all contiguous and of one shape."""
     n = x.numel()
-    grid = lambda c: (cdiv(n, c["BLOCK"]),)  # noqa: E731
-    launch(_gelu_bwd_kernel, grid, _config("gelu_bwd", x), grad, x, grad_x, n, ERF=x.element_size() == 4)
+    launch(
+        _gelu_bwd_kernel,
+        lambda c: (cdiv(n, c["BLOCK"]),),
+        _config("gelu_bwd", x),
+        grad,
+        x,
+        grad_x,
+        n,
+        ERF=x.element_size() == 4,
+    )
 
 
 # -- ahead-of-time specs ---------------------------------------------------------------------------------------------

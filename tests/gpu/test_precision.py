@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from every_op import make
@@ -68,3 +70,37 @@ def test_tf32_is_really_used_and_really_not():
         assert error < (1e-6 if setting == "highest" else 2e-3), (setting, error)
     torch.set_float32_matmul_precision(before)
     assert not torch.equal(results["highest"], results["high"])
+
+
+def test_a_models_mlps_take_our_gelu(monkeypatch):
+    """In half precision, within the budget of the same model with torch's; forming hidden units again changes no bit."""
+    pytest.importorskip("timm")
+    from vits import gradients, stir, vit
+
+    import fastgist as fg
+    from fastgist.integrations.timm import blocks
+
+    calls: list = []
+    monkeypatch.setattr(blocks, "gelu", lambda x: calls.append(x.dtype) or fg.functional.gelu(x))
+    torch.manual_seed(0)
+    exact = stir(
+        fg.add_gist(fg.get_peft_model(vit(depth=3), fg.AdapterConfig(4, placement="shared")), fg.GistConfig(dropout=0))
+    )
+    model = copy.deepcopy(exact).to("cuda", torch.bfloat16).train()
+    exact = exact.to("cuda", torch.float64).train()
+    exact.load_state_dict(model.state_dict())
+    x, target = torch.randn(64, 3, 16, 16, device="cuda").bfloat16(), torch.arange(64, device="cuda") % 5
+
+    def step(model, x):
+        model.zero_grad()
+        loss = fg.nn.GistLoss()(model(x), target)
+        loss.backward()
+        return torch.cat([g.flatten() for _, g in sorted(gradients(model).items())])
+
+    ours = step(model, x)
+    assert calls == [torch.bfloat16] * 2, "the last block runs for the rows that are read"
+    model.set_grad_checkpointing("mlp")
+    assert torch.equal(step(model, x), ours)
+    model.set_grad_checkpointing(False)
+    monkeypatch.setattr(blocks, "_in_half_on_gpu", lambda x: False)
+    assert_within_budget(ours, step(model, x), step(exact, x.double()))
