@@ -19,6 +19,13 @@ class UserError(Exception):
     """Something the user can put right: the command line prints it as one line and exits with 2."""
 
 
+def check_parts(config: Any) -> None:
+    """UserError where a run without a gist token is given numbers for one."""
+    tokens = [name for name in ("lr_gist", "wd_gist") if getattr(config, name) is not None]
+    if tokens and not config.gist:
+        raise UserError(f"--{tokens[0].replace('_', '-')} is for a gist token, and this run has --no-gist")
+
+
 class Method(enum.StrEnum):
     """What is trained beside the head."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgist.recipes.text import EPOCHS, TextRecipe
-from fastgist.train.config import Method, MixedPrecision, UserError, _option, _plain
+from fastgist.train.config import Method, MixedPrecision, UserError, _option, _plain, check_parts
 
 __all__ = ["PaddingSide", "Problem", "TextConfig"]
 
@@ -117,6 +117,7 @@ class TextConfig(TextRecipe):
             raise UserError(f"--temperature must be > 0, got {filled.temperature}")
         if filled.lr <= 0:
             raise UserError(f"--lr must be > 0, got {filled.lr}")
+        check_parts(filled)
         return filled
 
     def trajectory(self) -> dict[str, object]:
