@@ -263,13 +263,13 @@ def _finetune(config: Any) -> None:
 
     Several processes: accelerate launch -m fastgist finetune ...
     """
+    from fastgist.train.finetune import finetune
+
     if config.seeds is not None:
         from fastgist.train.sweep import sweep
 
-        sweep(config)
+        sweep(config, finetune)
     else:
-        from fastgist.train.finetune import finetune
-
         finetune(config)
 
 
@@ -302,7 +302,12 @@ def _finetune_text(config: Any) -> None:
     """
     from fastgist.train.text import finetune_text
 
-    finetune_text(config)
+    if config.seeds is not None:
+        from fastgist.train.sweep import sweep
+
+        sweep(config.resolved(), finetune_text)
+    else:
+        finetune_text(config)
 
 
 #: Names of what fastgist._extension.build_info() returns, for people.

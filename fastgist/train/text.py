@@ -39,6 +39,8 @@ def finetune_text(config: TextConfig, say: Callable[[str], None] = print) -> dic
 
     Raises UserError for what the user can put right, before anything is written, and Interrupted on Ctrl-C.
     """
+    if config.seeds is not None:
+        raise UserError("finetune_text makes one run: fastgist.train.sweep.sweep takes several --seeds")
     config = config.resolved()
     _needs_transformers()
     from fastgist.train import text_trainer as trainers
@@ -368,8 +370,7 @@ def _finish(
         "processes": trainer.args.world_size, "mixed_precision": config.mixed_precision.value,
         "versions": versions(), "commit": commit(),
     }  # fmt: skip
-    settings = dataclasses.asdict(config)
-    summary["config"] = json.loads(json.dumps(settings, default=str))
+    summary["config"] = written_settings(config)
     if trainer.is_world_process_zero():
         fastgist.save_adapter(model, config.output_dir / "adapter")
         lines = "".join(json.dumps(entry) + "\n" for entry in state.log_history)
