@@ -4,8 +4,8 @@
 what Trainer cannot know of: parameter groups for token, adapter and head (:class:`PartsTrainer`), the progress that schedules
 ask for, and checkpoints that hold the adaptation, not the model.
 
-Two things the plain Trainer does without a word that reaches us: with ``label_smoothing_factor`` it keeps the labels and takes
-its own loss of the logits (smooth with ``model.loss = GistLoss(label_smoothing=...)``), and it cannot save CP and FacT,
+With ``label_smoothing_factor`` the plain Trainer keeps the labels and takes its own loss of the logits: the model sees it in
+the first backward and warns (smooth with ``model.loss = GistLoss(label_smoothing=...)``). It cannot save CP and FacT,
 whose factors many layers share.
 """
 
