@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from fastgist.gist.loss import WITHOUT_GIST, default_loss, divided, fuses, hooke
 from fastgist.gist.output import GistOutput
 from fastgist.nn import GistLoss, GistToken, is_hooked, is_plain
 from fastgist.peft import state as _state
+from fastgist.peft.once import hold_once
 
 __all__ = ["GistConfig", "GistExtension", "GistHost", "GistInsert", "GistModel", "add_gist"]
 
@@ -207,6 +208,7 @@ class GistModel(_state.Front):
         self.gist_config = config
         self.host = host
         self.loss = None
+        hold_once(self, _every_name)
 
     @property
     def config(self) -> Any:
@@ -396,6 +398,10 @@ class GistModel(_state.Front):
 
     def extra_repr(self) -> str:
         return f"{self.gist_config}"
+
+
+def _every_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return model.named_parameters(remove_duplicate=False)
 
 
 def add_gist(model: nn.Module, config: GistConfig | None = None) -> GistModel:

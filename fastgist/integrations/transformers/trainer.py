@@ -5,8 +5,7 @@ what Trainer cannot know of: parameter groups for token, adapter and head (:clas
 ask for, and checkpoints that hold the adaptation, not the model.
 
 With ``label_smoothing_factor`` the plain Trainer keeps the labels and takes its own loss of the logits: the model sees it in
-the first backward and warns (smooth with ``model.loss = GistLoss(label_smoothing=...)``). It cannot save CP and FacT,
-whose factors many layers share.
+the first backward and warns (smooth with ``model.loss = GistLoss(label_smoothing=...)``).
 """
 
 from __future__ import annotations
@@ -114,8 +113,7 @@ class GistTrainer(PartsTrainer):
     - ``model.loss.progress`` is the share of the steps done, which schedules of beta and temperature are asked with.
     - A checkpoint holds what :func:`fastgist.save_adapter` writes, beside Trainer's own files; resuming and
       ``load_best_model_at_end`` fill the model from it, and :func:`fastgist.load_adapter` takes it. (Trainer's own
-      checkpoints hold every weight, and it cannot write CPConfig's and FacTConfig's: shared factors stand in its state
-      dict more than once.)
+      checkpoints hold every weight.)
 
     Raises:
         TypeError: ``model`` is no gist model.
