@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -584,6 +585,22 @@ def test_wrong_settings_are_named(digits: Path, tmp_path: Path, changes: dict, m
     changes = {"image_size": None if changes.get("model") == "resnet18" else 32} | changes
     with pytest.raises(UserError, match=message):
         quiet(config(digits, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_to_be_had_are_one_line_that_says_what_helps(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With HF_HUB_OFFLINE and an empty cache, at once."""
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    started = time.perf_counter()
+    with pytest.raises(
+        UserError, match=r"could not get pre-trained weights of vit_tiny_patch16_224: .*HF_HUB_OFFLINE=1"
+    ):
+        quiet(config(digits, tmp_path / "out", model="vit_tiny_patch16_224", pretrained=True, image_size=None))
+    assert time.perf_counter() - started < 20  # huggingface_hub's own waits are 23 s a file
     assert not (tmp_path / "out").exists()
 
 
