@@ -36,8 +36,10 @@ __all__ = [
     "DECODER_BACKBONES",
     "METHODS",
     "PAIRS",
+    "ROWS",
     "TIMM_BACKBONES",
     "TRANSFORMERS_BACKBONES",
+    "VARIANTS",
     "attempt",
     "both",
     "example",
@@ -154,15 +156,20 @@ METHODS: dict[str, PeftConfig] = {
     "linear probe": LinearProbeConfig(),
     "full": FullConfig(),
 }
-
+#: Further settings, which the table has no column for.
+VARIANTS: dict[str, PeftConfig] = {
+    "LoRA, q and MLP": LoraConfig(rank=2, targets=("q", "fc1", "fc2")),
+    "LoRA, k, proj and MLP": LoraConfig(rank=2, targets=("k", "proj", "fc1", "fc2")),
+}
+#: What puts rows into the sequence: a fresh one changes the logits, and windows have no place for it.
+ROWS = ("VPT", "VPT, deep", "prefix")
 
 WITHOUT_TOKEN = ("SigLIP",)
 WITHOUT_ATTENTION = ("ResNet", "ConvNeXt", "MLP-Mixer")
 SWINS = ("Swin", "Swin V2")
-NOT_IN_WINDOWS = ("VPT", "VPT, deep", "prefix")
 #: timm's backbones that carry a gist token, and which methods go on them.
 CARRIERS = [name for name in TIMM_BACKBONES if name not in (*WITHOUT_TOKEN, *WITHOUT_ATTENTION)]
-PAIRS = [(b, m) for b in CARRIERS for m in METHODS if not (b in SWINS and m in NOT_IN_WINDOWS)]
+PAIRS = [(b, m) for b in CARRIERS for m in METHODS if not (b in SWINS and m in ROWS)]
 
 
 def attempt(build: Callable[[], nn.Module], method: str, gist: bool = True) -> nn.Module:
