@@ -34,7 +34,9 @@ from fastgist.peft import PeftConfig
 __all__ = [
     "CARRIERS",
     "DECODER_BACKBONES",
+    "ENCODER_PAIRS",
     "METHODS",
+    "NO_PLACE",
     "PAIRS",
     "ROWS",
     "TIMM_BACKBONES",
@@ -125,8 +127,9 @@ TIMM_BACKBONES: dict[str, Callable[[], nn.Module]] = {
 }
 
 try:  # builders of transformers' models, in the same form
-    from hf_models import TRANSFORMERS_BACKBONES
+    from hf_models import TEXTS, TRANSFORMERS_BACKBONES
 except ImportError:
+    TEXTS: list[str] = []  # type: ignore[no-redef]
     TRANSFORMERS_BACKBONES: dict[str, Callable[[], nn.Module]] = {}  # type: ignore[no-redef]
 
 try:
@@ -170,6 +173,13 @@ SWINS = ("Swin", "Swin V2")
 #: timm's backbones that carry a gist token, and which methods go on them.
 CARRIERS = [name for name in TIMM_BACKBONES if name not in (*WITHOUT_TOKEN, *WITHOUT_ATTENTION)]
 PAIRS = [(b, m) for b in CARRIERS for m in METHODS if not (b in SWINS and m in ROWS)]
+
+#: Which methods transformers' encoders have no place for, and why.
+NO_PLACE = {
+    **{(name, "adapter, parallel"): "needs sublayers that keep the width" for name in [*TEXTS[:5], "deberta-v2"]},
+    **{(name, "BitFit"): "no layer of this model has a bias" for name in ("modernbert", "t5-encoder")},
+}
+ENCODER_PAIRS = [(name, m) for name in TRANSFORMERS_BACKBONES for m in METHODS if (name, m) not in NO_PLACE]
 
 
 def attempt(build: Callable[[], nn.Module], method: str, gist: bool = True) -> nn.Module:

@@ -7,11 +7,12 @@ import copy
 import pickle
 import re
 import warnings
+from itertools import product
 
 import pytest
 import torch
 from hf_models import TEXTS, TRANSFORMERS_BACKBONES, backbone, example_inputs, transformers, without_dropout
-from pairs import METHODS, ROWS, VARIANTS
+from pairs import ENCODER_PAIRS, METHODS, NO_PLACE, ROWS, VARIANTS
 from torch import nn
 from vits import stir, trainable
 
@@ -36,16 +37,9 @@ from fastgist import (
 from fastgist.nn import GistLoss
 from fastgist.peft.method import method_of
 
+TRIED = METHODS | VARIANTS
 #: Full fine-tuning has a test of its own.
-TRIED = {name: config for name, config in (METHODS | VARIANTS).items() if name != "full"}
-#: What there is no place for, and why.
-REFUSED = {
-    **{(name, "adapter, parallel"): "needs sublayers that keep the width" for name in TEXTS[:5]},
-    ("deberta-v2", "adapter, parallel"): "needs sublayers that keep the width",
-    ("modernbert", "BitFit"): "no layer of this model has a bias",
-    ("t5-encoder", "BitFit"): "no layer of this model has a bias",
-}
-PAIRS = [(name, method) for name in TRANSFORMERS_BACKBONES for method in TRIED if (name, method) not in REFUSED]
+PAIRS = [pair for pair in ENCODER_PAIRS if pair[1] != "full"] + list(product(TRANSFORMERS_BACKBONES, VARIANTS))
 ROBERTAS = ("roberta", "xlm-roberta", "camembert")
 
 
@@ -139,7 +133,7 @@ def test_23_wrapping(name, method) -> None:
         assert_training(add_gist(model))
 
 
-@pytest.mark.parametrize(("pair", "reason"), REFUSED.items(), ids=str)
+@pytest.mark.parametrize(("pair", "reason"), NO_PLACE.items(), ids=str)
 def test_23_what_has_no_place_is_refused(pair, reason) -> None:
     model = backbone(pair[0])
     names = set(model.state_dict())
