@@ -32,6 +32,9 @@ _PACKAGES = (
 )  # fmt: skip
 _OTHER_EXTRAS = dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "fastgist[onnx]")
 
+#: Panels of the help that come last, in this order.
+_RECIPE: dict[str, int] = {"Recipe": 1, "Parts": 2}
+
 
 def main() -> None:
     """Entry point of the ``fastgist`` command."""
@@ -88,7 +91,7 @@ def _command(run: Callable[[Any], None], config: type, files: tuple[str, ...] = 
     parameters = [context, *_file_flags(config, files)]
     options = [o for o in dataclasses.fields(config) if o.name not in getattr(config, "not_flags", ())]
     # The recipe's flags, inherited and therefore first, go to the end of the help.
-    for option in sorted(options, key=lambda option: option.metadata.get("panel") == "Recipe"):
+    for option in sorted(options, key=lambda option: _RECIPE.get(option.metadata.get("panel", ""), 0)):
         about = dict(option.metadata)
         argument = about.pop("argument", False)
         if about.pop("schedule", False):
@@ -260,13 +263,13 @@ def _finetune(config: Any) -> None:
 
     Several processes: accelerate launch -m fastgist finetune ...
     """
+    from fastgist.train.finetune import finetune
+
     if config.seeds is not None:
         from fastgist.train.sweep import sweep
 
-        sweep(config)
+        sweep(config, finetune)
     else:
-        from fastgist.train.finetune import finetune
-
         finetune(config)
 
 
@@ -299,7 +302,12 @@ def _finetune_text(config: Any) -> None:
     """
     from fastgist.train.text import finetune_text
 
-    finetune_text(config)
+    if config.seeds is not None:
+        from fastgist.train.sweep import sweep
+
+        sweep(config.resolved(), finetune_text)
+    else:
+        finetune_text(config)
 
 
 #: Names of what fastgist._extension.build_info() returns, for people.

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +57,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device(DEVICE)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of three digits in train, val and test folders; a test that changes them takes a copy."""
+    pytest.importorskip("sklearn")
+    from images import write_digits
+
+    return write_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(autouse=True)

@@ -34,10 +34,14 @@ from fastgist.peft import PeftConfig
 __all__ = [
     "CARRIERS",
     "DECODER_BACKBONES",
+    "ENCODER_PAIRS",
     "METHODS",
+    "NO_PLACE",
     "PAIRS",
+    "ROWS",
     "TIMM_BACKBONES",
     "TRANSFORMERS_BACKBONES",
+    "VARIANTS",
     "attempt",
     "both",
     "example",
@@ -123,8 +127,9 @@ TIMM_BACKBONES: dict[str, Callable[[], nn.Module]] = {
 }
 
 try:  # builders of transformers' models, in the same form
-    from hf_models import TRANSFORMERS_BACKBONES
+    from hf_models import TEXTS, TRANSFORMERS_BACKBONES
 except ImportError:
+    TEXTS: list[str] = []  # type: ignore[no-redef]
     TRANSFORMERS_BACKBONES: dict[str, Callable[[], nn.Module]] = {}  # type: ignore[no-redef]
 
 try:
@@ -154,15 +159,27 @@ METHODS: dict[str, PeftConfig] = {
     "linear probe": LinearProbeConfig(),
     "full": FullConfig(),
 }
-
+#: Further settings, which the table has no column for.
+VARIANTS: dict[str, PeftConfig] = {
+    "LoRA, q and MLP": LoraConfig(rank=2, targets=("q", "fc1", "fc2")),
+    "LoRA, k, proj and MLP": LoraConfig(rank=2, targets=("k", "proj", "fc1", "fc2")),
+}
+#: What puts rows into the sequence: a fresh one changes the logits, and windows have no place for it.
+ROWS = ("VPT", "VPT, deep", "prefix")
 
 WITHOUT_TOKEN = ("SigLIP",)
 WITHOUT_ATTENTION = ("ResNet", "ConvNeXt", "MLP-Mixer")
 SWINS = ("Swin", "Swin V2")
-NOT_IN_WINDOWS = ("VPT", "VPT, deep", "prefix")
 #: timm's backbones that carry a gist token, and which methods go on them.
 CARRIERS = [name for name in TIMM_BACKBONES if name not in (*WITHOUT_TOKEN, *WITHOUT_ATTENTION)]
-PAIRS = [(b, m) for b in CARRIERS for m in METHODS if not (b in SWINS and m in NOT_IN_WINDOWS)]
+PAIRS = [(b, m) for b in CARRIERS for m in METHODS if not (b in SWINS and m in ROWS)]
+
+#: Which methods transformers' encoders have no place for, and why.
+NO_PLACE = {
+    **{(name, "adapter, parallel"): "needs sublayers that keep the width" for name in [*TEXTS[:5], "deberta-v2"]},
+    **{(name, "BitFit"): "no layer of this model has a bias" for name in ("modernbert", "t5-encoder")},
+}
+ENCODER_PAIRS = [(name, m) for name in TRANSFORMERS_BACKBONES for m in METHODS if (name, m) not in NO_PLACE]
 
 
 def attempt(build: Callable[[], nn.Module], method: str, gist: bool = True) -> nn.Module:

@@ -7,34 +7,18 @@ import pytest
 import torch
 from hf_by_hand import by_hand, deberta_bucket, t5_bucket
 from hf_models import TEXTS, TRANSFORMERS_BACKBONES, backbone, example_inputs
+from pairs import METHODS
 from torch import nn
 from vits import stir
 
-from fastgist import (
-    AdapterConfig,
-    GistConfig,
-    LinearProbeConfig,
-    LoraConfig,
-    PrefixConfig,
-    PromptConfig,
-    add_gist,
-    get_peft_model,
-)
+from fastgist import FullConfig, GistConfig, add_gist, get_peft_model, load_adapter, save_adapter
 from fastgist.peft.family import find_family
 
 #: DeBERTa divides by a float32 square root: of 36 it is exact.
 OPTIONS = {"deberta-v2": {"hidden_size": 24}}
 #: What transformers computes in float32 whatever the model is in: T5's norm (so does the other side), rotary angles.
 TOLERANCE = {"modernbert": {"rtol": 1e-5, "atol": 1e-6}, "t5-encoder": {"rtol": 1e-6, "atol": 1e-7}}
-METHODS = [
-    LoraConfig(rank=2),
-    AdapterConfig(3, "houlsby"),
-    AdapterConfig(3, "shared", scale=0.5),
-    AdapterConfig(3, "adaptformer"),
-    PromptConfig(2),
-    PromptConfig(3, deep=True),
-    PrefixConfig(2),
-]
+TRIED = ("LoRA", "adapter, houlsby", "adapter, shared", "adapter, adaptformer", "VPT", "VPT, deep", "prefix")
 
 
 def close(name, got, want) -> None:
@@ -53,18 +37,18 @@ def test_a_plain_model_is_what_is_written_out(name) -> None:
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS_BACKBONES)
-@pytest.mark.parametrize("config", METHODS, ids=repr)
-def test_methods_with_a_gist_token(name, config) -> None:
-    model = stir(get_peft_model(double(name), config))
+@pytest.mark.parametrize("method", TRIED)
+def test_methods_with_a_gist_token(name, method) -> None:
+    model = stir(get_peft_model(double(name), METHODS[method]))
     given = example_inputs(model)
     close(name, model(**given).logits, by_hand(name, model, given)[0])
-    gist = stir(add_gist(model, GistConfig(length=1 + (config == METHODS[0])))).eval()
+    gist = stir(add_gist(model, GistConfig(length=1 + (method == "LoRA")))).eval()
     output = gist(**given, return_gist_logits=True)
     z, z_gist = by_hand(name, model, given, gist.gist.token)
     close(name, output.logits, z)
     close(name, output.gist_logits, z_gist)
     close(name, model(**given).logits, z)  # the wrapped model's own forward, with the token in it
-    if config in (METHODS[2], METHODS[5], METHODS[6]):
+    if method in ("adapter, shared", "VPT, deep", "prefix"):
         ours = [p for p in gist.parameters() if p.requires_grad]
         got, want = (torch.autograd.grad((a - 2 * b).square().sum(), ours) for a, b in (output.values(), (z, z_gist)))
         scale = max(g.abs().max() for g in want).item()  # a gradient's digits are lost where larger ones cancel
@@ -102,8 +86,8 @@ def test_other_sizes_and_poolings(name, options) -> None:
         assert not hasattr(model.electra, "embeddings_project")
         assert add_gist(model).host.path == "electra.embeddings.dropout"
         return
-    for config in (LinearProbeConfig(), PromptConfig(2), PrefixConfig(2)):
-        model = stir(add_gist(get_peft_model(double(name, **options), config))).eval()
+    for method in ("linear probe", "VPT", "prefix"):
+        model = stir(add_gist(get_peft_model(double(name, **options), METHODS[method]))).eval()
         given = example_inputs(model.model, length=14)
         output = model(**given, return_gist_logits=True)
         z, z_gist = by_hand(name, model.model, given, model.gist.token)
@@ -134,10 +118,10 @@ def test_the_gist_token_of_a_relative_model_stands_at_distance_one() -> None:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-@pytest.mark.parametrize("config", [LoraConfig(rank=2), PromptConfig(2), PrefixConfig(2)], ids=repr)
-def test_padding_on_either_side(name, config) -> None:
+@pytest.mark.parametrize("method", ["LoRA", "VPT", "prefix"])
+def test_padding_on_either_side(name, method) -> None:
     """The same texts padded left and right, and by more: the same logits."""
-    model = stir(add_gist(get_peft_model(double(name), config))).eval()
+    model = stir(add_gist(get_peft_model(double(name), METHODS[method]))).eval()
     right = example_inputs(model.model, batch=4)
     want = model(**right, return_gist_logits=True)
     pad = model.model.config.pad_token_id
@@ -186,8 +170,6 @@ def test_layers_left_open_are_transformers_own_with_every_dropout(name) -> None:
 
 def test_a_text_that_is_all_padding_is_finite() -> None:
     """Its mean over no token is 0, not NaN, and the other rows do not know of it."""
-    from hf_models import backbone
-
     model = backbone("t5-encoder").eval()
     ids, mask = torch.randint(2, 40, (3, 6)), torch.ones(3, 6, dtype=torch.long)
     with torch.no_grad():
@@ -200,10 +182,6 @@ def test_a_text_that_is_all_padding_is_finite() -> None:
 
 def test_tied_weights_are_saved_once(tmp_path) -> None:
     """T5's embedding has two names; all of the model is saved by full fine-tuning."""
-    from hf_models import backbone, example_inputs
-
-    from fastgist import FullConfig, get_peft_model, load_adapter, save_adapter
-
     model = get_peft_model(backbone("t5-encoder"), FullConfig()).eval()
     save_adapter(model, tmp_path)
     fresh = load_adapter(backbone("t5-encoder"), tmp_path).eval()

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from images import write_digits
 
 for _package in ("timm", "accelerate", "sklearn", "scipy", "matplotlib", "typer"):
     pytest.importorskip(_package)
@@ -26,11 +25,6 @@ from fastgist.train.statistics import paired, spread  # noqa: E402
 
 def invoke(*arguments: object):
     return CliRunner().invoke(cli.build_app(), [*map(str, arguments)], env={"COLUMNS": "80"})
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(autouse=True)

@@ -7,18 +7,16 @@ import pickle
 
 import pytest
 import torch
-from decoders import DECODER_BACKBONES, gpt2, llama, mistral, qwen2, texts, written_out
+from decoders import gpt2, llama, mistral, qwen2, texts, written_out
+from pairs import DECODER_BACKBONES, METHODS, VARIANTS
 from torch import nn
 from vits import stir, trainable
 
 from fastgist import (
     AdapterConfig,
     BitFitConfig,
-    CPConfig,
-    FacTConfig,
     FullConfig,
     GistConfig,
-    LinearProbeConfig,
     LoraConfig,
     PrefixConfig,
     PromptConfig,
@@ -37,14 +35,15 @@ from fastgist import (
 )
 from fastgist.nn import GistLoss
 
-CONFIGS = [
-    LinearProbeConfig(), LoraConfig(rank=2), LoraConfig(rank=2, targets=("k", "proj", "fc1", "fc2")), CPConfig(rank=2),
-    FacTConfig(2), AdapterConfig(3), AdapterConfig(3, "houlsby"), AdapterConfig(3, "parallel"), SSFConfig(),
-]  # fmt: skip
-EVERY = [(make, config) for make in (llama, gpt2) for config in CONFIGS]
-EVERY += [(make, LoraConfig(rank=2)) for make in DECODER_BACKBONES if make not in (llama, gpt2)]
-EVERY += [(gpt2, BitFitConfig()), (qwen2, BitFitConfig())]
-WRITTEN_OUT = [LoraConfig(rank=2), CPConfig(rank=2), AdapterConfig(3, "houlsby")]
+CLASSIFIERS = list(DECODER_BACKBONES.values())
+TRIED = METHODS | VARIANTS
+NAMES = (
+    "linear probe", "LoRA", "LoRA, k, proj and MLP", "CP", "FacT-TT", "adapter, pfeiffer", "adapter, houlsby",
+    "adapter, parallel", "SSF",
+)  # fmt: skip
+EVERY = [(make, method) for make in (llama, gpt2) for method in NAMES]
+EVERY += [(make, "LoRA") for make in CLASSIFIERS if make not in (llama, gpt2)]
+EVERY += [(gpt2, "BitFit"), (qwen2, "BitFit")]
 
 
 def gisted(make, config=None, gist=None, **options) -> nn.Module:
@@ -64,11 +63,11 @@ def both(seed: int = 3) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
-@pytest.mark.parametrize("config", WRITTEN_OUT, ids=repr)
+@pytest.mark.parametrize("method", ["LoRA", "CP", "adapter, houlsby"])
 @pytest.mark.parametrize("gist", [GistConfig(), GistConfig(2, readout="mean")], ids=repr)
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_against_one_written_out(make, config, gist, side) -> None:
-    model = gisted(make, config, gist)
+def test_against_one_written_out(make, method, gist, side) -> None:
+    model = gisted(make, METHODS[method], gist)
     given = texts(side)
     output = model(**given, return_gist_logits=True)
     exact = copy.deepcopy(model).double()
@@ -80,7 +79,7 @@ def test_against_one_written_out(make, config, gist, side) -> None:
     torch.testing.assert_close(output.gist_logits.double(), gist_logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", DECODER_BACKBONES)
+@pytest.mark.parametrize("make", CLASSIFIERS)
 def test_the_prediction_is_the_plain_models(make) -> None:
     base = make()
     given = texts()
@@ -99,7 +98,7 @@ def test_the_prediction_is_the_plain_models(make) -> None:
     torch.testing.assert_close(model(given["input_ids"]).logits, base(given["input_ids"]).logits)  # no mask
 
 
-@pytest.mark.parametrize("make", DECODER_BACKBONES)
+@pytest.mark.parametrize("make", CLASSIFIERS)
 def test_padding_and_batch(make) -> None:
     """Padding on either side, more of it, embeddings for ids, no mask, a row alone: the same logits and gist logits."""
     model = gisted(make)
@@ -164,12 +163,12 @@ def test_gpt2s_positions_and_types() -> None:
     torch.testing.assert_close(moved.gist_logits, got.gist_logits[:1])
 
 
-@pytest.mark.parametrize(("make", "config"), EVERY, ids=lambda x: getattr(x, "__name__", repr(x)))
-def test_every_method_on_every_decoder(make, config, tmp_path) -> None:
+@pytest.mark.parametrize(("make", "method"), EVERY, ids=lambda x: getattr(x, "__name__", x))
+def test_every_method_on_every_decoder(make, method, tmp_path) -> None:
     base = make()
     right, given = both()
     base_logits = base(**given).logits
-    model = get_peft_model(copy.deepcopy(base), config)
+    model = get_peft_model(copy.deepcopy(base), TRIED[method])
     torch.testing.assert_close(model(**given).logits, base_logits)
     model = stir(add_gist(model)).eval()
     output = model(**given, return_gist_logits=True)
@@ -377,6 +376,6 @@ def test_what_cannot_be_says_so() -> None:
         GistConfig(full_length="drop")
 
 
-@pytest.mark.parametrize("make", DECODER_BACKBONES)
+@pytest.mark.parametrize("make", CLASSIFIERS)
 def test_training_reaches_everything(make) -> None:
     assert_training(add_gist(get_peft_model(make(), LoraConfig(rank=2))))

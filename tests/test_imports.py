@@ -47,7 +47,9 @@ ROOMS = {
     "fastgist/peft": Room({"torch", "fastgist.functional", "fastgist.nn", "fastgist.peft"}, MODELS),
     "fastgist/gist": Room({"torch", "fastgist.functional", "fastgist.nn", "fastgist.peft", "fastgist.gist"}, MODELS),
     "fastgist/petal": Room({"torch", "fastgist.functional", "fastgist.nn", "fastgist.peft", "fastgist.petal"}, MODELS),
-    "fastgist/train/text_trainer.py": Room({"torch", "transformers"} | RUN, ANYTHING),  # subclasses its Trainer
+    "fastgist/train/text_trainer.py": Room(  # subclasses its Trainer, as the integration does
+        {"torch", "transformers", "fastgist.integrations.transformers"} | RUN, ANYTHING
+    ),
     "fastgist/train": Room({"torch"} | RUN, ANYTHING),
     "fastgist/recipes": Room({"torch"} | RUN, ANYTHING),
     "fastgist/cli.py": Room({"torch"} | RUN, ANYTHING),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from decoders import gpt2, llama, texts
+from pairs import distilled, swin
 from trainers import bert, rows, settings
 from transformers import Trainer
 
@@ -302,6 +305,42 @@ def test_a_trainers_step_is_the_step_by_hand(make, how, tmp_path) -> None:
     torch.testing.assert_close(torch.from_numpy(prediction.predictions), logits)  # an array: gist logits are not in it
     entropy = nn.functional.cross_entropy(logits, torch.tensor([row["labels"] for row in data[:3]]))
     assert math.isclose(prediction.metrics["test_loss"], entropy.item(), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("make", [llama, bert, partial(vit, num_classes=3), partial(swin, num_classes=3), distilled])
+def test_a_trainer_that_smooths_labels_itself_is_told_of(make, tmp_path) -> None:
+    """It keeps the labels and takes a loss without the gist logits: known at the first backward, and said once."""
+    model = still(make(), LoraConfig(rank=2))
+    size = model.model.patch_embed.img_size[0] if hasattr(model.model, "patch_embed") else 0
+    data = [{"x": x, "labels": i % 3} for i, x in enumerate(images(8, size))] if size else rows(8)
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer = Trainer(model, settings(tmp_path, label_smoothing_factor=0.1, **options), train_dataset=data)
+    with pytest.warns(UserWarning, match="does not read its gist logits.*label_smoothing_factor") as caught:
+        trainer.train()
+    assert sum("gist logits" in str(w.message) for w in caught) == 1
+
+
+@pytest.mark.parametrize("loss", [GistLoss(), GistLoss(0.0, 0.0), GistLoss(label_smoothing=0.2)], ids=repr)
+@pytest.mark.parametrize("func", [False, True])
+def test_a_trainer_that_takes_the_gist_loss_is_not_warned_of(loss, func, tmp_path) -> None:
+    """Nor where schedules have taken alpha and beta to 0 for a time."""
+    model = still(bert(), LoraConfig(rank=2))
+    model.loss = None if func else loss
+    args = settings(tmp_path, max_steps=2)
+    trainer = Trainer(model, args, train_dataset=rows(8), compute_loss_func=gist_loss_func(loss) if func else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*gist logits")
+        trainer.train()
+        model(**given(model)).logits.sum().backward()  # a loop of one's own, where no number of labels is given
+
+
+def test_a_loss_without_gist_logits_is_seen_in_the_first_backward() -> None:
+    model = still(bert(), LoraConfig(rank=2))
+    with torch.no_grad():  # nothing to watch
+        assert model(**given(model), num_items_in_batch=3).gist_logits is not None
+    output = model(**given(model), num_items_in_batch=3)
+    with pytest.warns(UserWarning, match="does not read its gist logits"):
+        nn.functional.cross_entropy(output.logits, TARGET).backward()
 
 
 def test_a_trainer_takes_timm_models(tmp_path) -> None:

@@ -148,6 +148,30 @@ def test_weight_decay_is_on_matrices_and_the_gist_token(settings, monkeypatch):
     assert [seen[n] for n in seen if n.endswith("classifier.weight")] == [0.3]
 
 
+def test_parts_have_their_rates_and_wrong_ones_are_one_line(settings):
+    parts = {"lr_gist": 0.03, "lr_head": 1e-3, "wd_gist": 0.5}
+    quiet(replace(settings, epochs=1, **parts))
+    lines = (settings.output_dir / "metrics.jsonl").read_text().splitlines()
+    (logged,) = [entry for entry in map(json.loads, lines) if "learning_rate_gist" in entry]
+    assert logged["learning_rate_gist"] == pytest.approx(10 * logged["learning_rate_peft"])
+    assert logged["learning_rate_head"] == pytest.approx(logged["learning_rate_peft"] / 3)
+    state = torch.load(settings.output_dir / "checkpoints" / "checkpoint-5" / "optimizer.pt")
+    assert {g["part"]: g["weight_decay"] for g in state["param_groups"] if g["weight_decay"]} == {
+        "gist": 0.5, "peft": 0.01, "head": 0.01,
+    }  # fmt: skip
+    other = replace(settings, output_dir=settings.output_dir / "other")
+    for changes, words in (
+        ({"gist": False, "wd_gist": 0.1}, "--wd-gist is for a gist token, and this run has --no-gist"),
+        ({"method": Method.LINEAR_PROBE, "rank": None, "lr_peft": 0.1}, "lrs names 'peft', of which this model trains"),
+        ({"lr_head": float("inf")}, "--lr-head must be finite"),
+    ):
+        with pytest.raises(UserError, match=words):
+            quiet(replace(other, **changes))
+    assert not other.output_dir.exists()
+    with pytest.raises(UserError, match=r"cannot resume from .*--lr-gist = 0.03, this run has None"):
+        quiet(replace(settings, epochs=1, lr_head=1e-3, wd_gist=0.5, resume=True))
+
+
 # -- a run -----------------------------------------------------------------------------------------------------------
 
 

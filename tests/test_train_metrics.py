@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from images import write_digits
+from runs import config
 from torch import nn
 
-for _package in ("timm", "accelerate", "sklearn", "torchmetrics"):
-    pytest.importorskip(_package)
+pytest.importorskip("torchmetrics")
 
-from fastgist.train.config import FinetuneConfig, UserError  # noqa: E402
-from fastgist.train.finetune import finetune  # noqa: E402
-from fastgist.train.metrics import METRICS, Metrics, parse_metrics  # noqa: E402
-from fastgist.train.tracking import check_trackers  # noqa: E402
+from fastgist.train.config import FinetuneConfig, UserError
+from fastgist.train.finetune import finetune
+from fastgist.train.metrics import METRICS, Metrics, parse_metrics
+from fastgist.train.tracking import check_trackers
 
 
 class Alone:
@@ -118,19 +117,6 @@ def test_tracker_names() -> None:
 # -- a whole run -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_digits(tmp_path_factory.mktemp("digits"))
-
-
-def settings(data: Path, out: Path, **changes: object) -> FinetuneConfig:
-    given = {
-        "model": "test_vit", "pretrained": False, "image_size": 32, "epochs": 3, "batch_size": 8, "workers": 0,
-        "device": "cpu", "progress": False, "lr": 0.01,
-    }  # fmt: skip
-    return FinetuneConfig(data=str(data), output_dir=out, **given | changes)
-
-
 def _events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -141,7 +127,7 @@ def _events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_holds_what_the_journal_holds(digits: Path, tmp_path: Path) -> None:
     """Written, and read back by TensorBoard's own reader; a resumed run replaces what came after its checkpoint."""
     pytest.importorskip("tensorboard")
-    run = settings(digits, tmp_path / "out", metrics="macro-f1", report_to="tensorboard", checkpoint_every=6)
+    run = config(digits, tmp_path / "out", metrics="macro-f1", report_to="tensorboard", checkpoint_every=6)
     summary = finetune(run, say=lambda line: None)
     records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     found = _events(tmp_path / "out")

@@ -55,7 +55,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
 
     got: list[FinetuneConfig] = []
     monkeypatch.setattr(module, "finetune", got.append)
-    monkeypatch.setattr(sweeping, "sweep", got.append)
+    monkeypatch.setattr(sweeping, "sweep", lambda config, run: got.append(config))
     return got
 
 

@@ -10,7 +10,7 @@ from torch.nn.modules import module as _torch_module
 
 from fastgist.nn import GistLoss
 
-__all__ = ["default_loss", "divided", "fuses", "hooked_everywhere", "loss_of", "shaped"]
+__all__ = ["WITHOUT_GIST", "default_loss", "divided", "fuses", "hooked_everywhere", "loss_of", "shaped"]
 
 #: Head and loss are one operation from this many classes, where the batch has at least half as many rows as the head is
 #: wide. Measured on a CPU (float32, a head of 768, forward and backward, peak memory beyond parameters and their
@@ -20,6 +20,13 @@ __all__ = ["default_loss", "divided", "fuses", "hooked_everywhere", "loss_of", "
 #: memory, not time. DESIGN.md has the numbers.
 FUSED_CLASSES = 4096
 FUSED_ROWS_PER_WIDTH = 0.5
+
+#: What is said where transformers' Trainer takes a loss that does not read the gist logits.
+WITHOUT_GIST = (
+    "a loss was taken of a gist model's logits that does not read its gist logits, so the gist token is trained by nothing "
+    "of its own: with label_smoothing_factor transformers' Trainer takes such a loss (set model.loss = "
+    "GistLoss(label_smoothing=...) instead); a compute_loss_func must read output.gist_logits (gist_loss_func() does)"
+)
 
 _SINGLE, _MULTI, _REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 

@@ -12,17 +12,21 @@ token stands after the last token instead, z does not depend on it, and it is le
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
 
-from fastgist.gist.loss import default_loss, divided, fuses, hooked_everywhere, loss_of, shaped
+from fastgist.gist.loss import WITHOUT_GIST, default_loss, divided, fuses, hooked_everywhere, loss_of, shaped
 from fastgist.gist.output import GistOutput
 from fastgist.nn import GistLoss, GistToken, is_hooked, is_plain
 from fastgist.peft import state as _state
+from fastgist.peft.once import hold_once
 
 __all__ = ["GistConfig", "GistExtension", "GistHost", "GistInsert", "GistModel", "add_gist"]
 
@@ -201,6 +205,8 @@ class GistModel(_state.Front):
     loss: Any
     #: transformers' Trainer passes ``num_items_in_batch``.
     accepts_loss_kwargs = True
+    #: Whether a loss that Trainer took of the outputs has been seen in a backward.
+    _watched = False
 
     def __init__(
         self, model: nn.Module, config: GistConfig, host: GistHost, peft_model: nn.Module | None = None
@@ -213,6 +219,7 @@ class GistModel(_state.Front):
         self.gist_config = config
         self.host = host
         self.loss = None
+        hold_once(self, _every_name)
 
     @property
     def config(self) -> Any:
@@ -288,6 +295,8 @@ class GistModel(_state.Front):
         else:
             logits, gist_logits = self.host.forward(self.model, self.gist_config, want, *args, **kwargs)
         if labels is None:
+            if num_items_in_batch is not None and self.training and not torch.compiler.is_compiling():
+                self._watch(logits, gist_logits)
             return GistOutput(logits=logits, gist_logits=gist_logits)
         if value is None:
             loss = self._loss(labels, logits.shape[-1])
@@ -297,6 +306,18 @@ class GistModel(_state.Front):
         if return_logits is False:
             logits = gist_logits = None
         return GistOutput(value, logits, gist_logits)
+
+    def _watch(self, logits: Tensor, gist_logits: Tensor | None) -> None:
+        """Trainer counts labels and keeps them: the loss is its own. Warn if the first backward passes the gist logits by."""
+        if self._watched or gist_logits is None or not (logits.requires_grad and gist_logits.requires_grad):
+            return
+
+        def look(gradients: Sequence[Tensor | None]) -> None:
+            first, self._watched = not self._watched, True
+            if first and gradients[0] is not None and gradients[1] is None:
+                warnings.warn(WITHOUT_GIST, UserWarning, stacklevel=2)
+
+        register_multi_grad_hook((logits, gist_logits), look)
 
     def _loss(self, labels: Tensor, width: int) -> GistLoss:
         return default_loss(self.config, labels, width) if self.loss is None else self.loss
@@ -399,6 +420,10 @@ class GistModel(_state.Front):
 
     def extra_repr(self) -> str:
         return f"{self.gist_config}"
+
+
+def _every_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return model.named_parameters(remove_duplicate=False)
 
 
 def add_gist(model: nn.Module, config: GistConfig | None = None) -> GistModel:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastgist.peft.config import PeftConfig
 from fastgist.peft.family import Family, find_family
+from fastgist.peft.once import hold_once
 
 __all__ = [
     "Extension",
@@ -100,6 +101,8 @@ class State:
     disabled: bool = False
     #: Kinds of the Hugging Face PEFT adapters inside, which stay what they are.
     foreign: tuple[str, ...] = ()
+    #: Of the hooks on the model.
+    hooks: tuple[Any, ...] = ()
 
     def record(self) -> Record | None:
         return None if self.active is None else self.records[self.active]
@@ -176,6 +179,7 @@ def begin(model: nn.Module, caller: str) -> State:
     for path in heads:
         model.get_submodule(path).requires_grad_(True)
     model.__dict__[_ATTRIBUTE] = state
+    state.hooks = hold_once(model, _site_names)
     return state
 
 
@@ -183,6 +187,8 @@ def end(model: nn.Module, state: State) -> None:
     """Forget the state and give every parameter its requires_grad back. Nothing of ours is in the tree any more."""
     for name, p in model.named_parameters():
         p.requires_grad_(state.flags.get(name, True))
+    for handle in state.hooks:
+        handle.remove()
     model.__dict__.pop(_ATTRIBUTE, None)
 
 
@@ -264,6 +270,16 @@ def site_tensors(sites: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
                 continue
             seen.add(id(tensor))
             yield f"{path}.{name}", tensor
+
+
+def _site_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What the wrappers in place hold beside their base layers, under every name."""
+    state = state_of(model)
+    record = None if state is None else state.record()
+    for path, wrapper in ({} if record is None else record.sites).items():
+        for name, parameter in wrapper.named_parameters(prefix=path, remove_duplicate=False):
+            if not name.startswith(f"{path}.base_layer."):
+                yield name, parameter
 
 
 def owned_tensors(model: nn.Module, state: State) -> dict[str, Tensor]:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["GIST", "Recipe"]
+from fastgist.recipes.parts import PartRates
+
+__all__ = ["GIST", "PartRates", "Recipe"]
 
 
 def _number(default, help: str, **extra):
@@ -19,7 +21,7 @@ def _number(default, help: str, **extra):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(PartRates):
     """How long, how fast and towards what a model is trained. All of it decides the result; nothing else does."""
 
     epochs: int = _number(100, "Passes over the training images.", min=1)
@@ -30,12 +32,6 @@ class Recipe:
     lr: float = _number(1e-3, "Peak learning rate.", min=0)
     min_lr: float = _number(0.0, "Learning rate at the end of the cosine.", min=0)
     weight_decay: float = _number(5e-5, "AdamW's weight decay; biases and other vectors take none.", min=0)
-    lr_gist: float | None = _number(None, "Peak learning rate of the gist token; --lr if not given.", min=0)
-    lr_peft: float | None = _number(None, "Peak learning rate of the adapter's layers; --lr if not given.", min=0)
-    lr_head: float | None = _number(None, "Peak learning rate of the head; --lr if not given.", min=0)
-    wd_gist: float | None = _number(None, "Weight decay of the gist token; --weight-decay if not given.", min=0)
-    wd_peft: float | None = _number(None, "Weight decay of the adapter's matrices, likewise.", min=0)
-    wd_head: float | None = _number(None, "Weight decay of the head's matrix, likewise.", min=0)
     batch_size: int = _number(32, "Images a step and process.", min=1)
     drop_path: float = _number(0.1, "Stochastic depth of the backbone.", min=0, max=0.99)
     clip_grad: float = _number(0.0, "Largest gradient norm; 0 does not clip.", min=0)
@@ -54,16 +50,6 @@ class Recipe:
     def warmup(self) -> float:
         """Epochs of warm-up."""
         return self.epochs / 10 if self.warmup_epochs is None else self.warmup_epochs
-
-    @property
-    def lrs(self) -> dict[str, float | None]:
-        """Learning rates of single parts, for :func:`fastgist.train.parameter_groups`."""
-        return {"gist": self.lr_gist, "peft": self.lr_peft, "head": self.lr_head}
-
-    @property
-    def weight_decays(self) -> dict[str, float | None]:
-        """Weight decays of single parts, likewise."""
-        return {"gist": self.wd_gist, "peft": self.wd_peft, "head": self.wd_head}
 
 
 GIST = Recipe()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fastgist.recipes.parts import PartRates
+
 __all__ = ["EPOCHS", "TextRecipe"]
 
 #: Epochs where neither the user nor a named recipe says otherwise.
@@ -19,7 +21,7 @@ def _number(default, help: str, **extra):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextRecipe:
+class TextRecipe(PartRates):
     """How long, how fast and towards what a text model is trained."""
 
     epochs: int | None = _number(

@@ -12,11 +12,27 @@ from typing import Any, ClassVar
 
 from fastgist.recipes import Recipe
 
-__all__ = ["CompareConfig", "DemoConfig", "FinetuneConfig", "Method", "MixedPrecision", "Readout", "UserError"]
+__all__ = [
+    "CompareConfig",
+    "DemoConfig",
+    "FinetuneConfig",
+    "Method",
+    "MixedPrecision",
+    "Readout",
+    "Settings",
+    "UserError",
+]
 
 
 class UserError(Exception):
     """Something the user can put right: the command line prints it as one line and exits with 2."""
+
+
+def check_parts(config: Any) -> None:
+    """UserError where a run without a gist token is given numbers for one."""
+    tokens = [name for name in ("lr_gist", "wd_gist") if getattr(config, name) is not None]
+    if tokens and not config.gist:
+        raise UserError(f"--{tokens[0].replace('_', '-')} is for a gist token, and this run has --no-gist")
 
 
 class Method(enum.StrEnum):
@@ -53,9 +69,33 @@ def _option(default, help: str, panel: str, **extra):
     return field(default=default, metadata={"help": help, "panel": panel, **extra})
 
 
+class Settings:
+    """What the dataclasses of fine-tuning runs share: which of their fields make a run what it is."""
+
+    #: Fields that say where a run goes and how it is shown, and what stands for others.
+    free: ClassVar[tuple[str, ...]]
+    #: Fields for which what they lead to is compared, when a run is resumed.
+    by_content: ClassVar[tuple[str, ...]]
+
+    def decisive(self) -> list[str]:
+        """The settings that decide what comes out."""
+        return [f.name for f in dataclasses.fields(self) if f.name not in self.free]  # type: ignore[arg-type]
+
+    def trajectory(self) -> dict[str, object]:
+        """The settings that a resumed run must share with the run it continues, as JSON values."""
+        names = [name for name in self.decisive() if name not in self.by_content]
+        return {f"--{name.replace('_', '-')}": _plain(getattr(self, name)) for name in names}
+
+
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(Recipe):
+class FinetuneConfig(Settings, Recipe):
     """Everything that decides a fine-tuning run. The recipe's fields default to the GIST paper's."""
+
+    free: ClassVar[tuple[str, ...]] = (
+        "output_dir", "resume", "checkpoint_every", "keep_checkpoints", "progress", "workers", "verify", "device", "seeds",
+        "report_to",
+    )  # fmt: skip
+    by_content: ClassVar[tuple[str, ...]] = ("data", "checkpoint", "batch_size", "metrics")
 
     data: str = _option(
         ...,
@@ -119,19 +159,6 @@ class FinetuneConfig(Recipe):
     device: str | None = _option(None, "cpu, or nothing for what accelerate finds.", "Run")
     mixed_precision: MixedPrecision | None = _option(None, "Half precision; accelerate's setting if not given.", "Run")
     progress: bool = _option(True, "Show progress bars.", "Run")
-
-    def decisive(self) -> list[str]:
-        """The settings that decide what comes out; the others say where it goes and how it is shown."""
-        free = (
-            "output_dir resume checkpoint_every keep_checkpoints progress workers verify device seeds report_to".split()
-        )
-        return [f.name for f in dataclasses.fields(self) if f.name not in free]
-
-    def trajectory(self) -> dict[str, object]:
-        """The settings that a resumed run must share with the run it continues, as JSON values."""
-        by_content = "data checkpoint batch_size metrics".split()
-        names = [name for name in self.decisive() if name not in by_content]
-        return {f"--{name.replace('_', '-')}": _plain(getattr(self, name)) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -94,6 +94,8 @@ class Draw(NamedTuple):
 @dataclass
 class Split(Dataset):
     """Rows of a source with their labels; an item is (transformed image, label)."""
+
+    kind: ClassVar[str] = "images"
 
     source: Source
     rows: list[int]

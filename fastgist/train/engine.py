@@ -24,7 +24,7 @@ from fastgist.train.data import EpochBatches, seed_everything
 from fastgist.train.interrupt import deferred_interrupt
 from fastgist.train.measure import StepMemory
 from fastgist.train.metrics import Metrics
-from fastgist.train.optim import parameter_groups, to_schedule
+from fastgist.train.optim import groups_of, to_schedule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -232,12 +232,7 @@ def fit(
     )
     per_epoch = sampler.steps
     total = per_epoch * recipe.epochs
-    try:
-        groups = parameter_groups(
-            model, recipe.lr, recipe.weight_decay, lrs=recipe.lrs, weight_decays=recipe.weight_decays
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    groups = groups_of(model, recipe)
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
     scheduler = CosineLRScheduler(
         optimizer,

@@ -17,7 +17,7 @@ from fastgist.nn import Linear
 from fastgist.train import data as images
 from fastgist.train import selection
 from fastgist.train.checkpoint import Checkpoints, write_atomically
-from fastgist.train.config import FinetuneConfig, Readout, UserError
+from fastgist.train.config import FinetuneConfig, Readout, UserError, check_parts
 from fastgist.train.engine import FitResult, evaluate, fit
 from fastgist.train.measure import commit, memory_method, trainable_share, versions
 from fastgist.train.metrics import Metrics, parse_metrics
@@ -161,9 +161,7 @@ def check_numbers(config: FinetuneConfig) -> None:
         raise UserError(f"--lr must be > 0, got {config.lr}")
     if config.gist_length == 1 and config.gist_readout is Readout.MEAN:
         raise UserError("--gist-readout mean is for --gist-length 2 and more")
-    tokens = [name for name in ("lr_gist", "wd_gist") if getattr(config, name) is not None]
-    if tokens and not config.gist:
-        raise UserError(f"--{tokens[0].replace('_', '-')} is for a gist token, and this run has --no-gist")
+    check_parts(config)
 
 
 def _check_output(config: FinetuneConfig, checkpoints: Checkpoints) -> None:

@@ -52,7 +52,8 @@ def build_backbone(config: FinetuneConfig, num_classes: int) -> nn.Module:
         if download:
             raise UserError(
                 f"could not get pre-trained weights of {name}: {reason[:300]} "
-                "(--checkpoint takes a safetensors file, --no-pretrained starts from random weights)"
+                "(--checkpoint takes a safetensors file, --no-pretrained starts from random weights; with "
+                "HF_HUB_OFFLINE=1 in the environment only the cache is asked, at once)"
             ) from error
         raise UserError(f"could not build {name}: {reason[:300]}") from error
     try:

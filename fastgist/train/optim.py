@@ -10,8 +10,9 @@ from torch import nn
 
 from fastgist.nn import Cosine, Linear
 from fastgist.peft import state as _state
+from fastgist.train.config import UserError
 
-__all__ = ["PARTS", "parameter_groups", "parse_schedule", "to_schedule"]
+__all__ = ["PARTS", "groups_of", "parameter_groups", "parse_schedule", "to_schedule"]
 
 #: What a trained parameter can belong to. "model" is everything else: the backbone in full fine-tuning.
 PARTS = ("gist", "peft", "head", "model")
@@ -70,6 +71,20 @@ def parameter_groups(
         for decays in (True, False)
         if (part, decays) in groups
     ]
+
+
+def groups_of(model: nn.Module, recipe: Any) -> list[dict[str, Any]]:
+    """:func:`parameter_groups` by a run's settings (``lr``, ``weight_decay`` and :class:`fastgist.recipes.PartRates`).
+
+    Raises:
+        UserError: a number out of range, or one for a part that this model does not train.
+    """
+    try:
+        return parameter_groups(
+            model, recipe.lr, recipe.weight_decay, lrs=recipe.lrs, weight_decays=recipe.weight_decays
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _parts(plain: nn.Module) -> dict[int, str]:

@@ -1,4 +1,5 @@
-"""``fastgist finetune --seeds``: the same run from several seeds, a folder each, and what they came to together."""
+"""``--seeds`` of ``fastgist finetune`` and ``finetune-text``: the same run from several seeds, a folder each, and what they
+came to together."""
 
 from __future__ import annotations
 
@@ -9,11 +10,13 @@ from typing import Any
 
 from fastgist.train.checkpoint import write_atomically
 from fastgist.train.config import FinetuneConfig, UserError
-from fastgist.train.finetune import finetune
 from fastgist.train.settings import written_settings
 from fastgist.train.statistics import spread
+from fastgist.train.text_config import TextConfig
 
 __all__ = ["finished", "parse_seeds", "sweep"]
+
+Config = FinetuneConfig | TextConfig
 
 
 def parse_seeds(words: str) -> list[int]:
@@ -29,7 +32,7 @@ def parse_seeds(words: str) -> list[int]:
     return seeds
 
 
-def finished(config: FinetuneConfig) -> dict[str, Any] | None:
+def finished(config: Config) -> dict[str, Any] | None:
     """The summary of a run that ended in ``config.output_dir``, or None.
 
     Raises:
@@ -53,9 +56,10 @@ def finished(config: FinetuneConfig) -> dict[str, Any] | None:
     return summary
 
 
-def sweep(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run ``config`` once a seed of ``config.seeds``, in ``seed-<n>`` folders; returns what summary.json then holds.
+def sweep(config: Config, run: Callable[..., dict[str, Any]], say: Callable[[str], None] = print) -> dict[str, Any]:
+    """``run(config, say)`` once a seed of ``config.seeds``, in ``seed-<n>`` folders; returns what summary.json then holds.
 
+    ``run``: :func:`fastgist.train.finetune.finetune`; or :func:`fastgist.train.text.finetune_text`, of a resolved config.
     With ``config.resume`` finished seeds are kept, an interrupted one goes on, and new ones are added.
     """
     if config.seeds is None:
@@ -63,40 +67,43 @@ def sweep(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict[st
     if config.seed != 0:
         raise UserError("--seed and --seeds exclude each other")
     seeds = parse_seeds(config.seeds)
-    runs = [replace(config, seeds=None, seed=seed, output_dir=config.output_dir / f"seed-{seed}") for seed in seeds]
+    configs = [replace(config, seeds=None, seed=seed, output_dir=config.output_dir / f"seed-{seed}") for seed in seeds]
     from accelerate import PartialState
 
     main = PartialState(cpu=config.device == "cpu").is_main_process
     tell = say if main else lambda line: None
-    done = {run.seed: finished(run) for run in runs}
+    done = {each.seed: finished(each) for each in configs}
     if any(done.values()) and not config.resume:
         raise UserError(f"{config.output_dir} holds finished runs: pass --resume, or another --output-dir")
     summaries: dict[int, dict[str, Any]] = {}
-    for run in runs:
-        tell(f"seed {run.seed} ({len(summaries) + 1} of {len(runs)}){': finished before' if done[run.seed] else ''}")
-        summaries[run.seed] = done[run.seed] or finetune(run, say)
+    for each in configs:
+        seed, before = each.seed, done[each.seed]
+        tell(f"seed {seed} ({len(summaries) + 1} of {len(configs)}){': finished before' if before else ''}")
+        summaries[seed] = before or run(each, say)
+    scores = [_scores(summary) for summary in summaries.values()]
+    measured = {name: spread([s[name] for s in scores]) for name in scores[0] if all(name in s for s in scores)}
     together = {
         "seeds": seeds,
-        "runs": {str(seed): str(run.output_dir.name) for seed, run in zip(seeds, runs, strict=True)},
-        **{name: spread([s[name] for s in summaries.values()]) for name in _measured(summaries)},
+        "runs": {str(each.seed): each.output_dir.name for each in configs},
+        **measured,
         "config": written_settings(config),
     }
     if main:
         path = config.output_dir / "summary.json"
         write_atomically(path, (json.dumps(together, indent=2) + "\n").encode())
-        for name in _measured(summaries):
-            found: Any = together[name]
+        for name, found in measured.items():
             deviation = f" ± {found['std']:.4f}" if found["std"] is not None else ""
             say(f"{name.replace('_', ' ')}: {found['mean']:.4f}{deviation} (n = {found['n']})")
         say(f"together in {path}")
     return together
 
 
-def _measured(summaries: dict[int, dict[str, Any]]) -> list[str]:
-    """The numbers of the val and test images that every run has."""
-    each = list(summaries.values())
-    return [
-        name
-        for name, value in each[0].items()
-        if name.startswith(("val_", "test_")) and isinstance(value, float) and all(name in s for s in each)
-    ]
+def _scores(summary: dict[str, Any]) -> dict[str, float]:
+    """The numbers of the val and test data in a summary, under names such as val_accuracy.
+
+    A run of images has them so; one of texts has "val" with its numbers, and "test" with those of each split by name.
+    """
+    flat = {name: value for name, value in summary.items() if name.startswith(("val_", "test_"))}
+    splits = {"val": summary.get("val") or {}, **summary.get("test", {})}
+    flat |= {f"{split}_{name}": value for split, scores in splits.items() for name, value in scores.items()}
+    return {name: value for name, value in flat.items() if isinstance(value, float)}

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from fastgist.recipes import PartRates
 from fastgist.recipes.text import EPOCHS
 from fastgist.train.checkpoint import write_atomically
 from fastgist.train.config import MixedPrecision, UserError
@@ -20,6 +21,7 @@ from fastgist.train.finetune import Interrupted
 from fastgist.train.interrupt import deferred_interrupt
 from fastgist.train.measure import commit, trainable_share, versions
 from fastgist.train.models import adapt, frozen_fingerprint
+from fastgist.train.optim import groups_of
 from fastgist.train.settings import written_settings
 from fastgist.train.text_base import base_model, quiet
 from fastgist.train.text_config import PaddingSide, TextConfig
@@ -37,6 +39,8 @@ def finetune_text(config: TextConfig, say: Callable[[str], None] = print) -> dic
 
     Raises UserError for what the user can put right, before anything is written, and Interrupted on Ctrl-C.
     """
+    if config.seeds is not None:
+        raise UserError("finetune_text makes one run: fastgist.train.sweep.sweep takes several --seeds")
     config = config.resolved()
     _needs_transformers()
     from fastgist.train import text_trainer as trainers
@@ -56,6 +60,7 @@ def finetune_text(config: TextConfig, say: Callable[[str], None] = print) -> dic
             model, config.method, gist=config.gist, rank=config.rank, bottleneck_dim=config.bottleneck_dim,
             settings=config.set,
         )  # fmt: skip
+        groups_of(model, config)  # what is wrong with the numbers is said before anything is written
         metrics = metrics_function(names, None if regression else len(splits.classes or []))
         selecting = names[0] if metrics else "loss"
         tables = {name: tokenize(table, tokenizer, limit) for name, table in splits.named().items()}
@@ -90,6 +95,7 @@ def finetune_text(config: TextConfig, say: Callable[[str], None] = print) -> dic
             compute_loss_func=trainers.GistObjective(config.alpha, config.beta, config.temperature, regression),
             compute_metrics=metrics,
             callbacks=[trainers.Interruptible(config.checkpoint_every, interrupted), trainers.FiniteLoss()],
+            **{f.name: getattr(config, f.name) for f in dataclasses.fields(PartRates)},
         )
         _settle(trainer)
         try:
@@ -364,8 +370,7 @@ def _finish(
         "processes": trainer.args.world_size, "mixed_precision": config.mixed_precision.value,
         "versions": versions(), "commit": commit(),
     }  # fmt: skip
-    settings = dataclasses.asdict(config)
-    summary["config"] = json.loads(json.dumps(settings, default=str))
+    summary["config"] = written_settings(config)
     if trainer.is_world_process_zero():
         fastgist.save_adapter(model, config.output_dir / "adapter")
         lines = "".join(json.dumps(entry) + "\n" for entry in state.log_history)

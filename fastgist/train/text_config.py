@@ -9,10 +9,10 @@ import enum
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fastgist.recipes.text import EPOCHS, TextRecipe
-from fastgist.train.config import Method, MixedPrecision, UserError, _option, _plain
+from fastgist.train.config import Method, MixedPrecision, Settings, UserError, _option, check_parts
 
 __all__ = ["PaddingSide", "Problem", "TextConfig"]
 
@@ -33,8 +33,13 @@ class PaddingSide(enum.StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextConfig(TextRecipe):
+class TextConfig(Settings, TextRecipe):
     """Everything that decides a text fine-tuning run. What is None is found in the data, or said by ``recipe``."""
+
+    free: ClassVar[tuple[str, ...]] = (
+        "output_dir", "resume", "checkpoint_every", "keep_checkpoints", "progress", "device", "seeds", "report_to", "recipe",
+    )  # fmt: skip
+    by_content: ClassVar[tuple[str, ...]] = ("data",)
 
     data: str | None = _option(
         None,
@@ -64,6 +69,9 @@ class TextConfig(TextRecipe):
     val_split: float = _option(
         0.1, "Share of the training texts held out for selection where there is no val split.", "Data", min=0, max=0.9
     )
+    shots: int | None = _option(
+        None, "Few-shot: so many training texts of each class, drawn by the seed.", "Data", min=1
+    )
     max_length: int | None = _option(
         None, "Tokens a text is cut to; the model's own, 512 at most, if not given.", "Data", min=4
     )
@@ -92,6 +100,9 @@ class TextConfig(TextRecipe):
     )
 
     output_dir: Path = _option(Path("fastgist-finetune-text"), "Where everything is written.", "Run")
+    seeds: str | None = _option(
+        None, "Several runs, a folder each, and their mean and deviation: seeds such as 0,1,2 or 0-4.", "Run"
+    )
     resume: bool = _option(False, "Continue from the newest complete checkpoint in the output folder.", "Run")
     checkpoint_every: int = _option(0, "Steps between checkpoints beside the one after every epoch.", "Run", min=0)
     keep_checkpoints: int = _option(2, "How many checkpoints to keep.", "Run", min=1)
@@ -117,13 +128,8 @@ class TextConfig(TextRecipe):
             raise UserError(f"--temperature must be > 0, got {filled.temperature}")
         if filled.lr <= 0:
             raise UserError(f"--lr must be > 0, got {filled.lr}")
+        check_parts(filled)
         return filled
-
-    def trajectory(self) -> dict[str, object]:
-        """The settings that a resumed run must share with the run it continues, as JSON values."""
-        free = "output_dir resume checkpoint_every keep_checkpoints progress report_to device data recipe".split()
-        names = [f.name for f in dataclasses.fields(self) if f.name not in free]
-        return {f"--{name.replace('_', '-')}": _plain(getattr(self, name)) for name in names}
 
 
 def _named_recipe(name: str) -> dict[str, Any]:

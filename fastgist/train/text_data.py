@@ -9,8 +9,9 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from fastgist.train import selection
 from fastgist.train.config import UserError
 from fastgist.train.data import derive_seed
 from fastgist.train.stdlib_text import StdlibText
@@ -64,7 +65,7 @@ def load_texts(config: TextConfig) -> TextSplits:
         notes,
     )
     _check_sizes(found, train_name)
-    found = _hold_out(found, config)
+    found = _few_shot(found, config) if config.shots is not None else _hold_out(found, config)
     _note_repeats(found)
     return found
 
@@ -276,6 +277,37 @@ def _check_sizes(splits: TextSplits, train_name: str) -> None:
         absent = sorted(set(range(len(splits.classes))) - set(splits.train["label"]))
         if absent:
             raise UserError(f"no training text of class {splits.classes[absent[0]]!r} in split {train_name}")
+
+
+@dataclass
+class _Rows:
+    """A table as what :mod:`fastgist.train.selection` draws from."""
+
+    kind: ClassVar[str] = "texts"
+
+    table: Dataset
+
+    @property
+    def labels(self) -> list[int]:
+        return list(self.table["label"])
+
+    def subset(self, rows: list[int]) -> _Rows:
+        return _Rows(self.table.select(rows))
+
+
+def _few_shot(splits: TextSplits, config: TextConfig) -> TextSplits:
+    """``--shots`` texts of each class to train on, and as many others, at most four, to select by: of the val split where
+    there is one; none with --val-split 0."""
+    assert config.shots is not None
+    if splits.classes is None:
+        raise UserError("--shots counts texts of a class, and these labels are numbers")
+    train, rest = selection.few_shot(_Rows(splits.train), config.shots, splits.classes, config.seed)
+    source = rest if splits.val is None else _Rows(splits.val)
+    val = None if config.val_split == 0 else selection.few(source, config.shots, splits.classes, config.seed)
+    notes = selection.notes_of(f"{config.shots} texts of each class", config.seed, val, splits.val is None)
+    return dataclasses.replace(
+        splits, train=train.table, val=None if val is None else val.table, notes=[*splits.notes, *notes]
+    )
 
 
 def _hold_out(splits: TextSplits, config: TextConfig) -> TextSplits:

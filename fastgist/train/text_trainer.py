@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
+from fastgist.integrations.transformers.trainer import PartsTrainer
 from fastgist.nn import GistLoss
+from fastgist.peft.state import Front
 from fastgist.train.config import UserError
 from fastgist.train.engine import trained_tensors
 
@@ -25,7 +27,7 @@ __all__ = ["GistObjective", "TextTrainer", "Trained", "complete_checkpoints"]
 _WEIGHTS = "trained.safetensors"
 
 
-class Trained(nn.Module):
+class Trained(Front):
     """What the Trainer trains: the model, plain or with a gist token, beside its transformers ``config``."""
 
     accepts_loss_kwargs = False
@@ -56,11 +58,8 @@ class GistObjective:
         return self.loss(outputs, labels.float()[:, None] if self.regression else labels) / rows
 
 
-class TextTrainer(Trainer):
-    """Saves and loads the trained parameters alone; weight decay on matrices (and the gist token), not on vectors."""
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        return [name for name, p in model.named_parameters() if p.dim() > 1]
+class TextTrainer(PartsTrainer):
+    """Saves and loads the trained parameters alone."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         import safetensors.torch

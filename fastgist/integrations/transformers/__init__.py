@@ -14,16 +14,17 @@ __all__ = [
     "Encoder",
     "EncoderGist",
     "GistTrainer",
+    "PartsTrainer",
     "T5EncoderForSequenceClassification",
     "gist_loss_func",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "GistTrainer":  # Trainer is a slow import, and few ask for it
-        from fastgist.integrations.transformers.trainer import GistTrainer
+    if name in ("GistTrainer", "PartsTrainer"):  # Trainer is a slow import, and few ask for it
+        from fastgist.integrations.transformers import trainer
 
-        return GistTrainer
+        return getattr(trainer, name)
     if name == "T5EncoderForSequenceClassification":  # loads transformers' T5, which few need
         from fastgist.integrations.transformers.t5 import T5EncoderForSequenceClassification
 

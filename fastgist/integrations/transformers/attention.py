@@ -46,6 +46,30 @@ def _seen(mask: Any, count: int) -> Any:
     return nn.functional.pad(mask, (count, 0), value=0.0 if added else 1)
 
 
+def _extended(
+    attention: Any,
+    extend: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    dropout: Any,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Attention of q (B, heads, N, d) to what ``extend`` makes of k and v: (B, N, heads d), weights or None.
+
+    What is added stands in front, is seen by every query and, where positions have a bias, has none.
+    """
+    own = k.shape[2]
+    k, v = extend(k, v)
+    count = k.shape[2] - own
+    if position_bias is not None:
+        kwargs["position_bias"] = nn.functional.pad(position_bias, (count, 0))
+    out, weights = _attend(attention, q, k, v, _seen(mask, count), dropout, **kwargs)
+    return out.flatten(2).contiguous(), weights
+
+
 @opened
 def run_projected(
     attention: Any, extend: Any, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any
@@ -56,12 +80,8 @@ def run_projected(
     names = _ATTENTIONS[type(attention).__name__]
     shape = (*hidden_states.shape[:-1], -1, getattr(attention, names.head_dim))
     q, k, v = (getattr(attention, p)(hidden_states).view(shape).transpose(1, 2) for p in names.projections)
-    own = k.shape[2]
-    k, v = extend(k, v)
-    mask = _seen(attention_mask, k.shape[2] - own)
     dropout, scaling = getattr(attention, names.dropout), getattr(attention, names.scaling)
-    out, weights = _attend(attention, q, k, v, mask, dropout, scaling=scaling, **kwargs)
-    out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
+    out, weights = _extended(attention, extend, q, k, v, attention_mask, dropout, scaling=scaling, **kwargs)
     return out if names.out is None else getattr(attention, names.out)(out), weights
 
 
@@ -84,20 +104,8 @@ def run_modernbert(
     shape = (*hidden_states.shape[:-1], 3, -1, attention.head_dim)
     q, k, v = (t.transpose(1, 2) for t in attention.Wqkv(hidden_states).view(shape).unbind(dim=-3))
     q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=1)
-    own = k.shape[2]
-    k, v = extend(k, v)
-    out, weights = _attend(
-        attention,
-        q,
-        k,
-        v,
-        _seen(attention_mask, k.shape[2] - own),
-        attention.attention_dropout,
-        scaling=attention.head_dim**-0.5,
-        deterministic=attention.deterministic_flash_attn,
-        **kwargs,
-    )
-    out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
+    kwargs |= {"scaling": attention.head_dim**-0.5, "deterministic": attention.deterministic_flash_attn}
+    out, weights = _extended(attention, extend, q, k, v, attention_mask, attention.attention_dropout, **kwargs)
     return attention.out_drop(attention.Wo(out)), weights
 
 
@@ -115,20 +123,15 @@ def run_t5(
     """T5's self-attention; the prefix has no position: its bias is zero."""
     shape = (*hidden_states.shape[:-1], -1, attention.key_value_proj_dim)
     q, k, v = (layer(hidden_states).view(shape).transpose(1, 2) for layer in (attention.q, attention.k, attention.v))
-    own = k.shape[2]
     if position_bias is None:
+        own = k.shape[2]
         if attention.has_relative_attention_bias:
             position_bias = attention.compute_bias(own, own, device=q.device)
         else:
             position_bias = q.new_zeros(1, attention.n_heads, own, own)
-    k, v = extend(k, v)
-    count = k.shape[2] - own
-    bias = nn.functional.pad(position_bias, (count, 0))
-    p = attention.dropout
-    out, weights = _attend(
-        attention, q, k, v, _seen(mask, count), p, scaling=attention.scaling, position_bias=bias, **kwargs
-    )
-    return attention.o(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), position_bias, weights
+    kwargs |= {"scaling": attention.scaling, "position_bias": position_bias}
+    out, weights = _extended(attention, extend, q, k, v, mask, attention.dropout, **kwargs)
+    return attention.o(out), position_bias, weights
 
 
 @opened

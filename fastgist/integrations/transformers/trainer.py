@@ -1,11 +1,11 @@
 """transformers' Trainer around a gist model.
 
 ``Trainer(model=gist_model)`` works as it is: the model computes its loss where it is given labels. :class:`GistTrainer` adds
-what Trainer cannot know of: the progress that schedules ask for, and checkpoints that hold the adaptation, not the model.
+what Trainer cannot know of: parameter groups for token, adapter and head (:class:`PartsTrainer`), the progress that schedules
+ask for, and checkpoints that hold the adaptation, not the model.
 
-Two things the plain Trainer does without a word that reaches us: with ``label_smoothing_factor`` it keeps the labels and takes
-its own loss of the logits (smooth with ``model.loss = GistLoss(label_smoothing=...)``), and it cannot save CP and FacT,
-whose factors many layers share.
+With ``label_smoothing_factor`` the plain Trainer keeps the labels and takes its own loss of the logits: the model sees it in
+the first backward and warns (smooth with ``model.loss = GistLoss(label_smoothing=...)``).
 """
 
 from __future__ import annotations
@@ -19,18 +19,101 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from fastgist import GistModel, load_adapter, save_adapter
+from fastgist.train import parameter_groups
 
-__all__ = ["GistTrainer"]
+__all__ = ["GistTrainer", "PartsTrainer"]
 
 
-class GistTrainer(Trainer):
+class PartsTrainer(Trainer):
+    """Trainer whose optimiser has the groups of :func:`fastgist.train.parameter_groups`: token, adapter, head, the rest.
+
+    Weight decay is on matrices and the gist token, not on biases and other vectors. A scheduler scales all groups alike;
+    where their rates differ the log has each part's (``learning_rate_gist``, ...) in place of ``learning_rate``.
+    Optimisers that make groups of their own (GaLore, LOMO, Muon, ...) keep those.
+
+    Args:
+        lr_gist, lr_peft, lr_head: peak learning rates of parts; None: ``args.learning_rate``.
+        wd_gist, wd_peft, wd_head: weight decays of parts; None: ``args.weight_decay``.
+        args, kwargs: Trainer's.
+
+    Raises:
+        ValueError: a number out of range, or one for a part that the model does not train; or one beside an optimiser that
+            was given, or that makes its own groups.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        lr_gist: float | None = None,
+        lr_peft: float | None = None,
+        lr_head: float | None = None,
+        wd_gist: float | None = None,
+        wd_peft: float | None = None,
+        wd_head: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._lrs = {"gist": lr_gist, "peft": lr_peft, "head": lr_head}
+        self._rates: dict[str | None, float] = {}
+        self._weight_decays = {"gist": wd_gist, "peft": wd_peft, "head": wd_head}
+        if self._chosen():
+            self._groups(self.model)
+            if self.optimizer is not None or not self._takes_groups():
+                raise ValueError(
+                    f"{type(self).__name__}: {', '.join(self._chosen())} would not reach an optimiser that is given, or "
+                    "that makes groups of its own"
+                )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is not None or not self._takes_groups():
+            return super().create_optimizer(model)
+        before, (kind, settings) = self.optimizer_cls_and_kwargs, self._optimizer()
+        groups = self._groups(self.model if model is None else model)
+        self.optimizer_cls_and_kwargs = (kind, {**settings, "params": groups})  # Trainer's own groups give way to these
+        try:
+            return super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = before
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "learning_rate" in logs and len(set(self._rates.values())) > 1:
+            del logs["learning_rate"]
+            logs |= {f"learning_rate_{part}": rate for part, rate in self._rates.items()}
+        super().log(logs, *args, **kwargs)
+
+    def _get_learning_rate(self) -> float:
+        """The first group's. Trainer asks before the scheduler moves on, and logs it afterwards."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        self._rates = {group.get("part"): float(group["lr"]) for group in groups}
+        return super()._get_learning_rate()
+
+    def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        rates, decay = self.args.learning_rate, self.args.weight_decay
+        return parameter_groups(model, rates, decay, lrs=self._lrs, weight_decays=self._weight_decays)
+
+    def _chosen(self) -> list[str]:
+        given = {"lr": self._lrs, "wd": self._weight_decays}
+        return [f"{k}_{part}" for k, parts in given.items() for part, value in parts.items() if value is not None]
+
+    def _optimizer(self) -> tuple[Any, dict[str, Any]]:
+        if self.optimizer_cls_and_kwargs is not None:
+            return self.optimizer_cls_and_kwargs
+        return self.get_optimizer_cls_and_kwargs(self.args, self.model)
+
+    def _takes_groups(self) -> bool:
+        kind, settings = self._optimizer()
+        own = {"params", "model", "optimizer_dict"} & settings.keys()
+        return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and not own
+
+
+class GistTrainer(PartsTrainer):
     """Trainer for a gist model.
 
+    - The optimiser has groups: :class:`PartsTrainer`, whose ``lr_gist`` and so on are arguments here too.
     - ``model.loss.progress`` is the share of the steps done, which schedules of beta and temperature are asked with.
     - A checkpoint holds what :func:`fastgist.save_adapter` writes, beside Trainer's own files; resuming and
       ``load_best_model_at_end`` fill the model from it, and :func:`fastgist.load_adapter` takes it. (Trainer's own
-      checkpoints hold every weight, and it cannot write CPConfig's and FacTConfig's: shared factors stand in its state
-      dict more than once.)
+      checkpoints hold every weight.)
 
     Raises:
         TypeError: ``model`` is no gist model.

@@ -1,0 +1,45 @@
+"""Runs of ``fastgist finetune`` of a second or two, on digits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+for _package in ("timm", "accelerate", "sklearn"):
+    pytest.importorskip(_package)
+
+from fastgist.train.config import FinetuneConfig  # noqa: E402
+from fastgist.train.finetune import finetune  # noqa: E402
+
+__all__ = ["adapter_file", "config", "quiet", "same_files"]
+
+
+def config(data: Path | str, output_dir: Path, **changes: object) -> FinetuneConfig:
+    """A run of a second or two."""
+    base = FinetuneConfig(
+        data=str(data), output_dir=output_dir, model="test_vit", pretrained=False, image_size=32, epochs=3,
+        batch_size=8, workers=0, device="cpu", progress=False, lr=0.01,
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def quiet(settings: FinetuneConfig) -> dict:
+    return finetune(settings, say=lambda line: None)
+
+
+def same_files(one: Path, other: Path) -> None:
+    """Two safetensors files hold the same bits and the same metadata (whose order in the file is random)."""
+    import safetensors
+
+    with safetensors.safe_open(one, "pt") as mine, safetensors.safe_open(other, "pt") as theirs:
+        assert mine.metadata() == theirs.metadata()  # with the SHA-256 of the tensors
+        assert sorted(mine.keys()) == sorted(theirs.keys())
+        for name in mine.keys():
+            assert torch.equal(mine.get_tensor(name), theirs.get_tensor(name)), name
+
+
+def adapter_file(folder: Path) -> Path:
+    return folder / "adapter" / "adapter_model.safetensors"
