@@ -16,9 +16,9 @@
 
 #include <cstdint>
 
-namespace fastgist {
+#include "dtype.h"
 
-enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+namespace fastgist {
 
 // Two (rows, classes) matrices of one dtype, any strides (in elements, 0 included).
 struct LogitPair {
