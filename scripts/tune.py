@@ -47,6 +47,8 @@ SPACES: dict[str, dict[str, tuple[int, ...]]] = {
     "cp_linear_project": {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128)} | _TILE,
     "adapter_fwd": _ADAPTER,
     "adapter_bwd": _ADAPTER,
+    "adapter_bwd_once": {"BLOCK_M": (16, 32), "BLOCK_C": (16, 32), "PROGRAMS": (1, 2)}
+    | {"num_warps": (8, 16), "num_stages": (2, 3, 4)},
 }
 #: A tile of a row kernel holds at most this many elements of one tensor.
 MOST_ELEMENTS = 8192
