@@ -74,6 +74,8 @@ def test_one_pass_knows_the_shared_memory_that_it_takes():
     [
         (40, 64, 4, torch.bfloat16, True),
         (40, 768, 15, torch.bfloat16, True),
+        (40, 640, 7, torch.bfloat16, True),
+        (40, 640, 8, torch.bfloat16, False),
         (40, 768, 16, torch.bfloat16, False),
         (40, 784, 4, torch.bfloat16, False),
         (40, 72, 4, torch.bfloat16, False),
