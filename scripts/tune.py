@@ -50,6 +50,8 @@ SPACES: dict[str, dict[str, tuple[int, ...]]] = {
     "adapter_bwd": _ADAPTER,
     "gelu_fwd": _FLAT,
     "gelu_bwd": _FLAT,
+    "adapter_bwd_once": {"BLOCK_M": (16, 32), "BLOCK_C": (16, 32), "PROGRAMS": (1, 2)}
+    | {"num_warps": (8, 16), "num_stages": (2, 3, 4)},
 }
 #: A tile of a row kernel holds at most this many elements of one tensor.
 MOST_ELEMENTS = 8192

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 
 import pytest
@@ -81,9 +82,11 @@ def check(inputs, grad, impl, wanted=None, ours=None, **options):
         assert (grads[name] is not None) == wanted[name], name
         if wanted[name]:
             # a bias gradient is a sum over the rows, whose terms may cancel: the floor is at the size of the terms
-            terms = (
-                float((grad.abs() @ inputs["up_weight"].abs().float()).sum(0).max()) if name == "down_bias" else None
-            )
+            terms = None
+            if name == "down_bias":
+                terms = float((grad.abs() @ inputs["up_weight"].abs().float()).sum(0).max())
+            elif name == "up_bias" and inputs[name].dim() == 1:
+                terms = float(grad.abs().sum(0).max()) * abs(options.get("scale", 1.0))
             what = f"gradient of {name}"
             assert_within_budget(grads[name], plain_grads[name], exact_grads[name], what=what, scale=terms)
     return y, grads
@@ -240,6 +243,101 @@ def test_fresh_adapter_is_the_identity(impl, device):
     inputs = case(device=device)
     parts = [*list(inputs.values())[:3], torch.zeros(40, 8, device=device), torch.zeros(40, device=device)]
     assert torch.equal(adapter(*parts, impl=impl), inputs["x"])
+
+
+# -- the backward in one pass ----------------------------------------------------------------------------------------
+
+#: (rows, width, bottleneck) that the kernels take in one pass over dy and x: one row block and several a program, chunks
+#: of columns that are full and that are not, and every tile of the bottleneck.
+ONE_PASS = [(1, 16, 1), (16, 32, 4), (33, 48, 7), (70, 208, 8), (150, 64, 15), (141, 80, 4)]
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """A count of the backwards that went in one pass."""
+    if importlib.util.find_spec("triton") is None:
+        return []
+    from fastgist_kernels import adapter_bwd
+
+    taken: list[int] = []
+    real = adapter_bwd.adapter_bwd_once
+    monkeypatch.setattr(adapter_bwd, "adapter_bwd_once", lambda *args: (taken.append(1), real(*args)))
+    return taken
+
+
+def _one_pass(impl, device, dtype) -> bool:
+    """Whether that is a backward in one pass: in bfloat16, and where kernels are interpreted in float32 as well."""
+    return impl == "triton" and (device.type == "cpu" or dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "inner", "hidden"), ONE_PASS)
+def test_one_pass_matches_float64(impl, device, passes, rows, inner, hidden, dtype):
+    inputs = case(rows, inner, hidden, dtype=dtype, device=device)
+    with poisoned_allocations():
+        check(inputs, torch.randn(rows, inner, device=device), impl, scale=0.7, residual_scale=-1.5)
+    assert bool(passes) == _one_pass(impl, device, dtype)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", ["x", "none", "tensor"])
+def test_one_pass_residuals_and_activations(impl, device, passes, kind, activation):
+    inputs = case(41, 48, 5, residual=kind == "tensor", device=device)
+    options = {"residual": False} if kind == "none" else {}
+    grad = torch.randn(41, 48, device=device)
+    check(inputs, grad, impl, scale=0.3, residual_scale=0.6, activation=activation, **options)
+    assert bool(passes) == _one_pass(impl, device, torch.float32)
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)))
+@pytest.mark.parametrize("biases", [False, True])
+def test_one_pass_gradient_subsets(impl, device, passes, wanted, biases):
+    inputs = case(37, 48, 3, device=device)
+    if not biases:
+        inputs["down_bias"] = inputs["up_bias"] = None
+    need_x, need_down_bias, need_up_bias = wanted
+    needs = dict.fromkeys(NAMES, False) | {"x": need_x, "down_weight": True, "up_weight": True}
+    needs |= {"down_bias": biases and need_down_bias, "up_bias": biases and need_up_bias}
+    with poisoned_allocations():
+        check(inputs, torch.randn(37, 48, device=device), impl, needs)
+    assert bool(passes) == _one_pass(impl, device, torch.float32)
+
+
+def test_one_pass_rows_and_weights_inside_wider_ones(impl, device, passes):
+    """Row strides of their own for all four operands."""
+    inputs = case(37, 48, 4, device=device)
+    ours = dict(inputs)
+    for name, wide in (("x", 80), ("down_weight", 64), ("up_weight", 7)):
+        t = torch.full((inputs[name].shape[0], wide), torch.nan, device=device)
+        ours[name] = t[:, : inputs[name].shape[1]]
+        ours[name].copy_(inputs[name])
+    grad = torch.randn(37, 96, device=device)[:, :48]
+    check(inputs, grad, impl, ours=ours)
+    assert bool(passes) == _one_pass(impl, device, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["x", "down_weight", "up_weight"])
+def test_one_pass_layouts(impl, device, name):
+    """Those that the pass cannot take go the other way."""
+    inputs = case(37, 48, 4, device=device)
+    grad = torch.randn(37, 48, device=device)
+    for _, laid in layouts(inputs[name]):
+        check(inputs, grad, impl, ours=inputs | {name: laid})
+    for _, laid in layouts(grad):
+        check(inputs, laid, impl)
+
+
+def test_one_pass_leaves_bad_rows_alone(impl, device, passes):
+    inputs = case(37, 48, 4, device=device)
+    inputs["x"][4, 3] = torch.nan
+    grad = torch.ones(37, 48, device=device)
+    grad[20, 5] = torch.inf
+    wanted = {k: t is not None for k, t in inputs.items()}
+    _, grads = evaluate(adapter, inputs, wanted, grad, impl=impl)
+    rest = torch.ones(37, dtype=torch.bool, device=device)
+    rest[[4, 20]] = False
+    assert bool(grads["x"][rest].isfinite().all()) and not bool(grads["x"][~rest].isfinite().all(1).any())
+    assert bool(passes) == _one_pass(impl, device, torch.float32)
 
 
 # -- hard cases ------------------------------------------------------------------------------------------------------

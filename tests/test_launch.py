@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from fastgist_kernels import adapter_bwd_once as once
 from fastgist_kernels import common
 from fastgist_kernels.common import _specialisation, cdiv, launch, next_power_of_2
 from fastgist_kernels.cp_linear import _aligned
@@ -116,3 +120,39 @@ def test_a_second_launch_goes_past_the_jit_unless_somebody_watches(monkeypatch):
     assert kernel.jits == 4 and len(kernel.compiled.runs) == 1
     go(8)
     assert kernel.jits == 4 and len(kernel.compiled.runs) == 2
+
+
+def test_one_pass_knows_the_shared_memory_that_it_takes():
+    """At least what the compilers of the resource table found, and little more."""
+    checked = 0
+    with (Path(__file__).parents[1] / "benchmarks" / "resources.csv").open(newline="") as f:
+        rows = {r["kernel"]: r for r in csv.DictReader(f) if r["kernel"].startswith("_adapter_bwd_once")}
+    for spec in once.SPECS:
+        if spec.name in rows:
+            columns, taken = spec.constexprs["COLUMNS"], int(rows[spec.name]["shared"])
+            known = once._bytes(columns, once._tile_defaults(columns, spec.constexprs["BLOCK_H"]))
+            assert taken <= known <= 1.3 * taken, spec.name
+            checked += 1
+    assert checked >= 6
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "hidden", "dtype", "one"),
+    [
+        (40, 64, 4, torch.bfloat16, True),
+        (40, 768, 15, torch.bfloat16, True),
+        (40, 640, 7, torch.bfloat16, True),
+        (40, 640, 8, torch.bfloat16, False),
+        (40, 768, 16, torch.bfloat16, False),
+        (40, 784, 4, torch.bfloat16, False),
+        (40, 72, 4, torch.bfloat16, False),
+        (40, 64, 4, torch.float16, False),
+    ],
+)
+def test_which_backwards_go_in_one_pass(rows, width, hidden, dtype, one):
+    x, down, up = (torch.empty(shape, dtype=dtype) for shape in ((rows, width), (hidden, width), (width, hidden)))
+    assert once.applies(x, x, down, up, None, None, down, up) == one
+    assert not once.applies(x, x, down, up, None, None, None, up), "a frozen weight needs no second pass over x"
+    assert not once.applies(x, x, down.t().contiguous().t(), up, None, None, down, up)
+    assert not once.applies(x.t().contiguous().t(), x, down, up, None, None, down, up)
+    assert not once.applies(x[:, :32], x, down, up, None, None, down, up), "D' = D"

@@ -5,6 +5,7 @@
     dgate_e = sum over e's units of dh * act(z)  (+ scale * dy b_u,e)
 
 z is read where the forward saved it, else formed again. Column sums leave a row of partials a program, in float32.
+Small bottlenecks without a gate go in one pass instead: adapter_bwd_once.py.
 """
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# Tuples grow in the kernel, a change of type to mypy.
+# mypy: disable-error-code="assignment"
 """The backward of adapter in one pass over dy and x, for small bottlenecks: dx and all four weight gradients.
 
 One program a processor walks its blocks of BLOCK_M rows. Each of its PARTS warps owns BLOCK_C columns of every chunk of
@@ -206,8 +208,10 @@ def _adapter_once_reduce_kernel(
 
 # -- launching -------------------------------------------------------------------------------------------------------
 
-#: Widest D: dD, dU and a block's operands fill the registers of a processor.
-MOST_COLUMNS = 768
+
+def _most_columns(columns: int, block_h: int) -> int:
+    """The widest D whose dD, dU and operands of a block fit the registers. Masks of a last chunk cost some as well."""
+    return 512 if block_h == 16 and columns % 256 else 768
 
 
 @functools.cache
@@ -245,7 +249,7 @@ def _bytes(columns: int, config: dict[str, int]) -> int:
     """Shared memory of a program, at most: blocks of x and dy, three forms of the weights, sums over the warps."""
     width = config["num_warps"] * config["BLOCK_C"]
     blocks = 2 * config["BLOCK_M"] * (config["num_stages"] - 1)
-    return 2 * cdiv(columns, width) * width * (blocks + 3 * 16) + 2 * 4 * 16 * config["num_warps"] * config["BLOCK_M"]
+    return 2 * cdiv(columns, width) * width * (blocks + 3 * 16) + 3 * 4 * 16 * config["num_warps"] * config["BLOCK_M"]
 
 
 def _fetched(t: torch.Tensor) -> bool:
@@ -258,13 +262,15 @@ def applies(grad, x, down_weight, up_weight, gate, z, grad_down, grad_up) -> boo
     fits a tile, rows can be fetched asynchronously, and the processor has the shared memory."""
     if grad_down is None or grad_up is None or gate is not None or z is not None:
         return False
-    if grad.shape != x.shape or grad.shape[1] > MOST_COLUMNS or up_weight.shape[1] >= 16:
+    hidden, columns = down_weight.shape
+    block_h = _block_h(hidden)
+    if hidden >= 16 or grad.shape != x.shape or columns > _most_columns(columns, block_h):
         return False
     if not (_fetched(grad) and _fetched(x) and down_weight.stride(1) == 1 and up_weight.stride(1) == 1):
         return False
     if grad.dtype != torch.bfloat16 and not (grad.dtype == torch.float32 and grad.device.type == "cpu"):
         return False
-    return _bytes(grad.shape[1], _config(x, _block_h(up_weight.shape[1]))) <= _shared_memory(grad.device)
+    return _bytes(columns, _config(x, block_h)) <= _shared_memory(grad.device)
 
 
 def adapter_bwd_once(
@@ -369,7 +375,7 @@ def _spec(columns: int, block_h: int, block: bool = False) -> Spec:
 
 def every_tile() -> list[Spec]:
     """Widths of every number of chunks, even and masked, with both tiles of the bottleneck."""
-    return [_spec(d, h) for d in range(64, MOST_COLUMNS + 1, 64) for h in (8, 16)]
+    return [_spec(d, h) for d in range(64, 769, 64) for h in (8, 16) if d <= _most_columns(d, h)]
 
 
 SPECS = [

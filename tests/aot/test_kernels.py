@@ -278,6 +278,8 @@ def _table_specs():
         for arch, classes in archs.items():
             for shape_class, config in classes.items():
                 tile = {k: v for k, v in config.items() if k.startswith("BLOCK_")}
+                if "PARTS" in base.constexprs:  # as many as warps
+                    tile["PARTS"] = config["num_warps"]
                 assert set(tile) <= set(base.constexprs), f"{name} {shape_class}: {tile} are not tiles of the kernel"
                 yield (
                     int(arch.removeprefix("sm_")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from every_op import make
+from every_op import Call, make
 
 from fastgist.backends import OPS
 
@@ -33,3 +33,18 @@ def test_large_split_reductions_are_bitwise_equal():
         for _ in range(20):
             _, grads = call.run(impl="triton")
             assert all(torch.equal(mine, w) for mine, w in zip(grads, want, strict=True))
+
+
+@pytest.mark.parametrize("hidden", [4, 15])
+@pytest.mark.parametrize("rows", [100, 50_003])
+def test_adapter_in_one_pass_is_bitwise_equal(rows, hidden):
+    def randn(*shape, spread=1.0):
+        return (torch.randn(*shape) * spread).to("cuda", torch.bfloat16)
+
+    tensors = {"x": randn(rows, 768), "down": randn(hidden, 768, spread=0.04), "down_bias": randn(hidden)}
+    tensors |= {"up": randn(768, hidden), "up_bias": randn(768)}
+    call = Call("adapter", tensors, tuple(tensors), {"scale": 0.5})
+    _, want = call.run(impl="triton")
+    for _ in range(100):
+        _, grads = call.run(impl="triton")
+        assert all(torch.equal(mine, w) for mine, w in zip(grads, want, strict=True))
