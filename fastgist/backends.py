@@ -39,8 +39,6 @@ _SERVES: dict[tuple[str, str], _Implementation] = {
     **{(op, "triton"): _Implementation("cuda", _HALF_AND_FLOAT) for op in OPS},
     ("bidirectional_kl", "native"): _Implementation("cpu", _ALL),
     ("bidirectional_kl", "cuda"): _Implementation("cuda", _ALL),
-    # Of some shapes only: the operation asks for the next one where they are others.
-    ("adapter", "cuda"): _Implementation("cuda", frozenset({torch.bfloat16, torch.float16})),
 }
 
 #: The order in which "auto" asks. bidirectional_kl, the one operation that has it, is faster in CUDA C++ than in Triton at
@@ -108,22 +106,20 @@ def _auto_order(device: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def _resolve(op: str, impl: str, device: str, dtype: torch.dtype, without: str | None = None) -> str:
+def _resolve(op: str, impl: str, device: str, dtype: torch.dtype) -> str:
     if impl == "auto":
-        order = (name for name in _auto_order(device) if name != without)
-        return next((name for name in order if _obstacle(op, name, device, dtype) is None), "reference")
+        return next((name for name in _auto_order(device) if _obstacle(op, name, device, dtype) is None), "reference")
     obstacle = _obstacle(op, impl, device, dtype)
     if obstacle:
         raise RuntimeError(f"{op}: impl={impl!r} cannot run here: {obstacle}")
     return impl
 
 
-def resolve(op: str, impl: str, tensor: torch.Tensor, without: str | None = None) -> str:
-    """The implementation that ``op`` takes for ``tensor``; of "auto" another than ``without``. An explicit ``impl`` that
-    cannot run raises RuntimeError."""
+def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:
+    """The implementation that ``op`` takes for ``tensor``. An explicit ``impl`` that cannot run raises RuntimeError."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    return _resolve(op, impl, tensor.device.type, tensor.dtype, without)
+    return _resolve(op, impl, tensor.device.type, tensor.dtype)
 
 
 def available() -> dict[str, str]:

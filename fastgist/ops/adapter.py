@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgist import backends
-from fastgist.ops import _adapter_units, _common
+from fastgist.ops import _common
 from fastgist.ops._low_rank import cast_for_autocast, check_number, empty_unless
 from fastgist.reference import adapter as reference
 from fastgist.reference.adapter import ACTIVATIONS
@@ -31,6 +31,7 @@ def _left_to_the_compiler(x: Tensor, hidden: int, gate: Tensor | None, impl: str
     memory of its own between the branch and the norm. A few units cost less arithmetic than a pass costs time."""
     return (
         torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
         and hidden <= _BY_UNIT
         and gate is None
         and impl == "auto"
@@ -41,19 +42,6 @@ def _left_to_the_compiler(x: Tensor, hidden: int, gate: Tensor | None, impl: str
 
 #: Asked once: a compiler cannot trace the question.
 _INTERPRETING = backends.interpreting()
-
-
-def _implementation(impl: str, x: Tensor, hidden: int, out: int, gate: Tensor | None, *rows: Tensor | None) -> str:
-    """What serves this call. CUDA C++ serves some shapes only: "auto" then takes the next, an explicit "cuda" is refused."""
-    found = backends.resolve(_OP, impl, x)
-    if found != "cuda" or x.numel() == 0:
-        return found
-    why = _adapter_units.why_not(x, hidden, out, gate, *rows)
-    if why is None:
-        return found
-    if impl == "cuda":
-        raise RuntimeError(f"{_OP}: impl='cuda' cannot run here: {why}")
-    return backends.resolve(_OP, impl, x, without="cuda")
 
 
 def _saves_z(impl: str, hidden: int) -> bool:
@@ -83,9 +71,8 @@ def _fwd(
     need_z: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    (out, hidden) = up_weight.shape
-    impl = _implementation(impl, x, hidden, out, gate, residual, branch)
-    save_z = need_z and _saves_z(impl, hidden)
+    impl = backends.resolve(_OP, impl, x)
+    save_z = need_z and _saves_z(impl, down_weight.shape[0])
     if impl == "reference" or x.numel() == 0:
         down_weight, up_weight = down_weight.to(x.dtype), up_weight.to(x.dtype)
         down_bias, up_bias = _as(down_bias, x.dtype), _as(up_bias, x.dtype)
@@ -94,13 +81,9 @@ def _fwd(
             x, down_weight, down_bias, up_weight, up_bias, added, gate, activation, scale, residual_scale
         )
         return y, empty_unless(z if save_z else None, x)
-    if impl == "cuda":
-        weights = (down_weight, down_bias, up_weight, up_bias)
-        y = _adapter_units.fwd(x, *weights, residual, branch, activation, scale, residual_scale)
-        return y, empty_unless(None, x)
     from fastgist_kernels import adapter as kernels
 
-    rows = x.shape[0]
+    rows, (out, hidden) = x.shape[0], up_weight.shape
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     z = torch.empty(rows, hidden, dtype=low_rank_dtype(x.dtype), device=x.device) if save_z else None
     tensors = (x, down_weight, down_bias, up_weight, up_bias, residual, branch, gate)
@@ -139,10 +122,7 @@ def _bwd(
     weight_dtype: torch.dtype,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    if x is None or down_weight is None or up_weight is None or z is not None:  # little is asked for
-        impl = backends.resolve(_OP, "auto" if impl == "cuda" else impl, grad, without="cuda")
-    else:
-        impl = _implementation(impl, x, up_weight.shape[1], up_weight.shape[0], gate)
+    impl = backends.resolve(_OP, impl, grad)
     if impl == "reference" or grad.numel() == 0 or (x is not None and x.numel() == 0):
         down_weight, up_weight, up_bias = (_as(w, grad.dtype) for w in (down_weight, up_weight, up_bias))
         if z is None and any(needs[i] for i in (0, 1, 2, 3, 5)):  # the forward was another implementation's
@@ -152,10 +132,6 @@ def _bwd(
             grad, x, down_weight, up_weight, up_bias, gate, z, activation, scale, residual_scale, residual_is_x, *needs
         )
         grads = (grads[0], *(_as(g, weight_dtype) for g in grads[1:5]), grads[5])
-    elif impl == "cuda":
-        grads = _empty_grads(grad, x, down_weight, up_weight, up_bias, gate, needs, weight_dtype)
-        weights = (down_weight, down_bias, up_weight)
-        _adapter_units.bwd(grad, x, *weights, activation, scale, residual_scale, residual_is_x, grads[:5])
     else:
         from fastgist_kernels import adapter_bwd as kernels
 
@@ -343,8 +319,7 @@ def adapter(
             the branch beside the adapter), False adds nothing.
         residual_scale: a Python number.
         gate: (..., E), E dividing H: the H / E hidden units of expert e are scaled by gate[..., e].
-        impl: "auto", "cuda" (up to 8 hidden units in half precision, no gate), "triton" or "reference"; see
-            :mod:`fastgist.backends`.
+        impl: "auto", "triton" or "reference"; see :mod:`fastgist.backends`.
 
     Returns:
         (..., D') in x's dtype (autocast's, where it is on, as nn.Linear's). Products accumulate in float32; hidden units of
