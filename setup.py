@@ -33,7 +33,7 @@ TORCH_TARGET = (2, 11)
 CUDA_ARCHS = "80,90a,100a"
 
 CPU_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/bidirectional_kl.cpp"]
-CUDA_SOURCES = ["csrc/cuda/adapter.cu", "csrc/cuda/bidirectional_kl.cu"]
+CUDA_SOURCES = ["csrc/cuda/bidirectional_kl.cu"]
 
 
 def say(line: str) -> None:

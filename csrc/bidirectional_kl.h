@@ -16,9 +16,9 @@
 
 #include <cstdint>
 
-#include "dtype.h"
-
 namespace fastgist {
+
+enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // Two (rows, classes) matrices of one dtype, any strides (in elements, 0 included).
 struct LogitPair {

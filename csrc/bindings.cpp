@@ -16,7 +16,6 @@
 #ifdef FASTGIST_WITH_CUDA
 #include <torch/csrc/stable/accelerator.h>
 
-#include "cuda/adapter.h"
 #include "cuda/bidirectional_kl.h"
 #endif
 
@@ -198,145 +197,6 @@ void bidirectional_kl_bwd_cuda(const Tensor& logits, const Tensor& other_logits,
   check_launch(kBwd, cuda::bidirectional_kl_bwd(in, args, current_stream(logits)));
 }
 
-// -- adapter with a few hidden units -----------------------------------------------------------------------------------
-
-constexpr const char* kAdapterFwd = "fastgist_native::adapter_fwd";
-constexpr const char* kAdapterBwd = "fastgist_native::adapter_bwd";
-
-// Rows that 16-byte accesses are right for.
-void check_rows(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  check_matrix(op, name, t, x.size(0), x.size(1));
-  check_dtype(op, name, t, x.scalar_type());
-  check_device(op, name, t, x);
-  const bool aligned = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
-  STD_TORCH_CHECK(t.stride(1) == 1 && t.stride(0) % 8 == 0 && aligned, op, ": rows of ", name,
-                  " must be contiguous and aligned to 16 bytes");
-}
-
-void check_weight(const char* op, const char* name, const Tensor& t, const Tensor& down) {
-  check_dtype(op, name, t, down.scalar_type());
-  check_device(op, name, t, down);
-}
-
-void set_weights(AdapterArguments& args, const char* op, const Tensor& x, const Tensor& down,
-                 const std::optional<Tensor>& down_bias, const Tensor& up, int64_t activation, double scale,
-                 double residual_scale) {
-  args.dtype = dtype_of(x, op);
-  STD_TORCH_CHECK(args.dtype == DType::kBFloat16 || args.dtype == DType::kFloat16, op,
-                  ": x must be bfloat16 or float16");
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) % 8 == 0, op, ": expected x of shape (M, D), 8 dividing D");
-  args.rows = x.size(0);
-  args.columns = x.size(1);
-  STD_TORCH_CHECK(down.dim() == 2 && down.size(0) >= 1 && down.size(0) <= kMostUnits, op, ": expected 1 to ", kMostUnits,
-                  " hidden units");
-  args.units = static_cast<int>(down.size(0));
-  STD_TORCH_CHECK(args.columns <= (args.units <= 2 ? 2048 : 1024), op, ": D is too wide for ", args.units, " units");
-  check_matrix(op, "down_weight", down, args.units, args.columns);
-  check_matrix(op, "up_weight", up, args.columns, args.units);
-  args.float_weights = down.scalar_type() == ScalarType::Float;
-  if (!args.float_weights) check_dtype(op, "down_weight", down, x.scalar_type());
-  check_device(op, "down_weight", down, x);
-  check_weight(op, "up_weight", up, down);
-  STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::kIdentity), op,
-                  ": unknown activation ", activation);
-  args.activation = static_cast<Activation>(activation);
-  args.scale = static_cast<float>(scale);
-  args.residual_scale = static_cast<float>(residual_scale);
-  check_rows(op, "x", x, x);
-  args.x = x.data_ptr();
-  args.x_stride = x.stride(0);
-  args.down = down.data_ptr();
-  args.down_stride_h = down.stride(0);
-  args.down_stride_d = down.stride(1);
-  args.up = up.data_ptr();
-  args.up_stride_n = up.stride(0);
-  args.up_stride_h = up.stride(1);
-  if (down_bias.has_value()) {
-    check_vector(op, "down_bias", *down_bias, args.units);
-    check_weight(op, "down_bias", *down_bias, down);
-    args.down_bias = down_bias->data_ptr();
-    args.down_bias_stride = down_bias->stride(0);
-  }
-}
-
-void adapter_fwd_cuda(const Tensor& x, const Tensor& down, const std::optional<Tensor>& down_bias, const Tensor& up,
-                      const std::optional<Tensor>& up_bias, const std::optional<Tensor>& residual,
-                      const std::optional<Tensor>& branch, int64_t activation, double scale, double residual_scale,
-                      const Tensor& y) {
-  AdapterForward args{};
-  set_weights(args, kAdapterFwd, x, down, down_bias, up, activation, scale, residual_scale);
-  if (up_bias.has_value()) {
-    check_vector(kAdapterFwd, "up_bias", *up_bias, args.columns);
-    check_weight(kAdapterFwd, "up_bias", *up_bias, down);
-    args.up_bias = up_bias->data_ptr();
-    args.up_bias_stride = up_bias->stride(0);
-  }
-  if (residual.has_value()) {
-    check_rows(kAdapterFwd, "residual", *residual, x);
-    args.residual = residual->data_ptr();
-    args.residual_stride = residual->stride(0);
-  }
-  if (branch.has_value()) {
-    STD_TORCH_CHECK(residual.has_value(), kAdapterFwd, ": a branch is added to a residual, and there is none");
-    check_rows(kAdapterFwd, "branch", *branch, x);
-    args.branch = branch->data_ptr();
-    args.branch_stride = branch->stride(0);
-  }
-  check_rows(kAdapterFwd, "y", y, x);
-  check_contiguous(kAdapterFwd, "y", y);
-  args.y = y.data_ptr();
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  check_launch(kAdapterFwd, cuda::adapter_fwd(args, current_stream(x)));
-}
-
-// A gradient of a weight or bias, contiguous in the weights' dtype and of `elements` elements; null where not wanted.
-void* check_weight_grad(const char* name, const std::optional<Tensor>& grad, const Tensor& down, int64_t elements) {
-  if (!grad.has_value()) return nullptr;
-  STD_TORCH_CHECK(grad->numel() == elements, kAdapterBwd, ": expected ", name, " of ", elements, " elements, got ",
-                  grad->numel());
-  check_weight(kAdapterBwd, name, *grad, down);
-  check_contiguous(kAdapterBwd, name, *grad);
-  return grad->data_ptr();
-}
-
-void adapter_bwd_cuda(const Tensor& grad, const Tensor& x, const Tensor& down, const std::optional<Tensor>& down_bias,
-                      const Tensor& up, int64_t activation, double scale, double residual_scale, bool residual_is_x,
-                      const Tensor& part, const std::optional<Tensor>& grad_x,
-                      const std::optional<Tensor>& grad_down, const std::optional<Tensor>& grad_down_bias,
-                      const std::optional<Tensor>& grad_up, const std::optional<Tensor>& grad_up_bias) {
-  AdapterBackward args{};
-  set_weights(args, kAdapterBwd, x, down, down_bias, up, activation, scale, residual_scale);
-  check_rows(kAdapterBwd, "grad", grad, x);
-  args.grad = grad.data_ptr();
-  args.grad_stride = grad.stride(0);
-  args.add_grad = residual_is_x;
-  if (grad_x.has_value()) {
-    check_rows(kAdapterBwd, "grad_x", *grad_x, x);
-    check_contiguous(kAdapterBwd, "grad_x", *grad_x);
-    args.grad_x = grad_x->data_ptr();
-  }
-  AdapterReduce reduce{};
-  reduce.dtype = args.float_weights ? DType::kFloat32 : args.dtype;
-  reduce.columns = args.columns;
-  reduce.units = args.units;
-  reduce.grad_down = check_weight_grad("grad_down", grad_down, down, args.units * args.columns);
-  reduce.grad_down_bias = check_weight_grad("grad_down_bias", grad_down_bias, down, args.units);
-  reduce.grad_up = check_weight_grad("grad_up", grad_up, down, args.units * args.columns);
-  reduce.grad_up_bias = check_weight_grad("grad_up_bias", grad_up_bias, down, args.columns);
-  STD_TORCH_CHECK(part.dim() == 2 && part.size(0) >= 1, kAdapterBwd, ": expected part of a row or more");
-  check_matrix(kAdapterBwd, "part", part, part.size(0), (2 * args.units + 1) * args.columns + args.units);
-  check_dtype(kAdapterBwd, "part", part, ScalarType::Float);
-  check_device(kAdapterBwd, "part", part, x);
-  check_contiguous(kAdapterBwd, "part", part);
-  args.part = static_cast<float*>(part.data_ptr());
-  args.programs = part.size(0);
-  reduce.part = args.part;
-  reduce.programs = args.programs;
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  check_launch(kAdapterBwd, cuda::adapter_bwd(args, current_stream(x)));
-  check_launch(kAdapterBwd, cuda::adapter_reduce(reduce, current_stream(x)));
-}
-
 #endif  // FASTGIST_WITH_CUDA
 
 }  // namespace
@@ -349,13 +209,6 @@ STABLE_TORCH_LIBRARY(fastgist_native, m) {
   m.def(
       "bidirectional_kl_bwd(Tensor logits, Tensor other_logits, Tensor? mask, Tensor stats, Tensor row_grad, "
       "float temperature, Tensor(c!)? grad_logits, Tensor(d!)? grad_other) -> ()");
-  m.def(
-      "adapter_fwd(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, Tensor? residual, "
-      "Tensor? branch, int activation, float scale, float residual_scale, Tensor(a!) y) -> ()");
-  m.def(
-      "adapter_bwd(Tensor grad, Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, int activation, "
-      "float scale, float residual_scale, bool residual_is_x, Tensor(a!) part, Tensor(b!)? grad_x, "
-      "Tensor(c!)? grad_down, Tensor(d!)? grad_down_bias, Tensor(e!)? grad_up, Tensor(f!)? grad_up_bias) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgist_native, CPU, m) {
@@ -367,7 +220,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastgist_native, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastgist_native, CUDA, m) {
   m.impl("bidirectional_kl_fwd", TORCH_BOX(&fastgist::bidirectional_kl_fwd_cuda));
   m.impl("bidirectional_kl_bwd", TORCH_BOX(&fastgist::bidirectional_kl_bwd_cuda));
-  m.impl("adapter_fwd", TORCH_BOX(&fastgist::adapter_fwd_cuda));
-  m.impl("adapter_bwd", TORCH_BOX(&fastgist::adapter_bwd_cuda));
 }
 #endif

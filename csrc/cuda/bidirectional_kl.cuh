@@ -6,12 +6,18 @@
 // Backward reads and writes each element once, 4 M V b.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 #include "../bidirectional_kl.h"
-#include "elements.cuh"
 
 namespace fastgist::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr int kVectorBytes = 16;
 
 template <typename T>
 struct Accumulate {
@@ -22,9 +28,24 @@ struct Accumulate<double> {
   using type = double;
 };
 
+__device__ __forceinline__ float load(float x) { return x; }
+__device__ __forceinline__ double load(double x) { return x; }
+__device__ __forceinline__ float load(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float load(__half x) { return __half2float(x); }
+
+__device__ __forceinline__ void store(float x, float& out) { out = x; }
+__device__ __forceinline__ void store(double x, double& out) { out = x; }
+__device__ __forceinline__ void store(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void store(float x, __half& out) { out = __float2half_rn(x); }
+
 // A product that the compiler does not fuse into what follows: p - q of equal logits must be zero.
 __device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
+
+template <typename T, int kVec>
+struct alignas(sizeof(T) * kVec) Vector {
+  T lane[kVec];
+};
 
 // -- the online sums; host code too, so that a test can run them without a GPU ----------------------------------------
 
