@@ -22,28 +22,6 @@ _OP = "adapter"
 _RECOMPUTED_WIDTH = 64
 
 
-#: Bottlenecks whose forward is left to torch.compile, see :func:`_left_to_the_compiler`.
-_BY_UNIT = 8
-
-
-def _left_to_the_compiler(x: Tensor, hidden: int, gate: Tensor | None, impl: str) -> bool:
-    """Whether the forward is written out by hidden unit: in a graph of torch.compile, where our kernel would be a pass over
-    memory of its own between the branch and the norm. A few units cost less arithmetic than a pass costs time."""
-    return (
-        torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
-        and hidden <= _BY_UNIT
-        and gate is None
-        and impl == "auto"
-        and (x.is_cuda or _INTERPRETING)
-        and x.dtype != torch.float64
-    )
-
-
-#: Asked once: a compiler cannot trace the question.
-_INTERPRETING = backends.interpreting()
-
-
 def _saves_z(impl: str, hidden: int) -> bool:
     """Eager PyTorch has z in hand. A kernel's second pass over x is cheaper than writing and reading a small z."""
     return impl == "reference" or hidden > _RECOMPUTED_WIDTH
@@ -198,12 +176,8 @@ class _Adapter(torch.autograd.Function):
         need_z = need_x or need_down or need_down_bias or need_up or need_gate
         added = x if residual_is_x else residual
         weights = (down_weight, down_bias, up_weight, up_bias)
-        if _left_to_the_compiler(x, down_weight.shape[0], gate, impl):
-            y = reference.forward_by_unit(x, *weights, added, branch, activation, scale, residual_scale)
-            saved = False
-        else:
-            y, z = _fwd_op(x, *weights, added, branch, gate, activation, scale, residual_scale, need_z, impl)
-            saved = z.dim() == 2
+        y, z = _fwd_op(x, *weights, added, branch, gate, activation, scale, residual_scale, need_z, impl)
+        saved = z.dim() == 2
         again = need_z and not saved  # the backward forms z from x
         gated_bias = up_bias is not None and up_bias.dim() == 2
         ctx.save_for_backward(

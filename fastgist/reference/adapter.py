@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastgist.reference._numerics import accumulate, half_in_float32
 
-__all__ = ["ACTIVATIONS", "activate", "activation_grad", "adapter", "backward", "forward", "forward_by_unit"]
+__all__ = ["ACTIVATIONS", "activate", "activation_grad", "adapter", "backward", "forward"]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "identity")
 
@@ -120,38 +120,6 @@ def forward(
     if residual is None:
         return torch.addmm(hidden.new_zeros(()), hidden, up, beta=0, alpha=scale), z
     return torch.addmm(residual, hidden, up, beta=residual_scale, alpha=scale), z
-
-
-def forward_by_unit(
-    x: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    residual: Tensor | None,
-    branch: Tensor | None,
-    activation: str,
-    scale: float,
-    residual_scale: float,
-) -> Tensor:
-    """y (M, D') without matrix products: a sum over each row of x a hidden unit, and nothing else but elementwise
-    operations. Eagerly it would be slow. A compiler that fuses row by row makes one kernel of it and of the norm that
-    follows, which an operator of our own, or a product, would keep apart."""
-    rows, y = accumulate(x), None
-    down, up = accumulate(down_weight.to(x.dtype)), accumulate(up_weight.to(x.dtype))
-    for unit in range(down.shape[0]):
-        z = (rows * down[unit]).sum(-1, keepdim=True)
-        if down_bias is not None:
-            z = z + accumulate(down_bias.to(x.dtype))[unit]
-        term = activate(z, activation) * up[:, unit]
-        y = term if y is None else y + term
-    if up_bias is not None:
-        y = y + accumulate(up_bias.to(x.dtype))
-    y = y * scale
-    if residual is not None:
-        added = accumulate(residual) if branch is None else accumulate(residual) + accumulate(branch)
-        y = y + residual_scale * added
-    return y.to(x.dtype)
 
 
 @half_in_float32(narrowed=slice(0, None))
