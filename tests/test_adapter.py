@@ -214,11 +214,14 @@ def test_float32_weights_beside_a_half_precision_x(impl, device, wanted, experts
         y = adapter(*(leaves[k] for k in NAMES[:5]), gate=leaves["gate"], impl=impl)
         y.backward(grad.half())
         found.append((y, {k: leaves[k].grad for k in wanted}))
-    assert torch.equal(found[0][0], found[1][0])
+    # Bit for bit where the arithmetic is the same; on a card float32 weights are another compilation, which contracts
+    # multiply and add otherwise: one unit in the last place.
+    close = {"rtol": 2.0**-10, "atol": 2.0**-14} if device.type == "cuda" else {"rtol": 0.0, "atol": 0.0}
+    torch.testing.assert_close(found[0][0], found[1][0], **close)
     for name in wanted:
         ours, rounded = found[0][1][name], found[1][1][name]
         assert ours.dtype == wide[name].dtype
-        assert torch.equal(ours.half(), rounded)
+        torch.testing.assert_close(ours.half(), rounded, **close)
 
 
 def test_autocast_leaves_float32_weights_to_the_kernel(impl, device):
