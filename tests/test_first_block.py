@@ -21,6 +21,7 @@ from fastgist.testing import assert_within_budget, layouts
 from fastgist.train.ledger import saved_tensor_ledger
 
 DEPTH = 3
+_ALL_BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 TARGET = torch.tensor([0, 1, 2])
 SERVED = {
     "shared": fg.AdapterConfig(4, placement="shared"),
@@ -133,9 +134,10 @@ def test_gradients_within_the_budget(config, dtype, calls):
         assert_within_budget(grad, plain_grads[name], exact[name], what=name)
 
 
+@pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True}], ids=["plain", "normed queries and keys"])
-def test_autocast(options, calls):
-    model, x = made(dropout=0.0, **options), images()
+def test_autocast(options, length, calls):
+    model, x = made(length=length, dropout=0.0, **options), images()
     want = step(ordinary(model).double(), x=x.double())
     with torch.autocast("cpu", torch.bfloat16):
         ours, plain = step(model, x=x), step(ordinary(model), x=x)
@@ -154,16 +156,18 @@ def test_hidden_units_formed_again_and_a_copy(calls):
     assert calls == [1, 1]
 
 
-def test_one_graph(calls):
-    model = made(dropout=0.0)  # a compiled graph draws otherwise
-    want = step(model)
-    calls.clear()
-    for inside in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
-        torch._dynamo.reset()
-        with sdpa_kernel(inside):
-            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-            torch.testing.assert_close(step(model, run=compiled), want)
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("circumstances", ["plain", "autocast", "without a kernel"])
+def test_one_graph(length, circumstances, calls):
+    model = made(length=length, dropout=0.0)  # a compiled graph draws otherwise
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16, enabled=circumstances == "autocast"):
+        want = step(model)
+        with sdpa_kernel([SDPBackend.MATH] if circumstances == "without a kernel" else list(_ALL_BACKENDS)):
+            found = step(model, run=compiled)
     assert calls == [1, 1], "not traced with the rows"
+    torch.testing.assert_close(found, want)
 
 
 def test_a_second_derivative_is_refused():
@@ -416,6 +420,16 @@ def test_out_and_log_sum_exp(dtype, monkeypatch):
     assert not _attention.serves_attention(q.float(), k.double(), v)
     monkeypatch.delattr(torch, "_fused_sdp_choice")
     assert not _attention.serves_attention(q, k, v)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_backward_under_autocast_sums_in_float32(length):
+    q, k, v, grad = operands(torch.float32)
+    rows = tuple(t[:, :, 2 : 2 + length].clone().requires_grad_() for t in (q, k, v))
+    out = _attention.attention_for_rows(rows, (q, k, v), 2)
+    want = torch.autograd.grad(out, rows, grad, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, torch.autograd.grad(out, rows, grad), want))
 
 
 def test_the_raw_op_names_where_gradients_are():

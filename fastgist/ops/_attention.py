@@ -101,7 +101,7 @@ class _AttentionForRows(torch.autograd.Function):
     def forward(ctx, q_rows, k_rows, v_rows, q, k, v, first):
         out, lse = _fwd_op(q, k, v)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rows = range(first, first + q_rows.shape[2])
+        ctx.rows = slice(first, first + q_rows.shape[2])
         return out
 
     @staticmethod
@@ -110,23 +110,35 @@ class _AttentionForRows(torch.autograd.Function):
     )
     def backward(ctx, grad):
         q, k, v, out, lse = ctx.saved_tensors
-        scale, wide = q.shape[-1] ** -0.5, lse.dtype
-        # Products are summed, not multiplied as matrices: with one row a compiler makes two passes over memory of it all,
-        # and half precision multiplied by float32 is float32 in eager mode too, without copies.
-        grad_wide = grad.to(wide)
-        delta = (grad_wide * out).sum(-1)
-        found: tuple[list[Tensor], ...] = ([], [], [])
-        for row in ctx.rows:
-            q_row, k_row, v_row, grad_row = (t[:, :, row : row + 1].to(wide) for t in (q, k, v, grad))
-            column = torch.exp(scale * (q * k_row).sum(-1) - lse)  # what every row sees of this one
-            column_grad = column * ((grad_wide * v_row).sum(-1) - delta)
-            weights = torch.exp(scale * (k * q_row).sum(-1) - lse[:, :, row : row + 1])  # what this one sees
-            weights_grad = weights * ((v * grad_row).sum(-1) - delta[:, :, row : row + 1])
-            found[0].append(scale * (weights_grad[..., None] * k).sum(2))
-            found[1].append(scale * (column_grad[..., None] * q).sum(2))
-            found[2].append((column[..., None] * grad_wide).sum(2))
-        grads = (torch.stack(each, dim=2).to(q.dtype) for each in found)
-        return (*grads, None, None, None, None)
+        scale, rows = q.shape[-1] ** -0.5, ctx.rows
+        with torch.autocast(q.device.type, enabled=False):  # nothing here may be summed in half precision
+            grad_wide = grad.to(lse.dtype)
+            delta = (grad_wide * out).sum(-1)
+            q_rows, k_rows, v_rows, grad_rows = (t[:, :, rows].to(lse.dtype) for t in (q, k, v, grad))
+            column = torch.exp(scale * _along(q, k_rows) - lse[..., None])  # what every row sees of these
+            column_grad = column * (_along(grad_wide, v_rows) - delta[..., None])
+            weights = torch.exp(scale * _along(k, q_rows) - lse[:, :, None, rows])  # what these see
+            weights_grad = weights * (_along(v, grad_rows) - delta[:, :, None, rows])
+            grads = scale * _across(weights_grad, k), scale * _across(column_grad, q), _across(column, grad_wide)
+            return (*(g.to(q.dtype) for g in grads), None, None, None, None)
+
+
+# One row is a vector, and many products with vectors are sums: a compiler makes two passes over memory of all of them, and
+# half precision times float32 is float32 without a copy. For more rows they are matrices.
+
+
+def _along(t: Tensor, rows: Tensor) -> Tensor:
+    """Products of t (B, H, N, d), row by row, with each of ``rows`` (B, H, L, d) in float32 or wider: (B, H, N, L)."""
+    if rows.shape[2] == 1:
+        return (t * rows).sum(-1, keepdim=True)
+    return t.to(rows.dtype) @ rows.transpose(-2, -1)
+
+
+def _across(weights: Tensor, t: Tensor) -> Tensor:
+    """Sums over the rows of t (B, H, N, d), by each column of ``weights`` (B, H, N, L): (B, H, L, d)."""
+    if weights.shape[-1] == 1:
+        return (weights * t).sum(2, keepdim=True)
+    return weights.transpose(-2, -1) @ t.to(weights.dtype)
 
 
 # -- the functions ---------------------------------------------------------------------------------------------------
