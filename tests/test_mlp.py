@@ -81,10 +81,11 @@ def test_the_same_numbers_with_every_method(config, dtype, forced, monkeypatch):
     """As with blocks that are called whole. PyTorch's own GELU serves ours on a CPU: bit for bit, so nothing else has
     changed. The last block runs for two rows."""
     model = made(config, dtype)
+    model.host.first = None  # the first block's attention rounds the token's gradient otherwise
     ours, calls = step(model, dtype), len(forced)
     assert calls == DEPTH - 1
     monkeypatch.undo()
-    monkeypatch.setattr(vits_of_timm, "open_block", lambda block, recompute: block)
+    monkeypatch.setattr(vits_of_timm, "open_block", lambda block, recompute, attention: block)
     assert_same(ours, step(model, dtype))
     assert len(forced) == calls
 

@@ -71,8 +71,8 @@ class GistInsert(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """x: (B, N, D) -> (B, N + length, D); ``after``: ``base_layer``'s arguments."""
         if self.after:
-            return self._insert(self.base_layer(*args, **kwargs))
-        return self.base_layer(self._insert(*args, **kwargs))
+            return self.place(self.base_layer(*args, **kwargs))
+        return self.base_layer(self.place(*args, **kwargs))
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """Hugging Face PEFT's merge_and_unload asks every module that has a ``base_layer``.
@@ -84,8 +84,10 @@ class GistInsert(nn.Module):
             "a gist token cannot be merged: take it out first with fastgist.unload(model) (predictions change), then merge"
         )
 
-    def _insert(self, x: Tensor) -> Tensor:
-        return torch.cat((x[:, : self.index], self.gist(x), x[:, self.index :]), dim=1)
+    def place(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """x (B, N, D) with the token's rows (B, length, D) at ``index``, made here if they are not given."""
+        rows = self.gist(x) if rows is None else rows
+        return torch.cat((x[:, : self.index], rows, x[:, self.index :]), dim=1)
 
     def extra_repr(self) -> str:
         return f"index={self.index}"

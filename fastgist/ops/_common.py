@@ -34,15 +34,17 @@ def define(schema: str, implementation: Callable, fake: Callable, public: str) -
 
     Raw ops compute and do not differentiate: the public function wraps them in an autograd.Function. A raw op called
     with tensors that require gradients would drop those silently, so what the guard returns raises in a backward and names
-    ``public``. (Not at once: a model from torch.export calls raw ops, and may be called with gradients on.)
+    ``public``, a function of fastgist.functional or one by its full name. (Not at once: a model from torch.export calls raw
+    ops, and may be called with gradients on.)
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgist::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.fastgist, name).default
+    public = public if "." in public else f"fastgist.functional.{public}"
     message = (
-        f"torch.ops.fastgist.{name} computes without autograd: call fastgist.functional.{public} for gradients (in a "
+        f"torch.ops.fastgist.{name} computes without autograd: call {public} for gradients (in a "
         "model from torch.export there are none)"
     )
 
@@ -90,7 +92,9 @@ def _without_autocast(implementation: Callable) -> Callable:
     return run
 
 
-def single_backward(op: str) -> Callable[[Callable], Callable]:
+def single_backward(
+    op: str, instead: str = "Double backward needs the formula in plain torch (fastgist.reference)"
+) -> Callable[[Callable], Callable]:
     """Decorator of an autograd.Function's backward that cannot be differentiated itself: it raises under create_graph=True.
 
     At once, not when a second derivative reaches the gradients: the engine only runs what lies on a path to the inputs
@@ -98,8 +102,7 @@ def single_backward(op: str) -> Callable[[Callable], Callable]:
     (torch's once_differentiable is silent too where the incoming gradient does not require grad.)
     """
     message = (
-        f"{op}: no second derivative (backward was called with create_graph=True): its backward is a kernel. Double "
-        "backward needs the formula in plain torch (fastgist.reference)"
+        f"{op}: no second derivative (backward was called with create_graph=True): its backward is a kernel. {instead}"
     )
 
     def decorate(backward: Callable) -> Callable:

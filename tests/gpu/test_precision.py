@@ -104,3 +104,34 @@ def test_a_models_mlps_take_our_gelu(monkeypatch):
     model.set_grad_checkpointing(False)
     monkeypatch.setattr(blocks, "_in_half_on_gpu", lambda x: False)
     assert_within_budget(ours, step(model, x), step(exact, x.double()))
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("kind", ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"])
+def test_attention_with_gradients_for_a_few_rows(kind, length):
+    """With each kernel of torch's: its own outputs bit for bit, and gradients by its log-sum-exp."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from fastgist.ops import _attention
+
+    packed = torch.randn(4, 198, 3, 12, 64, device="cuda", dtype=torch.bfloat16)
+    grad = torch.randn(4, 198, 12, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    attend, rows = torch.nn.functional.scaled_dot_product_attention, slice(1, 1 + length)
+
+    def whole(dtype):
+        leaves = [t.transpose(1, 2).to(dtype).requires_grad_() for t in packed.unbind(2)]
+        out = attend(*leaves)
+        return out.detach(), [g[:, :, rows] for g in torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+    q, k, v = (t.transpose(1, 2) for t in packed.unbind(2))
+    with sdpa_kernel(getattr(SDPBackend, kind)):
+        assert _attention.serves_attention(q, k, v)
+        few = tuple(t[:, :, rows].clone().requires_grad_() for t in (q, k, v))
+        out = _attention.attention_for_rows(few, (q, k, v), 1)
+        ours = torch.autograd.grad(out, few, grad)
+        want, plain = whole(torch.bfloat16)
+    _, exact = whole(torch.float64)
+    assert torch.equal(out, want)
+    assert out.stride() == _attention._attention_lse_fake(q, k, v)[0].stride()
+    for name, one, other, truth in zip("qkv", ours, plain, exact, strict=True):
+        assert_within_budget(one, other, truth, what=f"gradient of {name}")

@@ -20,8 +20,11 @@ __all__ = [
     "attend",
     "attend_and_project",
     "example_images",
+    "is_watched",
     "open_block",
     "plain_add",
+    "plain_block",
+    "project",
     "queries_keys_values",
     "run_attention",
     "run_beit_attention",
@@ -116,7 +119,7 @@ def attend(attention: Any, x: Tensor, **kwargs: Any) -> Tensor:
     """``attention(x, **kwargs)``, with timm's Attention and an adapter around it written out: the same numbers, see
     :func:`split_heads` for why. A layer of another type, one that somebody watches and one with a mask are called."""
     asked = any(not (value is None or value is False) for value in kwargs.values())
-    if asked or _more_than(attention) or hooked_everywhere():
+    if asked or is_watched(attention) or hooked_everywhere():
         return attention(x, **kwargs)
     if type(attention) is AdaptedLayer:
         return attention.combine(x, attend(attention.base_layer, x))
@@ -141,6 +144,11 @@ def attend_and_project(
                 weights.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else weights + attn_mask
             )
         out = attention.attn_drop(weights.softmax(dim=-1)) @ v
+    return project(attention, out, rows)
+
+
+def project(attention: Any, out: Tensor, rows: Tensor) -> Tensor:
+    """What comes after the values, for ``out`` (B, heads, n, d)."""
     out = out.transpose(1, 2).flatten(2)
     norm = getattr(attention, "norm", None)
     if norm is not None:
@@ -155,13 +163,24 @@ def plain_add(kind: str, x: Tensor, branch: Tensor) -> Tensor:
     return x + branch
 
 
-def run_block(block: Any, add: Any, x: Tensor, *, recompute: bool = False, **kwargs: Any) -> Tensor:
+def run_block(
+    block: Any,
+    add: Any,
+    x: Tensor,
+    *,
+    recompute: bool = False,
+    attention: Callable[[Tensor], Tensor] | None = None,
+    **kwargs: Any,
+) -> Tensor:
     """timm's Block with its two additions left to ``add``.
+
+    ``attention``: in the place of norm and attention, a function of x.
 
     ``recompute``: the MLP keeps nothing but x for its backward, which forms the first product again. (Not the second: its
     layer is frozen and keeps no input, and recomputation stops at the last thing that was kept.)
     """
-    x = add("attention", x, block.drop_path1(block.ls1(attend(block.attn, block.norm1(x), **kwargs))))
+    out = attend(block.attn, block.norm1(x), **kwargs) if attention is None else attention(x)
+    x = add("attention", x, block.drop_path1(block.ls1(out)))
     if recompute and torch.is_grad_enabled():
         # The generators' state is noted only where something may draw: it costs the host time.
         quiet = _is_plain_mlp(block.mlp) and is_plain(block.mlp.fc1) and is_plain(block.mlp.fc2)
@@ -175,16 +194,26 @@ def _normed_mlp(block: Any, x: Tensor) -> Tensor:
     return run_mlp(block.mlp, block.norm2(x))
 
 
-def open_block(block: Any, recompute: bool = False) -> Callable[[Tensor], Tensor]:
-    """``block`` as a function of x that runs timm's Block, plain or in one of our wrappers, by :func:`run_block`; the block
-    itself where it is another or somebody watches."""
+def plain_block(block: Any) -> Any:
+    """timm's Block inside ``block``, which is one or one of our wrappers; None where it is another or somebody watches."""
     from timm.models.vision_transformer import Block
 
     inner = block.base_layer if type(block) in (AdaptedBlock, PromptedBlock) else block
-    if type(inner) is not Block or not BLOCK_PARTS.issuperset(inner._modules) or _more_than(block) or _more_than(inner):
+    if type(inner) is not Block or not BLOCK_PARTS.issuperset(inner._modules) or is_watched(block) or is_watched(inner):
+        return None
+    return inner
+
+
+def open_block(
+    block: Any, recompute: bool = False, attention: Callable[[Tensor], Tensor] | None = None
+) -> Callable[[Tensor], Tensor]:
+    """``block`` as a function of x that runs timm's Block, plain or in one of our wrappers, by :func:`run_block`; the block
+    itself where it is another or somebody watches."""
+    inner = plain_block(block)
+    if inner is None:
         return block
     add = block.add if type(block) is AdaptedBlock else plain_add
-    run = functools.partial(run_block, inner, add, recompute=recompute)
+    run = functools.partial(run_block, inner, add, recompute=recompute, attention=attention)
     if type(block) is not PromptedBlock:
         return run
     return lambda x: run(block.place(x))
@@ -198,7 +227,7 @@ def run_mlp(mlp: Any, x: Tensor) -> Tensor:
     """
     if not _in_half_on_gpu(x):
         return mlp(x)
-    if type(mlp) is AdaptedLayer and not _more_than(mlp):
+    if type(mlp) is AdaptedLayer and not is_watched(mlp):
         return mlp.combine(x, run_mlp(mlp.base_layer, x))
     return mlp.fc2(gelu(mlp.fc1(x))) if _is_plain_mlp(mlp) else mlp(x)
 
@@ -218,12 +247,12 @@ def _is_plain_mlp(mlp: Any) -> bool:
         and (type(mlp.act) is GELU or (type(mlp.act) is nn.GELU and mlp.act.approximate == "none"))
         and type(mlp.norm) is nn.Identity
         and all(type(drop) is nn.Dropout and not (drop.training and drop.p) for drop in (mlp.drop1, mlp.drop2))
-        and not any(_more_than(part) for part in (mlp, mlp.act, mlp.drop1, mlp.norm, mlp.drop2))
+        and not any(is_watched(part) for part in (mlp, mlp.act, mlp.drop1, mlp.norm, mlp.drop2))
         and not hooked_everywhere()
     )
 
 
-def _more_than(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Whether calling ``module`` runs something else than its class's forward."""
     return is_hooked(module) or module._compiled_call_impl is not None
 

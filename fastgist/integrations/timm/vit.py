@@ -29,6 +29,7 @@ from fastgist.integrations.timm.blocks import (
     run_eva_block,
     separate_biases,
 )
+from fastgist.integrations.timm.first import FirstBlock
 from fastgist.integrations.timm.patches import embed_patches
 from fastgist.integrations.timm.prefix import count_prefix, gist_path, own_prefix
 from fastgist.integrations.timm.rowwise import Rowwise
@@ -187,6 +188,7 @@ class TimmViTGist(GistHost):
             and type(model)._pos_embed is vit._pos_embed
         )
         self.rowwise = Rowwise() if self.plain_forward else None
+        self.first = FirstBlock(self.rowwise.norms) if self.rowwise is not None else None
         self.recompute_mlp = False
 
     def attached(self, model: Any, length: int) -> None:
@@ -265,14 +267,19 @@ class TimmViTGist(GistHost):
     def _last_rows(self, model: Any, config: GistConfig, want_gist: bool, x: Tensor) -> Tensor:
         """forward_features, but of the last block and the norm only the rows that are read: (B, 1 or 1 + rows, D)."""
         x = embed_patches(model.patch_embed, x)
-        x = model.norm_pre(model.patch_drop(model._pos_embed(x)))
+        x = model.patch_drop(model._pos_embed(x))
         checkpointing = model.grad_checkpointing
         if checkpointing:
             from timm.models import checkpoint
+        attention = None  # the first block's, where it has a way of its own
+        if self.first is not None and self.first.serves(model, x):
+            x, attention = self.first.enter(model, x)
+        else:
+            x = model.norm_pre(x)
         *blocks, last = model.blocks
         for block in blocks:
-            run = open_block(block, self.recompute_mlp and not checkpointing)
-            x = checkpoint(run, x) if checkpointing else run(x)
+            run = open_block(block, self.recompute_mlp and not checkpointing, attention)
+            x, attention = checkpoint(run, x) if checkpointing else run(x), None
         count = config.rows if want_gist else 0
 
         def rows(x: Tensor) -> Tensor:
