@@ -85,7 +85,7 @@ def plan(stages: tuple[str, ...], ops: tuple[str, ...], out: Path, minutes: floa
     """The steps, in order. ``out`` is the device's folder; ``jobs``: processes that share the tests (and the device)."""
     python = sys.executable
     tests = (python, *PYTEST, *(("-n", str(jobs)) if jobs > 1 else ()))
-    timed = (*ops, "train_step") if len(ops) == len(OPS) else ops
+    steps = len(ops) == len(OPS)
     for stage in STAGES:
         if stage not in stages:
             continue
@@ -109,10 +109,12 @@ def plan(stages: tuple[str, ...], ops: tuple[str, ...], out: Path, minutes: floa
                 yield Step(stage, f"tune {op}", command)
                 yield Step(stage, f"recheck {op}", _recheck(op), gate=f"tune {op}")
         elif stage == "warm":  # what torch.compile makes for the peers, by many processes, into its cache
-            files = tuple(f"benchmarks/bench_{op}.py" for op in timed)
+            files = tuple(f"benchmarks/bench_{op}.py" for op in ops)
             yield Step(stage, "compiled peers", (*tests, *files, "--benchmark-disable", "-k", "compiled"))
         elif stage == "bench":  # each row checks its own result before it is timed
-            for op in timed:
+            if steps:  # compiles by itself
+                yield Step(stage, "time train_step", (python, "benchmarks/steps.py", "--out", str(out.parent)))
+            for op in ops:
                 command = (python, "-m", "pytest", f"benchmarks/bench_{op}.py", "--benchmark-only", "-q", "-rs")
                 command += ("-p", "no:cacheprovider", "--seconds", "0.1", "--save-results", str(out.parent))
                 yield Step(stage, f"time {op}", command)

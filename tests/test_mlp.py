@@ -40,6 +40,7 @@ def forced(monkeypatch) -> list:
     """Take our GELU on a CPU too; what it was called with is noted."""
     seen: list = []
     monkeypatch.setattr(blocks, "_in_half_on_gpu", lambda x: True)
+    monkeypatch.setattr(blocks, "_apart", lambda attention, x: False)  # it sums three products, other bits
     monkeypatch.setattr(blocks, "gelu", lambda x: seen.append(x.shape) or fg.functional.gelu(x))
     return seen
 
@@ -177,6 +178,7 @@ def test_watched_blocks_are_called(forced):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_one_graph(recompute, monkeypatch):
     monkeypatch.setattr(blocks, "_in_half_on_gpu", lambda x: True)
+    monkeypatch.setattr(blocks, "_apart", lambda attention, x: False)  # it sums three products, other bits
     model = made(CONFIGS["shared"])
     model.set_grad_checkpointing("mlp" if recompute else False)
     model.model.norm_pre.gist.dropout.p = 0.0  # a compiled graph draws otherwise

@@ -67,6 +67,64 @@ def test_attention_written_out_is_timms_and_its_gradients_are_put_together_once(
     assert copies[1] < copies[0] if fused else copies[1] <= copies[0]
 
 
+def test_gradients_of_q_k_and_v_left_apart_are_their_sum():
+    from fastgist.ops._projection import project_to_heads
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
+    layer = nn.Linear(24, 36).double().requires_grad_(False)
+    found = []
+    for run in (
+        lambda: project_to_heads(x, layer.weight, layer.bias, 3),
+        lambda: blocks.split_heads(layer(x), 3, 3),
+    ):
+        parts = run()
+        (grad,) = torch.autograd.grad(sum(((i + 1) * part.sin()).sum() for i, part in enumerate(parts)), x)
+        found.append((*parts, grad))
+    for ours, whole in zip(*found, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-12)
+    q, _, _ = project_to_heads(x, layer.weight, None, 3)  # k and v without a gradient
+    (grad,) = torch.autograd.grad(q.sum(), x)
+    torch.testing.assert_close(grad, layer.weight[:12].sum(0).expand_as(x))
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(project_to_heads(x, layer.weight, None, 3)[0].sum(), x, create_graph=True)
+
+
+def test_where_gradients_of_q_k_and_v_are_left_apart(monkeypatch):
+    """On a GPU in half precision (here the question is answered for it), behind a frozen plain layer."""
+    model = fg.add_gist(fg.get_peft_model(vit(depth=3), fg.AdapterConfig(4, placement="shared"))).double().train()
+    loss, x, target = fg.nn.GistLoss(), images().double(), torch.tensor([0, 1, 2])
+
+    def gradients(run=model):
+        torch.manual_seed(0)
+        return torch.autograd.grad(loss(run(x), target), [p for p in model.parameters() if p.requires_grad])
+
+    expected, calls, run = gradients(), [], blocks.project_to_heads
+    monkeypatch.setattr(blocks, "_in_half_on_gpu", lambda t: True)
+    monkeypatch.setattr(blocks, "project_to_heads", lambda *a: calls.append(1) or run(*a))
+    for ours, whole in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-9, atol=1e-12)
+    assert len(calls) == 2, "the token's rows of the first block, the second; of the last few are read"
+    with torch.no_grad():
+        model(x)
+    attention = model.model.blocks[1].base_layer.attn
+    h = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
+    for change in (
+        lambda: attention.qkv.weight.requires_grad_(True),
+        lambda: attention.qkv.bias.requires_grad_(True),
+        lambda: attention.qkv.register_forward_hook(lambda *a: None),
+        lambda: attention.qkv.float(),
+    ):
+        undo = change()
+        assert not blocks._apart(attention, h)
+        undo.remove() if hasattr(undo, "remove") else attention.qkv.double().requires_grad_(False)
+    assert blocks._apart(attention, h) and not blocks._apart(attention, h.detach())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for ours, whole in zip(gradients(compiled), expected, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-9, atol=1e-12)
+
+
 def test_attention_that_somebody_watches_or_masks_is_called(monkeypatch):
     from timm.layers import Attention
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fastgist.functional import gelu
 from fastgist.gist.loss import hooked_everywhere
 from fastgist.nn import AdaptedBlock, AdaptedLayer, PromptedBlock, is_hooked, is_plain
+from fastgist.ops._projection import project_to_heads
 
 __all__ = [
     "ATTENTION_PARTS",
@@ -91,11 +92,28 @@ def queries_keys_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tens
         head_dim = attention.q_proj.out_features // attention.num_heads
         q, k, v = (layer(x).unflatten(-1, (-1, head_dim)).transpose(1, 2) for layer in layers)
         return q, k, v
+    if _apart(attention, x):
+        return project_to_heads(x, attention.qkv.weight, attention.qkv.bias, attention.num_heads)
     qkv = attention.qkv(x)
     if getattr(attention, "q_bias", None) is not None:
         qkv = qkv + torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
     q, k, v = split_heads(qkv, 3, attention.num_heads)
     return q, k, v
+
+
+def _apart(attention: Any, x: Tensor) -> bool:
+    """Whether the gradients of q, k and v are best left apart: on a GPU in half precision, behind a frozen layer."""
+    qkv = attention.qkv
+    return (
+        _in_half_on_gpu(x)
+        and x.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cuda")
+        and is_plain(qkv)
+        and not (is_watched(qkv) or hooked_everywhere())
+        and not any(p.requires_grad or p.dtype != x.dtype for p in qkv.parameters())
+        and getattr(attention, "q_bias", None) is None
+    )
 
 
 def split_heads(packed: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:

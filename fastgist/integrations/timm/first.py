@@ -42,7 +42,12 @@ class FirstBlock:
         """Whether the first block may run so behind x (B, N, D), the sequence without the token."""
         if not torch.is_grad_enabled() or x.requires_grad or model.grad_checkpointing or len(model.blocks) < 2:
             return False
-        if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active() or hooked_everywhere():
+        if torch.compiler.is_compiling():
+            if not torch.compiler.is_dynamo_compiling():  # torch.export, whose is_exporting() some versions say of both
+                return False
+        elif torch._C._are_functorch_transforms_active():
+            return False
+        if hooked_everywhere():
             return False
         insert, block = model.norm_pre, plain_block(model.blocks[0])
         if type(insert) is not GistInsert or is_watched(insert) or not insert.gist.token.requires_grad:

@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Whole training steps of every provider and shape on one GPU, in minutes: ``python benchmarks/steps.py --out DIR``.
+
+What bench_train_step.py measures row by row, with torch.compile's minute for each: here every compiled row is a process of
+its own, all of them compile at once, and then, one at a time and with nothing else running, each takes its times. Rows go to
+DIR/<device>/train_step.json as they come. Steps follow each other without waiting, as in training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import functools
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import torch  # noqa: E402
+from torch.autograd import DeviceType  # noqa: E402
+
+from benchmarks import harness, train_step  # noqa: E402
+from benchmarks.cases import CASES, Case, case  # noqa: E402
+
+#: Timed at every shape; the others at the largest batch of a ViT-B/16.
+EVERYWHERE = ("authors", "authors, autocast", "plain", "plain, compiled", "fastgist", "fastgist, compiled")
+MAIN = {"B": 256, "D": 768}
+STEPS = 20  # timed, one after the other
+SMALL = case(torch.bfloat16, B=4, S=32, D=64, L=2)
+
+
+def cases(device: str) -> list[Case]:
+    return CASES["train_step", "cuda"] if device == "cuda" else [SMALL]
+
+
+def is_main(c: Case) -> bool:
+    return all(c[name] == size for name, size in MAIN.items()) or c is SMALL
+
+
+def plan(device: str, only: str) -> list[tuple[str, list[int]]]:
+    """(provider, numbers of its cases) of each process: one a compiled row, one for all shapes of an eager provider."""
+    found = []
+    for provider in train_step.PROVIDERS:
+        mine = [i for i, c in enumerate(cases(device)) if provider in EVERYWHERE or is_main(c)]
+        if only in provider and mine:
+            found += [(provider, [i]) for i in mine] if "compiled" in provider else [(provider, mine)]
+    return found
+
+
+# -- one process -------------------------------------------------------------------------------------------------------
+
+
+def child(provider: str, numbers: list[int], device: torch.device, shared: Path, wait: float) -> None:
+    """Compile, check, say so, wait for the others, and measure while holding the lock."""
+    made: dict[int, train_step.Step] = {}
+    if "compiled" not in provider and provider not in train_step.OTHER_MODEL:
+        for i in numbers:
+            train_step.parity(provider, cases(device.type)[i], device)  # remembered
+        _release(device)
+    if "compiled" in provider:
+        for i in numbers:
+            made[i] = train_step.PROVIDERS[provider](cases(device.type)[i], device)
+            for _ in range(3):
+                made[i]()
+            made[i].optimizer.zero_grad()
+        _release(device)
+    (shared / f"ready-{os.getpid()}").touch()
+    end = time.monotonic() + wait
+    while not (shared / "go").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for i in numbers:
+            c = cases(device.type)[i]
+            step = made.pop(i, None) or train_step.PROVIDERS[provider](c, device)
+            row = measure(provider, c, step, device)
+            (shared / f"row-{i}-{os.getpid()}.json").write_text(json.dumps(row))
+            del step
+            _release(device)
+
+
+def _release(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def measure(provider: str, c: Case, step: train_step.Step, device: torch.device) -> dict[str, object]:
+    """One row. Parity comes first: of a wrong step of ours nothing is timed. What is compiled is the eager provider's code,
+    whose parity stands for it (:func:`_with_parity`)."""
+    row: dict[str, object] = {"op": "train_step", "case": c.name, "dtype": str(c.dtype).removeprefix("torch.")}
+    row |= {"direction": "step", "provider": provider, **dict(c.sizes), "model": train_step.describe(c)}
+    if provider in train_step.OTHER_MODEL:
+        row["parity"] = "another model, there for its cost"
+    elif "compiled" not in provider:
+        row["parity"] = train_step.parity(provider, c, device) or "within the budget"
+        if row["parity"] != "within the budget" and provider.startswith("fastgist"):
+            return row
+    for _ in range(3):
+        step()
+    row["peak_bytes"] = harness.peak_bytes(step, device)
+    row["model_bytes"] = torch.cuda.memory_allocated() if device.type == "cuda" else None
+    row["flops"] = train_step.flops(c)
+    times = _times(step, device)
+    low, _, high = statistics.quantiles(times, n=4)
+    row |= {"median_s": statistics.median(times), "min_s": min(times), "spread_s": high - low, "rounds": len(times)}
+    row["images_per_s"] = c["B"] / statistics.median(times)
+    if device.type == "cuda":
+        row["kernels"], row["launches"] = _kernels(step)
+        if "compiled" in provider or provider.startswith("fastgist"):
+            row["graph_replay_s"] = harness.graph_replay(step, harness.Clock(device))
+    return row
+
+
+def _times(step: train_step.Step, device: torch.device) -> list[float]:
+    if device.type != "cuda":
+        return harness.sample(step, harness.Clock(device), 5)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(STEPS + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
+
+
+def _kernels(step: train_step.Step) -> tuple[list[list[object]], int]:
+    """The kernels that a step spends most time in, [times launched, microseconds in all, name], and how many it launches."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    found: dict[str, tuple[int, float]] = {}
+    for event in seen.events():
+        if event.device_type == DeviceType.CUDA:
+            count, spent = found.get(event.name, (0, 0.0))
+            found[event.name] = count + 1, spent + event.time_range.elapsed_us()
+    top = sorted(found.items(), key=lambda item: -item[1][1])[:20]
+    launched = sum(count for name, (count, _) in found.items() if not name.startswith(("Memset", "Memcpy")))
+    return [[count, round(spent), name[:90]] for name, (count, spent) in top], launched
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="the results' folder (committed ones: benchmarks/results)")
+    parser.add_argument("--only", default="", help="providers whose name contains this")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--compile-seconds", type=float, default=150, help="how long to wait for what compiles")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.child:
+        provider, numbers, shared = args.child
+        child(provider, json.loads(numbers), torch.device(args.device), Path(shared), args.compile_seconds + 60)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        return _run(args, Path(folder))
+
+
+def _run(args: argparse.Namespace, shared: Path) -> int:
+    if args.out is not None:
+        _environment()  # it measures the card's ceilings, while nothing else runs
+        _release(torch.device(args.device))
+    started = time.monotonic()
+    env = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "FASTGIST_BENCH_DEVICE": args.device}
+    running = []
+    for n, (provider, numbers) in enumerate(plan(args.device, args.only)):
+        command = [sys.executable, __file__, "--device", args.device, "--compile-seconds", str(args.compile_seconds)]
+        command += ["--child", provider, json.dumps(numbers), str(shared)]
+        log = (shared / f"log-{n}").open("w")
+        running.append(
+            (provider, subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT), shared / f"log-{n}")
+        )
+    while time.monotonic() < started + args.compile_seconds:
+        alive = [p for _, p, _ in running if p.poll() is None]
+        if all((shared / f"ready-{p.pid}").exists() for p in alive):
+            break
+        time.sleep(0.2)
+    print(f"{len(running)} processes compiled what they had to in {time.monotonic() - started:.0f} s", flush=True)
+    (shared / "go").touch()
+    written, shown = 0, set()
+    while any(p.poll() is None for _, p, _ in running):
+        time.sleep(1)
+        written = _save(args, shared, written, shown)
+    _save(args, shared, written, shown)
+    failed = [(provider, log) for provider, p, log in running if p.returncode]
+    for provider, log in failed:
+        print(f"{provider}: failed\n{log.read_text()[-1500:]}", file=sys.stderr)
+    return int(bool(failed))
+
+
+@functools.cache
+def _environment() -> dict[str, object]:
+    from benchmarks.conftest import environment
+
+    return environment() | {"timing": f"CUDA events around each of {STEPS} steps that follow each other, median"}
+
+
+def _save(args: argparse.Namespace, shared: Path, written: int, shown: set[str]) -> int:
+    """Write all rows so far, if there are new ones, and print those; returns how many there are."""
+    files = sorted(shared.glob("row-*.json"))
+    rows = []
+    for file in files:
+        try:
+            rows.append(json.loads(file.read_text()))
+        except json.JSONDecodeError:  # being written
+            continue
+        if file.name not in shown:
+            shown.add(file.name)
+            print(_line(rows[-1]), flush=True)
+    if args.out is None or len(rows) == written:
+        return len(rows)
+    described = _environment()
+    for row in _with_parity(rows):
+        if "median_s" in row and args.device == "cuda":
+            rate = described["ceilings"][f"matmul_{row['dtype']}_flops_per_s"]  # type: ignore[index]
+            row |= {"floor_s": row["flops"] / rate, "floor": "FLOPs / matmul rate"}
+            row["ratio_to_floor"] = row["median_s"] / row["floor_s"]
+    path = args.out / str(described["device_slug"]) / "train_step.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": described, "rows": rows}, indent=1) + "\n")
+    return len(rows)
+
+
+def _with_parity(rows: list[dict]) -> list[dict]:
+    """Compiled rows get the verdict of the eager row of their model."""
+    found = {(row["provider"], row["D"]): row["parity"] for row in rows if "parity" in row}
+    for row in rows:
+        if "parity" not in row:
+            eager = row["provider"].replace(", compiled", "")
+            row["parity"] = f"{found.get((eager, row['D']), 'not checked')} (as {eager!r})"
+    return rows
+
+
+def _line(row: dict) -> str:
+    if "median_s" not in row:
+        return f"{row['provider']}, batch {row['B']}: not timed, {row['parity']}"
+    replay = f", {1e3 * row['graph_replay_s']:.2f} as a graph" if row.get("graph_replay_s") else ""
+    what = f"{row['model']}, batch {row['B']}: {row['provider']}"
+    return (
+        f"{what}: {1e3 * row['median_s']:.2f} ms{replay}, {row['peak_bytes'] / 2**30:.2f} GiB, "
+        f"{row.get('launches')} launches; {row.get('parity', 'compiled')}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
