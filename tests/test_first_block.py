@@ -266,6 +266,7 @@ OTHERWISE: dict[str, Callable[[nn.Module], object]] = {
     "an adapter beside the attention": lambda model: setattr(
         _inner(model), "attn", fg.nn.AdaptedLayer(_inner(model).attn, fg.nn.Adapter(32, 4), "parallel")
     ),
+    "a gate on what the attention reads": lambda model: setattr(_inner(model).attn, "gate", nn.Linear(32, 32)),
     "more than timm's block": lambda model: _inner(model).add_module("more", nn.Identity()),
     "more than timm's attention": lambda model: _inner(model).attn.add_module("more", nn.Identity()),
     "compiled": lambda model: setattr(_inner(model).norm1, "_compiled_call_impl", _inner(model).norm1.forward),
@@ -317,7 +318,10 @@ def test_circumstances_in_which_the_ordinary_way_is_taken(calls):
     with torch.no_grad():
         model(x)
     step(model, x=x.clone().requires_grad_())
-    step(made(depth=1))
+    assert model.host.first.serves(model.model, x)
+    single = made(depth=1)  # its only block is the last
+    assert not single.host.first.serves(single.model, x)
+    step(single)
     step(made(global_pool="avg"))
     hook = nn.modules.module.register_module_forward_hook(lambda *a: None)
     try:
@@ -347,10 +351,12 @@ def test_function_transforms(calls):
     assert calls == [1], "the second alone"
 
 
-def test_an_export_holds_no_operator_of_ours():
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_holds_torchs_own_attention(strict):
     model = made(SERVED["probe"]).eval()
-    exported = torch.export.export(model, (images(),))
-    assert not [node for node in exported.graph.nodes if "fastgist" in str(node.target)]
+    exported = torch.export.export(model, (images(),), strict=strict)
+    targets = [node.target for node in exported.graph.nodes]
+    assert targets.count(torch.ops.aten.scaled_dot_product_attention.default) == DEPTH
 
 
 # -- the operation -----------------------------------------------------------------------------------------------------
