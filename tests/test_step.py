@@ -86,6 +86,10 @@ def test_gradients_of_q_k_and_v_left_apart_are_their_sum():
     q, _, _ = project_to_heads(x, layer.weight, None, 3)  # k and v without a gradient
     (grad,) = torch.autograd.grad(q.sum(), x)
     torch.testing.assert_close(grad, layer.weight[:12].sum(0).expand_as(x))
+    torch.library.opcheck(
+        torch.ops.fastgist.sum_of_products.default,
+        (*(torch.randn(6, 4) for _ in range(3)), torch.randn(12, 5)),
+    )
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(project_to_heads(x, layer.weight, None, 3)[0].sum(), x, create_graph=True)
 
