@@ -263,7 +263,7 @@ def rounds_for(step: Callable[[], object], clock: Clock, budget_s: float) -> int
     return max(7, min(300, int(budget_s / max(one, 1e-7))))
 
 
-def graph_replay(step: Callable[[], object], clock: Clock) -> float | None:
+def graph_replay(step: Callable[[], object], clock: Clock, rounds: int = 100) -> float | None:
     """Median seconds of a replay of ``step`` as a CUDA graph: what is left once nothing waits for launches."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -277,7 +277,7 @@ def graph_replay(step: Callable[[], object], clock: Clock) -> float | None:
             step()
     except RuntimeError:
         return None
-    return statistics.median(sample(graph.replay, clock, 100))
+    return statistics.median(sample(graph.replay, clock, rounds))
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:

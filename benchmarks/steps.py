@@ -9,7 +9,6 @@ DIR/<device>/train_step.json as they come. Steps follow each other without waiti
 from __future__ import annotations
 
 import argparse
-import fcntl
 import functools
 import itertools
 import json
@@ -34,7 +33,8 @@ from benchmarks.cases import CASES, Case, case  # noqa: E402
 #: Timed at every shape; the others at the largest batch of a ViT-B/16.
 EVERYWHERE = ("authors", "authors, autocast", "plain", "plain, compiled", "fastgist", "fastgist, compiled")
 MAIN = {"B": 256, "D": 768}
-STEPS = 20  # timed, one after the other
+STEPS = 12  # timed, one after the other
+REPLAYS = 20
 SMALL = case(torch.bfloat16, B=4, S=32, D=64, L=2)
 
 
@@ -47,20 +47,22 @@ def is_main(c: Case) -> bool:
 
 
 def plan(device: str, only: str) -> list[tuple[str, list[int]]]:
-    """(provider, numbers of its cases) of each process: one a compiled row, one for all shapes of an eager provider."""
+    """(provider, numbers of its cases) of each process: one a compiled row, one for all shapes of an eager provider. The main
+    shape comes first."""
     found = []
     for provider in train_step.PROVIDERS:
         mine = [i for i, c in enumerate(cases(device)) if provider in EVERYWHERE or is_main(c)]
+        mine.sort(key=lambda i: not is_main(cases(device)[i]))
         if only in provider and mine:
             found += [(provider, [i]) for i in mine] if "compiled" in provider else [(provider, mine)]
-    return found
+    return sorted(found, key=lambda process: not is_main(cases(device)[process[1][0]]))
 
 
 # -- one process -------------------------------------------------------------------------------------------------------
 
 
-def child(provider: str, numbers: list[int], device: torch.device, shared: Path, wait: float) -> None:
-    """Compile, check, say so, wait for the others, and measure while holding the lock."""
+def child(provider: str, numbers: list[int], device: torch.device, shared: Path, name: str) -> None:
+    """Compile, check, say so, and measure when it is one's turn."""
     made: dict[int, train_step.Step] = {}
     if "compiled" not in provider and provider not in train_step.OTHER_MODEL:
         for i in numbers:
@@ -73,19 +75,19 @@ def child(provider: str, numbers: list[int], device: torch.device, shared: Path,
                 made[i]()
             made[i].optimizer.zero_grad()
         _release(device)
-    (shared / f"ready-{os.getpid()}").touch()
-    end = time.monotonic() + wait
-    while not (shared / "go").exists() and time.monotonic() < end:
-        time.sleep(0.1)
-    with (shared / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for i in numbers:
-            c = cases(device.type)[i]
-            step = made.pop(i, None) or train_step.PROVIDERS[provider](c, device)
-            row = measure(provider, c, step, device)
-            (shared / f"row-{i}-{os.getpid()}.json").write_text(json.dumps(row))
-            del step
-            _release(device)
+    (shared / f"ready-{name}").touch()
+    parent = os.getppid()
+    while not (shared / f"turn-{name}").exists() and os.getppid() == parent:
+        time.sleep(0.05)
+    for i in numbers:
+        c = cases(device.type)[i]
+        step = made.pop(i, None) or train_step.PROVIDERS[provider](c, device)
+        row = measure(provider, c, step, device)
+        unfinished = shared / f"unfinished-{name}"
+        unfinished.write_text(json.dumps(row))
+        unfinished.rename(shared / f"row-{name}-{i}.json")
+        del step
+        _release(device)
 
 
 def _release(device: torch.device) -> None:
@@ -117,7 +119,7 @@ def measure(provider: str, c: Case, step: train_step.Step, device: torch.device)
     if device.type == "cuda":
         row["kernels"], row["launches"] = _kernels(step)
         if "compiled" in provider or provider.startswith("fastgist"):
-            row["graph_replay_s"] = harness.graph_replay(step, harness.Clock(device))
+            row["graph_replay_s"] = harness.graph_replay(step, harness.Clock(device), REPLAYS)
     return row
 
 
@@ -159,11 +161,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="providers whose name contains this")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--compile-seconds", type=float, default=150, help="how long to wait for what compiles")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
-        provider, numbers, shared = args.child
-        child(provider, json.loads(numbers), torch.device(args.device), Path(shared), args.compile_seconds + 60)
+        provider, numbers, shared, name = args.child
+        child(provider, json.loads(numbers), torch.device(args.device), Path(shared), name)
         return 0
     with tempfile.TemporaryDirectory() as folder:
         return _run(args, Path(folder))
@@ -175,30 +177,26 @@ def _run(args: argparse.Namespace, shared: Path) -> int:
         _release(torch.device(args.device))
     started = time.monotonic()
     env = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "FASTGIST_BENCH_DEVICE": args.device}
-    running = []
+    running: list[tuple[str, str, subprocess.Popen]] = []
     for n, (provider, numbers) in enumerate(plan(args.device, args.only)):
-        command = [sys.executable, __file__, "--device", args.device, "--compile-seconds", str(args.compile_seconds)]
-        command += ["--child", provider, json.dumps(numbers), str(shared)]
-        log = (shared / f"log-{n}").open("w")
-        running.append(
-            (provider, subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT), shared / f"log-{n}")
-        )
+        command = [sys.executable, __file__, "--device", args.device]
+        command += ["--child", provider, json.dumps(numbers), str(shared), str(n)]
+        with (shared / f"log-{n}").open("w") as log:
+            running.append((str(n), provider, subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)))
     while time.monotonic() < started + args.compile_seconds:
-        alive = [p for _, p, _ in running if p.poll() is None]
-        if all((shared / f"ready-{p.pid}").exists() for p in alive):
+        if all((shared / f"ready-{name}").exists() or p.poll() is not None for name, _, p in running):
             break
         time.sleep(0.2)
     print(f"{len(running)} processes compiled what they had to in {time.monotonic() - started:.0f} s", flush=True)
-    (shared / "go").touch()
-    written, shown = 0, set()
-    while any(p.poll() is None for _, p, _ in running):
-        time.sleep(1)
-        written = _save(args, shared, written, shown)
-    _save(args, shared, written, shown)
-    failed = [(provider, log) for provider, p, log in running if p.returncode]
-    for provider, log in failed:
-        print(f"{provider}: failed\n{log.read_text()[-1500:]}", file=sys.stderr)
-    return int(bool(failed))
+    written, failed = 0, 0
+    for name, provider, process in running:
+        (shared / f"turn-{name}").touch()
+        process.wait()
+        if process.returncode:
+            failed += 1
+            print(f"{provider}: failed\n{(shared / f'log-{name}').read_text()[-1500:]}", file=sys.stderr)
+        written = _save(args, shared, written)
+    return int(failed > 0)
 
 
 @functools.cache
@@ -208,18 +206,12 @@ def _environment() -> dict[str, object]:
     return environment() | {"timing": f"CUDA events around each of {STEPS} steps that follow each other, median"}
 
 
-def _save(args: argparse.Namespace, shared: Path, written: int, shown: set[str]) -> int:
-    """Write all rows so far, if there are new ones, and print those; returns how many there are."""
-    files = sorted(shared.glob("row-*.json"))
-    rows = []
-    for file in files:
-        try:
-            rows.append(json.loads(file.read_text()))
-        except json.JSONDecodeError:  # being written
-            continue
-        if file.name not in shown:
-            shown.add(file.name)
-            print(_line(rows[-1]), flush=True)
+def _save(args: argparse.Namespace, shared: Path, written: int) -> int:
+    """Print the rows behind the first ``written`` and write all of them; returns how many there are."""
+    files = sorted(shared.glob("row-*.json"), key=lambda file: file.stat().st_mtime_ns)
+    rows = [json.loads(file.read_text()) for file in files]
+    for row in rows[written:]:
+        print(_line(row), flush=True)
     if args.out is None or len(rows) == written:
         return len(rows)
     described = _environment()

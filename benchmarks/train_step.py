@@ -107,7 +107,7 @@ def backbone(case: Case, device: torch.device, dtype: torch.dtype | None = None)
         from timm.models.vision_transformer import VisionTransformer
     except ImportError as e:
         raise Missing("timm is not installed") from e
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
         vit = VisionTransformer(
             img_size=case["S"], patch_size=16, embed_dim=case["D"], depth=case["L"], num_heads=case["D"] // 64,
