@@ -258,6 +258,23 @@ def test_a_raw_op_refuses_what_requires_grad(op, by):
             assert not any(r.requires_grad for r in raw(*leaves))
 
 
+def test_raw_ops_go_past_the_dispatcher_only_where_nobody_listens():
+    from fastgist.ops._common import _nobody_listens
+
+    x, seen = torch.ones(2), []
+    assert not _nobody_listens((x, None, 1.0)), "gradients are on: a raw op would drop them"
+    with torch.no_grad():
+        assert _nobody_listens((x, torch.nn.Parameter(x), None, 1.0))
+        with _RawOps():
+            assert not _nobody_listens((x,))
+        torch.func.vmap(lambda row: seen.append(_nobody_listens((x,))) or row)(x)
+        torch.jit.trace(lambda t: seen.append(_nobody_listens((t,))) or t + 1, (x,), check_trace=False)
+        with torch._subclasses.FakeTensorMode():
+            fake = torch.empty(2)
+        seen.append(_nobody_listens((fake,)))
+    assert seen == [False] * 3
+
+
 def test_every_raw_op_was_reached():
     """opcheck saw each op of the library: one added later must be reachable from a public function above."""
     names = {

@@ -30,7 +30,8 @@ REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
 def define(schema: str, implementation: Callable, fake: Callable, public: str) -> Callable:
-    """Define ``fastgist::<schema>`` with one implementation for all devices, a fake, and a guard against autograd.
+    """Define ``fastgist::<schema>`` with one implementation for all devices, a fake, and a guard against autograd. Returns the
+    function that calls it, past the dispatcher where nobody would notice.
 
     Raw ops compute and do not differentiate: the public function wraps them in an autograd.Function. A raw op called
     with tensors that require gradients would drop those silently, so what the guard returns raises in a backward and names
@@ -38,8 +39,9 @@ def define(schema: str, implementation: Callable, fake: Callable, public: str) -
     ops, and may be called with gradients on.)
     """
     name = schema.split("(", 1)[0]
+    directly = _without_autocast(implementation)
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, directly, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgist::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.fastgist, name).default
     public = public if "." in public else f"fastgist.functional.{public}"
@@ -61,8 +63,30 @@ def define(schema: str, implementation: Callable, fake: Callable, public: str) -
             return _NotDifferentiable.apply(message, 1, results, *leaves)[0]
         return _NotDifferentiable.apply(message, len(results), *results, *leaves)
 
+    def call(*args):
+        if torch.compiler.is_compiling() or not _nobody_listens(args):
+            return op(*args)
+        return directly(*args)
+
     _LIBRARY.impl(name, guard, "Autograd")
-    return op
+    return call
+
+
+def _nobody_listens(args: Iterable[object]) -> bool:
+    """Whether a raw op's implementation may be called past the dispatcher, which takes twice the host time of a launch: inside
+    an autograd.Function, on ordinary tensors, with no mode, transform or tracer that wants to see the operator."""
+    return (
+        not torch.is_grad_enabled()
+        and _count_modes() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and all(type(a) in _ORDINARY for a in args if isinstance(a, Tensor))
+    )
+
+
+_ORDINARY = frozenset({Tensor, torch.nn.Parameter})
+#: Where a version of torch cannot say, somebody may listen.
+_count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
 class _NotDifferentiable(torch.autograd.Function):

@@ -45,7 +45,8 @@ class FirstBlock:
         if torch.compiler.is_compiling():
             if not torch.compiler.is_dynamo_compiling():  # torch.export, whose is_exporting() some versions say of both
                 return False
-        elif torch._C._are_functorch_transforms_active():
+        elif x.is_cuda or torch._C._are_functorch_transforms_active():
+            # One after the other the sums cost an H200 more than the attention's backward; a compiler joins them.
             return False
         if hooked_everywhere():
             return False
