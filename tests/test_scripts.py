@@ -224,14 +224,21 @@ def test_plot_draws_what_counts_and_names_the_device(tmp_path):
         )
     ]
     environment = {"device": "A <CPU>", "threads": 2, "versions": {"torch": "2.0"}, "date": "2026-01-01"}
-    (tmp_path / "a-cpu").mkdir()
-    (tmp_path / "a-cpu" / "adapter.json").write_text(json.dumps({"environment": environment, "rows": rows}))
-    out = tmp_path / "plot.svg"
+    (tmp_path / "cpu-a").mkdir()
+    (tmp_path / "cpu-a" / "adapter.json").write_text(json.dumps({"environment": environment, "rows": rows}))
+    out = tmp_path / "figures"
     assert plot.main(["--results", str(tmp_path), "--out", str(out)]) == 0
-    drawn = out.read_text()
+    assert [file.name for file in out.iterdir()] == ["benchmark.svg"], "no GPU was measured"
+    drawn = (out / "benchmark.svg").read_text()
     assert "A &lt;CPU&gt;, 2 threads" in drawn
     assert "4 k rows/s, 2 ms, 2 x floor" in drawn
     assert "3 MiB" in drawn
     assert ">eager<" in drawn
     assert "wrong" not in drawn
+    step = {"graph_replay_s": 1e-3, "parity": "within the budget (as 'fastgist')"}
+    (tmp_path / "a-gpu").mkdir()
+    (tmp_path / "a-gpu" / "adapter.json").write_text(json.dumps({"environment": environment, "rows": [rows[0] | step]}))
+    assert plot.main(["--results", str(tmp_path), "--out", str(out)]) == 0
+    assert "2 ms, 2 x floor; 1 ms as a CUDA graph" in (out / "benchmark-gpu.svg").read_text()
+    assert (out / "benchmark.svg").read_text() == drawn
     assert plot.main(["--results", str(tmp_path / "none"), "--out", str(out)]) == 1
