@@ -158,7 +158,7 @@ def find_family(model: nn.Module, caller: str) -> Family:
     reason = next((why for family in _FAMILIES if (why := family.why_not(model)) is not None), None)
     if reason is not None:
         raise TypeError(f"{caller}: {reason}")
-    known = ", ".join(f.name for f in _FAMILIES) or "timm vision transformers (timm is not imported)"
+    known = ", ".join(sorted(f.name for f in _FAMILIES)) or "timm vision transformers (timm is not imported)"
     reason = f" ({timm_models.why_unknown(model)})" if of_timm else ""
     raise TypeError(
         f"{caller}: the structure of {type(model).__module__}.{type(model).__name__} is not known"

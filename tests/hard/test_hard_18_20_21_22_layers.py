@@ -224,7 +224,7 @@ def test_22_saved_once_loaded_once_still_shared(tmp_path) -> None:
         assert _shared(other) == 1
         assert torch.equal(other.eval()(x), model.eval()(x))
     state = torch.load(io.BytesIO(_saved(model.state_dict())), weights_only=True)
-    assert state["blocks.0.attn.qkv.factors.u"].data_ptr() == state["blocks.2.attn.qkv.factors.u"].data_ptr()
+    assert [name for name in state if name.endswith("factors.u")] == ["blocks.0.attn.qkv.factors.u"]
 
 
 def _saved(state) -> bytes:
