@@ -7,6 +7,14 @@ from fastgist.nn.cp import CPFactors, CPLinear
 from fastgist.nn.gist_token import GistToken
 from fastgist.nn.lora import LoRALinear
 from fastgist.nn.losses import BidirectionalKLLoss, GistLoss
+from fastgist.nn.moe import (
+    Gate,
+    InstructionMixer,
+    InstructionMoE,
+    load_balance_loss,
+    mix_instructions,
+    pool_instruction,
+)
 from fastgist.nn.prefix import AttentionForward, PrefixedAttention
 from fastgist.nn.prompt import PromptedBlock
 from fastgist.nn.schedule import Cosine, Linear, Schedule
@@ -26,8 +34,11 @@ __all__ = [
     "CPFactors",
     "CPLinear",
     "Factors",
+    "Gate",
     "GistLoss",
     "GistToken",
+    "InstructionMixer",
+    "InstructionMoE",
     "LoRALinear",
     "PrefixedAttention",
     "PromptedBlock",
@@ -39,4 +50,7 @@ __all__ = [
     "is_hooked",
     "is_plain",
     "linear_slice",
+    "load_balance_loss",
+    "mix_instructions",
+    "pool_instruction",
 ]
