@@ -3,7 +3,7 @@
 from fastgist.nn._tuner import Factors, TunerLinear, factory, fan, is_hooked, is_plain, linear_slice
 from fastgist.nn.adapter import AdaptedBlock, AdaptedLayer, Adapter, BlockForward
 from fastgist.nn.affine import AffineLayer, BiasShift, ScaleShift, channels
-from fastgist.nn.cp import CPFactors, CPLinear
+from fastgist.nn.cp import CPFactors, CPLinear, update_thresholds
 from fastgist.nn.gist_token import GistToken
 from fastgist.nn.lora import LoRALinear
 from fastgist.nn.losses import BidirectionalKLLoss, GistLoss
@@ -18,6 +18,7 @@ from fastgist.nn.moe import (
 from fastgist.nn.prefix import AttentionForward, PrefixedAttention
 from fastgist.nn.prompt import PromptedBlock
 from fastgist.nn.schedule import Cosine, Linear, Schedule
+from fastgist.nn.threshold import CPThreshold
 
 __all__ = [
     "AdaptedBlock",
@@ -33,6 +34,7 @@ __all__ = [
     "Schedule",
     "CPFactors",
     "CPLinear",
+    "CPThreshold",
     "Factors",
     "Gate",
     "GistLoss",
@@ -53,4 +55,5 @@ __all__ = [
     "load_balance_loss",
     "mix_instructions",
     "pool_instruction",
+    "update_thresholds",
 ]
