@@ -87,12 +87,13 @@ def test_norms_from_gram_matrices_are_the_dense_ones(core) -> None:
 
 
 def test_a_norm_that_cancels_is_not_nan() -> None:
-    u = torch.randn(50, 2)
-    u[:, 1] = u[:, 0]
-    v = torch.randn(40, 1).expand(40, 2).contiguous()
-    for _ in range(50):
-        g = torch.randn(1, 1)
-        assert bool(delta_norms(u * torch.rand(1), v, torch.cat((g, -g), 1)).isfinite().all())
+    v = torch.randn(40, 1).expand(40, 3).contiguous()
+    for _ in range(
+        50
+    ):  # a sum that is zero but for rounding, which takes its square below zero in about half of the draws
+        u = torch.randn(50, 2)
+        u = torch.cat((u, u.sum(1, keepdim=True)), 1)
+        assert bool(delta_norms(u, v, torch.tensor([[1.0, 1.0, -1.0]])).isfinite().all())
 
 
 @pytest.mark.parametrize("core", CORES)
@@ -138,6 +139,37 @@ def test_trust_counts_the_layers_scale() -> None:
     held = 0.3 * layer.base_layer.weight.norm()
     assert float(4 * f.delta_norms()[2]) > float(held)
     torch.testing.assert_close(layer.get_delta_weight().norm(), held)
+
+
+def test_trust_reads_the_folds_of_a_layer_stored_the_other_way_round() -> None:
+    class Conv1D(nn.Module):  # as transformers has it: (in, out)
+        def __init__(self, nx, nf) -> None:
+            super().__init__()
+            self.nx, self.nf = nx, nf
+            self.weight = nn.Parameter(torch.randn(nx, nf, dtype=torch.float64))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    f = factors(threshold=threshold("trust", False))
+    out = CPLinear(Conv1D(K, 2 * N), f, (0, 3))
+    into = CPLinear(Conv1D(2 * K, N), f, (1, 4))
+    halves = [*out.base_layer.weight.split(N, 1), *into.base_layer.weight.split(K, 0)]
+    expected = torch.stack([half.norm() for half in halves])
+    torch.testing.assert_close(f.threshold.weight_norms[[0, 3, 1, 4]], expected.detach())
+    assert f.threshold.weight_norms[2].item() == math.inf
+
+
+@pytest.mark.parametrize("policy", ["modes", "trust"])
+def test_float32_factors_hold_a_half_precision_layer(policy) -> None:
+    f = factors(threshold=threshold(policy, False), dtype=torch.float32)
+    layer = CPLinear(base(dtype=torch.bfloat16), f, 1)
+    x = torch.randn(7, K).bfloat16()
+    exact = x.double() @ (layer.base_layer.weight.double().T + layer.get_delta_weight().double().T)
+    exact = exact + layer.base_layer.bias.double()
+    plain = layer.base_layer(x) + x @ layer.get_delta_weight().bfloat16().T
+    assert_within_budget(layer(x), plain, exact.detach())
+    assert f.threshold.weight_norms.dtype == torch.float32
 
 
 def test_trust_leaves_small_updates_alone() -> None:
