@@ -3,13 +3,22 @@
 from fastgist.nn._tuner import Factors, TunerLinear, factory, fan, is_hooked, is_plain, linear_slice
 from fastgist.nn.adapter import AdaptedBlock, AdaptedLayer, Adapter, BlockForward
 from fastgist.nn.affine import AffineLayer, BiasShift, ScaleShift, channels
-from fastgist.nn.cp import CPFactors, CPLinear
+from fastgist.nn.cp import CPFactors, CPLinear, update_thresholds
 from fastgist.nn.gist_token import GistToken
 from fastgist.nn.lora import LoRALinear
 from fastgist.nn.losses import BidirectionalKLLoss, GistLoss
+from fastgist.nn.moe import (
+    Gate,
+    InstructionMixer,
+    InstructionMoE,
+    load_balance_loss,
+    mix_instructions,
+    pool_instruction,
+)
 from fastgist.nn.prefix import AttentionForward, PrefixedAttention
 from fastgist.nn.prompt import PromptedBlock
 from fastgist.nn.schedule import Cosine, Linear, Schedule
+from fastgist.nn.threshold import CPThreshold
 
 __all__ = [
     "AdaptedBlock",
@@ -25,9 +34,13 @@ __all__ = [
     "Schedule",
     "CPFactors",
     "CPLinear",
+    "CPThreshold",
     "Factors",
+    "Gate",
     "GistLoss",
     "GistToken",
+    "InstructionMixer",
+    "InstructionMoE",
     "LoRALinear",
     "PrefixedAttention",
     "PromptedBlock",
@@ -39,4 +52,8 @@ __all__ = [
     "is_hooked",
     "is_plain",
     "linear_slice",
+    "load_balance_loss",
+    "mix_instructions",
+    "pool_instruction",
+    "update_thresholds",
 ]

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from fastgist.nn._tuner import Factors, TunerLinear, check_dropout, check_positive, uniform_fan_in_
+from fastgist.nn.threshold import CPThreshold, delta_norms, full_precision, mode_energies
 
-__all__ = ["CPFactors", "CPLinear"]
+__all__ = ["CPFactors", "CPLinear", "update_thresholds"]
 
 CORES = ("cp", "tucker", "tt")
 Mode = int | tuple[int | None, ...]
@@ -41,13 +42,15 @@ class CPFactors(nn.Module):
         core: "cp" (the paper's; a trained lambda shared by all matrices), "tucker" (the released code's R^3 core) or "tt"
             (an R x R matrix for each mode, in p's place).
         dropout: rate on ``x U`` in training, one mask a layer call.
+        threshold: a :class:`fastgist.nn.CPThreshold` of its own, or None: updates pass as they are.
         device, dtype: of the parameters.
 
     Parameters: ``u`` (K, R) ~ U(-1/sqrt(K), 1/sqrt(K)), ``v`` (n, R) zero, ``p`` (M, R) xavier_uniform, and ``lam``
     (R,) ones or ``c`` (R, R, R) xavier_uniform. For "tt" ``s`` (M, R, R) ~ U(-1/sqrt(R), 1/sqrt(R)) instead of p.
 
     Raises:
-        ValueError: a size that is not positive, an unknown core, a dropout outside [0, 1).
+        ValueError: a size that is not positive, an unknown core, a dropout outside [0, 1), a threshold that other factors
+            have.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class CPFactors(nn.Module):
         core: str = "cp",
         dropout: float = 0.0,
         *,
+        threshold: CPThreshold | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -82,10 +86,17 @@ class CPFactors(nn.Module):
             self.lam = nn.Parameter(torch.empty(rank, **kwargs))
         elif core == "tucker":
             self.c = nn.Parameter(torch.empty(rank, rank, rank, **kwargs))
+        if threshold is not None:
+            if not isinstance(threshold, CPThreshold):
+                raise TypeError(f"CPFactors: threshold must be a CPThreshold or None, got {type(threshold).__name__}")
+            threshold.bind(modes, self.u.device, self.u.dtype)
+        self.threshold = threshold
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw all factors anew; V = 0, so every update is zero."""
+        if self.threshold is not None:
+            self.threshold.reset()
         uniform_fan_in_(self.u, self.in_features)
         nn.init.zeros_(self.v)
         if self.core == "tt":
@@ -109,35 +120,86 @@ class CPFactors(nn.Module):
             u (K, R), v and gain. CP: v (n, R), gain (G, R). Else the core is folded into v, (G n, R), gain None. Inward,
             gain and core are folded into u, (G K, R), and v is (n, R).
         """
-        rows = self._rows(mode)
+        core = self._core(_rows(self._table, mode, 0.0))
+        if self.threshold is not None:
+            core = self.threshold(self.u, self.v, core, _rows(self.threshold.weight_norms, mode, math.inf))
         if self.core == "cp":
-            gain = rows * self.lam
             if not inward:
-                return Factors(self.u, self.v, gain)
-            return Factors((self.u * gain[:, None]).reshape(-1, self.rank), self.v, None)
-        core = rows  # S (G, R_u, R_v)
-        if self.core == "tucker":
-            core = torch.tensordot(rows, self.c, dims=([1], [2]))
+                return Factors(self.u, self.v, core)
+            return Factors((self.u * core[:, None]).reshape(-1, self.rank), self.v, None)
         if inward:
             return Factors(torch.matmul(self.u, core).reshape(-1, self.rank), self.v, None)  # U S_g (G, K, R_v)
         folded = torch.matmul(self.v, core.transpose(1, 2))  # V S_g^T (G, n, R_u)
         return Factors(self.u, folded.reshape(-1, self.rank), None)
 
-    def _rows(self, mode: Mode) -> Tensor:
-        """p's (or s's) rows of ``mode``, (G, ...): a slice where they are neighbours, which costs no index tensor."""
-        table = self.s if self.core == "tt" else self.p
-        if isinstance(mode, int):
-            return table[mode : mode + 1]
-        first = mode[0]
-        if first is not None and mode == tuple(range(first, first + len(mode))):
-            return table[first : first + len(mode)]
-        return torch.stack([torch.zeros_like(table[0]) if m is None else table[m] for m in mode])
+    @property
+    def _table(self) -> Tensor:
+        return self.s if self.core == "tt" else self.p
+
+    def _core(self, rows: Tensor) -> Tensor:
+        """Of rows of the table: gains (G, R) for "cp", else S (G, R_u, R_v)."""
+        if self.core == "cp":
+            return rows * self.lam
+        return torch.tensordot(rows, self.c, dims=([1], [2])) if self.core == "tucker" else rows
+
+    def _all(self) -> Tensor:
+        """The core of all M modes, also under autocast in the factors' dtype."""
+        with full_precision(self.u):
+            return self._core(self._table)
+
+    # -- the threshold --------------------------------------------------------------------------------------------------
+    def update_threshold(self, progress: float = 0.0) -> None:
+        """Let the threshold follow the factors; once an optimiser step, see :func:`update_thresholds`.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        if self.threshold is None:
+            raise RuntimeError("CPFactors.update_threshold: these factors have no threshold")
+        self.threshold.update(self.u, self.v, self._all(), progress)
+
+    @torch.no_grad()
+    def mode_energies(self) -> Tensor:
+        """(M, R), :func:`fastgist.nn.threshold.mode_energies` of every matrix, before any threshold."""
+        return mode_energies(self.u, self.v, self._all())
+
+    @torch.no_grad()
+    def delta_norms(self) -> Tensor:
+        """(M,), the Frobenius norm of every matrix's update, before any threshold."""
+        return delta_norms(self.u, self.v, self._all())
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, modes={self.modes}, "
             f"core={self.core!r}, dropout={self.dropout}"
         )
+
+
+def _rows(table: Tensor, mode: Mode, absent: float) -> Tensor:
+    """The table's rows of ``mode``, (G, ...): a slice where they are neighbours, which costs no index tensor. ``absent`` fills
+    the rows of folds without a mode."""
+    if isinstance(mode, int):
+        return table[mode : mode + 1]
+    first = mode[0]
+    if first is not None and mode == tuple(range(first, first + len(mode))):
+        return table[first : first + len(mode)]
+    return torch.stack([torch.full_like(table[0], absent) if m is None else table[m] for m in mode])
+
+
+def update_thresholds(model: nn.Module, progress: float = 0.0) -> int:
+    """Bring every threshold in ``model`` up to date with its factors; call it once after each optimiser step, or have the
+    optimiser do so: ``optimizer.register_step_post_hook(lambda *_: update_thresholds(model))``.
+
+    Args:
+        progress: of the training, in [0, 1], for a gamma that is a schedule.
+
+    Returns:
+        How many there are.
+    """
+    found = [m for m in model.modules() if isinstance(m, CPFactors) and m.threshold is not None]
+    for factors in found:
+        factors.update_threshold(progress)
+    return len(found)
 
 
 class CPLinear(TunerLinear):
@@ -195,6 +257,9 @@ class CPLinear(TunerLinear):
                 )
         if all(m is None for m in modes):
             raise ValueError("CPLinear: at least one fold must have a mode, got only None")
+        if factors.threshold is not None:
+            sizes = self.in_features, self.out_features
+            factors.threshold.observe(base_layer, modes, sizes, self.inward, self.scale)
         self.factors = factors
         self.mode: Mode = modes[0] if single else modes  # type: ignore[assignment]
 

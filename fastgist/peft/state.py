@@ -277,9 +277,10 @@ def _site_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     state = state_of(model)
     record = None if state is None else state.record()
     for path, wrapper in ({} if record is None else record.sites).items():
-        for name, parameter in wrapper.named_parameters(prefix=path, remove_duplicate=False):
+        held = (wrapper.named_parameters, wrapper.named_buffers)
+        for name, tensor in (pair for named in held for pair in named(prefix=path, remove_duplicate=False)):
             if not name.startswith(f"{path}.base_layer."):
-                yield name, parameter
+                yield name, tensor
 
 
 def owned_tensors(model: nn.Module, state: State) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from fastgist.nn import (
     BiasShift,
     CPFactors,
     CPLinear,
+    CPThreshold,
     LoRALinear,
     PrefixedAttention,
     PromptedBlock,
@@ -58,7 +59,7 @@ class Rowwise:
             if inspect.isclass(getattr(layers, n, None))
         ]
         ours = [AdaptedBlock, AdaptedLayer, Adapter, BiasShift, CPFactors, CPLinear, LoRALinear, PrefixedAttention]
-        ours += [PromptedBlock, ScaleShift]
+        ours += [CPThreshold, PromptedBlock, ScaleShift]
         self.known = self.norms | {Block, layers.Attention, nn.Linear, nn.Dropout, *activations, *others, *ours}
 
     def serves(self, model: Any) -> bool:
