@@ -279,8 +279,8 @@ def stein_score(samples: Tensor, at: Tensor, degree: int = 1, iterations: int = 
 
     The spectral Stein gradient estimator with an RBF kernel K over the samples,
     :math:`\hat g(x) = -k(x)^T U \Lambda^{-2} U^T G,\; G = \sum_m \nabla_{x_m} k(x_m, \cdot)`, U and Lambda the leading
-    eigenpairs of K. Samples are whitened first (which makes the estimate equivariant under affine maps), so the
-    squared bandwidth is twice the mean squared distance, 2 d, without a sort for the paper's median.
+    eigenpairs of K. Samples are whitened first (which makes the estimate equivariant under affine maps). The squared
+    bandwidth is 4 d, twice their mean squared distance: ours, where the paper has the median, which would need a sort.
 
     Only the span of U matters: with any basis Q of it, U Lambda^-2 U^T is Q (Q^T K Q)^-2 Q^T. Orthogonal iteration finds
     it from the polynomials of ``degree`` 1 (1 + d functions) or 2 (1 + d + d (d + 1) / 2), which are nearly the leading
@@ -298,7 +298,7 @@ def stein_score(samples: Tensor, at: Tensor, degree: int = 1, iterations: int = 
     white = torch.linalg.solve_triangular(factor.mT, centred, upper=True, left=False)
     points = torch.linalg.solve_triangular(factor.mT, at - mean, upper=True, left=False)
 
-    width = 4.0 * d  # bandwidth squared, times 2 (the 2 of the kernel) below
+    width = 4.0 * d  # the squared bandwidth
     gram, cross = _rbf(white, white, width), _rbf(points, white, width)
     gradients = (white * gram.sum(1, keepdim=True) - gram @ white) / width
     functions = [torch.ones_like(white[:, :1]), white]
