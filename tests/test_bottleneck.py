@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from fastgist.nn import InformationBottleneckLoss
 from fastgist.nn._estimators import Club, Mine, as_tokens, dense, stein_score
 from fastgist.testing import assert_within_budget
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 NARROW = {"z_dim": 12, "x_dim": 10, "y_dim": 20}
 
@@ -136,7 +137,7 @@ def test_clubs_gathered_columns_equal_the_dense_form(rows: int) -> None:
         (torch.float64, dense(tokens, 20).double()),
     ):
         club.to(dtype)
-        leaf = source.to(dtype).requires_grad_()
+        leaf = source.to(dtype, copy=True).requires_grad_()
         value = club(leaf, target, shift)
         value.backward()
         results.append((value.detach(), leaf.grad))
@@ -163,12 +164,16 @@ CHOICES = [("score", "score"), ("club", "mine"), ("score", "mine"), ("club", "sc
 @pytest.mark.parametrize(("compression", "relevance"), CHOICES)
 def test_resumes_from_its_state_dict_bit_for_bit(compression: str, relevance: str) -> None:
     torch.manual_seed(0)
-    loss = InformationBottleneckLoss(**NARROW, compression=compression, relevance=relevance, projection="learned", bank=512)
+    loss = InformationBottleneckLoss(
+        **NARROW, compression=compression, relevance=relevance, projection="learned", bank=512
+    )
     assert not list(loss.parameters())
     for _ in range(3):
         loss(*batch(200))
     state = copy.deepcopy(loss.state_dict())
-    fresh = InformationBottleneckLoss(**NARROW, compression=compression, relevance=relevance, projection="learned", bank=512)
+    fresh = InformationBottleneckLoss(
+        **NARROW, compression=compression, relevance=relevance, projection="learned", bank=512
+    )
     fresh.load_state_dict(state)
     grads = []
     for module in (loss, fresh):

@@ -125,7 +125,7 @@ class Club(_Fitted):
     """
 
     def __init__(self, source: int, target: int, hidden: int, lr: float, steps: int, device: Any = None) -> None:
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for part in ("mu", "var"):
             shapes |= {f"{part}_in": (hidden, source), f"{part}_in_bias": (hidden,)}
             shapes |= {f"{part}_out": (target, hidden), f"{part}_out_bias": (target,)}
@@ -211,7 +211,12 @@ class Mine(_Fitted):
     """
 
     def __init__(self, left: int, right: int, hidden: int, lr: float, steps: int, device: Any = None) -> None:
-        shapes = {"left": (left, hidden), "right": (right, hidden), "bias": (hidden,), "out": (hidden,)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "left": (left, hidden),
+            "right": (right, hidden),
+            "bias": (hidden,),
+            "out": (hidden,),
+        }
         super().__init__(shapes, lr, steps, device)
         self.fan_in = left + right
         self.register_buffer("log_normaliser", torch.zeros((), device=device, dtype=torch.float32))
