@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from fastgist.nn import InformationBottleneckLoss
 from fastgist.nn._estimators import Club, Mine, as_tokens, dense, stein_score
 from fastgist.testing import assert_within_budget
 
-NARROW = {"z_dim": 12, "x_dim": 10, "y_dim": 20}
+NARROW: dict[str, Any] = {"z_dim": 12, "x_dim": 10, "y_dim": 20}
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
