@@ -166,7 +166,7 @@ class InformationBottleneckLoss(nn.Module):
             self.register_buffer("z_bank", torch.empty(bank, kept, device=device, dtype=torch.float32))
             self.register_buffer("seen", torch.zeros((), device=device, dtype=torch.int64))
         if relevance == "score":
-            shape = (y_dim, dims // 2)
+            shape = (y_dim or 0, dims // 2)
             self.register_buffer("y_projection", torch.empty(shape, device=device, dtype=torch.float32))
             self.register_buffer("y_bank", torch.empty(bank, dims // 2, device=device, dtype=torch.float32))
         self.reset_parameters()
@@ -179,7 +179,7 @@ class InformationBottleneckLoss(nn.Module):
             else:
                 buffer.zero_()
         for estimator in self.children():
-            estimator.reset_parameters()  # type: ignore[operator]
+            estimator.reset_parameters()
 
     def sample(self, z: Tensor) -> Tensor:
         """z + sigma eps in training, z in evaluation; z (..., z_dim)."""
