@@ -3,6 +3,7 @@
 from fastgist.nn._tuner import Factors, TunerLinear, factory, fan, is_hooked, is_plain, linear_slice
 from fastgist.nn.adapter import AdaptedBlock, AdaptedLayer, Adapter, BlockForward
 from fastgist.nn.affine import AffineLayer, BiasShift, ScaleShift, channels
+from fastgist.nn.bottleneck import InformationBottleneckLoss
 from fastgist.nn.cp import CPFactors, CPLinear, update_thresholds
 from fastgist.nn.gist_token import GistToken
 from fastgist.nn.lora import LoRALinear
@@ -41,6 +42,7 @@ __all__ = [
     "GistToken",
     "InstructionMixer",
     "InstructionMoE",
+    "InformationBottleneckLoss",
     "LoRALinear",
     "PrefixedAttention",
     "PromptedBlock",
