@@ -224,6 +224,30 @@ def test_float32_weights_beside_a_half_precision_x(impl, device, wanted, experts
         torch.testing.assert_close(ours.half(), rounded, **close)
 
 
+def test_two_residuals_do_not_share_a_gradients_memory(impl, device):
+    inputs = case(6, 24, 4, device=device)
+    r, q = (torch.randn(6, 24, device=device, requires_grad=True) for _ in range(2))
+    y = adapter(*(inputs[k] for k in NAMES[:5]), residual=(r, q), impl=impl)
+    y.square().sum().backward()
+    assert torch.equal(r.grad, q.grad) and torch.equal(r.grad, (2 * y).detach())
+    r.grad.zero_()
+    assert q.grad.abs().max() > 0
+
+
+def test_hard_19_residuals_and_gradients_beyond_float16(impl, device):
+    """60000 + 60000 passes float16's range, half of it does not; float32 gradients have float32's range."""
+    inputs = case(8, 24, 4, dtype=torch.float16, device=device)
+    big = torch.full((8, 24), 60000.0, dtype=torch.float16, device=device)
+    weights = [torch.zeros_like(inputs[k]) for k in NAMES[1:5]]
+    y = adapter(inputs["x"], *weights, residual=(big, big), residual_scale=0.5, impl=impl)
+    assert torch.equal(y, big)
+    leaves = [inputs[k].float().requires_grad_() for k in NAMES[1:5]]
+    y = adapter(inputs["x"], *leaves, residual=False, impl=impl)
+    y.backward(torch.full_like(y, 20000.0))
+    assert leaves[3].grad.dtype == torch.float32 and torch.equal(leaves[3].grad, torch.full_like(leaves[3], 160000.0))
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+
 def test_autocast_leaves_float32_weights_to_the_kernel(impl, device):
     inputs = case(20, 24, 6, device=device)
     leaves = [inputs[k].detach().requires_grad_() for k in NAMES[1:5]]

@@ -272,7 +272,30 @@ def test_raw_ops_go_past_the_dispatcher_only_where_nobody_listens():
         with torch._subclasses.FakeTensorMode():
             fake = torch.empty(2)
         seen.append(_nobody_listens((fake,)))
-    assert seen == [False] * 3
+        seen.append(_nobody_listens((torch.randn(2, dtype=torch.cfloat).conj().imag,)))  # its memory is the negative
+        assert _nobody_listens((torch.ones(3, 2).t(), torch.ones(4)[1:], torch.ones(2).bfloat16()))
+    assert seen == [False] * 4
+
+
+def test_a_batch_of_gradients_is_seen_by_the_dispatcher():
+    """torch.autograd.functional's vectorize is torch's older vmap, whose batches look like ordinary tensors."""
+    from fastgist.ops._common import _nobody_listens
+
+    seen = []
+
+    class Listening(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(_nobody_listens((x,)))
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(_nobody_listens((grad,)))
+            return grad
+
+    torch.autograd.functional.jacobian(Listening.apply, torch.randn(3), vectorize=True)
+    assert seen == [True, False]
 
 
 def test_every_raw_op_was_reached():

@@ -233,6 +233,30 @@ def test_recomputation_changes_nothing(config, ours, request):
     assert_same(step(model), want)
 
 
+@pytest.mark.parametrize("where", ["fc1", "fc2", "norm2", "norm and dropout"])
+def test_recomputation_draws_what_the_forward_drew(where):
+    """Dropout in a hook or beside the norm: the recomputed hidden units see the same mask."""
+    model = fg.add_gist(fg.get_peft_model(vit(depth=3), fg.LoraConfig(2, targets=("fc1", "fc2")))).double().train()
+    block = model.model.blocks[1]
+    drop = torch.nn.Dropout(0.5)
+    if where == "fc1":
+        block.mlp.fc1.register_forward_hook(lambda module, args, out: drop(out))
+    elif where == "fc2":
+        block.mlp.fc2.register_forward_pre_hook(lambda module, args: (drop(args[0]),))
+    elif where == "norm2":
+        block.norm2.register_forward_hook(lambda module, args, out: drop(out))
+    else:
+        block.norm2 = torch.nn.Sequential(block.norm2, drop)
+    loss, x, target = fg.nn.GistLoss(), images().double(), torch.tensor([0, 1, 2])
+    found = []
+    for checkpointing in (False, "mlp"):
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad(loss(model(x), target), [p for p in model.parameters() if p.requires_grad]))
+    for kept, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, kept, rtol=1e-10, atol=1e-12)
+
+
 def test_recomputation_keeps_no_hidden_units_and_makes_one_product_again():
     model, x, loss = made(CONFIGS["shared"]), images(), fg.nn.GistLoss()
     widths, kept = {}, {}

@@ -129,6 +129,65 @@ def test_where_gradients_of_q_k_and_v_are_left_apart(monkeypatch):
         torch.testing.assert_close(ours, whole, rtol=1e-9, atol=1e-12)
 
 
+def test_a_computed_qkv_weight_gets_its_whole_gradient(monkeypatch):
+    """A weight that is a plain tensor (a hypernetwork's, a replica's) is no parameter, and takes a gradient all the same."""
+    model = fg.add_gist(fg.get_peft_model(vit(depth=3), fg.LinearProbeConfig())).double().train()
+    sources = []
+    for block in model.model.blocks[:2]:
+        source = block.attn.qkv.weight.detach().clone().requires_grad_()
+        del block.attn.qkv.weight
+        block.attn.qkv.weight = source * 1.0
+        sources.append(source)
+    loss, x, target = fg.nn.GistLoss(), images().double(), torch.tensor([0, 1, 2])
+
+    def gradients():
+        torch.manual_seed(0)
+        return torch.autograd.grad(loss(model(x), target), sources, retain_graph=True)
+
+    monkeypatch.setattr(blocks, "_in_half_on_gpu", lambda t: True)
+    ours = gradients()
+    monkeypatch.setattr(blocks, "_in_half_on_gpu", lambda t: False)
+    monkeypatch.setattr(type(model.host.first), "serves", lambda *a: False)
+    for got, want in zip(ours, gradients(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_an_adapted_block_with_a_run_of_its_own_runs_it():
+    model = fg.add_gist(fg.get_peft_model(vit(depth=3), fg.AdapterConfig(4, placement="shared"))).eval()
+    runs, block = [], model.model.blocks[1]
+    own = block.run
+    block.run = lambda *a, **k: runs.append(1) or own(*a, **k)
+    model(images())
+    assert len(runs) == 1
+
+
+def test_global_backward_hooks_see_blocks_and_attention():
+    model = fg.add_gist(fg.get_peft_model(vit(depth=3), fg.LinearProbeConfig())).train()
+    seen = []
+    hook = nn.modules.module.register_module_full_backward_hook(lambda module, *a: seen.append(type(module).__name__))
+    try:
+        model(images()).logits.sum().backward()
+    finally:
+        hook.remove()
+    assert seen.count("Block") == seen.count("Attention") == 3
+
+
+def test_a_traced_model_can_be_saved(tmp_path):
+    model = fg.add_gist(fg.get_peft_model(vit(depth=3), fg.LinearProbeConfig())).eval()
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x, return_gist_logits=False).logits
+
+    x = images()
+    torch.jit.save(torch.jit.trace(Logits(), (x,)), str(tmp_path / "model.pt"))
+    torch.testing.assert_close(torch.jit.load(str(tmp_path / "model.pt"))(x), model(x).logits)
+
+
 def test_attention_that_somebody_watches_or_masks_is_called(monkeypatch):
     from timm.layers import Attention
 

@@ -38,8 +38,9 @@ def fuses(rows: int, width: int, classes: int) -> bool:
 
 
 def hooked_everywhere() -> bool:
-    """Whether torch has hooks that run at every module's forward."""
-    return bool(_torch_module._global_forward_hooks or _torch_module._global_forward_pre_hooks)
+    """Whether torch has hooks that run at every module's forward or backward."""
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return any(getattr(_torch_module, f"_global_{kind}", None) for kind in kinds)
 
 
 def default_loss(config: Any, labels: Tensor, logits_width: int | None) -> GistLoss:

@@ -72,7 +72,7 @@ def _attention_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     run, wide = _run_for(q, k, v), _wide(q.dtype)
     if run is not None:
         out, lse = run(q, k, v)
-        lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.shape[2]]  # of padded rows, or with a dimension of 1
+        lse = lse.flatten(2)[:, :, : q.shape[2]]  # of padded rows, or with a dimension of 1
     else:  # in a compiled graph, where nobody could ask before
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         lse = ((q.to(wide) * q.shape[-1] ** -0.5) @ k.to(wide).transpose(-2, -1)).logsumexp(-1)

@@ -80,8 +80,23 @@ def _nobody_listens(args: Iterable[object]) -> bool:
         and _count_modes() == 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
-        and all(type(a) in _ORDINARY for a in args if isinstance(a, Tensor))
+        and all(_is_ordinary(a) for a in args if isinstance(a, Tensor))
     )
+
+
+def _is_ordinary(t: Tensor) -> bool:
+    """Whether nothing but autograd and the device's kernels have a part in ``t``: no negative or conjugate bit, no batch of
+    torch's older vmap, no subclass."""
+    return type(t) in _ORDINARY and torch._C._dispatch_keys(t).raw_repr() in _ordinary_keys(t.device.type)
+
+
+@functools.cache
+def _ordinary_keys(device: str) -> frozenset[int]:
+    """Dispatch keys of ordinary tensors: one, and one made in inference mode."""
+    plain = torch.empty(0, device=device)
+    with torch.inference_mode():
+        inferred = torch.empty(0, device=device)
+    return frozenset(torch._C._dispatch_keys(t).raw_repr() for t in (plain, inferred))
 
 
 _ORDINARY = frozenset({Tensor, torch.nn.Parameter})

@@ -54,7 +54,9 @@ def _fwd(
     if impl == "reference" or x.numel() == 0:
         down_weight, up_weight = down_weight.to(x.dtype), up_weight.to(x.dtype)
         down_bias, up_bias = _as(down_bias, x.dtype), _as(up_bias, x.dtype)
-        added = residual if branch is None else residual + branch
+        added = residual
+        if branch is not None:  # of float16 the sum may pass the range where the output does not
+            added = residual.float() + branch if x.dtype == torch.float16 else residual + branch
         y, z = reference.forward(
             x, down_weight, down_bias, up_weight, up_bias, added, gate, activation, scale, residual_scale
         )
@@ -102,13 +104,18 @@ def _bwd(
 ) -> tuple[Tensor, ...]:
     impl = backends.resolve(_OP, impl, grad)
     if impl == "reference" or grad.numel() == 0 or (x is not None and x.numel() == 0):
-        down_weight, up_weight, up_bias = (_as(w, grad.dtype) for w in (down_weight, up_weight, up_bias))
+        dtype = grad.dtype
+        down_weight, up_weight, up_bias = (_as(w, dtype) for w in (down_weight, up_weight, up_bias))
+        if weight_dtype != dtype:  # their gradients are not rounded to half precision on the way
+            grad, x, down_weight, up_weight, up_bias, gate, z = (
+                _as(t, weight_dtype) for t in (grad, x, down_weight, up_weight, up_bias, gate, z)
+            )
         if z is None and any(needs[i] for i in (0, 1, 2, 3, 5)):  # zero rows, of which nothing was saved
             z = grad.new_empty(0, up_weight.shape[1])
         grads = reference.backward(
             grad, x, down_weight, up_weight, up_bias, gate, z, activation, scale, residual_scale, residual_is_x, *needs
         )
-        grads = (grads[0], *(_as(g, weight_dtype) for g in grads[1:5]), grads[5])
+        grads = (_as(grads[0], dtype), *(_as(g, weight_dtype) for g in grads[1:5]), _as(grads[5], dtype))
     else:
         from fastgist_kernels import adapter_bwd as kernels
 
@@ -203,8 +210,10 @@ class _Adapter(torch.autograd.Function):
         added = None
         if any(ctx.needs_input_grad[6:8]):
             added = grad if ctx.residual_scale == 1.0 else grad * ctx.residual_scale
-        added = [added if needed else None for needed in ctx.needs_input_grad[6:8]]
-        return *grads, *added, None, None, None, None, None, None
+        first, second = (added if needed else None for needed in ctx.needs_input_grad[6:8])
+        if first is not None and second is not None:  # two leaves must not share a gradient's memory
+            second = second.clone()
+        return *grads, first, second, None, None, None, None, None, None
 
 
 # -- the public function ---------------------------------------------------------------------------------------------

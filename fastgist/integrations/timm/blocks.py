@@ -111,7 +111,7 @@ def _apart(attention: Any, x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cuda")
         and is_plain(qkv)
         and not (is_watched(qkv) or hooked_everywhere())
-        and not any(p.requires_grad or p.dtype != x.dtype for p in qkv.parameters())
+        and not any(t is not None and (t.requires_grad or t.dtype != x.dtype) for t in (qkv.weight, qkv.bias))
         and getattr(attention, "q_bias", None) is None
     )
 
@@ -200,12 +200,21 @@ def run_block(
     out = attend(block.attn, block.norm1(x), **kwargs) if attention is None else attention(x)
     x = add("attention", x, block.drop_path1(block.ls1(out)))
     if recompute and torch.is_grad_enabled():
-        # The generators' state is noted only where something may draw: it costs the host time.
-        quiet = _is_plain_mlp(block.mlp) and is_plain(block.mlp.fc1) and is_plain(block.mlp.fc2)
-        branch = checkpoint(_normed_mlp, block, x, use_reentrant=False, preserve_rng_state=not quiet)
+        # The generators' state is noted where something may draw: it costs the host time.
+        branch = checkpoint(_normed_mlp, block, x, use_reentrant=False, preserve_rng_state=not _is_quiet(block))
     else:
         branch = _normed_mlp(block, x)
     return add("mlp", x, block.drop_path2(block.ls2(branch)))
+
+
+def _is_quiet(block: Any) -> bool:
+    """Whether norm and MLP surely draw no random numbers."""
+    from timm.layers import LayerNorm
+
+    layers = (block.mlp.fc1, block.mlp.fc2) if _is_plain_mlp(block.mlp) else (None,)
+    if type(block.norm2) not in (nn.LayerNorm, LayerNorm) or is_watched(block.norm2):
+        return False
+    return all(layer is not None and is_plain(layer) and not is_watched(layer) for layer in layers)
 
 
 def _normed_mlp(block: Any, x: Tensor) -> Tensor:
@@ -217,6 +226,8 @@ def plain_block(block: Any) -> Any:
     from timm.models.vision_transformer import Block
 
     inner = block.base_layer if type(block) in (AdaptedBlock, PromptedBlock) else block
+    if type(block) is AdaptedBlock and block.run is not run_block:  # somebody's own
+        return None
     if type(inner) is not Block or not BLOCK_PARTS.issuperset(inner._modules) or is_watched(block) or is_watched(inner):
         return None
     return inner
@@ -251,6 +262,8 @@ def run_mlp(mlp: Any, x: Tensor) -> Tensor:
 
 
 def _in_half_on_gpu(x: Tensor) -> bool:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return False  # torch.func goes through torch's own operators
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     return x.is_cuda and dtype in (torch.float16, torch.bfloat16)
 

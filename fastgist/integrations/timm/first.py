@@ -45,7 +45,7 @@ class FirstBlock:
         if torch.compiler.is_compiling():
             if not torch.compiler.is_dynamo_compiling():  # torch.export, whose is_exporting() some versions say of both
                 return False
-        elif x.is_cuda or torch._C._are_functorch_transforms_active():
+        elif x.is_cuda or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
             # One after the other the sums cost an H200 more than the attention's backward; a compiler joins them.
             return False
         if hooked_everywhere():
@@ -82,7 +82,10 @@ class FirstBlock:
 
 
 def _is_trained(leaf: nn.Module) -> bool:
-    return any(p is not None and p.requires_grad for p in leaf._parameters.values())
+    """Whether a gradient may go through the weights of a norm or a linear layer, which may be plain tensors, too: computed
+    ones, or those of a replica."""
+    weights = (getattr(leaf, name, None) for name in ("weight", "bias"))
+    return any(isinstance(t, Tensor) and t.requires_grad for t in (*weights, *leaf._parameters.values()))
 
 
 def _attend_for_rows(attention: Any, norm: Any, rows: Tensor, first: int, x: Tensor) -> Tensor:

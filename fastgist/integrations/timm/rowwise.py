@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgist.gist.loss import hooked_everywhere
 from fastgist.integrations.timm.blocks import (
     ATTENTION_PARTS,
     BLOCK_PARTS,
@@ -64,12 +65,10 @@ class Rowwise:
 
     def serves(self, model: Any) -> bool:
         """Whether the last block may be computed in part."""
-        from torch.nn.modules import module as torch_module
-
         blocks = model.blocks
         if type(blocks) is not nn.Sequential or len(blocks) == 0 or is_hooked(blocks):
             return False
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        if hooked_everywhere():
             return False
         whole = blocks[-1]
         block = whole.base_layer if type(whole) in (AdaptedBlock, PromptedBlock) else whole

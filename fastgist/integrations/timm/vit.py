@@ -22,6 +22,7 @@ from fastgist.integrations.timm.blocks import (
     BLOCK_PARTS,
     example_images,
     open_block,
+    plain_block,
     run_attention,
     run_beit_attention,
     run_beit_block,
@@ -158,6 +159,10 @@ class TimmViTGist(GistHost):
         ValueError: no class token to stand after, or pooling that a gist token has no part in.
     """
 
+    #: Of models that were pickled before there were these.
+    first: FirstBlock | None = None
+    recompute_mlp: bool = False
+
     def __init__(self, model: Any) -> None:
         name = type(model).__name__
         family = next(c for c in _classes() if isinstance(model, c))
@@ -198,7 +203,7 @@ class TimmViTGist(GistHost):
         count_prefix(model)
 
     def recompute_mlps(self, model: Any, enable: bool) -> None:
-        if enable and not self._serves(model):
+        if enable and not (self._serves(model) and all(plain_block(block) is not None for block in model.blocks)):
             raise ValueError(
                 f'GistModel: checkpointing "mlp" is for a VisionTransformer of timm\'s own blocks, read at its class token '
                 f"(this {type(model).__name__} is read by {model.global_pool!r}), that nobody watches"
