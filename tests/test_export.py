@@ -268,4 +268,7 @@ def test_other_frozen_weights_and_folders_without_an_adapter_are_refused(run: Pa
     assert result.exit_code == 2 and "trained on other frozen weights" in result.stderr  # seed 0's, not seed 3's
     result = invoke(tmp_path / "elsewhere", *output)
     assert result.exit_code == 2 and "no adapter_model.safetensors in" in result.stderr
+    (tmp_path / "sweep" / "seed-1" / "adapter").mkdir(parents=True)
+    result = invoke(tmp_path / "sweep", *output)
+    assert result.exit_code == 2 and "it holds seed-1: export one of them" in " ".join(result.stderr.split())
     assert not (tmp_path / "model.pt2").exists()

@@ -71,7 +71,9 @@ def _folders(given: Path) -> tuple[Path, Path | None]:
     for folder in (given, given / "adapter"):
         if (folder / storage.MODEL_NAME).exists():
             return folder, folder.parent if (folder.parent / "config.json").exists() else None
-    raise UserError(f"no {storage.MODEL_NAME} in {given} or {given / 'adapter'}")
+    seeds = sorted(path.parent.name for path in given.glob("seed-*/adapter"))
+    hint = f"; it holds {', '.join(seeds)}: export one of them" if seeds else ""
+    raise UserError(f"no {storage.MODEL_NAME} in {given} or {given / 'adapter'}{hint}")
 
 
 def _settings(config: ExportConfig, run: Path | None) -> tuple[FinetuneConfig, list[str] | None]:

@@ -79,6 +79,8 @@ def sweep(config: Config, run: Callable[..., dict[str, Any]], say: Callable[[str
     for each in configs:
         seed, before = each.seed, done[each.seed]
         tell(f"seed {seed} ({len(summaries) + 1} of {len(configs)}){': finished before' if before else ''}")
+        if len(configs) == 1:
+            tell(f"one seed, number {seed}: a range such as 0-4 or a list such as 0,1,2 repeats the run")
         summaries[seed] = before or run(each, say)
     scores = [_scores(summary) for summary in summaries.values()]
     measured = {name: spread([s[name] for s in scores]) for name in scores[0] if all(name in s for s in scores)}

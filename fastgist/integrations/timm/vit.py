@@ -205,8 +205,8 @@ class TimmViTGist(GistHost):
     def recompute_mlps(self, model: Any, enable: bool) -> None:
         if enable and not (self._serves(model) and all(plain_block(block) is not None for block in model.blocks)):
             raise ValueError(
-                f'GistModel: checkpointing "mlp" is for a VisionTransformer of timm\'s own blocks, read at its class token '
-                f"(this {type(model).__name__} is read by {model.global_pool!r}), that nobody watches"
+                f'GistModel: checkpointing "mlp" is for a VisionTransformer of timm\'s own blocks, without hooks on them, '
+                f"that is read at its class token; this is a {type(model).__name__}, read by {model.global_pool!r}"
             )
         self.recompute_mlp = enable
 
