@@ -32,6 +32,7 @@ from benchmarks.cases import CASES, Case, case  # noqa: E402
 
 #: Timed at every shape; the others at the largest batch of a ViT-B/16.
 EVERYWHERE = ("authors", "authors, autocast", "plain", "plain, compiled", "fastgist", "fastgist, compiled")
+EVERYWHERE += ("fastgist without gist", "PEFT LoRA")
 MAIN = {"B": 256, "D": 768}
 STEPS = 12  # timed, one after the other
 REPLAYS = 20
