@@ -455,6 +455,9 @@ def every_tile() -> list[Spec]:
                 for sizes in ("even", "odd", "ragged"):
                     tiles = row_tiles("adapter_fwd", hidden, gated, sizes == "ragged")
                     specs += [_spec(dtype, precision, hidden, gated, rows, sizes) for rows in tiles]
+                    if dtype in ("bf16", "fp16"):  # float32 weights
+                        tiles = row_tiles("adapter_fwd", hidden, gated, sizes == "ragged", cast=True)
+                        specs += [_spec(dtype, precision, hidden, gated, rows, sizes, block=True) for rows in tiles]
     return specs
 
 

@@ -375,7 +375,8 @@ def _spec(columns: int, block_h: int, block: bool = False) -> Spec:
 
 def every_tile() -> list[Spec]:
     """Widths of every number of chunks, even and masked, with both tiles of the bottleneck."""
-    return [_spec(d, h) for d in range(64, 769, 64) for h in (8, 16) if d <= _most_columns(d, h)]
+    widths = [(d, h) for d in range(64, 769, 64) for h in (8, 16) if d <= _most_columns(d, h)]
+    return [_spec(d, h, block) for d, h in widths for block in (False, True)]
 
 
 SPECS = [
