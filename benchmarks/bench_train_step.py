@@ -42,7 +42,7 @@ def test_train_step(request, benchmark, case, direction, provider):
         row["flops"] = train_step.flops(case)
         row["floor_s"], row["floor"] = _floor(case)
         if DEVICE.type == "cuda":
-            row["launches"] = train_step.launches(step)
+            row["kernels"], row["launches"] = train_step.kernels(step)
         rounds = max(5, harness.rounds_for(step, CLOCK, request.config.getoption("--seconds")))
         benchmark.pedantic(CLOCK.timed(step), rounds=rounds, iterations=1, warmup_rounds=1)
         if DEVICE.type == "cuda" and ("compiled" in provider or provider.startswith("fastgist")):

@@ -25,7 +25,6 @@ if str(ROOT) not in sys.path:
     sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch  # noqa: E402
-from torch.autograd import DeviceType  # noqa: E402
 
 from benchmarks import harness, train_step  # noqa: E402
 from benchmarks.cases import CASES, Case, case  # noqa: E402
@@ -118,7 +117,7 @@ def measure(provider: str, c: Case, step: train_step.Step, device: torch.device)
     row |= {"median_s": statistics.median(times), "min_s": min(times), "spread_s": high - low, "rounds": len(times)}
     row["images_per_s"] = c["B"] / statistics.median(times)
     if device.type == "cuda":
-        row["kernels"], row["launches"] = _kernels(step)
+        row["kernels"], row["launches"] = train_step.kernels(step)
         if "compiled" in provider or provider.startswith("fastgist"):
             row["graph_replay_s"] = harness.graph_replay(step, harness.Clock(device), REPLAYS)
     return row
@@ -134,23 +133,6 @@ def _times(step: train_step.Step, device: torch.device) -> list[float]:
         mark.record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
-
-
-def _kernels(step: train_step.Step) -> tuple[list[list[object]], int]:
-    """The kernels that a step spends most time in, [times launched, microseconds in all, name], and how many it launches."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        step()
-        torch.cuda.synchronize()
-    found: dict[str, tuple[int, float]] = {}
-    for event in seen.events():
-        if event.device_type == DeviceType.CUDA:
-            count, spent = found.get(event.name, (0, 0.0))
-            found[event.name] = count + 1, spent + event.time_range.elapsed_us()
-    top = sorted(found.items(), key=lambda item: -item[1][1])[:20]
-    launched = sum(count for name, (count, _) in found.items() if not name.startswith(("Memset", "Memcpy")))
-    return [[count, round(spent), name[:90]] for name, (count, spent) in top], launched
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------
