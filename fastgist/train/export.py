@@ -74,7 +74,7 @@ def as_plain_module(model: nn.Module) -> tuple[nn.Module, bool]:
     state = _state.state_of(model)
     record = None if state is None else state.record()
     merged = False
-    if record is not None and method_of(record.config).mergeable and record.sites:
+    if record is not None and method_of(record.config).can_merge(record.config) and record.sites:
         plain = _state.inner(model)
         for layer in record.sites.values():
             if not layer.merged:
