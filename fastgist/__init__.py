@@ -1,6 +1,6 @@
 """fastgist: fused kernels and drop-in layers for parameter-efficient fine-tuning with GIST and PETAL."""
 
-from fastgist import backends, functional, nn
+from fastgist import backends, functional, nn, petal
 from fastgist.gist import GistConfig, GistModel, GistOutput, add_gist
 from fastgist.peft import (
     AdapterConfig,
@@ -51,6 +51,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "nn",
+    "petal",
     "print_trainable_parameters",
     "report",
     "save_adapter",

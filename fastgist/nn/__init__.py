@@ -4,7 +4,7 @@ from fastgist.nn._tuner import Factors, TunerLinear, factory, fan, is_hooked, is
 from fastgist.nn.adapter import AdaptedBlock, AdaptedLayer, Adapter, BlockForward
 from fastgist.nn.affine import AffineLayer, BiasShift, ScaleShift, channels
 from fastgist.nn.bottleneck import InformationBottleneckLoss
-from fastgist.nn.cp import CPFactors, CPLinear, update_thresholds
+from fastgist.nn.cp import CPFactors, CPLinear, cp_together, joint_mode, update_thresholds
 from fastgist.nn.gist_token import GistToken
 from fastgist.nn.lora import LoRALinear
 from fastgist.nn.losses import BidirectionalKLLoss, GistLoss
@@ -49,10 +49,12 @@ __all__ = [
     "ScaleShift",
     "TunerLinear",
     "channels",
+    "cp_together",
     "factory",
     "fan",
     "is_hooked",
     "is_plain",
+    "joint_mode",
     "linear_slice",
     "load_balance_loss",
     "mix_instructions",

@@ -15,15 +15,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from fastgist.nn._tuner import Factors, TunerLinear, check_dropout, check_positive, uniform_fan_in_
+from fastgist import functional
+from fastgist.nn._tuner import (
+    Factors,
+    TunerLinear,
+    check_dropout,
+    check_positive,
+    is_hooked,
+    uniform_fan_in_,
+)
 from fastgist.nn.threshold import CPThreshold, delta_norms, full_precision, mode_energies
 
-__all__ = ["CPFactors", "CPLinear", "update_thresholds"]
+__all__ = ["CPFactors", "CPLinear", "cp_together", "joint_mode", "update_thresholds"]
 
 CORES = ("cp", "tucker", "tt")
 Mode = int | tuple[int | None, ...]
@@ -108,11 +116,16 @@ class CPFactors(nn.Module):
         elif self.core == "tucker":
             nn.init.xavier_uniform_(self.c)
 
-    def forward(self, mode: Mode, inward: bool = False) -> Factors:
+    @overload
+    def forward(self, mode: Mode, inward: bool = False) -> Factors: ...
+    @overload
+    def forward(self, mode: list[Mode], inward: bool = False) -> list[Factors]: ...
+
+    def forward(self, mode: Mode | list[Mode], inward: bool = False) -> Factors | list[Factors]:
         """The factors of matrix ``mode``; a tuple gives one mode a fold (None: no update of that fold).
 
         Args:
-            mode: row or rows of p (of s for "tt").
+            mode: row or rows of p (of s for "tt"). A list of them gives a list, all from one product.
             inward: the folds are of the input, G K wide (a 3072 -> 768 layer is four matrices side by side), not of the
                 output.
 
@@ -120,17 +133,28 @@ class CPFactors(nn.Module):
             u (K, R), v and gain. CP: v (n, R), gain (G, R). Else the core is folded into v, (G n, R), gain None. Inward,
             gain and core are folded into u, (G K, R), and v is (n, R).
         """
-        core = self._core(_rows(self._table, mode, 0.0))
+        given = mode if isinstance(mode, list) else [mode]
+        modes = [m if isinstance(m, tuple) else (m,) for m in given]
+        rows = tuple(row for m in modes for row in m)
+        core = self._core(_rows(self._table, rows, 0.0))
         if self.threshold is not None:
-            core = self.threshold(self.u, self.v, core, _rows(self.threshold.weight_norms, mode, math.inf))
+            core = self.threshold(self.u, self.v, core, _rows(self.threshold.weight_norms, rows, math.inf))
         if self.core == "cp":
-            if not inward:
-                return Factors(self.u, self.v, core)
-            return Factors((self.u * core[:, None]).reshape(-1, self.rank), self.v, None)
+            product = self.u * core[:, None] if inward else core
+        elif inward:
+            product = torch.matmul(self.u, core)  # U S_g (G, K, R_v)
+        else:
+            product = torch.matmul(self.v, core.transpose(1, 2))  # V S_g^T (G, n, R_u)
+        parts = product.split([len(m) for m in modes])  # one node in the graph, whatever their number
+        factors = [self._factors(part, inward) for part in parts]
+        return factors if isinstance(mode, list) else factors[0]
+
+    def _factors(self, product: Tensor, inward: bool) -> Factors:
         if inward:
-            return Factors(torch.matmul(self.u, core).reshape(-1, self.rank), self.v, None)  # U S_g (G, K, R_v)
-        folded = torch.matmul(self.v, core.transpose(1, 2))  # V S_g^T (G, n, R_u)
-        return Factors(self.u, folded.reshape(-1, self.rank), None)
+            return Factors(product.reshape(-1, self.rank), self.v, None)
+        if self.core == "cp":
+            return Factors(self.u, self.v, product)
+        return Factors(self.u, product.reshape(-1, self.rank), None)
 
     @property
     def _table(self) -> Tensor:
@@ -175,15 +199,13 @@ class CPFactors(nn.Module):
         )
 
 
-def _rows(table: Tensor, mode: Mode, absent: float) -> Tensor:
-    """The table's rows of ``mode``, (G, ...): a slice where they are neighbours, which costs no index tensor. ``absent`` fills
-    the rows of folds without a mode."""
-    if isinstance(mode, int):
-        return table[mode : mode + 1]
-    first = mode[0]
-    if first is not None and mode == tuple(range(first, first + len(mode))):
-        return table[first : first + len(mode)]
-    return torch.stack([torch.full_like(table[0], absent) if m is None else table[m] for m in mode])
+def _rows(table: Tensor, rows: tuple[int | None, ...], absent: float) -> Tensor:
+    """``rows`` of the table, (G, ...): a slice where they are neighbours, which costs no index tensor. ``absent`` fills those
+    of folds without a mode."""
+    first = rows[0]
+    if first is not None and rows == tuple(range(first, first + len(rows))):
+        return table if len(rows) == len(table) else table[first : first + len(rows)]
+    return torch.stack([torch.full_like(table[0], absent) if m is None else table[m] for m in rows])
 
 
 def update_thresholds(model: nn.Module, progress: float = 0.0) -> int:
@@ -275,3 +297,58 @@ class CPLinear(TunerLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mode={self.mode}"
+
+
+def cp_together(
+    layers: Sequence[nn.Module], x: Tensor, factors: Factors | None = None, seed: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """``[layer(x) for layer in layers]`` with x U formed once, under one dropout mask: q, k and v of an attention.
+
+    Where layers do not go together (one of them is no :class:`CPLinear`, has a hook, is merged, wraps a layer that can only
+    be called, or has other factors than the rest), each is called, with a mask of its own.
+
+    Args:
+        layers: of one input width.
+        x: (..., K).
+        factors: what the layers' shared :class:`CPFactors` gives for :func:`joint_mode` of them, where the caller has it.
+        seed: int64 on x's device, for the mask; None draws one.
+    """
+    if not _go_together(layers):
+        return tuple(layer(x) for layer in layers)
+    first: Any = layers[0]
+    bases: list[Any] = [layer.base_layer for layer in layers]
+    weights = [base.weight for base in bases]
+    factors = first.factors(joint_mode(layers)) if factors is None else factors
+    u, v, gain = TunerLinear._cast(factors, weights[0])
+    return functional.cp_linear(
+        x,
+        weights,
+        None if bases[0].bias is None else [base.bias for base in bases],
+        u,
+        v,
+        gain,
+        scale=first.scale,
+        dropout_p=first.dropout_p if first.training else 0.0,
+        training=first.training,
+        seed=seed,
+    )
+
+
+def joint_mode(layers: Sequence[Any]) -> tuple[int | None, ...]:
+    """The modes of several :class:`CPLinear` one above the other, fold by fold."""
+    return tuple(row for layer in layers for row in (layer.mode if isinstance(layer.mode, tuple) else (layer.mode,)))
+
+
+def _go_together(layers: Sequence[Any]) -> bool:
+    """Whether :func:`cp_together` may run ``layers`` as one."""
+    first = layers[0]
+    return all(
+        type(layer) is CPLinear
+        and layer.factors is first.factors
+        and (layer.scale, layer.training) == (first.scale, first.training)
+        and not (layer.inward or layer.merged or is_hooked(layer) or is_hooked(layer.base_layer))
+        and layer._plain
+        and layer.base_layer.weight.dtype == first.base_layer.weight.dtype
+        and (layer.base_layer.bias is None) == (first.base_layer.bias is None)
+        for layer in layers
+    )

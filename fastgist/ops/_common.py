@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable
 
 import torch
@@ -56,7 +57,8 @@ def define(schema: str, implementation: Callable, fake: Callable, public: str) -
         # torch.export traces a Function's inside with gradients on; it exports a forward, so none can be lost.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return results
-        leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+        given = [t for a in args for t in (a if isinstance(a, list) else (a,))]
+        leaves = [t for t in given if isinstance(t, Tensor) and t.requires_grad]
         if not leaves:
             return results
         if isinstance(results, Tensor):
@@ -64,12 +66,24 @@ def define(schema: str, implementation: Callable, fake: Callable, public: str) -
         return _NotDifferentiable.apply(message, len(results), *results, *leaves)
 
     def call(*args):
-        if torch.compiler.is_compiling() or not _nobody_listens(args):
+        if torch.compiler.is_compiling():
             return op(*args)
-        return directly(*args)
+        if _nobody_listens(args):
+            return directly(*args)
+        _tell_counters()
+        return op(*args)
 
     _LIBRARY.impl(name, guard, "Autograd")
     return call
+
+
+def _tell_counters() -> None:
+    """Tell torch's FLOP counters that are at work what our operators have. (To have them know beforehand, we would import
+    their module, and with it Triton.)"""
+    if "torch.utils.flop_counter" in sys.modules:
+        from fastgist.ops import _flops
+
+        _flops.tell()
 
 
 def _nobody_listens(args: Iterable[object]) -> bool:
@@ -80,7 +94,7 @@ def _nobody_listens(args: Iterable[object]) -> bool:
         and _count_modes() == 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
-        and all(_is_ordinary(a) for a in args if isinstance(a, Tensor))
+        and all(_is_ordinary(t) for a in args for t in (a if isinstance(a, list) else (a,)) if isinstance(t, Tensor))
     )
 
 

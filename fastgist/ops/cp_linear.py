@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -19,14 +21,19 @@ _OP = "cp_linear"
 
 
 # -- raw ops ---------------------------------------------------------------------------------------------------------
-# 2-D throughout: x (M, K), weight (N, K), u (K, R), v (n, R), gain (1 or G, R). A seed means that dropout is active.
-# Results that were not asked for are empty. Inputs that no wanted gradient needs are None in the backward.
+# 2-D throughout: x (M, K), weights (N_i, K) one above the other, biases one each or none at all, u (K, R), v (n, R), gain
+# (1 or G, R). A seed means that dropout is active. Results that were not asked for are empty. Inputs that no wanted
+# gradient needs are None (no weights) in the backward.
+
+
+def _stacked(pieces: list[Tensor]) -> Tensor | None:
+    return None if not pieces else pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _fwd(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
     u: Tensor,
     v: Tensor,
     gain: Tensor | None,
@@ -38,30 +45,32 @@ def _fwd(
 ) -> tuple[Tensor, Tensor]:
     impl = backends.resolve(_OP, impl, x)
     if impl == "reference" or x.numel() == 0:
-        y, h = reference.forward(x, weight, bias, u, v, gain, seed, scale, dropout_p, need_h)
+        y, h = reference.forward(x, weights, biases, u, v, gain, seed, scale, dropout_p, need_h)
         return y, empty_unless(h if need_h else None, x)
     from fastgist_kernels import cp_linear as kernels
 
-    rows, out, rank = x.shape[0], weight.shape[0], u.shape[1]
-    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
-    h = torch.empty(rows, rank, dtype=low_rank_dtype(x.dtype), device=x.device) if need_h else None
+    y, h = _empty_results(x, weights, u, need_h)
     tf32 = _common.tf32_allowed()
-    kernels.cp_linear_fwd(x, weight, bias, u, v, gain, seed, scale, dropout_p, tf32, y, h)
+    stacked = (_stacked(weights), _stacked(biases))  # for as long as the kernels run
+    kernels.cp_linear_fwd(x, *stacked, u, v, gain, seed, scale, dropout_p, tf32, y, h)
     return y, empty_unless(h, x)
 
 
-def _fwd_fake(x, weight, bias, u, v, gain, seed, scale, dropout_p, need_h, impl):
+def _empty_results(x: Tensor, weights: list[Tensor], u: Tensor, need_h: bool) -> tuple[Tensor, Tensor | None]:
+    y = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
+    return y, x.new_empty(x.shape[0], u.shape[1], dtype=low_rank_dtype(x.dtype)) if need_h else None
+
+
+def _fwd_fake(x, weights, biases, u, v, gain, seed, scale, dropout_p, need_h, impl):
     backends.resolve(_OP, impl, x)
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    if not need_h:
-        return y, x.new_empty(0)
-    return y, x.new_empty(x.shape[0], u.shape[1], dtype=low_rank_dtype(x.dtype))
+    y, h = _empty_results(x, weights, u, need_h)
+    return y, empty_unless(h, x)
 
 
 def _bwd(
     grad: Tensor,
     x: Tensor | None,
-    weight: Tensor | None,
+    weights: list[Tensor],
     u: Tensor | None,
     v: Tensor | None,
     gain: Tensor | None,
@@ -79,47 +88,47 @@ def _bwd(
     grad_bias = grad.sum(0) if need_bias else None
     wanted = (need_x, need_u, need_v, need_gain)
     if impl == "reference" or grad.numel() == 0 or (x is not None and x.numel() == 0):
-        grads = reference.backward(grad, x, weight, u, v, gain, seed, h, folds, scale, dropout_p, *wanted)
+        grads = reference.backward(grad, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, *wanted)
     elif any(wanted):
         from fastgist_kernels import cp_linear_bwd as kernels
 
-        grads = _empty_grads(grad, x, weight, v, gain, h, folds, wanted)
+        grads = _empty_grads(grad, x, weights, v, gain, h, folds, wanted)
         tf32 = _common.tf32_allowed()
-        kernels.cp_linear_bwd(grad, x, weight, u, v, gain, seed, h, folds, scale, dropout_p, tf32, *grads)
+        kernels.cp_linear_bwd(grad, x, _stacked(weights), u, v, gain, seed, h, folds, scale, dropout_p, tf32, *grads)
     else:
         grads = (None, None, None, None)
     grad_x, grad_u, grad_v, grad_gain = grads
     return tuple(empty_unless(g, grad) for g in (grad_x, grad_weight, grad_bias, grad_u, grad_v, grad_gain))
 
 
-def _empty_grads(grad, x, weight, v, gain, h, folds, wanted):
+def _empty_grads(grad, x, weights, v, gain, h, folds, wanted):
     """Uninitialised gradients of x, u, v and gain in ``grad``'s dtype; None where not wanted."""
     need_x, need_u, need_v, need_gain = wanted
     return (
-        grad.new_empty(grad.shape[0], weight.shape[1]) if need_x else None,
+        grad.new_empty(grad.shape[0], weights[0].shape[1]) if need_x else None,
         grad.new_empty(x.shape[1], v.shape[1]) if need_u else None,
         grad.new_empty(grad.shape[1] // folds, h.shape[1]) if need_v else None,
         grad.new_empty(gain.shape) if need_gain else None,
     )
 
 
-def _bwd_fake(grad, x, weight, u, v, gain, seed, h, folds, scale, dropout_p, needs, impl):
+def _bwd_fake(grad, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, needs, impl):
     need_x, need_weight, need_bias, need_u, need_v, need_gain = needs
-    grads = _empty_grads(grad, x, weight, v, gain, h, folds, (need_x, need_u, need_v, need_gain))
+    grads = _empty_grads(grad, x, weights, v, gain, h, folds, (need_x, need_u, need_v, need_gain))
     grad_weight = grad.new_empty(grad.shape[1], x.shape[1]) if need_weight else None
     grad_bias = grad.new_empty(grad.shape[1]) if need_bias else None
     return tuple(empty_unless(g, grad) for g in (grads[0], grad_weight, grad_bias, *grads[1:]))
 
 
 _fwd_op = _common.define(
-    "cp_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor u, Tensor v, Tensor? gain, Tensor? seed, float scale, "
-    "float dropout_p, bool need_h, str impl) -> (Tensor, Tensor)",
+    "cp_linear_fwd(Tensor x, Tensor[] weights, Tensor[] biases, Tensor u, Tensor v, Tensor? gain, Tensor? seed, "
+    "float scale, float dropout_p, bool need_h, str impl) -> (Tensor, Tensor)",
     _fwd,
     _fwd_fake,
     _OP,
 )
 _bwd_op = _common.define(
-    "cp_linear_bwd(Tensor grad, Tensor? x, Tensor? weight, Tensor? u, Tensor? v, Tensor? gain, Tensor? seed, Tensor? h, "
+    "cp_linear_bwd(Tensor grad, Tensor? x, Tensor[] weights, Tensor? u, Tensor? v, Tensor? gain, Tensor? seed, Tensor? h, "
     "int folds, float scale, float dropout_p, bool[] needs, str impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd,
@@ -129,54 +138,93 @@ _bwd_op = _common.define(
 
 
 class _CPLinear(torch.autograd.Function):
-    """y (M, N). Saves x where U or the base weight is trained, h = drop(x U) (M, R) where V or the gain is."""
+    """y (M, N). Saves x where U or a base weight is trained, h = drop(x U) (M, R) where V or the gain is.
+
+    ``base`` is ``count`` weights and as many biases or none.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, u, v, gain, seed, scale, dropout_p, record, impl):
-        needs = list(ctx.needs_input_grad[:6]) if record else [False] * 6
-        need_x, need_weight, _, need_u, need_v, need_gain = needs
+    def forward(ctx, x, u, v, gain, seed, scale, dropout_p, record, impl, count, *base):
+        first = len(ctx.needs_input_grad) - len(base)
+        need_x, need_u, need_v, need_gain = _common.needs(ctx, 4, record)
+        of_base = [record and need for need in ctx.needs_input_grad[first:]]
+        need_weight, need_bias = any(of_base[:count]), any(of_base[count:])
         need_h = need_v or need_gain
-        y, h = _fwd_op(x, weight, bias, u, v, gain, seed, scale, dropout_p, need_h, impl)
+        weights, biases = list(base[:count]), list(base[count:])
+        y, h = _fwd_op(x, weights, biases, u, v, gain, seed, scale, dropout_p, need_h, impl)
         through_h = need_x or need_u  # both need dL/dh
         ctx.save_for_backward(
             x if need_u or need_weight else None,
-            weight if need_x else None,
             u if need_x else None,
             v if through_h or need_gain else None,
             gain if through_h or need_h else None,
             seed if through_h else None,
             h if need_h else None,
+            *(weights if need_x else ()),
         )
-        ctx.needs, ctx.folds = needs, weight.shape[0] // v.shape[0]
+        ctx.needs = [need_x, need_weight, need_bias, need_u, need_v, need_gain]
+        ctx.of_base, ctx.rows, ctx.folds = of_base, [w.shape[0] for w in weights], y.shape[1] // v.shape[0]
         ctx.scale, ctx.dropout_p, ctx.impl = scale, dropout_p, impl
         return y
 
     @staticmethod
     @_common.single_backward(_OP)
     def backward(ctx, grad):
-        grads = _bwd_op(grad, *ctx.saved_tensors, ctx.folds, ctx.scale, ctx.dropout_p, ctx.needs, ctx.impl)
+        x, u, v, gain, seed, h, *weights = ctx.saved_tensors
+        options = (ctx.folds, ctx.scale, ctx.dropout_p, ctx.needs, ctx.impl)
+        grads = _bwd_op(grad, x, weights, u, v, gain, seed, h, *options)
         grads = [g if needed else None for g, needed in zip(grads, ctx.needs, strict=True)]
-        return *grads, None, None, None, None, None
+        grad_x, grad_weight, grad_bias, *low_rank = grads
+        of_base = [g for whole in (grad_weight, grad_bias) for g in _split(whole, ctx.rows)]
+        of_base = [g if needed else None for g, needed in zip(of_base, ctx.of_base, strict=False)]
+        return grad_x, *low_rank, None, None, None, None, None, None, *of_base
+
+
+def _split(grad: Tensor | None, rows: list[int]) -> tuple[Tensor | None, ...]:
+    return (grad,) * len(rows) if grad is None or len(rows) == 1 else grad.split(rows)
 
 
 # -- the public function ---------------------------------------------------------------------------------------------
 
 
-def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, gain: Tensor | None) -> None:
-    for name, t in (("weight", weight), ("u", u), ("v", v)):
+def _base(weight: Any, bias: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The base layer's weights and biases (of which there may be none) by what an error calls them: ``weight``, or
+    ``weight[0]`` and so on for a sequence."""
+    if isinstance(weight, Tensor) or not isinstance(weight, Sequence):
+        return {"weight": weight}, {} if bias is None else {"bias": bias}
+    biases = [] if bias is None else list(bias)
+    if not weight or len(biases) not in (0, len(weight)):
+        raise ValueError(
+            f"{_OP}: expected several weights and a bias for each, or None for all, got {len(weight)} weights and "
+            f"{len(biases)} biases"
+        )
+    return {f"weight[{i}]": w for i, w in enumerate(weight)}, {f"bias[{i}]": b for i, b in enumerate(biases)}
+
+
+def _check_shapes(
+    x: Tensor, weights: dict[str, Tensor], biases: dict[str, Tensor], u: Tensor, v: Tensor, gain: Tensor | None
+) -> None:
+    for name, t in (*weights.items(), ("u", u), ("v", v)):
         if t.dim() != 2:
             raise ValueError(f"{_OP}: {name} must be 2-D, got shape {tuple(t.shape)}")
-    (rows, columns), rank = weight.shape, u.shape[1]
+    first, *others = weights.items()
+    rows, columns, rank = first[1].shape[0], first[1].shape[1], u.shape[1]
+    for name, t in others:
+        if t.shape[1] != columns:
+            raise ValueError(f"{_OP}: expected {name}.shape[1] == {columns} (as {first[0]}'s), got {t.shape[1]}")
+        rows += t.shape[0]
     if columns == 0:
         raise ValueError(f"{_OP}: expected at least 1 input feature, got weight of shape {(rows, columns)}")
     if x.dim() == 0:
         raise ValueError(f"{_OP}: x must be (..., {columns}), got a 0-dimensional tensor")
     if x.shape[-1] != columns:
         raise ValueError(f"{_OP}: expected x.shape[-1] == {columns} (weight is {rows} x {columns}), got {x.shape[-1]}")
-    if bias is not None and tuple(bias.shape) != (rows,):
-        raise ValueError(
-            f"{_OP}: expected bias.shape == ({rows},) (weight is {rows} x {columns}), got {tuple(bias.shape)}"
-        )
+    for (name, t), weight in zip(biases.items(), weights.values(), strict=False):
+        if tuple(t.shape) != weight.shape[:1]:
+            raise ValueError(
+                f"{_OP}: expected {name}.shape == ({weight.shape[0]},) (weight is {weight.shape[0]} x {columns}), got "
+                f"{tuple(t.shape)}"
+            )
     if u.shape[0] != columns:
         raise ValueError(f"{_OP}: expected u.shape[0] == {columns} (weight is {rows} x {columns}), got {u.shape[0]}")
     if rank == 0:
@@ -188,6 +236,12 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: 
             f"{_OP}: expected weight.shape[0] to be a multiple of v.shape[0] (G folds of width n share v), got "
             f"{rows} rows of weight and {v.shape[0]} of v"
         )
+    for name, t in weights.items() if others and v.shape[0] != rows else ():
+        if t.shape[0] % v.shape[0]:
+            raise ValueError(
+                f"{_OP}: expected {name}.shape[0] to be a multiple of v.shape[0] == {v.shape[0]}, or a row of v for each of "
+                f"all {rows} rows, got {t.shape[0]}"
+            )
     folds = rows // v.shape[0]
     if gain is not None and tuple(gain.shape) not in ((rank,), (folds, rank)):
         raise ValueError(
@@ -214,10 +268,44 @@ def _check_dropout(x: Tensor, dropout_p: object, training: bool, seed: Tensor | 
     return dropout_p, seed
 
 
+@overload
 def cp_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    gain: Tensor | None = ...,
+    *,
+    scale: float = ...,
+    dropout_p: float = ...,
+    training: bool = ...,
+    seed: Tensor | None = ...,
+    impl: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def cp_linear(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    u: Tensor,
+    v: Tensor,
+    gain: Tensor | None = ...,
+    *,
+    scale: float = ...,
+    dropout_p: float = ...,
+    training: bool = ...,
+    seed: Tensor | None = ...,
+    impl: str = ...,
+) -> tuple[Tensor, ...]: ...
+
+
+def cp_linear(
+    x: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    bias: Tensor | Sequence[Tensor] | None,
     u: Tensor,
     v: Tensor,
     gain: Tensor | None = None,
@@ -227,7 +315,7 @@ def cp_linear(
     training: bool = False,
     seed: Tensor | None = None,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, ...]:
     r"""A linear layer plus a low-rank update: y = x W^T + b + scale * (drop(x U) * gain) V^T, fused.
 
     PETAL's CP form of the update (arXiv 2312.12458, after Aurora, 2305.08381), in which all adapted layers share U and V
@@ -236,7 +324,9 @@ def cp_linear(
     Args:
         x: (..., K), float32, bfloat16, float16 or float64, any strides.
         weight: (N, K), as nn.Linear stores it. It gets a gradient only if it requires one; nothing is kept for it else.
-        bias: (N,) or None.
+            A sequence of weights (N_i, K) is several layers with one input, such as q, k and v: x u is formed once, under one
+            mask, and the result is a tuple. It is as if they stood one above the other, N = sum N_i.
+        bias: (N,) or None; of several weights one for each, or None.
         u: (K, R), R >= 1.
         v: (n, R) with N = G n: the output's G folds of width n share v.
         gain: None, (R,) shared by all folds, or (G, R), one row a fold:
@@ -249,30 +339,31 @@ def cp_linear(
         impl: "auto", "triton" or "reference"; see :mod:`fastgist.backends`.
 
     Returns:
-        (..., N) in x's dtype (autocast's, where it is on, as nn.Linear's). Products accumulate in float32. x u is kept in
-        float32 for float16 inputs, so that a rank unit above 65504 does no harm where the output fits.
+        (..., N), of several weights (..., N_i) each, in x's dtype (autocast's, where it is on, as nn.Linear's). Products
+        accumulate in float32. x u is kept in float32 for float16 inputs, so that a rank unit above 65504 does no harm where
+        the output fits.
 
     Raises:
         ValueError: shapes that do not fit, a rank of 0, dropout_p outside [0, 1), a scale that is not finite.
         TypeError: dtypes that differ outside autocast, or are not floating point; a seed that is not int64.
         RuntimeError: an explicit ``impl`` that cannot run here; a second derivative.
     """
-    named = {"x": x, "weight": weight, "bias": bias, "u": u, "v": v, "gain": gain}
+    weights, biases = _base(weight, bias)
+    named = {"x": x, **weights, **biases, "u": u, "v": v, "gain": gain}
     for name, t in named.items():
-        if t is not None or name not in ("bias", "gain"):
+        if t is not None or name != "gain":
             _common.check_floating(_OP, name, t)
     named = dict(zip(named, cast_for_autocast(*named.values()), strict=True))
     _common.check_same_dtype(_OP, **named)
     _common.check_same_device(_OP, **named)
-    _check_shapes(**named)
+    weights, biases = ({name: named[name] for name in pieces} for pieces in (weights, biases))
+    x, u, v, gain = (named[name] for name in ("x", "u", "v", "gain"))
+    _check_shapes(x, weights, biases, u, v, gain)
     scale = check_number(_OP, "scale", scale)
     dropout_p, seed = _check_dropout(x, dropout_p, training, seed)
-    x, weight, bias, u, v, gain = named.values()
     leading = x.shape[:-1]
     y = _CPLinear.apply(
         x.reshape(math.prod(leading), x.shape[-1]),  # Size.numel() would make a dynamic batch a constant
-        weight,
-        bias,
         u,
         v,
         None if gain is None else gain.reshape(-1, gain.shape[-1]),
@@ -281,5 +372,9 @@ def cp_linear(
         dropout_p,
         torch.is_grad_enabled(),
         impl,
+        len(weights),
+        *weights.values(),
+        *biases.values(),
     )
-    return y.reshape(*leading, weight.shape[0])
+    y = y.reshape(*leading, y.shape[1])
+    return y if isinstance(weight, Tensor) else y.split([w.shape[0] for w in weights.values()], -1)

@@ -45,7 +45,8 @@ class Method(ABC):
     """What a configuration does to a model.
 
     ``build`` returns wrappers by the path they go to, each with the module now there as ``base_layer``; it must leave
-    the model alone. ``mergeable``: wrappers have merge() and unmerge().
+    the model alone. ``mergeable``: wrappers have merge() and unmerge(). A wrapper with ``attached(model)`` and
+    ``detached(model)`` is told when it has gone into a model and before it goes out (to hook what it needs).
     """
 
     mergeable = False
@@ -53,6 +54,9 @@ class Method(ABC):
     title = "this method"
     #: Whether it trains the model's own weights too, so that they belong to the adaptation and are saved with it.
     whole = False
+
+    def can_merge(self, config: PeftConfig) -> bool:
+        return self.mergeable
 
     @abstractmethod
     def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]: ...

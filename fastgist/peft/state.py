@@ -211,6 +211,9 @@ def activate(model: nn.Module, state: State, name: str) -> None:
         wrapper.base_layer = base
         wrapper.train(base.training)
         replace_module(model, path, wrapper)
+    for wrapper in record.sites.values():
+        if hasattr(wrapper, "attached"):
+            wrapper.attached(model)
     _place_heads(model, record.heads)
     record.heads = None
     if state.extension is not None:
@@ -230,6 +233,8 @@ def deactivate(model: nn.Module, state: State) -> None:
     if record is None:
         return
     for path, wrapper in record.sites.items():
+        if hasattr(wrapper, "detached"):
+            wrapper.detached(model)
         replace_module(model, path, wrapper.base_layer)
     record.heads = {path: model.get_submodule(path) for path in state.original_heads}
     record.extra = None if state.extension is None else state.extension.module()

@@ -168,7 +168,7 @@ def merge(model: nn.Module) -> nn.Module:
     if record is None:
         return model
     method = method_of(record.config)
-    if not method.mergeable:
+    if not method.can_merge(record.config):
         raise RuntimeError(
             f"merge: {method.title} ({type(record.config).__name__}, adapter {record.name!r}) cannot be merged into "
             "weights; nothing was changed"

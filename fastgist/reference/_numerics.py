@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def half_in_float32(narrowed: slice) -> Callable[[Callable[_P, _R]], Callable[_P
         def wide(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             if not (isinstance(args[0], Tensor) and args[0].dtype == torch.float16):
                 return function(*args, **kwargs)
-            widened = [a.float() if isinstance(a, Tensor) and a.dtype == torch.float16 else a for a in args]
+            widened = [_widened(a) for a in args]
             results = list(cast(tuple, cast(Callable, function)(*widened, **kwargs)))
             results[narrowed] = [None if r is None else r.half() for r in results[narrowed]]
             return cast(_R, tuple(results))
@@ -60,3 +60,9 @@ def half_in_float32(narrowed: slice) -> Callable[[Callable[_P, _R]], Callable[_P
         return wide
 
     return decorate
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_widened(v) for v in value]
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.float16 else value

@@ -12,13 +12,21 @@ expression with other names for its factors.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fastgist.reference import philox
 from fastgist.reference._numerics import accumulate, half_in_float32
 
-__all__ = ["backward", "cp_linear", "delta_weight", "forward", "low_rank_dtype"]
+__all__ = [
+    "backward",
+    "cp_linear",
+    "delta_weight",
+    "forward",
+    "low_rank_dtype",
+]
 
 
 def low_rank_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -90,11 +98,28 @@ def _merged_weight(
     return torch.addmm(weight, folded, u.transpose(0, 1), alpha=scale)
 
 
+def _pieces(
+    weights: list[Tensor], v: Tensor, gain: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+    """Each piece of a weight with its rows, and the part of v and gain that is its own."""
+    start, fold = 0, 0
+    total = sum(w.shape[0] for w in weights)
+    for weight in weights:
+        rows = slice(start, start + weight.shape[0])
+        if v.shape[0] == total:
+            yield rows, weight, v[rows], gain
+        else:
+            folds = weight.shape[0] // v.shape[0]
+            yield rows, weight, v, gain if gain is None or gain.shape[0] == 1 else gain[fold : fold + folds]
+            fold += folds
+        start = rows.stop
+
+
 @half_in_float32(narrowed=slice(0, 1))
 def forward(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
     u: Tensor,
     v: Tensor,
     gain: Tensor | None,
@@ -103,21 +128,31 @@ def forward(
     dropout_p: float,
     need_h: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """y (M, N), and h = drop(x U) (M, R) in low_rank_dtype where needed. gain: (1, R) or (G, R)."""
-    merged = _merged_weight(x, weight, u, v, gain, seed, scale)
-    h = _dropped(x @ u, dropout_p, seed) if need_h or merged is None else None
-    if merged is not None:
-        return torch.nn.functional.linear(x, merged, bias), h
-    y = torch.nn.functional.linear(x, weight, bias)
-    folded = _folded_v(v, gain, weight.shape[0] // v.shape[0])
-    return y.addmm_(h, folded.transpose(0, 1), alpha=scale), h
+    """y (M, N), and h = drop(x U) (M, R) in low_rank_dtype where needed. The weight (N, K) comes in pieces, one above the
+    other, none of which is copied; ``biases`` is empty or as long. gain: (1, R) or (G, R)."""
+    y = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
+    h = None
+    for i, (rows, weight, own_v, own_gain) in enumerate(_pieces(weights, v, gain)):
+        merged = _merged_weight(x, weight, u, own_v, own_gain, seed, scale)
+        used, out = weight if merged is None else merged, y[:, rows]
+        if biases:
+            torch.addmm(biases[i], x, used.transpose(0, 1), out=out)
+        else:
+            torch.mm(x, used.transpose(0, 1), out=out)
+        if merged is None:
+            h = _dropped(x @ u, dropout_p, seed) if h is None else h
+            folded = _folded_v(own_v, own_gain, weight.shape[0] // own_v.shape[0])
+            out.addmm_(h, folded.transpose(0, 1), alpha=scale)
+    if need_h and h is None:
+        h = _dropped(x @ u, dropout_p, seed)
+    return y, h
 
 
 @half_in_float32(narrowed=slice(0, None))
 def backward(
     grad: Tensor,
     x: Tensor | None,
-    weight: Tensor | None,
+    weights: list[Tensor],
     u: Tensor | None,
     v: Tensor | None,
     gain: Tensor | None,
@@ -131,15 +166,23 @@ def backward(
     need_v: bool,
     need_gain: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, u, v and gain from grad = dL/dy (M, N). With P_g = s dy_g^T h for each fold, dV = sum_g P_g * g_g
-    and dgain_g = colsum(P_g * V): the gain's gradient costs no reduction over M. What no wanted gradient asks is None."""
-    grad_x = grad_u = grad_v = grad_gain = None
-    merged = _merged_weight(grad, weight, u, v, gain, seed, scale) if need_x else None
-    if need_u or (need_x and merged is None):
+    """Gradients of x, u, v and gain from grad = dL/dy (M, N), the weight in pieces as :func:`forward` takes it (none
+    where need_x is False). With P_g = s dy_g^T h for each fold, dV = sum_g P_g * g_g and dgain_g = colsum(P_g * V): the
+    gain's gradient costs no reduction over M. What no wanted gradient asks is None."""
+    grad_x = grad_u = grad_v = grad_gain = grad_h = None
+    if need_x:
+        pieces = list(_pieces(weights, v, gain))
+        merged = [_merged_weight(grad[:, rows], w, u, own, g, seed, scale) for rows, w, own, g in pieces]
+        whole = all(m is not None for m in merged)
+    if need_u or (need_x and not whole):
         grad_h = torch.mm(grad, _folded_v(v, gain, folds)).mul_(scale)
         grad_h = _dropped(grad_h, dropout_p, seed)
     if need_x:
-        grad_x = torch.mm(grad, weight).addmm_(grad_h, u.transpose(0, 1)) if merged is None else torch.mm(grad, merged)
+        for (rows, weight, *_), m in zip(pieces, merged, strict=True):
+            used = m if whole else weight
+            grad_x = torch.mm(grad[:, rows], used) if grad_x is None else grad_x.addmm_(grad[:, rows], used)
+        if not whole:
+            grad_x.addmm_(grad_h, u.transpose(0, 1))
     if need_u:
         grad_u = torch.mm(grad_h.transpose(0, 1), x).transpose(0, 1).contiguous()
     if need_v or need_gain:

@@ -74,7 +74,7 @@ def as_plain_module(model: nn.Module) -> tuple[nn.Module, bool]:
     state = _state.state_of(model)
     record = None if state is None else state.record()
     merged = False
-    if record is not None and method_of(record.config).mergeable and record.sites:
+    if record is not None and method_of(record.config).can_merge(record.config) and record.sites:
         plain = _state.inner(model)
         for layer in record.sites.values():
             if not layer.merged:
@@ -120,11 +120,12 @@ def _adapter_fwd(
 
 
 def _cp_linear_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, gain: Tensor | None, seed: Tensor | None,
-    scale: float, dropout_p: float, need_h: bool, impl: str,
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], u: Tensor, v: Tensor, gain: Tensor | None,
+    seed: Tensor | None, scale: float, dropout_p: float, need_h: bool, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from fastgist.reference.cp_linear import cp_linear
 
+    weight, bias = torch.cat(list(weights)), torch.cat(list(biases)) if biases else None
     return cp_linear(x, weight, bias, u, v, gain, scale=scale), x.new_empty(0)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from fastgist.integrations.transformers.decoders import Decoder, DecoderGist
 from fastgist.integrations.transformers.encoders import Encoder, EncoderGist
 from fastgist.integrations.transformers.loss import gist_loss_func
+from fastgist.integrations.transformers.qformer import QFormer
 
 __all__ = [
     "Decoder",
@@ -15,6 +16,7 @@ __all__ = [
     "EncoderGist",
     "GistTrainer",
     "PartsTrainer",
+    "QFormer",
     "T5EncoderForSequenceClassification",
     "gist_loss_func",
 ]

@@ -1,0 +1,23 @@
+"""PETAL (arXiv 2312.12458): the Q-Former of BLIP-2 and InstructBLIP tuned by mode approximation, with experts of the
+instruction and an information bottleneck.
+
+    model = petal.wrap(model, petal.PetalConfig())
+
+Image encoder, query tokens, language projection and language model stay frozen. What is the paper's, what the released
+code's and what our reconstruction stands at each part: :class:`PetalConfig`.
+"""
+
+from fastgist.petal.config import BottleneckConfig, PetalConfig
+from fastgist.petal.losses import last_losses
+from fastgist.petal.wrapping import experts_of, instructed, instruction_gate, trainable_shares, wrap
+
+__all__ = [
+    "BottleneckConfig",
+    "PetalConfig",
+    "experts_of",
+    "instructed",
+    "instruction_gate",
+    "last_losses",
+    "trainable_shares",
+    "wrap",
+]

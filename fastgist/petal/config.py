@@ -1,0 +1,92 @@
+"""PETAL's settings: one dataclass, whose fields are plain data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from fastgist.peft.config import PeftConfig
+
+__all__ = ["BottleneckConfig", "PetalConfig"]
+
+
+@dataclass
+class BottleneckConfig:
+    """The information bottleneck that goes into the model's loss; fields as those of
+    :class:`fastgist.nn.InformationBottleneckLoss`, whose documentation says what each estimates, and how well."""
+
+    compression: str | None = "score"
+    relevance: str | None = "score"
+    eta: float = 0.01
+    b: float = 1.0
+    sigma: float = 0.5
+    dims: int = 8
+    bank: int = 1024
+    projection: str = "fixed"
+    preset: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass
+class PetalConfig(PeftConfig):
+    """PETAL on a model with a Q-Former.
+
+    rank, core, dropout: of the mode approximation (:class:`fastgist.nn.CPFactors`). The released code has core "tucker", the
+    paper "cp".
+    num_experts, expert_dim, gating, top_k: of the experts (:class:`fastgist.nn.InstructionMoE`) on queries and instruction,
+    behind the Q-Former's embeddings; num_experts=0 leaves them out. gating "uniform" is the released form, which is not
+    the identity at the start.
+    load_balance: factor of the experts' load-balance loss in the model's loss (gating "softmax").
+    num_instructions: P > 1 adds learned weights of P phrasings of one instruction (:func:`fastgist.petal.instructed`).
+    threshold: None, "modes", "trust" or a :class:`fastgist.peft.ThresholdConfig`: see :class:`fastgist.nn.CPThreshold`.
+    bottleneck: None or a :class:`BottleneckConfig` (True: its defaults).
+    batch_mean: factor of the batch's mean of the first query's state that the released code adds to that query behind every
+    cross-attention (0.1 there). It makes what a model says of an image depend on the others in its batch, in
+    evaluation too: off, and warned of.
+    gated_query: the released code's addition of 0.1 (a * s + b) to a layer's query outputs, a being the attention's and s, b
+    trained vectors ~ N(0, 2e-4): not the identity at the start.
+    """
+
+    method: ClassVar[str] = "petal"
+    rank: int = 64
+    core: str = "cp"
+    dropout: float = 0.1
+    num_experts: int = 6
+    expert_dim: int = 64
+    gating: str = "softmax"
+    threshold: Any = None
+    bottleneck: Any = None
+    top_k: int | None = None
+    load_balance: float = 0.01
+    num_instructions: int = 1
+    batch_mean: float = 0.0
+    gated_query: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bottleneck is True:
+            self.bottleneck = BottleneckConfig()
+        elif isinstance(self.bottleneck, dict):
+            known = {f.name for f in fields(BottleneckConfig)}
+            if unknown := sorted(set(self.bottleneck) - known):
+                raise ValueError(
+                    f"BottleneckConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+                )
+            self.bottleneck = BottleneckConfig(**self.bottleneck)
+        elif self.bottleneck is False:
+            self.bottleneck = None
+        if self.bottleneck is not None and not isinstance(self.bottleneck, BottleneckConfig):
+            raise TypeError(
+                f"PetalConfig: bottleneck must be None, True or a BottleneckConfig, got {type(self.bottleneck).__name__}"
+            )
+        for name in ("load_balance", "batch_mean"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+                raise ValueError(f"PetalConfig: {name} must be finite and >= 0, got {value}")
+        if isinstance(self.num_experts, bool) or not isinstance(self.num_experts, int) or self.num_experts < 0:
+            raise ValueError(f"PetalConfig: num_experts must be a whole number >= 0, got {self.num_experts!r}")
+        if not self.num_experts and self.num_instructions != 1:
+            raise ValueError("PetalConfig: num_instructions mixes the experts' gates, and num_experts is 0")

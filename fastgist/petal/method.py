@@ -1,0 +1,101 @@
+"""How a :class:`PetalConfig` becomes layers of a model with a Q-Former."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from fastgist.nn import (
+    CPFactors,
+    CPLinear,
+    InformationBottleneckLoss,
+    InstructionMixer,
+    InstructionMoE,
+    factory,
+    fan,
+)
+from fastgist.peft.config import PeftConfig
+from fastgist.peft.method import Method, register_method
+from fastgist.petal.config import PetalConfig
+from fastgist.petal.parts import BatchMean, Enriched, GatedQuery
+
+__all__ = ["Petal"]
+
+
+class Petal(Method):
+    """Mode approximation of the Q-Former's attention, with the experts around its embeddings."""
+
+    title = "PETAL with more than its mode approximation (PetalConfig(num_experts=0) alone)"
+
+    def can_merge(self, config: PeftConfig) -> bool:
+        assert isinstance(config, PetalConfig)
+        return not (config.num_experts or config.bottleneck or config.batch_mean or config.gated_query)
+
+    def build(self, model: Any, family: Any, config: PeftConfig) -> dict[str, nn.Module]:
+        assert isinstance(config, PetalConfig)
+        if not hasattr(family, "projections"):
+            raise TypeError(
+                f"petal.wrap: expected a model with a Q-Former (InstructBLIP, BLIP-2), got {type(model).__name__}"
+            )
+        groups = family.projections(model)
+        place = factory(model.get_submodule(groups["text"][0]), None, None)
+        built: dict[str, nn.Module] = {}
+        for kind, paths in groups.items():
+            built |= _group(model, kind, paths, config, place)
+        built |= _around(model, family, config, place)
+        return built
+
+
+def _group(model: Any, kind: str, paths: list[str], config: PetalConfig, place: dict[str, Any]) -> dict[str, nn.Module]:
+    """CP layers at ``paths``, all of one shape, with factors of their own."""
+    layers = [model.get_submodule(path) for path in paths]
+    sizes = fan(layers[0])
+    if sizes is None:  # a wrapper of somebody else's
+        raise TypeError(f"petal.wrap: expected a linear layer at {paths[0]}, got {type(layers[0]).__name__}")
+    if config.rank > min(sizes):
+        raise ValueError(
+            f"PetalConfig: rank must be at most {min(sizes)}, the {kind} matrices being {sizes[0]} -> {sizes[1]}, got "
+            f"{config.rank}"
+        )
+    factors = CPFactors(*sizes, config.rank, len(paths), config.core, config.dropout, **place)
+    return {path: CPLinear(layer, factors, i) for i, (path, layer) in enumerate(zip(paths, layers, strict=True))}
+
+
+def _around(model: Any, family: Any, config: PetalConfig, place: dict[str, Any]) -> dict[str, nn.Module]:
+    """What is no mode approximation."""
+    dim = model.config.qformer_config.hidden_size
+    experts = mixer = bottleneck = None
+    if config.num_experts:
+        experts = InstructionMoE(dim, config.num_experts, config.expert_dim, config.gating, config.top_k, **place)
+        if config.num_instructions > 1:
+            mixer = InstructionMixer(config.num_instructions, **place)
+    if config.bottleneck is not None:
+        widths = (dim, model.config.vision_config.hidden_size, model.config.text_config.vocab_size)
+        bottleneck = InformationBottleneckLoss(*widths, **config.bottleneck.options(), device=place["device"])
+    built: dict[str, nn.Module] = {}
+    if experts is not None or bottleneck is not None:
+        path = family.embedded_path(model)
+        balance = config.load_balance if config.gating == "softmax" else 0.0
+        built[path] = Enriched(model.get_submodule(path), experts, mixer, bottleneck, balance)
+    layers = family.layer_paths(model)
+    if config.batch_mean:
+        warnings.warn(
+            f"PetalConfig: batch_mean={config.batch_mean} makes what the model says of an image depend on the other images "
+            "of its batch, in evaluation too",
+            UserWarning,
+            stacklevel=5,
+        )
+        for layer in layers:
+            if model.get_submodule(layer).has_cross_attention:
+                path = f"{layer}.crossattention.output"
+                built[path] = BatchMean(model.get_submodule(path), config.batch_mean)
+    if config.gated_query:
+        for layer in layers:
+            path = f"{layer}.output_query"
+            built[path] = GatedQuery(model.get_submodule(path), dim, **place)
+    return built
+
+
+register_method(PetalConfig, Petal())

@@ -1,0 +1,157 @@
+"""PETAL's layers in a Q-Former, beside the mode approximation. Each stands around the layer at its place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgist.nn import Gate, InformationBottleneckLoss, InstructionMixer, InstructionMoE
+from fastgist.petal import losses
+
+__all__ = ["BatchMean", "Enriched", "GatedQuery"]
+
+#: The released code's factor and spread (standard deviation) of the gated query transformation.
+GATED_SCALE, GATED_STD = 0.1, 2e-4
+
+
+class Enriched(nn.Module):
+    """Around the last layer of the Q-Former's embeddings: the experts on queries and instruction, and what of PETAL is in the
+    model's loss.
+
+    The gate is that of the instruction's real tokens; of a Q-Former that reads no instruction (BLIP-2's), of the queries: then
+    it is the same for every input.
+
+    Args:
+        base_layer: what makes the embedded sequence (B, N, D), queries first.
+        experts, mixer, bottleneck: or None.
+        load_balance: factor of the experts' load-balance loss.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        experts: InstructionMoE | None,
+        mixer: InstructionMixer | None,
+        bottleneck: InformationBottleneckLoss | None,
+        load_balance: float,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.experts, self.mixer, self.bottleneck = experts, mixer, bottleneck
+        self.load_balance = load_balance
+        #: The last training forward's parts of the loss, detached scalars: "task", "balance", "bottleneck".
+        self.parts: dict[str, Tensor] = {}
+        self._noted: tuple[Tensor | None, int | None] = (None, None)
+        self._gate: Gate | None = None
+        self._plain = False
+        self._handles: tuple[Any, ...] = ()
+
+    # -- in and out of a model --------------------------------------------------------------------------------------------
+    def attached(self, model: Any) -> None:
+        handles = [model.qformer.register_forward_pre_hook(_note, with_kwargs=True)]
+        if self.bottleneck is not None or (self.experts is not None and self.load_balance > 0):
+            handles.append(model.register_forward_hook(losses.add, with_kwargs=True))
+        self._handles = tuple(handles)
+
+    def detached(self, model: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = ()
+
+    # -- forward ----------------------------------------------------------------------------------------------------------
+    def note(self, attention_mask: Tensor | None, query_length: int | None) -> None:
+        """What the Q-Former was called with: (B, N) of its sequence, and how many of it are queries (None: all)."""
+        self._noted = (attention_mask, query_length)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        (mask, queries), self._noted = self._noted, (None, None)
+        if self.experts is None or self._plain:
+            return y
+        gate = self._gate
+        if gate is None:
+            gate = self._gate_of(y, mask, y.shape[1] if queries is None else queries)
+        elif gate.weights.shape[0] != y.shape[0]:
+            raise ValueError(f"petal.instructed: the gate is for {gate.weights.shape[0]} samples, got {y.shape[0]}")
+        return self.experts(y, gate=gate)
+
+    def _gate_of(self, y: Tensor, mask: Tensor | None, queries: int) -> Gate:
+        assert self.experts is not None
+        if queries >= y.shape[1]:
+            return self.experts.get_gate(y)
+        mask = None if mask is None else mask[:, queries:]
+        return self.experts.get_gate(y[:, queries:], mask)
+
+    @contextlib.contextmanager
+    def plain(self) -> Iterator[None]:
+        """Within it the experts are left out."""
+        self._plain = True
+        try:
+            yield
+        finally:
+            self._plain = False
+
+    @contextlib.contextmanager
+    def gated_by(self, gate: Gate) -> Iterator[None]:
+        """Within it ``gate`` takes the place of the instruction's own."""
+        self._gate = gate
+        try:
+            yield
+        finally:
+            self._gate = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"parts": {}, "_noted": (None, None), "_gate": None}  # tensors in a graph
+
+
+def _note(qformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Tell :class:`Enriched` in this Q-Former of the call to come."""
+    given = losses.arguments(qformer, args, kwargs)
+    length = given.get("query_length")
+    embeds = given.get("query_embeds")
+    if length is None:
+        length = 0 if embeds is None else embeds.shape[1]
+    for child in getattr(qformer, "embeddings", qformer).children():
+        if isinstance(child, Enriched):
+            child.note(given.get("attention_mask"), length)
+
+
+class BatchMean(nn.Module):
+    """Around a cross-attention's output layer: the first query's state gets ``factor`` times its mean over the batch."""
+
+    def __init__(self, base_layer: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.factor = factor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's arguments -> (B, Q, D)."""
+        y = self.base_layer(*args, **kwargs)
+        first = y[:, :1]
+        return torch.cat((first + self.factor * first.mean(0, keepdim=True), y[:, 1:]), dim=1)
+
+    def extra_repr(self) -> str:
+        return f"factor={self.factor}"
+
+
+class GatedQuery(nn.Module):
+    """Around a layer's output layer for queries: adds 0.1 (a * s + b), a (B, Q, D) being what the attentions gave."""
+
+    def __init__(self, base_layer: nn.Module, dim: int, **place: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.s = nn.Parameter(torch.empty(dim, **place))
+        self.b = nn.Parameter(torch.empty(dim, **place))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.s, std=GATED_STD)
+        nn.init.normal_(self.b, std=GATED_STD)
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        y = self.base_layer(hidden_states, input_tensor)
+        return y + GATED_SCALE * (input_tensor * self.s + self.b).to(y.dtype)
