@@ -69,7 +69,7 @@ def test_the_base_model_is_cached_checked_and_made_again_when_damaged(ran, monke
     (path,) = (cache / "fastgist").iterdir()
     config = DemoConfig(output_dir=ran[1] / "out", quick=True, device="cpu")
     data, accelerator = Digits.load(), Accelerator(cpu=True)
-    with module._one_thread(accelerator.device):
+    with module.one_thread(accelerator.device):
         first, about = module._base(config, data, accelerator)
         assert about["cached"]
         whole = path.read_bytes()
@@ -90,7 +90,7 @@ def test_a_run_is_its_seeds(ran, monkeypatch) -> None:
     data, accelerator = Digits.load(), Accelerator(cpu=True)
     metrics = json.loads((ran[1] / "out" / "metrics.json").read_text())
     contestant = recipes.CONTESTANTS[4]
-    with module._one_thread(accelerator.device):
+    with module.one_thread(accelerator.device):
         base, _ = module._base(DemoConfig(output_dir=Path(), quick=True), data, accelerator)
         train, _ = data.pool.draw(10, seed=1)
         recipe = dataclasses.replace(recipes.quick(contestant.recipe), seed=1)

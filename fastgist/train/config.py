@@ -14,6 +14,7 @@ from fastgist.recipes import Recipe
 
 __all__ = [
     "CompareConfig",
+    "Demo",
     "DemoConfig",
     "FinetuneConfig",
     "Method",
@@ -222,16 +223,35 @@ class ExportConfig:
     image_size: int | None = _option(None, "Pixels a side; the run's own if not given.", "Model", min=1)
 
 
+class Demo(enum.StrEnum):
+    """Which paper's method the demo shows."""
+
+    GIST = "gist"
+    PETAL = "petal"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Flags of ``fastgist demo``."""
 
-    output_dir: Path = _option(Path("fastgist-demo"), "Where the figure, metrics.json and the adapters go.", "Demo")
+    which: Demo = _option(Demo.GIST, "gist, or petal.", "Demo", argument=True)
+    output_dir: Path | None = _option(
+        None,
+        "Where figures, metrics.json and adapters go; fastgist-demo (petal: fastgist-demo-petal) if not given.",
+        "Demo",
+    )
     seeds: int = _option(3, "Few-shot draws; every method is trained on each.", "Demo", min=1)
-    shots: int = _option(10, "Training images of each new digit.", "Demo", min=1, max=40)
+    shots: int = _option(10, "Training images of each digit that is learnt from.", "Demo", min=1, max=40)
     device: str = _option("auto", "cpu, cuda, mps, or auto.", "Demo")
     quick: bool = _option(False, "A fraction of the training: shows the way, not a result.", "Demo")
     cache: bool = _option(True, "Keep the pre-trained model for the next time.", "Demo")
+
+    @property
+    def folder(self) -> Path:
+        """Where the output goes."""
+        if self.output_dir is not None:
+            return self.output_dir
+        return Path("fastgist-demo" if self.which is Demo.GIST else f"fastgist-demo-{self.which}")
 
 
 def _plain(value: object) -> object:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -34,7 +34,7 @@ from fastgist.train.models import adapt
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["demo"]
+__all__ = ["cached", "demo", "device_name", "one_thread", "prepare"]
 
 
 @dataclass
@@ -49,25 +49,14 @@ class Run:
 
 def demo(config: DemoConfig) -> dict[str, Any]:
     """Run the demo; returns what it wrote to metrics.json. Raises UserError for what the user can put right."""
-    from accelerate import Accelerator
     from tqdm import tqdm
 
     started = time.perf_counter()
-    if config.output_dir.exists() and not config.output_dir.is_dir():
-        raise UserError(f"--output-dir {config.output_dir} is a file")
-    try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --output-dir {config.output_dir}: {error.strerror}") from error
-    if config.device not in ("auto", "cpu", "cuda", "mps"):
-        raise UserError(f"--device must be cpu, cuda, mps or auto, got {config.device!r}")
-    accelerator = Accelerator(cpu=config.device == "cpu")
-    if config.device not in ("auto", accelerator.device.type):
-        raise UserError(f"--device {config.device} is not available here: found {accelerator.device.type}")
+    accelerator = prepare(config)
     data = Digits.load()
     seeds = list(range(config.seeds))
     contestants = recipes.CONTESTANTS
-    with _one_thread(accelerator.device):
+    with one_thread(accelerator.device):
         base, about_base = _base(config, data, accelerator)
         print(about_base["words"])
         runs: dict[str, list[Run]] = {c.name: [] for c in contestants}
@@ -98,16 +87,16 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         "new_digits": NEW, "base": {k: v for k, v in about_base.items() if k != "words"},
         "architecture": recipes.ARCHITECTURE, "pretrain": dataclasses.asdict(recipes.PRETRAIN),
         "few_shot": dataclasses.asdict(recipes.FEW_SHOT),
-        "device": _device_name(accelerator.device), "threads": 1 if accelerator.device.type == "cpu" else None,
+        "device": device_name(accelerator.device), "threads": 1 if accelerator.device.type == "cpu" else None,
         "peak_memory_method": memory_method(accelerator.device), "versions": versions(), "commit": commit(),
     }  # fmt: skip
     from fastgist.train.figure import draw
 
     shown = contestants[2].name
-    figure = config.output_dir / "demo.png"
+    figure = config.folder / "demo.png"
     draw(figure, metrics, data.test, runs[shown][0].logits.argmax(-1), shown)
     metrics["seconds"] = time.perf_counter() - started
-    write_atomically(config.output_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    write_atomically(config.folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     _print_table(metrics, config, figure)
     broken = [name for name, same in reloaded.items() if not same]
     if broken:
@@ -115,8 +104,26 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     return metrics
 
 
+def prepare(config: DemoConfig) -> Accelerator:
+    """The output folder, made, and the device. Raises UserError for what the user can put right."""
+    from accelerate import Accelerator
+
+    if config.folder.exists() and not config.folder.is_dir():
+        raise UserError(f"--output-dir {config.folder} is a file")
+    try:
+        config.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --output-dir {config.folder}: {error.strerror}") from error
+    if config.device not in ("auto", "cpu", "cuda", "mps"):
+        raise UserError(f"--device must be cpu, cuda, mps or auto, got {config.device!r}")
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    if config.device not in ("auto", accelerator.device.type):
+        raise UserError(f"--device {config.device} is not available here: found {accelerator.device.type}")
+    return accelerator
+
+
 @contextlib.contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
+def one_thread(device: torch.device) -> Iterator[None]:
     """On a CPU, one thread: the model is too small for more, and results do not depend on how many cores there are."""
     before = torch.get_num_threads()
     if device.type == "cpu":
@@ -155,43 +162,54 @@ def pretrain(data: Digits, recipe: Recipe, accelerator: Accelerator) -> nn.Modul
     return model
 
 
-def _base(config: DemoConfig, data: Digits, accelerator: Accelerator) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The base model's weights, from the cache or trained now, and what to say about them."""
+def cached(
+    name: str, key: dict[str, Any], train: Callable[[], nn.Module], keep: bool
+) -> tuple[dict[str, Tensor], float, str]:
+    """A pre-trained model's weights, from the cache or trained now; the seconds it took; where they come from, in words.
+
+    Args:
+        name: what the file's name begins with.
+        key: everything that decides the weights.
+        train: makes them.
+        keep: read and write the cache.
+    """
     import safetensors
     import safetensors.torch
 
+    digits = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgist"
+    path = cache / f"{name}-{digits}.safetensors"
+    if keep and path.is_file():
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                weights = {key: file.get_tensor(key).clone() for key in file.keys()}
+                if (file.metadata() or {}).get("sha256") != digest(weights):
+                    raise ValueError("checksum")
+            return weights, 0.0, f"from {path}"
+        except Exception:
+            print(f"{path} is damaged: pre-training again")
+    start = time.perf_counter()
+    trained = train()
+    weights = {key: value.to("cpu", copy=True).contiguous() for key, value in trained.state_dict().items()}
+    seconds = time.perf_counter() - start
+    if keep:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, safetensors.torch.save(weights, {"sha256": digest(weights)}))
+        except OSError as error:
+            print(f"could not keep the pre-trained model in {cache}: {error.strerror}")
+    return weights, seconds, f"trained in {seconds:.1f} s"
+
+
+def _base(config: DemoConfig, data: Digits, accelerator: Accelerator) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The base model's weights, from the cache or trained now, and what to say about them."""
     recipe = recipes.quick(recipes.PRETRAIN) if config.quick else recipes.PRETRAIN
     key = {"recipe": dataclasses.asdict(recipe), "architecture": recipes.ARCHITECTURE, "objective": "redraw"}
     key |= {
         name: version for name, version in versions().items() if name in ("fastgist", "torch", "timm", "scikit-learn")
     }
     key["device"] = accelerator.device.type
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgist"
-    path = cache / f"digits-{name}.safetensors"
-    origin, seconds = f"from {path}", 0.0
-    weights: dict[str, Tensor] | None = None
-    if config.cache and path.is_file():
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                weights = {key: file.get_tensor(key).clone() for key in file.keys()}
-                if (file.metadata() or {}).get("sha256") != digest(weights):
-                    raise ValueError("checksum")
-        except Exception:
-            print(f"{path} is damaged: pre-training again")
-            weights = None
-    if weights is None:
-        start = time.perf_counter()
-        trained = pretrain(data, recipe, accelerator)
-        weights = {key: value.cpu().contiguous() for key, value in trained.state_dict().items()}
-        seconds = time.perf_counter() - start
-        origin = f"trained in {seconds:.1f} s"
-        if config.cache:
-            try:
-                cache.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, safetensors.torch.save(weights, {"sha256": digest(weights)}))
-            except OSError as error:
-                print(f"could not keep the pre-trained model in {cache}: {error.strerror}")
+    weights, seconds, origin = cached("digits", key, lambda: pretrain(data, recipe, accelerator), config.cache)
     model = plain_model(len(weights["head.bias"]))
     model.load_state_dict(weights)
     held_out = _to_redraw(data.old_test)
@@ -242,7 +260,7 @@ def _round_trip(
     """Save the adapter, load it into a fresh base model, and compare the logits of every test image, bitwise."""
     import fastgist
 
-    folder = config.output_dir / "adapters" / contestant.name.replace(" + ", "-").replace(" ", "-").lower()
+    folder = config.folder / "adapters" / contestant.name.replace(" + ", "-").replace(" ", "-").lower()
     fastgist.save_adapter(model, folder)
     again = fastgist.load_adapter(fresh(base, len(test.labels.unique()), seed=987654321), folder)
     others, _ = predict(again.to(accelerator.device), test, 256, accelerator.device)
@@ -276,8 +294,8 @@ def _row(contestant: recipes.Contestant, runs: list[Run], share: tuple[int, int]
     }  # fmt: skip
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def device_name(device: torch.device) -> str:
+    return torch.cuda.getdevice_name(device) if device.type == "cuda" else device.type
 
 
 def _print_table(metrics: dict[str, Any], config: DemoConfig, figure: Path) -> None:
@@ -312,6 +330,6 @@ def _print_table(metrics: dict[str, Any], config: DemoConfig, figure: Path) -> N
     ]
     if config.quick:
         lines.append("--quick: an eighth of the training; these accuracies say nothing about the methods")
-    lines.append(f"{figure}, {config.output_dir / 'metrics.json'}; {metrics['seconds']:.0f} s on {metrics['device']}")
+    lines.append(f"{figure}, {config.folder / 'metrics.json'}; {metrics['seconds']:.0f} s on {metrics['device']}")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

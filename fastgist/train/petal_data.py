@@ -1,15 +1,16 @@
 """The data of ``fastgist demo petal``: scikit-learn's handwritten digits (8 x 8 pixels), questions about them, words.
 
-Two questions belong to the pre-training of the small InstructBLIP, four tasks (three questions and a caption) to the tuning
-of its Q-Former: they are held out. The images are cut once, by a fixed seed: half to pre-train on, a quarter to draw few
-images from (what is left over validates), a quarter to test on.
+Four questions belong to the pre-training of the small InstructBLIP, four tasks (three questions and a caption) to the tuning
+of its Q-Former: no image was ever shown with those before. The language model, as language models have, has read all
+of them in words, with the digit's name in the image's place. The images are cut once, by a fixed seed: half to pre-train
+on, a quarter to draw few images from (what is left over validates), a quarter to test on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,9 @@ __all__ = [
     "Question",
     "Row",
     "collate",
+    "draw_rows",
     "encode",
+    "rows_of",
     "sentences",
     "train_tokenizer",
 ]
@@ -94,8 +97,7 @@ class PetalDigits:
         return cls(pretrain, *rest.cut(0.5, _CUT_SEED))
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One question about one image: the image's place in its part, the instruction's words and the answer's."""
 
     image: int
@@ -103,23 +105,30 @@ class Row:
     answer: str
 
 
-def sentences() -> list[str]:
-    """What the language model reads beside the images: each digit named in words, and what is true of it.
+def rows_of(part: DigitImages, questions: Sequence[Question]) -> list[Row]:
+    """Every image with every phrasing of every question: by question, phrasing, image."""
+    labels = part.labels.tolist()
+    return [
+        Row(image, phrasing, question.answers[label])
+        for question in questions
+        for phrasing in question.phrasings
+        for image, label in enumerate(labels)
+    ]
 
-    It knows the held-out answers' words from here and how they go together; the held-out instructions are not among them.
-    """
-    found = []
-    for digit, name in enumerate(NAMES[:10]):
-        size = "larger" if digit > 4 else "smaller"
-        holes = HELD_OUT[1].answers[digit]
-        parity = "even" if digit % 2 == 0 else "odd"
-        found += [
-            f"{name} is {parity}", f"{name} has {holes}", f"{name} then {NAMES[digit + 1]}", f"{name} is {size}",
-            f"{name} is a handwritten {name}",
-        ]  # fmt: skip
-        for question in PRETRAINED:
-            found += [f"{name} {phrasing} {question.answers[digit]}" for phrasing in question.phrasings]
-    return found
+
+def draw_rows(rows: Sequence[Row], count: int, generator: torch.Generator) -> list[Row]:
+    """``count`` rows, with replacement."""
+    return [rows[i] for i in torch.randint(len(rows), (count,), generator=generator).tolist()]
+
+
+def sentences() -> list[str]:
+    """What the language model reads: the name of a digit in the image's place, every instruction, and the answer."""
+    return [
+        f"{name} {phrasing} {question.answers[digit]}"
+        for digit, name in enumerate(NAMES[:10])
+        for question in (*PRETRAINED, *HELD_OUT)
+        for phrasing in question.phrasings
+    ]
 
 
 def train_tokenizer() -> Any:
@@ -127,10 +136,7 @@ def train_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    texts = [*sentences()]
-    for question in (*PRETRAINED, *HELD_OUT):
-        texts += [*question.phrasings, *question.answers]
-    words = sorted({word for text in texts for word in text.split()})
+    words = sorted({word for text in sentences() for word in text.split()})
     ids = {word: number for number, word in enumerate((_PAD, _END, _UNKNOWN, IMAGE_TOKEN, *words))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=_UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -165,9 +171,7 @@ def collate(
     prompts = [" ".join([*[IMAGE_TOKEN] * queries, row.instruction]) for row in rows]
     texts = [f"{prompt} {row.answer} {_END}" if answered else prompt for prompt, row in zip(prompts, rows, strict=True)]
     tokens = tokenizer(texts, padding=True, return_tensors="pt")
-    instructions = tokenizer(
-        [row.instruction for row in rows], padding=True, padding_side="right", return_tensors="pt"
-    )
+    instructions = tokenizer([row.instruction for row in rows], padding=True, padding_side="right", return_tensors="pt")
     batch = {
         "pixel_values": images[[row.image for row in rows]].expand(-1, 3, -1, -1),
         "input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"],

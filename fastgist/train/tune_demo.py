@@ -12,7 +12,7 @@ from statistics import mean
 
 from fastgist.recipes import digits as recipes
 from fastgist.train.config import DemoConfig
-from fastgist.train.demo import _base, _one_thread, adapt_to
+from fastgist.train.demo import _base, one_thread, adapt_to
 from fastgist.train.digits import Digits
 from fastgist.train.engine import evaluate
 
@@ -27,7 +27,7 @@ def tune(shots: int = 10) -> dict[str, float]:
     accelerator = Accelerator(cpu=True)
     data = Digits.load()
     best: dict[str, float] = {}
-    with _one_thread(accelerator.device):
+    with one_thread(accelerator.device):
         base, _ = _base(DemoConfig(output_dir=Path()), data, accelerator)
         for contestant in recipes.CONTESTANTS:
             scores = {}
