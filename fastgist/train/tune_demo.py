@@ -12,7 +12,7 @@ from statistics import mean
 
 from fastgist.recipes import digits as recipes
 from fastgist.train.config import DemoConfig
-from fastgist.train.demo import _base, one_thread, adapt_to
+from fastgist.train.demo import _base, adapt_to, one_thread
 from fastgist.train.digits import Digits
 from fastgist.train.engine import evaluate
 

@@ -1,0 +1,198 @@
+"""fastgist demo petal: its data, its words, and the command, whole but short."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+for _package in ("accelerate", "matplotlib", "rich", "scipy", "sklearn", "tokenizers", "transformers", "typer"):
+    pytest.importorskip(_package)
+
+from fastgist import petal  # noqa: E402
+from fastgist.recipes import petal_digits as recipes  # noqa: E402
+from fastgist.train import petal_base, petal_data, petal_demo  # noqa: E402
+from fastgist.train.config import DemoConfig  # noqa: E402
+from fastgist.train.demo import one_thread  # noqa: E402
+from fastgist.train.petal_data import HELD_OUT, IMAGE_TOKEN, PRETRAINED, PetalDigits, Row  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory):
+    """The command with --quick: its output and its folder; the cache beside it."""
+    from typer.testing import CliRunner
+
+    from fastgist.cli import build_app
+
+    folder = tmp_path_factory.mktemp("petal-demo")
+    arguments = ["demo", "petal", "--quick", "--seeds", "1", "--device", "cpu", "--output-dir", str(folder / "out")]
+    env = {"XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "160"}
+    result = CliRunner().invoke(build_app(), arguments, env=env)
+    assert result.exit_code == 0, result.output
+    return result, folder
+
+
+@pytest.fixture(scope="module")
+def base(ran):
+    """The base model that the command has cached."""
+    with pytest.MonkeyPatch.context() as patch, one_thread(CPU):
+        patch.setenv("XDG_CACHE_HOME", str(ran[1] / "cache"))
+        found, about = petal_demo.load_base(DemoConfig(quick=True), PetalDigits.load(), CPU)
+    assert about["cached"]
+    return found
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_no_image_is_in_two_parts_and_none_is_lost() -> None:
+    data = PetalDigits.load()
+    parts = [data.pretrain, data.pool, data.test]
+    assert sum(map(len, parts)) == 1797
+    whole = torch.cat([part.images.flatten(1) for part in parts])
+    assert len(whole.unique(dim=0)) == len(whole)
+    for part in parts:
+        assert part.labels.unique().tolist() == list(range(10))
+    assert min(data.pool.labels.bincount()) > 40  # --shots goes to 40, and something is left to validate on
+    drawn, rest = data.pool.draw(10, seed=0)
+    assert drawn.labels.bincount().tolist() == [10] * 10 and len(drawn) + len(rest) == len(data.pool)
+    again = PetalDigits.load()
+    assert torch.equal(again.test.images, data.test.images) and torch.equal(again.pool.labels, data.pool.labels)
+
+
+def test_the_answers_are_right() -> None:
+    found = {question.name: question.answers for question in (*PRETRAINED, *HELD_OUT)}
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    for digit in range(10):
+        assert found["digit"][digit] == names[digit]
+        assert found["next"][digit] == names[digit + 1]
+        assert found["before"][digit] == (names[digit - 1] if digit else "none")
+        assert found["even"][digit] == ("no" if digit % 2 else "yes")
+        assert found["kind"][digit] == ("an odd digit" if digit % 2 else "an even digit")
+        assert found["larger"][digit] == ("yes" if digit > 4 else "no")
+        assert found["caption"][digit] == f"a handwritten {names[digit]}"
+        holes = {"none": 0, "one": 1, "two": 2}[found["holes"][digit]]
+        assert holes == {0: 1, 6: 1, 8: 2, 9: 1}.get(digit, 0)
+
+
+def test_no_image_was_shown_with_a_held_out_instruction(monkeypatch) -> None:
+    """What pre-training shows the model with an image."""
+    held = {phrasing for question in HELD_OUT for phrasing in question.phrasings}
+    known = {phrasing for question in PRETRAINED for phrasing in question.phrasings}
+    assert not held & known and len(held) <= 10
+    asked: set[str] = set()
+    whole = petal_base.collate
+
+    def noting(tokenizer, images, rows, *args, **kwargs):
+        asked.update(row.instruction for row in rows)
+        return whole(tokenizer, images, rows, *args, **kwargs)
+
+    monkeypatch.setattr(petal_base, "collate", noting)
+    short = dataclasses.replace(recipes.PRETRAIN, steps=2)
+    with one_thread(CPU):
+        petal_base.pretrain(petal_data.train_tokenizer(), PetalDigits.load(), short, short, CPU)
+    assert asked and asked <= known
+
+
+def test_the_words_are_the_same_every_time_and_all_known() -> None:
+    first, second = petal_data.train_tokenizer(), petal_data.train_tokenizer()
+    assert first.get_vocab() == second.get_vocab()
+    for question in (*PRETRAINED, *HELD_OUT):
+        for text in (*question.phrasings, *question.answers):
+            assert first.unk_token_id not in first(text)["input_ids"] and first.decode(first(text)["input_ids"]) == text
+
+
+def test_a_batch_learns_the_answer_and_its_end_alone() -> None:
+    tokenizer, data = petal_data.train_tokenizer(), PetalDigits.load()
+    rows = [Row(3, "what comes next ?", "ten"), Row(0, "describe the image", "a handwritten seven")]
+    batch = petal_data.collate(tokenizer, data.test.images, rows, queries=4)
+    for i, row in enumerate(rows):
+        learnt = batch["labels"][i][batch["labels"][i] != -100]
+        assert tokenizer.decode(learnt) == f"{row.answer} </s>"
+        said = tokenizer.decode(batch["input_ids"][i][batch["attention_mask"][i] == 1])
+        assert said == " ".join([*[IMAGE_TOKEN] * 4, row.instruction, row.answer, "</s>"])
+        heard = batch["qformer_input_ids"][i][batch["qformer_attention_mask"][i] == 1]
+        assert tokenizer.decode(heard) == row.instruction  # the Q-Former does not read the answer
+        assert torch.equal(batch["pixel_values"][i], data.test.images[row.image].expand(3, -1, -1))
+    asking = petal_data.collate(tokenizer, data.test.images, rows, queries=4, answered=False)
+    assert "labels" not in asking and "ten" not in tokenizer.decode(asking["input_ids"][0]).split()
+
+
+def test_every_method_of_a_seed_sees_the_same_batches(base) -> None:
+    data = PetalDigits.load()
+    training = dataclasses.replace(recipes.TUNE, seed=4)
+    train, _ = data.pool.draw(2, seed=4)
+    losses = [petal_base.question_loss(base.fresh(), base.tokenizer, train, HELD_OUT, training, CPU) for _ in range(2)]
+    with torch.no_grad():
+        values = [[float(loss_of(step)) for step in (0, 1)] for loss_of in losses]
+    assert values[0] == values[1] and values[0][0] != values[0][1]
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_and_the_numbers(ran) -> None:
+    result, folder = ran
+    metrics = json.loads((folder / "out" / "metrics.json").read_text())
+    names = [question.name for question in HELD_OUT]
+    assert [row["name"] for row in metrics["rows"]] == [c.name for c in recipes.CONTESTANTS]
+    for row in metrics["rows"]:
+        assert row["name"] in result.stdout and f"{row['trained']:,}/{row['qformer']:,}" in result.stdout
+        accuracies = row["accuracies"]["0"]
+        assert set(accuracies) == {*names, "all"}
+        assert accuracies["all"] == pytest.approx(sum(accuracies[name] for name in names) / len(names))
+        assert f"{row['accuracy']['all']['mean']:.1%}" in result.stdout
+        assert row["peak_memory_bytes"] > 4 * row["model"] and row["seconds_per_step"] > 0
+        assert row["reloaded_identical"] is (None if row["method"] == "full" else True)
+    sizes = {row["method"]: row["trained"] for row in metrics["rows"]}
+    for method in ("lora", "adapter"):
+        assert abs(sizes[method] - sizes["petal"]) < 0.05 * sizes["petal"]  # contestants of equal size
+    assert sizes["full"] > 20 * sizes["petal"]
+    assert metrics["untuned"]["all"] <= 1 and f"{metrics['untuned']['all']:.1%}" in result.stdout
+    assert set(metrics["usage"]) == {phrasing for question in HELD_OUT for phrasing in question.phrasings}
+    for shares in metrics["usage"].values():
+        assert len(shares) == 4 and sum(shares) == pytest.approx(1)
+    assert "3 of 3 adapters" in result.stdout and metrics["quick"] and metrics["device"] == "cpu"
+
+
+def test_the_figures_are_pictures(ran) -> None:
+    from PIL import Image
+
+    for name in ("petal.png", "experts.png"):
+        with Image.open(ran[1] / "out" / name) as picture:
+            assert picture.format == "PNG" and min(picture.size) > 400
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+@pytest.mark.parametrize("contestant", recipes.CONTESTANTS, ids=lambda c: c.method)
+def test_what_a_contestant_trains_is_in_the_qformer_and_nothing_else_moves(base, contestant) -> None:
+    data = PetalDigits.load()
+    train, _ = data.pool.draw(2, seed=1)
+    before = {name: value.clone() for name, value in base.fresh().state_dict().items()}
+    training = dataclasses.replace(contestant.training, steps=4, seed=1)
+    with one_thread(CPU):
+        model, fit = petal_demo.tune(base, contestant, train, training)
+        again, refit = petal_demo.tune(base, contestant, train, training)
+    assert fit.losses == refit.losses  # the seed is all there is
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(name.startswith(("qformer.", "query_tokens")) for name in trained)
+    kept = {n: p for n, p in model.state_dict().items() if n.startswith(("vision_model.", "language_"))}
+    assert kept and all(torch.equal(value, before[name]) for name, value in kept.items())
+    counted = petal_demo._share(model, base)
+    assert counted.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if contestant.method == "petal":
+        said = petal.trainable_shares(model)
+        assert (said.trainable, said.model) == (counted.trained, counted.model)
+        assert said.qformer + model.query_tokens.numel() == counted.qformer
+
+
+def test_the_score_counts_right_answers(base, monkeypatch) -> None:
+    part = PetalDigits.load().test
+    monkeypatch.setattr(petal_base, "answers", lambda m, t, images, rows, device: ["yes"] * len(rows))
+    found = petal_base.score(None, base.tokenizer, part, HELD_OUT, CPU)
+    larger = float((part.labels > 4).double().mean())
+    assert found == {"larger": larger, "holes": 0.0, "next": 0.0, "caption": 0.0, "all": larger / 4}
