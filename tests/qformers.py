@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -26,20 +25,20 @@ def _text(kind: str) -> dict[str, Any]:
     }
 
 
-def make(kind: str = "instructblip-opt", layers: int = 4, seed: int = 0, **qformer: Any) -> Any:
+def make(kind: str = "instructblip-opt", layers: int = 4, seed: int = 0, image: int = 20, **qformer: Any) -> Any:
     """A model in evaluation mode whose query tokens are not zero."""
     import transformers
 
     name = "InstructBlip" if kind.startswith("instructblip") else "Blip2"
     vision = {
-        "hidden_size": 20,
+        "hidden_size": image,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "intermediate_size": 40,
         "image_size": 16,
     }
     sizes = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32}
-    sizes |= {"encoder_hidden_size": 20, "vocab_size": 60, "max_position_embeddings": 32} | qformer
+    sizes |= {"encoder_hidden_size": image, "vocab_size": 60, "max_position_embeddings": 32} | qformer
     config = getattr(transformers, f"{name}Config")(
         vision_config=vision | {"patch_size": 4},
         qformer_config=sizes,
@@ -79,8 +78,10 @@ def inputs(
 
 
 def quiet(model: Any) -> Any:
-    """Every dropout at rest, so that training forwards compare."""
+    """Every dropout of the model's own at rest, so that training forwards compare."""
     for module in model.modules():
+        if type(module).__module__.startswith("fastgist.nn"):
+            continue
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
@@ -100,12 +101,13 @@ def stir(model: Any, spread: float = 0.3, seed: int = 5) -> Any:
     return model
 
 
-@functools.cache
-def published_sizes() -> dict[str, int]:
-    return {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-        "encoder_hidden_size": 1408,
-    }
+#: The published Q-Former, and its image tokens' width.
+PUBLISHED = {
+    "layers": 12,
+    "hidden_size": 768,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "image": 1408,
+    "vocab_size": 30523,
+    "max_position_embeddings": 512,
+}

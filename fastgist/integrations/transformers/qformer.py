@@ -53,6 +53,9 @@ class QFormer(Family):
     def width(self, model: Any, path: str) -> int:
         return model.config.qformer_config.hidden_size
 
+    def reserved_paths(self, model: Any) -> tuple[str, ...]:
+        return "qformer.embeddings.layernorm", "qformer.layernorm"  # whose weight they ask for its dtype
+
     def affine_layers(self, model: Any) -> dict[str, nn.Module]:
         return {p: m for p, m in super().affine_layers(model).items() if p.startswith("qformer.")}
 
