@@ -176,7 +176,7 @@ def test_what_a_contestant_trains_is_in_the_qformer_and_nothing_else_moves(base,
     training = dataclasses.replace(contestant.training, steps=4, seed=1)
     with one_thread(CPU):
         model, fit = petal_demo.tune(base, contestant, train, training)
-        again, refit = petal_demo.tune(base, contestant, train, training)
+        _, refit = petal_demo.tune(base, contestant, train, training)
     assert fit.losses == refit.losses  # the seed is all there is
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all(name.startswith(("qformer.", "query_tokens")) for name in trained)

@@ -1,4 +1,20 @@
-"""The numbers of ``fastgist demo petal``."""
+"""The numbers of ``fastgist demo petal``.
+
+The learning rate of every method is the best of its row by mean accuracy over draws 100-102, on pool images that were not
+drawn: neither those draws nor those images are among what the demo reports. It gave (CPU, PyTorch 2.15, transformers
+5.23), 10 images a digit:
+
+==============  =====  =====  =====  =====  =====  =====  =====  =====
+method          1e-3   2e-3   4e-3   5e-3   1e-2   2e-2   4e-2   8e-2
+==============  =====  =====  =====  =====  =====  =====  =====  =====
+PETAL                                87.2%  91.6%  91.7%  87.0%
+LoRA                                 88.6%  90.2%  84.2%
+adapter                              73.6%  85.6%  92.2%  94.5%  94.9%
+full Q-Former   94.2%  94.7%  94.6%
+==============  =====  =====  =====  =====  =====  =====  =====  =====
+
+Adapters behind every sublayer ("houlsby", 8,120 numbers) gave 90.4% at 1e-2 and 93.6% at 2e-2.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +28,7 @@ _WIDTH = 64
 _PART: dict[str, Any] = {"hidden_size": _WIDTH, "num_attention_heads": 4, "initializer_range": 0.05}
 
 #: A small InstructBLIP in transformers' words; vocabulary and token ids come from the tokenizer. Weights start wider than
-#: transformers' 0.02, which suits a width of 768: with 0.1 or 0.02 the Q-Former learnt less in the time there is.
+#: transformers' 0.02, which suits a width of 768; of 0.05 and 0.1 the first was better, before and after tuning.
 ARCHITECTURE: dict[str, Any] = {
     "num_query_tokens": 4,
     "initializer_range": 0.05,
@@ -41,7 +57,7 @@ class Training:
 #: The image encoder learns to name the digit, alone.
 VISION = Training(steps=400, lr=2e-3, batch_size=64, weight_decay=0.05)
 #: Then Q-Former and language model, from questions about images and from sentences; the image encoder is frozen.
-#: With 4e-3 in place of 1.5e-3 the base learns as well, and afterwards tunes much worse by every method.
+#: With 4e-3 in place of 1.5e-3 the base learns as well, and PETAL afterwards much worse from it.
 PRETRAIN = Training(steps=400, lr=1.5e-3)
 #: What every method is tuned with, beside its learning rate.
 TUNE = Training(steps=200, lr=1e-2)
@@ -63,11 +79,11 @@ class Contestant:
 
 CONTESTANTS: Sequence[Contestant] = (
     Contestant(
-        "PETAL", "petal", 1e-2,
+        "PETAL", "petal", 2e-2,
         {"rank": 16, "core": "cp", "dropout": 0.1, "num_experts": 4, "expert_dim": 8, "gating": "softmax"},
     ),
     Contestant("LoRA", "lora", 1e-2, {"rank": 4, "alpha": 8, "dropout": 0.1, "targets": ("q", "k", "v")}),
-    Contestant("adapter", "adapter", 1e-2, {"bottleneck_dim": 8}),
+    Contestant("adapter", "adapter", 8e-2, {"bottleneck_dim": 8}),
     Contestant("full Q-Former", "full", 2e-3),
 )  # fmt: skip
 

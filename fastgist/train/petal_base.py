@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -122,7 +121,7 @@ def fit(
     return Fit(torch.stack(losses).tolist(), median(seconds), memory.peak_bytes)
 
 
-def to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def _to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
 
 
@@ -141,7 +140,7 @@ def question_loss(
     def loss_of(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(training.seed, step, len(rows)))
         drawn = draw_rows(rows, training.batch_size, generator)
-        return model(**to(collate(tokenizer, part.images, drawn, queries), device)).loss
+        return model(**_to(collate(tokenizer, part.images, drawn, queries), device)).loss
 
     return loss_of
 
@@ -168,7 +167,7 @@ def pretrain(tokenizer: Any, data: PetalDigits, vision: Training, training: Trai
     def both(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(training.seed, step, 1))
         picked = torch.randint(len(texts), (training.batch_size,), generator=generator).tolist()
-        read = to(encode(tokenizer, [texts[i] for i in picked]), device)
+        read = _to(encode(tokenizer, [texts[i] for i in picked]), device)
         return asking(step) + model.language_model(**read).loss
 
     fit(model, both, training, device, description="Q-Former and language model")
@@ -184,7 +183,7 @@ def answers(
     queries = model.query_tokens.shape[1]
     found: list[str] = []
     for start in range(0, len(rows), _EVAL_BATCH):
-        batch = to(collate(tokenizer, images, rows[start : start + _EVAL_BATCH], queries, answered=False), device)
+        batch = _to(collate(tokenizer, images, rows[start : start + _EVAL_BATCH], queries, answered=False), device)
         made = model.generate(**batch, max_new_tokens=_ANSWER, do_sample=False, num_beams=beams)
         new = made[:, batch["input_ids"].shape[1] :]
         found += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
@@ -206,6 +205,3 @@ def score(
         start += count
     return found | {"all": sum(found.values()) / len(found)}
 
-
-def described(training: Training) -> dict[str, Any]:
-    return dataclasses.asdict(training)

@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+"""Does a threshold on PETAL's mode approximation help? On the questions of ``fastgist demo petal``, paired by seed.
+
+    python scripts/petal_study.py                 table, docs/studies-threshold.json and .svg (minutes; finished runs are kept)
+    python scripts/petal_study.py --seeds 0-15    more seeds
+    python scripts/petal_study.py --tune          Gamma of every form, on validation images and draws that no result uses
+
+Off, static and dynamic, both policies of :class:`fastgist.nn.CPThreshold`, all else the demo's. Everything is decided
+beforehand: the last step's weights are judged on the demo's test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting: the threshold's policy, None for none."""
+
+    name: str
+    policy: str | None = None
+    dynamic: bool = False
+    gamma: float = 1.0
+
+
+#: Gamma by ``--tune``: the best of its grid by mean accuracy on validation images.
+CELLS = (
+    Cell("off"),
+    Cell("modes, static", "modes", False, 0.05),
+    Cell("modes, dynamic", "modes", True, 0.5),
+    Cell("trust, static", "trust", False, 0.5),
+    Cell("trust, dynamic", "trust", True, 1.0),
+)
+GRIDS: dict[str, tuple[float, ...]] = {
+    "modes, static": (0.05, 0.15, 0.5), "modes, dynamic": (0.25, 0.5, 1.0), "trust, static": (0.5, 1.0, 2.0),
+    "trust, dynamic": (1.0, 2.0, 4.0),
+}  # fmt: skip
+TUNING_SEEDS = (100, 101, 102)
+
+
+def give_threshold(model: Any, cell: Cell) -> None:
+    """A threshold for each of the model's factors."""
+    from fastgist.nn import CPFactors, CPLinear, CPThreshold
+
+    if cell.policy is None:
+        return
+    for factors in [m for m in model.modules() if isinstance(m, CPFactors)]:
+        factors.threshold = CPThreshold(cell.policy, cell.gamma, cell.dynamic)
+        factors.threshold.bind(factors.modes, factors.u.device, factors.u.dtype)
+    for layer in [m for m in model.modules() if isinstance(m, CPLinear)]:
+        sizes = layer.in_features, layer.out_features
+        modes = (layer.mode,) if isinstance(layer.mode, int) else layer.mode
+        layer.factors.threshold.observe(layer.base_layer, modes, sizes, layer.inward, layer.scale)
+
+
+class Study:
+    """One run after another, from the folder where it was kept before."""
+
+    def __init__(self, runs: Path, steps: int | None) -> None:
+        import torch
+
+        from fastgist.recipes import petal_digits as recipes
+        from fastgist.train.config import DemoConfig
+        from fastgist.train.measure import versions
+        from fastgist.train.petal_data import PetalDigits
+        from fastgist.train.petal_demo import load_base
+
+        self.data, self.runs = PetalDigits.load(), runs
+        self.contestant = next(c for c in recipes.CONTESTANTS if c.method == "petal")
+        training = self.contestant.training
+        self.training = replace(training, steps=steps) if steps else training
+        self.base, self.about = load_base(DemoConfig(), self.data, torch.device("cpu"))
+        print(self.about["words"])
+        self.key = {"base": recipes.ARCHITECTURE, "pretrain": asdict(recipes.PRETRAIN), "vision": asdict(recipes.VISION)}
+        self.key |= {"versions": versions(), "contestant": asdict(self.contestant)}
+
+    def run(self, cell: Cell, seed: int, judge: str, shots: int) -> dict[str, float]:
+        """Accuracies by question on "test", or on what a draw leaves of the pool."""
+        from fastgist.train.petal_base import score
+        from fastgist.train.petal_data import HELD_OUT
+        from fastgist.train.petal_demo import tune
+
+        training = replace(self.training, seed=seed)
+        setting = {**asdict(cell), "name": None}
+        key = self.key | {"cell": setting, "judge": judge, "shots": shots, "training": asdict(training)}
+        name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:24]
+        kept = self.runs / f"{name}.json"
+        if kept.is_file():
+            return json.loads(kept.read_text())
+        train, rest = self.data.pool.draw(shots, seed)
+        model, _ = tune(self.base, self.contestant, train, training, lambda model: give_threshold(model, cell))
+        part = self.data.test if judge == "test" else rest
+        found = score(model, self.base.tokenizer, part, HELD_OUT, self.base.device)
+        self.runs.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found))
+        return found
+
+
+def tune_gamma(study: Study, shots: int) -> None:
+    """A line a form: mean accuracy on validation images for each Gamma."""
+    from statistics import mean
+
+    for cell in CELLS:
+        scores = {
+            gamma: mean(study.run(replace(cell, gamma=gamma), s, "val", shots)["all"] for s in TUNING_SEEDS)
+            for gamma in GRIDS.get(cell.name, (cell.gamma,))
+        }
+        print(f"{cell.name:16}", "  ".join(f"{gamma:g}: {value:.2%}" for gamma, value in scores.items()), flush=True)
+
+
+def compare(study: Study, seeds: Sequence[int], shots: int) -> dict[str, Any]:
+    """All runs, and the differences to "off", paired by seed."""
+    from tqdm import tqdm
+
+    from fastgist.train.measure import commit, versions
+    from fastgist.train.statistics import paired, spread
+
+    found: dict[str, list[dict[str, float]]] = {cell.name: [] for cell in CELLS}
+    for cell, seed in tqdm([(c, s) for s in seeds for c in CELLS], desc="tuning", unit="run"):
+        found[cell.name].append(study.run(cell, seed, "test", shots))
+    plain = [run["all"] for run in found["off"]]
+    rows = []
+    for cell in CELLS:
+        values = [run["all"] for run in found[cell.name]]
+        row: dict[str, Any] = {**asdict(cell), **spread(values), "values": values, "questions": found[cell.name]}
+        if cell.policy is not None:
+            row["difference"] = paired(values, plain)
+        rows.append(row)
+    return {
+        "study": "threshold on mode approximation", "reference": "off", "seeds": list(seeds), "shots": shots, "rows": rows,
+        "test_images": len(study.data.test), "training": asdict(study.training), "base": study.about["known"],
+        "options": study.contestant.options, "gamma_grids": GRIDS, "tuning_seeds": TUNING_SEEDS,
+        "cores": os.cpu_count(), "versions": versions(), "commit": commit(),
+    }  # fmt: skip
+
+
+def draw(path: Path, found: dict[str, Any]) -> None:
+    from matplotlib.figure import Figure
+
+    from fastgist.train.compare_figure import BLUE, VERMILION, differences, save, seeds_of
+
+    rows = found["rows"]
+    others = [row for row in rows if "difference" in row]
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for place, row in enumerate(rows):
+        plain = row["policy"] is None
+        seeds_of(left, row, place, BLUE if plain else VERMILION, "o" if plain else "D")
+    left.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    left.set_xlabel(f"right answers (%), {len(found['seeds'])} seeds; bar: mean")
+    differences(right, [row["difference"] for row in others], "minus off (points)")
+    right.set_yticks(range(len(others)), [row["name"] for row in others])
+    for axes, count in ((left, len(rows)), (right, len(others))):
+        axes.set_ylim(count - 0.4, -0.6)
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    title = f"threshold on PETAL's mode approximation: new questions from {found['shots']} images of each digit"
+    figure.suptitle(title, fontsize=11)
+    save(figure, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0-7")
+    parser.add_argument("--shots", type=int, default=10)
+    parser.add_argument("--steps", type=int, help="fewer steps: shows the way, not a result")
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--runs", type=Path, default=ROOT / "build" / "petal-study", help="where runs are kept")
+    options = parser.parse_args(arguments)
+
+    import torch
+
+    from fastgist.train.checkpoint import write_atomically
+    from fastgist.train.demo import one_thread
+    from fastgist.train.sweep import parse_seeds
+
+    with one_thread(torch.device("cpu")):
+        study = Study(options.runs, options.steps)
+        if options.tune:
+            tune_gamma(study, options.shots)
+            return
+        found = compare(study, parse_seeds(options.seeds), options.shots)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.out / "studies-threshold.json", (json.dumps(found, indent=2) + "\n").encode())
+    draw(options.out / "studies-threshold.svg", found)
+    for row in found["rows"]:
+        gap = row.get("difference")
+        against = "the reference"
+        if gap is not None:
+            interval = "" if gap["low"] is None else f" (95%: {100 * gap['low']:+.2f} to {100 * gap['high']:+.2f})"
+            against = f"{100 * gap['mean']:+.2f} points{interval}"
+        print(f"  {row['name']:<16} {row['mean']:6.2%}  {against}")
+
+
+if __name__ == "__main__":
+    main()
