@@ -19,7 +19,9 @@ from fastgist.nn import (
 from fastgist.peft.config import PeftConfig
 from fastgist.peft.method import Method, register_method
 from fastgist.petal.config import PetalConfig
+from fastgist.petal.instructed_llm import InstructedLanguageModel
 from fastgist.petal.parts import BatchMean, Enriched, GatedQuery
+from fastgist.petal.query_gist import QueryGist
 
 __all__ = ["Petal"]
 
@@ -31,7 +33,8 @@ class Petal(Method):
 
     def can_merge(self, config: PeftConfig) -> bool:
         assert isinstance(config, PetalConfig)
-        return not (config.num_experts or config.bottleneck or config.batch_mean or config.gated_query)
+        others = (config.bottleneck, config.batch_mean, config.gated_query, config.gist, config.instruct_llm)
+        return not (config.num_experts or any(others))
 
     def build(self, model: Any, family: Any, config: PeftConfig) -> dict[str, nn.Module]:
         assert isinstance(config, PetalConfig)
@@ -66,7 +69,7 @@ def _group(model: Any, kind: str, paths: list[str], config: PetalConfig, place: 
 def _around(model: Any, family: Any, config: PetalConfig, place: dict[str, Any]) -> dict[str, nn.Module]:
     """What is no mode approximation."""
     dim = model.config.qformer_config.hidden_size
-    experts = mixer = bottleneck = None
+    experts = mixer = bottleneck = gist = language = None
     if config.num_experts:
         experts = InstructionMoE(dim, config.num_experts, config.expert_dim, config.gating, config.top_k, **place)
         if config.num_instructions > 1:
@@ -74,11 +77,18 @@ def _around(model: Any, family: Any, config: PetalConfig, place: dict[str, Any])
     if config.bottleneck is not None:
         widths = (dim, model.config.vision_config.hidden_size, model.config.text_config.vocab_size)
         bottleneck = InformationBottleneckLoss(*widths, **config.bottleneck.options(), device=place["device"])
+    if config.gist is not None:
+        gist = QueryGist(dim, config.gist, **place)
+    if config.instruct_llm:
+        width = model.get_input_embeddings().weight.shape[1]
+        language = InstructedLanguageModel(
+            InstructionMoE(width, config.num_experts, config.expert_dim, config.gating, config.top_k, **place)
+        )
     built: dict[str, nn.Module] = {}
-    if experts is not None or bottleneck is not None:
+    parts = (experts, mixer, bottleneck, gist, language)
+    if any(part is not None for part in parts):
         path = family.embedded_path(model)
-        balance = config.load_balance if config.gating == "softmax" else 0.0
-        built[path] = Enriched(model.get_submodule(path), experts, mixer, bottleneck, balance)
+        built[path] = Enriched(model.get_submodule(path), *parts, config.load_balance)
     layers = family.layer_paths(model)
     if config.batch_mean:
         warnings.warn(

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from fastgist.nn import Gate, InformationBottleneckLoss, InstructionMixer, InstructionMoE
 from fastgist.petal import losses
+from fastgist.petal.calls import arguments
+from fastgist.petal.instructed_llm import InstructedLanguageModel
+from fastgist.petal.query_gist import QueryGist
 
 __all__ = ["BatchMean", "Enriched", "GatedQuery"]
 
@@ -27,7 +30,7 @@ class Enriched(nn.Module):
 
     Args:
         base_layer: what makes the embedded sequence (B, N, D), queries first.
-        experts, mixer, bottleneck: or None.
+        experts, mixer, bottleneck, gist, language: or None.
         load_balance: factor of the experts' load-balance loss.
     """
 
@@ -37,13 +40,15 @@ class Enriched(nn.Module):
         experts: InstructionMoE | None,
         mixer: InstructionMixer | None,
         bottleneck: InformationBottleneckLoss | None,
+        gist: QueryGist | None,
+        language: InstructedLanguageModel | None,
         load_balance: float,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.experts, self.mixer, self.bottleneck = experts, mixer, bottleneck
+        self.experts, self.mixer, self.bottleneck, self.gist, self.language = experts, mixer, bottleneck, gist, language
         self.load_balance = load_balance
-        #: The last training forward's parts of the loss, detached scalars: "task", "balance", "bottleneck".
+        #: The last training forward's parts of the loss, detached scalars: "task", "gist", "balance", "bottleneck".
         self.parts: dict[str, Tensor] = {}
         self._noted: tuple[Tensor | None, int | None] = (None, None)
         self._gate: Gate | None = None
@@ -52,10 +57,19 @@ class Enriched(nn.Module):
 
     # -- in and out of a model --------------------------------------------------------------------------------------------
     def attached(self, model: Any) -> None:
-        handles = [model.qformer.register_forward_pre_hook(_note, with_kwargs=True)]
-        if self.bottleneck is not None or (self.experts is not None and self.load_balance > 0):
+        handles = [handle for part in (self.gist, self.language) if part is not None for handle in part.hooks(model)]
+        handles.append(
+            model.qformer.register_forward_pre_hook(_note, with_kwargs=True)
+        )  # of a sequence with its gist token
+        if self.bottleneck is not None or self.gist is not None or (self.gated and self.load_balance > 0):
             handles.append(model.register_forward_hook(losses.add, with_kwargs=True))
         self._handles = tuple(handles)
+
+    @property
+    def gated(self) -> list[InstructionMoE]:
+        """The mixtures that have a gate."""
+        both = (self.experts, None if self.language is None else self.language.experts)
+        return [moe for moe in both if moe is not None and moe.gating == "softmax"]
 
     def detached(self, model: Any) -> None:
         for handle in self._handles:
@@ -110,7 +124,7 @@ class Enriched(nn.Module):
 
 def _note(qformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Tell :class:`Enriched` in this Q-Former of the call to come."""
-    given = losses.arguments(qformer, args, kwargs)
+    given = arguments(qformer, args, kwargs)
     length = given.get("query_length")
     embeds = given.get("query_embeds")
     if length is None:
