@@ -124,7 +124,7 @@ class VLDataset(Dataset):
             picture = self.transform(picture)
         return Example(record, picture, row % len(self.records), epoch)
 
-    def __add__(self, other: Any) -> VLDataset:
+    def __add__(self, other: Any) -> VLDataset:  # type: ignore[override]  # torch's knows no draws and no epochs
         if not isinstance(other, VLDataset):
             return NotImplemented
         return VLDataset([*self.records, *other.records], self.transform)
