@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,8 +43,8 @@ def data(tmp_path):
     questions, annotations = files.vqa(tmp_path)
     records = vl_questions.vqav2(questions, tmp_path, annotations).records
     asked = ("What color is ball 0?", "Is the sky dark?", "What color is the balls? Is the sky dark?")
-    records = [Record(**(vars(r) | {"question": question})) for r, question in zip(records, asked)]
-    records[1] = Record(**(vars(records[1]) | {"answers": ("light blue green",) * 4 + tuple(files.ANSWERS[4:])}))
+    records = [replace(r, question=question) for r, question in zip(records, asked)]
+    records[1] = replace(records[1], answers=("light blue green",) * 4 + tuple(files.ANSWERS[4:]))
     return VLDataset(records)
 
 
@@ -395,7 +396,7 @@ def test_submissions_are_what_each_server_takes(tmp_path):
 def test_scores_of_captions(tmp_path):
     records = vl_captions.nocaps(files.nocaps(tmp_path), tmp_path).records
     texts = ["a red ball", "two dogs run fast", "a man on a horse"]
-    records = [Record(**(vars(r) | {"references": (t, "some words"), "domain": d})) for r, t, d in zip(
+    records = [replace(r, references=(t, "some words"), domain=d) for r, t, d in zip(
         records, texts, ("in-domain", "in-domain", "out-domain"))]  # fmt: skip
     metrics = score(records, dict(enumerate(texts)))
     assert set(metrics) >= {"cider", "cider/in-domain", "cider/out-domain"}
@@ -409,3 +410,23 @@ def test_scores_of_captions(tmp_path):
         score(records, dict(enumerate(texts)), normalize=True)
     with pytest.raises(ValueError, match="got both"):
         score([*records, Record("vqav2", "val", 9, 9, None, "q", ("a",))], dict(enumerate(texts)))
+
+
+def test_trainer_draws_anew_every_epoch(made, data, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = models.model("blip2", "t5")
+    collator = VLCollator.for_model(model, made["blip2", "t5"][1], TEMPLATE)
+    seen: dict[tuple[int, int], str] = {}
+
+    def collate(examples):
+        seen.update({(e.epoch, e.row): collator.target(e) for e in examples})
+        return collator(examples)
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), num_train_epochs=8, per_device_train_batch_size=3, remove_unused_columns=False,
+        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True, learning_rate=1e-3,
+    )  # fmt: skip
+    Trainer(model, arguments, data_collator=collate, train_dataset=data).train()
+    assert set(seen) == {(epoch, row) for epoch in range(8) for row in range(3)}
+    assert len({seen[epoch, 0] for epoch in range(8)}) > 1

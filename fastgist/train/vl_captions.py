@@ -225,7 +225,7 @@ def textcaps(
     captions: dict[str, list[str] | None] = {}
     for place, row in table:
         key = table.get(place, row, "image_id", str)
-        if split == "test" and "caption_str" not in row:
+        if split == "test" and not row.get("caption_str"):
             captions[key] = None
             continue
         texts = captions.setdefault(key, [])

@@ -7,6 +7,7 @@ names it; ``missing`` says what to do about images that are not there ("error", 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,10 @@ def _vqa_answers(path: Path, subset: str) -> dict[int | str, dict[str, Any]]:
         given = table.get(place, row, "answers", list)
         if not given:
             raise UserError(f"{path}: {place}['answers'] is an empty list, expected answers")
-        texts = tuple(field(path, f"{place}['answers'][{i}]", a, "answer", str) for i, a in enumerate(given))
+        # interned: VQAv2 repeats few answers four million times
+        texts = tuple(
+            sys.intern(field(path, f"{place}['answers'][{i}]", a, "answer", str)) for i, a in enumerate(given)
+        )
         kind = row.get("answer_type")
         found[key] = {"answers": texts, "answer_type": kind if isinstance(kind, str) else None}
     return found
@@ -160,7 +164,7 @@ def aokvqa(
         image_id = table.get(place, row, "image_id", int)
         choices = table.texts(place, row, "choices")
         said: dict[str, Any] = {}
-        if not split.startswith("test") or "direct_answers" in row:
+        if not split.startswith("test") or row.get("direct_answers"):
             right = table.get(place, row, "correct_choice_idx", int)
             if not 0 <= right < len(choices):
                 raise UserError(f"{path}: {place}['correct_choice_idx'] is {right}, of {len(choices)} choices")
@@ -239,7 +243,7 @@ def textvqa(
     records = []
     for place, row in table:
         image_id = table.get(place, row, "image_id", str)
-        answers = None if split == "test" and "answers" not in row else table.texts(place, row, "answers")
+        answers = None if split == "test" and not row.get("answers") else table.texts(place, row, "answers")
         records.append(
             Record(
                 "textvqa", split, table.identity(place, row, "question_id"), image_id, folder / f"{image_id}.jpg",

@@ -27,7 +27,7 @@ __all__ = ["Example", "Missing", "Record", "VLDataset"]
 Missing = Literal["error", "drop", "ignore"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One question about an image, or one image with its captions.
 
