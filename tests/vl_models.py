@@ -17,24 +17,38 @@ SIZE = 28
 
 
 def tokenizer(kind: str) -> Any:
-    """Byte-level BPE: "opt" begins with </s> and has no end, "t5" ends with </s>, "bert" has a frame of both."""
+    """BPE: "opt" and "llama" begin with </s> and have no end, "t5" ends with </s>, "bert" has a frame of both.
+
+    Byte-level, but "llama", which marks words by "▁" in front and falls back to bytes, as SentencePiece does.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "</s>", "<unk>", "[CLS]", "[SEP]"]
-    own = Tokenizer(models.BPE())
-    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    own.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if kind == "llama":
+        own = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        own.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        own.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        alphabet = []
+        special += [f"<0x{byte:02X}>" for byte in range(256)]
+    else:
+        own = Tokenizer(models.BPE())
+        own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        own.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
     own.train_from_iterator(
         TEXTS * 3,
-        trainers.BpeTrainer(vocab_size=380, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=len(special) + 375, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
-    frame = {"opt": "</s> $A", "t5": "$A </s>", "bert": "[CLS] $A [SEP]"}[kind]
+    frame = {"opt": "</s> $A", "llama": "</s> $A", "t5": "$A </s>", "bert": "[CLS] $A [SEP]"}[kind]
     own.post_processor = processors.TemplateProcessing(
-        single=frame, special_tokens=[(token, own.token_to_id(token)) for token in special]
+        single=frame, special_tokens=[(token, own.token_to_id(token)) for token in special[:5]]
     )
-    names = {"eos_token": "</s>"} | ({"bos_token": "</s>"} if kind == "opt" else {})
+    names = {"eos_token": "</s>"} | ({"bos_token": "</s>"} if kind in ("opt", "llama") else {})
     return PreTrainedTokenizerFast(tokenizer_object=own, pad_token="<pad>", unk_token="<unk>", **names)
 
 
