@@ -411,6 +411,50 @@ def test_a_file_cut_off_anywhere_is_an_error_that_names_it(tmp_path, keep):
         vl_questions.textvqa(path, tmp_path)
 
 
+def _places(value, path=()):
+    """The paths of every node of a JSON value."""
+    yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from _places(value[key], (*path, key))
+
+
+def _with(value, path, new):
+    if not path:
+        return new
+    copy = value.copy()
+    copy[path[0]] = _with(value[path[0]], path[1:], new)
+    return copy
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(draw=st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_value_in_any_place_is_read_or_refused(name, tmp_path, draw):
+    """Whatever stands where, an error is a UserError with the file's name: no traceback of ours."""
+    split = "val" if name == "nocaps" else "train"
+    if not any(tmp_path.iterdir()):
+        _write(name, tmp_path, split)
+    path = draw.draw(st.sampled_from(sorted(tmp_path.glob("*.json"))))
+    content = path.read_text(encoding="utf-8")
+    whole = json.loads(content)
+    place = draw.draw(st.sampled_from(list(_places(whole))))
+    new = draw.draw(st.sampled_from([None, True, 3, -1, 2.5, "", "x", "a/../\0b", [], [[]], {}, {"x": None}, ["x"]]))
+    files.write_json(path, _with(whole, place, new))
+    data = None
+    try:
+        data = load(name, tmp_path, split)
+    except UserError as error:
+        said = str(error)
+    finally:
+        path.write_text(content, encoding="utf-8")
+    if data is None:
+        assert str(tmp_path) in said
+    else:
+        assert data.records and all(isinstance(r.image_id, int | str) and r.image.is_file() for r in data.records)
+        assert all(isinstance(text, str) for r in data.records for text in r.targets)
+
+
 @given(st.lists(st.sampled_from(["blue", "red", "a b"]), min_size=2, max_size=12))
 def test_soft_scores_are_the_accuracy_of_the_answers(answers):
     record = Record("vqav2", "val", 1, 1, None, "q", tuple(answers))

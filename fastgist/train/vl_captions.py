@@ -89,7 +89,7 @@ def _coco_format(name: str, path: Path, folder: Path, split: str) -> list[Record
         if domain is not None and domain not in DOMAINS:
             raise UserError(f"{path}: {place}['domain'] is {domain!r}, expected one of {', '.join(DOMAINS)}")
         references = tuple(captions[key]) if annotated else None
-        image = folder / pictures.get(place, row, "file_name", str)
+        image = folder / pictures.file(place, row, "file_name")
         records.append(Record(name, split, key, key, image, references=references, domain=domain))
     return records
 
@@ -137,7 +137,7 @@ def _karpathy(name: str, path: Path, images: Path, split: str, restval: bool, mi
     for place, row in table:
         if table.get(place, row, "split", str) not in kept:
             continue
-        file = table.get(place, row, "filename", str)
+        file = table.file(place, row, "filename")
         sentences = table.get(place, row, "sentences", list)
         texts = tuple(field(path, f"{place}['sentences'][{i}]", s, "raw", str) for i, s in enumerate(sentences))
         if not texts:

@@ -80,11 +80,18 @@ class Table:
     def texts(self, place: str, row: Any, key: str) -> tuple[str, ...]:
         """``row[key]``, which must be a list of texts, not empty."""
         found = self.get(place, row, key, list)
-        wrong = next((item for item in found if not isinstance(item, str)), None)
-        if wrong is not None or not found:
-            what = "an empty list" if not found else f"a list with {_kind(wrong)}"
+        wrong = [item for item in found if not isinstance(item, str)]
+        if wrong or not found:
+            what = f"a list with {_kind(wrong[0])}" if wrong else "an empty list"
             raise UserError(f"{self.path}: {place}[{key!r}] is {what}, expected texts")
         return tuple(found)
+
+    def file(self, place: str, row: Any, key: str) -> str:
+        """``row[key]``, the name of a file."""
+        name = self.get(place, row, key, str)
+        if not name:
+            raise UserError(f"{self.path}: {place}[{key!r}] is empty, expected a file's name")
+        return str(name)
 
     def identity(self, place: str, row: Any, key: str) -> int | str:
         """``row[key]``, a whole number or a text, as the file has it."""
@@ -120,11 +127,13 @@ def wanted_split(path: Path, said: str | None, wanted: str | None, names: Sequen
     """The split of a file: what it ``said``, checked against what the caller ``wanted``.
 
     Raises:
-        UserError: it is another one, or neither is given.
+        UserError: it is another one, or none of ``names``, or neither is given.
         ValueError: ``wanted`` is not one of ``names``.
     """
     if wanted is not None and wanted not in names:
         raise ValueError(f"split: expected one of {', '.join(names)}, got {wanted!r}")
+    if said is not None and said not in names:
+        raise UserError(f"{path}: says that it is the split {said!r}, expected one of {', '.join(names)}")
     if said is not None and wanted is not None and said != wanted:
         raise UserError(f"{path}: holds the split {said!r}, not {wanted!r}")
     if said is None and wanted is None:
