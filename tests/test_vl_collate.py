@@ -298,25 +298,16 @@ def test_the_end_is_what_generation_stops_at(made, data):
 # -- generation ------------------------------------------------------------------------------------------------------
 
 
-class _Says:
+class _Says(torch.nn.Module):
     """A model that says what it is told, in transformers' form: behind the prompt if it is decoder-only."""
 
-    training = True
-
     def __init__(self, collator, says):
+        super().__init__()
         self.collator, self.says, self.seen = collator, iter(says), []
-
-    def parameters(self):
-        yield torch.zeros(1)
-
-    def train(self, mode):
-        self.training = mode
-
-    def eval(self):
-        self.training = False
+        self.frozen, self.tuned = torch.nn.Linear(1, 1).eval(), torch.nn.Linear(1, 1)
 
     def generate(self, input_ids, **options):
-        assert not self.training and not torch.is_grad_enabled()
+        assert not any(module.training for module in self.modules()) and not torch.is_grad_enabled()
         self.seen.append(options)
         tokenizer = self.collator.processor.tokenizer
         texts = [next(self.says) for _ in input_ids]
@@ -330,7 +321,8 @@ def test_evaluate_scores_and_writes(data, tmp_path, language):
     model = _Says(collator, ["blue", " Light blue green. ", "green"])
     path = tmp_path / "out" / "results.json"
     done = evaluate(model, data, collator, batch_size=2, results=path, progress=False, generation={"num_beams": 4})
-    assert model.training and [s["num_beams"] for s in model.seen] == [4, 4]
+    assert (model.training, model.frozen.training, model.tuned.training) == (True, False, True)
+    assert [s["num_beams"] for s in model.seen] == [4, 4]
     assert done.predictions == {1: "blue", 1001: "Light blue green.", 2001: "green"} and done.results == path
     assert done.metrics["accuracy"] == pytest.approx(100 * (1.0 + 1.0 + 0.3) / 3)
     assert json.loads(path.read_text()) == [

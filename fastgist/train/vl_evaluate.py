@@ -48,8 +48,8 @@ def evaluate(
 ) -> Evaluation:
     """Generate for every record of ``dataset``, in one process, and score with the data set's own metric.
 
-    The model is in evaluation mode meanwhile and put back; nothing is cast: wrap the call in autocast for a model that
-    was trained so.
+    All of the model is in evaluation mode meanwhile, and each module put back to its own. Nothing is cast: wrap the call
+    in autocast for a model that was trained so.
 
     Args:
         model: InstructBLIP or BLIP-2 for conditional generation, tuned or not.
@@ -77,7 +77,8 @@ def evaluate(
         dataset, batch_size, collate_fn=_Inputs(collator), num_workers=workers, pin_memory="cuda" in str(device)
     )
     predictions: dict[int | str, str] = {}
-    training = model.training
+    # each module's own mode: a frozen part may be in evaluation mode for good
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad(), tqdm(total=len(dataset), unit="img", disable=not progress) as bar:
@@ -88,7 +89,8 @@ def evaluate(
                 predictions.update(zip(ids, texts, strict=True))
                 bar.update(len(ids))
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     metrics = score(dataset.records, predictions, **options)
     path = None if results is None else write_results(dataset.records, predictions, results)
     return Evaluation(metrics, predictions, path)
