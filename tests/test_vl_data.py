@@ -325,6 +325,10 @@ def test_a_split_that_no_one_names_must_be_given(root):
     with pytest.raises(UserError, match=r"does not say which split it is: pass split="):
         vl_questions.gqa(bare, root)
     assert vl_questions.gqa(bare, root, "val").records[0].split == "val"
+    path = files.textvqa(root)
+    whole = json.loads(path.read_text()) | {"dataset_type": "training"}
+    with pytest.raises(UserError, match=r"says that it is the split 'training', expected one of train, val, test"):
+        vl_questions.textvqa(files.write_json(path, whole), root)
 
 
 @pytest.mark.parametrize(
