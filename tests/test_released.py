@@ -312,3 +312,36 @@ def test_text_and_image_are_two_groups() -> None:
         model.encoder.layer[place[0]][place[1]]["attention"][{"q": "query", "k": "key", "v": "value"}[place[2]]] = layer
     with pytest.raises(ValueError, match="text and image share factors"):
         load_released(model, checkpoint(experts=False, transformation=False, i=D))
+
+
+def test_a_wrapped_model_takes_all_of_it() -> None:
+    """Two groups, experts and the query transformation of a real class, each layer's own."""
+    qformers = pytest.importorskip("qformers")
+    from fastgist import petal
+
+    sizes = {"d": 8, "i": 12, "r": R, "h": H}
+    model = qformers.make(layers=LAYERS, hidden_size=8, image=12)  # layers 0 and 2 look at the image
+    config = petal.PetalConfig(rank=R, core="tucker", gating="uniform", num_experts=K, expert_dim=H, gated_query=True)
+    petal.wrap(model, config, verbose=False)
+    state = checkpoint(**sizes)
+    petal.load_released(model, state)
+    for i, layer in enumerate(model.qformer.encoder.layer):
+        root = f"Qformer.bert.encoder.layer.{i}"
+        transformation = layer.output_query.transformation
+        assert torch.equal(transformation.s, state[f"{root}.CP_scaleself"].float())
+        assert torch.equal(transformation.b, state[f"{root}.CP_shiftself"].float())
+        assert layer.output.transformation is transformation
+        for place in [p for p in matrices() if p[0] == i]:
+            name = {"q": "query", "k": "key", "v": "value"}[place[2]]
+            found = getattr(getattr(layer, place[1]).attention, name).get_delta_weight()
+            torch.testing.assert_close(found, dense(state, place).float())
+    model(**qformers.inputs()).loss.backward()
+    with pytest.raises(ValueError, match="in each of 3 layers, the model in 0"):
+        petal.load_released(
+            petal.wrap(
+                qformers.make(layers=LAYERS, hidden_size=8, image=12),
+                petal.PetalConfig(rank=R, core="tucker", gating="uniform", num_experts=K, expert_dim=H),
+                verbose=False,
+            ),
+            state,
+        )

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from fastgist.peft.config import PeftConfig
+from fastgist.peft.config import PeftConfig, ThresholdConfig
 
 __all__ = ["BottleneckConfig", "PetalConfig", "QueryGistConfig"]
 
@@ -58,11 +58,11 @@ class PetalConfig(PeftConfig):
     instruct_llm: experts of the same number and width on the instruction that the language model reads, too
     (:mod:`fastgist.petal.instructed_llm`: labels have to be -100 on it).
     gist: None or a :class:`QueryGistConfig` (True: its defaults): a gist token among the queries.
-    batch_mean: factor of the batch's mean of the first query's state that the released code adds to that query behind every
-    cross-attention (0.1 there). It makes what a model says of an image depend on the others in its batch, in
-    evaluation too: off, and warned of.
-    gated_query: the released code's addition of 0.1 (a * s + b) to a layer's query outputs, a being the attention's and s, b
-    trained vectors ~ N(0, 2e-4): not the identity at the start.
+    batch_mean: factor of the batch's mean of query 0 before a cross-attention that the released code adds to query 0 behind
+    it (0.1 there). It makes what a model says of an image depend on the others in its batch, in evaluation too: off, and
+    warned of.
+    gated_query: the released code's addition of 0.1 (a * s + b) to a layer's output, a being its self-attention's and s, b
+    trained vectors ~ N(0, 2e-4): not the identity at the start (:mod:`fastgist.petal.extras`).
     """
 
     method: ClassVar[str] = "petal"
@@ -84,6 +84,7 @@ class PetalConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.threshold = ThresholdConfig.of("PetalConfig", self.threshold)
         self.bottleneck = _settings("bottleneck", self.bottleneck, BottleneckConfig)
         self.gist = _settings("gist", self.gist, QueryGistConfig)
         for name in ("load_balance", "batch_mean"):

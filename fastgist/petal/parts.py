@@ -1,4 +1,4 @@
-"""PETAL's layers in a Q-Former, beside the mode approximation. Each stands around the layer at its place."""
+"""What of PETAL stands around the Q-Former's embeddings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastgist.nn import Gate, InformationBottleneckLoss, InstructionMixer, InstructionMoE
@@ -15,10 +14,7 @@ from fastgist.petal.calls import arguments
 from fastgist.petal.instructed_llm import InstructedLanguageModel
 from fastgist.petal.query_gist import QueryGist
 
-__all__ = ["BatchMean", "Enriched", "GatedQuery"]
-
-#: The released code's factor and spread (standard deviation) of the gated query transformation.
-GATED_SCALE, GATED_STD = 0.1, 2e-4
+__all__ = ["Enriched"]
 
 
 class Enriched(nn.Module):
@@ -132,40 +128,3 @@ def _note(qformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     for child in getattr(qformer, "embeddings", qformer).children():
         if isinstance(child, Enriched):
             child.note(given.get("attention_mask"), length)
-
-
-class BatchMean(nn.Module):
-    """Around a cross-attention's output layer: the first query's state gets ``factor`` times its mean over the batch."""
-
-    def __init__(self, base_layer: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.factor = factor
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's arguments -> (B, Q, D)."""
-        y = self.base_layer(*args, **kwargs)
-        first = y[:, :1]
-        return torch.cat((first + self.factor * first.mean(0, keepdim=True), y[:, 1:]), dim=1)
-
-    def extra_repr(self) -> str:
-        return f"factor={self.factor}"
-
-
-class GatedQuery(nn.Module):
-    """Around a layer's output layer for queries: adds 0.1 (a * s + b), a (B, Q, D) being what the attentions gave."""
-
-    def __init__(self, base_layer: nn.Module, dim: int, **place: Any) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.s = nn.Parameter(torch.empty(dim, **place))
-        self.b = nn.Parameter(torch.empty(dim, **place))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.s, std=GATED_STD)
-        nn.init.normal_(self.b, std=GATED_STD)
-
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        y = self.base_layer(hidden_states, input_tensor)
-        return y + GATED_SCALE * (input_tensor * self.s + self.b).to(y.dtype)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgist.nn import CPFactors, CPLinear, InstructionMoE
+from fastgist.petal.extras import Transformed
 
 __all__ = ["KEYS", "Released", "load_released", "read_released"]
 
@@ -81,8 +82,9 @@ class Released:
     text, image: ``u`` (in, R), ``v`` (D, R) and ``c`` (R, R, R) of a :class:`fastgist.nn.CPFactors` with core "tucker".
     rows: p's row (R,) of each matrix, by (layer, "attention" or "crossattention", "q", "k" or "v").
     experts: ``down_weight``, ``down_bias``, ``up_weight``, ``up_bias`` of an ``InstructionMoE(gating="uniform")``, or nothing.
-    transformation: ``scaleself``, ``shiftself``, ``scalecross``, ``shiftcross`` (layers, D), of the term 0.1 (h * scale +
-    shift) that the code adds to a layer's output, h being its self-attention's or cross-attention's; or nothing.
+    transformation: ``scaleself``, ``shiftself``, ``scalecross``, ``shiftcross`` (layers, D): of 0.1 (a * scaleself +
+    shiftself), which the code adds to a layer's output, a being its self-attention's, and a second pair for its
+    cross-attention, which it computes with and never adds; or nothing.
     sizes: "R", "D", "I", "layers", "experts" and "h", the last two 0 without experts.
     """
 
@@ -159,16 +161,15 @@ def load_released(
     cross-attention, with core "tucker" and the factors of two groups, text and image; and one
     ``InstructionMoE(gating="uniform")``, if the checkpoint has experts.
 
-    Outputs are the released model's only if its frozen parts are too: the checkpoint holds none of them. Two things that the
-    code does without parameters are not part of this: to query 0 after each cross-attention it adds 0.1 times the batch's
-    mean of query 0 before it, and in a decoding step with a cache k and v lack their update, which here they have.
+    Outputs are the released model's only if its frozen parts are too: the checkpoint holds none of them. Nor does it say
+    that the code adds 0.1 times the batch's mean to query 0 (``PetalConfig(batch_mean=0.1)``), and that in a decoding step
+    with a cache its k and v lack their update, which here they have.
 
     Args:
         model: holds one such Q-Former, in transformers' or LAVIS's layout.
         source: as :func:`read_released`'s, or what that returned.
         skip: of "experts" and "transformation", what the checkpoint holds and the model shall not have. The query
-            transformation, 0.1 (h * scale + shift), is in every file of that code and has no place in this package's
-            layers: it is in what is returned.
+            transformation is in every file of that code: ``PetalConfig(gated_query=True)`` has a place for it.
 
     Returns:
         The checkpoint, with what was skipped.
@@ -183,7 +184,7 @@ def load_released(
         raise ValueError(f"load_released: skip may name {', '.join(OPTIONAL)}, got {', '.join(map(repr, unknown))}")
     released = source if isinstance(source, Released) else read_released(source)
     copies, problems = _factor_copies(model, released)
-    for more, wrong in (_expert_copies(model, released, skip), _transformation_problem(released, skip)):
+    for more, wrong in (_expert_copies(model, released, skip), _transformation_copies(model, released, skip)):
         copies += more
         problems += wrong
     problems += [
@@ -396,13 +397,26 @@ def _expert_copies(model: nn.Module, released: Released, skip: Collection[str]) 
     return [(f"{path}.{name}", getattr(moe, name), value) for name, value in released.experts.items()], []
 
 
-def _transformation_problem(released: Released, skip: Collection[str]) -> tuple[list[Copy], list[str]]:
+def _transformation_copies(model: nn.Module, released: Released, skip: Collection[str]) -> tuple[list[Copy], list[str]]:
+    """s and b of each layer; the pair of the cross-attention, which the code never reads, has no place."""
     if not released.transformation or "transformation" in skip:
         return [], []
-    return [], [
-        "the checkpoint has a query transformation, for which the model has no place: skip=('transformation',) leaves it out, "
-        "and the outputs then differ from the released model's"
-    ]
+    found = {
+        int(place[1]): module.transformation
+        for path, module in model.named_modules()
+        if isinstance(module, Transformed) and (place := re.search(r"\.layer\.(\d+)\.output_query$", path))
+    }
+    if sorted(found) != list(range(released.sizes["layers"])):
+        return [], [
+            "the checkpoint has a query transformation in each of "
+            f"{released.sizes['layers']} layers, the model in {len(found)} (PetalConfig(gated_query=True)); "
+            "skip=('transformation',) leaves it out, and the outputs then differ from the released model's"
+        ]
+    return [
+        (f"{ours} of layer {i}'s query transformation", getattr(module, ours), released.transformation[theirs][i])
+        for i, module in found.items()
+        for ours, theirs in (("s", "scaleself"), ("b", "shiftself"))
+    ], []
 
 
 def _listed(names: list[str], between: str = ", ", most: int = 6) -> str:
