@@ -12,9 +12,11 @@ from pairs import DECODER_BACKBONES, METHODS, VARIANTS
 from torch import nn
 from vits import stir, trainable
 
+import fastgist
 from fastgist import (
     AdapterConfig,
     BitFitConfig,
+    CPConfig,
     FullConfig,
     GistConfig,
     LoraConfig,
@@ -328,11 +330,43 @@ def test_a_language_model_generates_with_the_body_it_shares(name) -> None:
     for _ in range(6):
         steps = torch.cat((steps, language(steps, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)), 1)
     assert torch.equal(adapted[:, : steps.shape[1]], steps)
-    for wrap in (add_gist, lambda m: get_peft_model(m, LoraConfig())):
-        with pytest.raises(
-            TypeError, match=rf"{name} predicts a token at every place.*Wrap a {type(classifier).__name__}"
-        ):
-            wrap(language)
+    with pytest.raises(TypeError, match=rf"{name} predicts a token at every place.*Wrap a {type(classifier).__name__}"):
+        add_gist(language)
+
+
+@pytest.mark.parametrize(
+    "config", [CPConfig(rank=4, dropout=0.2), CPConfig(rank=4, core="tucker"), LoraConfig(rank=2)], ids=str
+)
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_a_language_model_is_adapted_and_decodes_as_it_trained(name, config, tmp_path) -> None:
+    """The cache holds keys and values with their update: words and logits are those of the whole sequence."""
+    import transformers
+
+    classifier = (llama if name.startswith("Llama") else gpt2)()
+    language = getattr(transformers, name)(copy.deepcopy(classifier.config)).eval()
+    plain = copy.deepcopy(language)
+    get_peft_model(language, config)
+    trained = [n for n, p in language.named_parameters() if p.requires_grad]
+    assert trained and not any("lm_head" in n or "base_layer" in n for n in trained)
+    stir(language, 0.5)
+    ids = torch.randint(3, 50, (2, 6))
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    words = language.generate(ids, **options)
+    assert torch.equal(language.generate(ids, use_cache=False, **options), words)
+    whole = language(words).logits
+    cache = None
+    for i in range(words.shape[1]):
+        step = language(words[:, i : i + 1], past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        torch.testing.assert_close(step.logits[:, 0], whole[:, i], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(whole, plain(words).logits, rtol=1e-2)
+    language(words, labels=words).loss.backward()
+    assert all(p.grad is not None for p in language.parameters() if p.requires_grad)
+    fastgist.save_adapter(language, tmp_path)
+    torch.testing.assert_close(fastgist.load_adapter(plain, tmp_path)(words).logits, whole)
+    if name.startswith("Llama"):
+        fastgist.merge(language)
+        assert torch.equal(language.generate(ids, **options), words)
 
 
 def test_what_cannot_be_says_so() -> None:

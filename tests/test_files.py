@@ -92,7 +92,8 @@ def test_what_is_in_the_file(tmp_path) -> None:
     assert metadata["format_version"] == "1"
     assert len(metadata["sha256"]) == 64
     config = json.loads(metadata["fastgist"])
-    assert config["adapter"] == {"method": "cp", "rank": 3, "core": "cp", "targets": ["q", "k", "v"], "dropout": 0.1}
+    cp = {"rank": 3, "core": "cp", "targets": ["q", "k", "v"], "dropout": 0.1, "threshold": None, "init": "identity"}
+    assert config["adapter"] == {"method": "cp"} | cp
     assert config["gist"] == {"length": 2, "dropout": 0.1, "readout": "first", "full_length": "refuse"}
     assert json.loads((tmp_path / "fastgist_config.json").read_text()) == config
     assert sorted(p.name for p in tmp_path.iterdir()) == [storage.MODEL_NAME, storage.CONFIG_NAME]

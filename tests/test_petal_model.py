@@ -303,36 +303,74 @@ def test_a_gate_of_another_batch_is_refused():
 # -- the released code's extras --------------------------------------------------------------------------------------
 
 
+def by_the_released_layers(plain, factor=0.0, transformations=None):
+    """``plain`` with the released code's additions, by hooks: a is noted where it is made and used further on."""
+    for i, layer in enumerate(plain.qformer.encoder.layer):
+        noted = {}
+
+        def note(module, args, out, noted=noted):
+            noted["a"] = out
+
+        def mean(module, args, out, noted=noted):
+            noted["out"] = torch.cat((out[:, :1] + factor * noted["a"][:, :1].mean(0), out[:, 1:]), 1)
+            return noted["out"]
+
+        def add(module, args, out, noted=noted, i=i):
+            return out + 0.1 * (noted["a"] * transformations[i].s + transformations[i].b)
+
+        layer.attention.register_forward_hook(note)
+        if factor and layer.has_cross_attention:
+            layer.crossattention.register_forward_hook(mean)
+        if transformations:
+            layer.register_forward_hook(add)
+    return plain
+
+
 def test_batch_mean_is_the_released_addition_and_warns():
     plain = make()
     with pytest.warns(UserWarning, match="depend on the other images"):
         model = petal.wrap(copy.deepcopy(plain), petal.PetalConfig(batch_mean=0.1, **SMALL), verbose=False)
-    for i in (0, 2):  # the layers with cross-attention
-
-        def add(module, args, out):
-            return torch.cat((out[:, :1] + 0.1 * out[:, :1].mean(0), out[:, 1:]), 1)
-
-        plain.qformer.encoder.layer[i].crossattention.register_forward_hook(add)
-    torch.testing.assert_close(logits(model), logits(plain))
+    before = logits(plain)
+    torch.testing.assert_close(logits(model), logits(by_the_released_layers(plain, 0.1)))
+    assert not torch.allclose(before, logits(plain), rtol=1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fresh()
 
 
-def test_gated_query_is_the_released_addition():
-    plain = make()
-    model = petal.wrap(copy.deepcopy(plain), petal.PetalConfig(gated_query=True, **SMALL), verbose=False)
-    gates = [layer.output_query for layer in model.qformer.encoder.layer]
-    assert all(0 < g.s.std() < 1e-3 and g.s.shape == (16,) for g in gates)
+@pytest.mark.parametrize("factor", [0.0, 0.1])
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("kind", ["instructblip-opt", "blip2-opt"])
+@pytest.mark.filterwarnings("ignore:PetalConfig. batch_mean")
+def test_the_query_transformation_is_the_released_one(kind, factor, recomputed):
+    plain = make(kind)
+    config = petal.PetalConfig(gated_query=True, batch_mean=factor, **SMALL)
+    model = petal.wrap(copy.deepcopy(plain), config, verbose=False)
+    found = [layer.output_query.transformation for layer in model.qformer.encoder.layer]
+    assert all(0 < t.s.std() < 1e-3 and t.s.shape == (16,) for t in found)
     with torch.no_grad():
-        [g.s.normal_() for g in gates], [g.b.normal_() for g in gates]
-    for layer, gate in zip(plain.qformer.encoder.layer, gates, strict=True):
+        [t.s.normal_() for t in found], [t.b.normal_() for t in found]
+    other = by_the_released_layers(quiet(plain).train(), factor, found)
+    quiet(model).train()
+    if recomputed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    got, want = model(**inputs(kind)), other(**inputs(kind))
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-5)
+    parameters = [p for t in found for p in (t.s, t.b)]
+    grads = [torch.autograd.grad(out.logits.square().sum(), parameters) for out in (got, want)]
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
 
-        def add(module, args, out, gate=gate):
-            return out + 0.1 * (args[1] * gate.s + gate.b)
 
-        layer.output_query.register_forward_hook(add)
-    torch.testing.assert_close(logits(model), logits(plain))
+def test_thresholds_by_configuration(tmp_path):
+    model = stir(fresh(threshold={"policy": "trust", "gamma": 0.01}))
+    free = fresh()
+    free.load_state_dict(model.state_dict(), strict=False)
+    assert not torch.allclose(logits(model), logits(free), rtol=1e-3)
+    assert fg.nn.update_thresholds(model) == 2
+    fg.save_adapter(model, tmp_path)
+    assert torch.equal(logits(fg.load_adapter(make(), tmp_path)), logits(model))
+    with pytest.raises(ValueError, match="PetalConfig: threshold must be None, one of"):
+        petal.PetalConfig(threshold="norms")
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

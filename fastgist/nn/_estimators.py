@@ -37,11 +37,13 @@ def as_tokens(ids: Tensor, width: int, ignore_index: int, dtype: torch.dtype) ->
     """:class:`Tokens` of ids (B, L), those equal to ignore_index being padding.
 
     Raises:
-        ValueError: on a CPU, an id outside [0, width). On a GPU, where that would need a host sync, the row is NaN.
+        ValueError: on a CPU, an id outside [0, width). On a GPU, where that would need a host sync, and in a compiled
+            graph the row is NaN.
     """
     kept = ids != ignore_index
     stray = kept & ((ids < 0) | (ids >= width))
-    if ids.device.type == "cpu" and type(ids) is Tensor and bool(stray.any()):
+    checked = ids.device.type == "cpu" and type(ids) is Tensor and not torch.compiler.is_compiling()
+    if checked and bool(stray.any()):
         raise ValueError(
             f"InformationBottleneckLoss: y holds token {int(ids[stray][0])}, expected [0, {width}) or {ignore_index}"
         )
@@ -92,11 +94,10 @@ class _Fitted(nn.Module):
     def minimise(self, objective: Callable[[Weights], Tensor]) -> None:
         """``steps`` Adam steps on a function of the weights. A step whose gradient is not finite is not taken."""
         for _ in range(self.steps):
-            with torch.enable_grad():
-                leaves = {name: self.get_buffer(name).detach().requires_grad_() for name in self.names}
-                grads = torch.autograd.grad(objective(leaves), list(leaves.values()))
+            held = {name: self.get_buffer(name) for name in self.names}
+            grads = torch.func.grad(objective)(held)  # autograd.grad would break a compiled graph
             with torch.no_grad():
-                self._adam(dict(zip(self.names, grads, strict=True)))
+                self._adam(grads)
 
     def _adam(self, grads: Weights) -> None:
         sound = torch.stack([grad.isfinite().all() for grad in grads.values()]).all()

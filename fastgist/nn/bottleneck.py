@@ -72,6 +72,9 @@ class InformationBottleneckLoss(nn.Module):
     default) gives all processes rank 0's before each forward, so only its samples are learned from: keep the loss
     outside, or switch that off. Processes need different seeds for different noise.
 
+    torch.compile takes all of it as one graph, the estimators' Adam steps too; a compiled graph may draw its noise in another
+    order than eager code, and makes the row of a token out of range NaN.
+
     Args:
         z_dim, x_dim, y_dim: widths. x_dim is needed for "club", y_dim for any relevance.
         compression: "score", "club" or None, the estimator of I(z; x).

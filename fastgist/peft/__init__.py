@@ -12,6 +12,7 @@ from fastgist.peft.config import (
     PrefixConfig,
     PromptConfig,
     SSFConfig,
+    ThresholdConfig,
 )
 from fastgist.peft.family import Family, LinearSite, register_family
 from fastgist.peft.files import load_adapter, save_adapter
@@ -35,6 +36,7 @@ __all__ = [
     "PromptConfig",
     "Report",
     "SSFConfig",
+    "ThresholdConfig",
     "assert_training",
     "disable_adapter",
     "get_peft_model",

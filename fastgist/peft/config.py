@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from fastgist.nn.threshold import POLICIES
 
 __all__ = [
     "AdapterConfig",
@@ -18,8 +21,11 @@ __all__ = [
     "PrefixConfig",
     "PromptConfig",
     "SSFConfig",
+    "ThresholdConfig",
     "config_from_dict",
 ]
+
+CP_INITS = ("identity", "weights")
 
 
 @dataclass
@@ -72,12 +78,82 @@ class LoraConfig(PeftConfig):
 
 
 @dataclass
+class ThresholdConfig:
+    """A threshold on mode approximation's updates: the arguments of :class:`fastgist.nn.CPThreshold`, one of which each
+    group of shared factors gets.
+
+    gamma is a number here, because a file holds it; a schedule goes to CPThreshold itself. A dynamic one moves in
+    :func:`fastgist.nn.update_thresholds`, which the training commands call after each step and a loop of one's own must.
+
+    Raises:
+        ValueError: an unknown policy, a number out of range. TypeError: a field of another type.
+    """
+
+    policy: str = "modes"
+    gamma: float = 0.5
+    dynamic: bool = False
+    decay: float = 0.9
+    softness: float = 0.25
+    floor: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"ThresholdConfig: policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+        if not isinstance(self.dynamic, bool):
+            raise TypeError(f"ThresholdConfig: dynamic must be True or False, got {self.dynamic!r}")
+        for name in ("gamma", "decay", "softness", "floor"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"ThresholdConfig: {name} must be a number, got {value!r}")
+            if name == "decay" and not 0.0 <= value < 1.0:
+                raise ValueError(f"ThresholdConfig: decay must be in [0, 1), got {value}")
+            if name != "decay" and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"ThresholdConfig: {name} must be finite and > 0, got {value}")
+            setattr(self, name, float(value))
+
+    @classmethod
+    def of(cls, owner: str, value: object) -> ThresholdConfig | None:
+        """What a field ``threshold`` of ``owner`` may be: None, a policy's name, the fields as a dict, or one of these.
+
+        Raises:
+            ValueError: a name or a field that is not known. TypeError: something else.
+        """
+        if value is None or isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            if value not in POLICIES:
+                raise ValueError(
+                    f"{owner}: threshold must be None, one of {', '.join(POLICIES)}, or a ThresholdConfig, got {value!r}"
+                )
+            return cls(value)
+        if isinstance(value, dict):
+            unknown = sorted(map(str, set(value) - {f.name for f in dataclasses.fields(cls)}))
+            if unknown:
+                raise ValueError(f"{owner}: threshold: ThresholdConfig has no field {', '.join(unknown)}")
+            return cls(**value)
+        raise TypeError(
+            f"{owner}: threshold must be None, one of {', '.join(POLICIES)}, or a ThresholdConfig, got "
+            f"{type(value).__name__}"
+        )
+
+
+@dataclass
 class CPConfig(PeftConfig):
     """Mode approximation: U and V shared by all targets of the same shape, one row of P for each matrix.
 
     A layer whose outputs are a multiple of its inputs (fc1: 768 -> 4 x 768), or the reverse (fc2), counts as that many
     square matrices, so that it joins the group of the square ones. core: "cp" or "tucker" (see
     :class:`fastgist.nn.CPFactors`).
+
+    threshold: None, or how far updates may go: "modes" or "trust" with CPThreshold's defaults, a :class:`ThresholdConfig`,
+    or its fields as a dict.
+
+    init: "identity" (U and P drawn, V = 0: the papers' own) or "weights": U, P and lambda (or C) from a decomposition of
+    the group's pre-trained weights, V = 0, which needs tensorly (``pip install 'fastgist[tensorly]'``). With V = 0 the start
+    is exactly the identity, and the directions that the update reads, and how much of each a matrix takes, are those that the
+    weights have already (see :func:`fastgist.integrations.tensorly.init_from_weights`). To keep V as decomposed and take
+    as much off the weights, as PiSSA does, would change frozen weights, which unload and disable_adapter promise back
+    bitwise.
     """
 
     method: ClassVar[str] = "cp"
@@ -85,6 +161,14 @@ class CPConfig(PeftConfig):
     core: str = "cp"
     targets: tuple[str, ...] = ("q", "k", "v")
     dropout: float = 0.1
+    threshold: ThresholdConfig | dict[str, Any] | str | None = None
+    init: str = "identity"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.threshold = ThresholdConfig.of("CPConfig", self.threshold)
+        if self.init not in CP_INITS:
+            raise ValueError(f"CPConfig: init must be one of {', '.join(CP_INITS)}, got {self.init!r}")
 
 
 @dataclass

@@ -6,6 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -167,7 +168,8 @@ def find_family(model: nn.Module, caller: str) -> Family:
 
 
 def select(owner: str, sites: Sequence[LinearSite], targets: Sequence[str]) -> list[Selection]:
-    """The sites that ``targets`` name. A target is a part's name, the end of a path ("qkv", "attn.qkv") or an alias.
+    """The sites that ``targets`` name. A target is a part's name, the end of a path ("qkv", "attn.qkv"), an alias, or a
+    pattern with ``*``, ``?`` or ``[...]`` that the whole path matches ("*.layers.[01].*_proj").
 
     Raises:
         ValueError: no targets, one given twice or matching nothing (the error lists what names exist), a layer matched
@@ -184,7 +186,7 @@ def select(owner: str, sites: Sequence[LinearSite], targets: Sequence[str]) -> l
         found = False
         for site in sites:
             part = site.parts.index(target) if target in site.parts else None
-            whole = target in site.aliases or f".{site.path}".endswith(f".{target}")
+            whole = target in site.aliases or f".{site.path}".endswith(f".{target}") or fnmatchcase(site.path, target)
             if part is None and not whole:
                 continue
             found = True

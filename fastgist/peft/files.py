@@ -231,7 +231,7 @@ def _load_new(
         )
     try:
         if adapter is not None:
-            surgery.add_record(plain, adapter, name, "load_adapter")
+            surgery.add_record(plain, adapter, name, "load_adapter", filled=True)
             added = True
         for key, values in extension.items():
             if not had_extension:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +18,7 @@ from fastgist.nn import (
     BiasShift,
     CPFactors,
     CPLinear,
+    CPThreshold,
     LoRALinear,
     PrefixedAttention,
     PromptedBlock,
@@ -35,6 +38,7 @@ from fastgist.peft.config import (
     PrefixConfig,
     PromptConfig,
     SSFConfig,
+    ThresholdConfig,
 )
 from fastgist.peft.family import Family, Selection, select
 
@@ -60,6 +64,9 @@ class Method(ABC):
 
     @abstractmethod
     def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]: ...
+
+    def start(self, built: Mapping[str, nn.Module], config: PeftConfig) -> None:  # noqa: B027 - optional
+        """Give what ``build`` returned a start that takes more than a draw. Not called where a file fills it at once."""
 
 
 _METHODS: dict[str, tuple[type[PeftConfig], Method]] = {}
@@ -190,12 +197,30 @@ class _CP(Method):
 
     def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]:
         assert isinstance(config, CPConfig)
-        return self.shared(model, family, config, config.core, 1.0)
+        threshold = ThresholdConfig.of("CPConfig", config.threshold)
+        return self.shared(model, family, config, config.core, 1.0, threshold)
+
+    def start(self, built: Mapping[str, nn.Module], config: PeftConfig) -> None:
+        if getattr(config, "init", None) != "weights":
+            return
+        try:
+            from fastgist.integrations.tensorly import init_from_weights
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"CPConfig: init='weights' needs {error.name}: pip install 'fastgist[tensorly]'"
+            ) from error
+        init_from_weights(built)
 
     def shared(
-        self, model: nn.Module, family: Family, config: CPConfig | FacTConfig, core: str, scale: float
+        self,
+        model: nn.Module,
+        family: Family,
+        config: CPConfig | FacTConfig,
+        core: str,
+        scale: float,
+        threshold: ThresholdConfig | None = None,
     ) -> dict[str, nn.Module]:
-        """Layers around the targets of ``config``, with one CPFactors for all of a shape."""
+        """Layers around the targets of ``config``, with one CPFactors for all of a shape, each with a threshold of its own."""
         choices = select(type(config).__name__, family.linears(model), config.targets)
         shapes = [self._shape(choice) for choice in choices]
         counts: Counter[tuple[int, int]] = Counter()
@@ -217,6 +242,7 @@ class _CP(Method):
                     counts[inner, outer],
                     core,
                     config.dropout,
+                    threshold=None if threshold is None else CPThreshold(**dataclasses.asdict(threshold)),
                     **factory(choice.site.module, None, None),
                 )
             built[choice.site.path] = CPLinear(choice.site.module, factors[inner, outer], mode, scale)

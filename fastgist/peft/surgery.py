@@ -35,12 +35,14 @@ def get_peft_model(model: nn.Module, config: PeftConfig, name: str = "default") 
             would be trainable, or an adapter of that name is there already. The model is unchanged.
         TypeError: an unknown configuration or model family.
         RuntimeError: an adapter is merged at present.
+        ImportError: the configuration asks for a library that is not installed. The model is unchanged.
     """
     add_record(model, config, name, "get_peft_model")
     return model
 
 
-def add_record(model: nn.Module, config: PeftConfig, name: str, caller: str) -> Record:
+def add_record(model: nn.Module, config: PeftConfig, name: str, caller: str, filled: bool = False) -> Record:
+    """``filled``: a file fills the layers at once, so that what they start from does not matter."""
     method = method_of(config)
     _state.check_name(name, caller)
     plain = _state.inner(model)
@@ -72,6 +74,8 @@ def add_record(model: nn.Module, config: PeftConfig, name: str, caller: str) -> 
             raise ValueError(
                 f"{caller}: {type(config).__name__} adds no layers and the model has no head: nothing to train"
             )
+        if not filled:
+            method.start(record.sites, config)
         if state.records:
             record.heads = _state.fresh_heads(state)
             record.extra = None if state.extension is None else state.extension.fresh()

@@ -7,17 +7,21 @@ Image encoder, query tokens, language projection and language model stay frozen.
 code's and what our reconstruction stands at each part: :class:`PetalConfig`.
 """
 
-from fastgist.petal.config import BottleneckConfig, PetalConfig
+from fastgist.petal.config import BottleneckConfig, PetalConfig, QueryGistConfig
 from fastgist.petal.losses import last_losses
+from fastgist.petal.released import load_released, read_released
 from fastgist.petal.wrapping import experts_of, instructed, instruction_gate, trainable_shares, wrap
 
 __all__ = [
     "BottleneckConfig",
     "PetalConfig",
+    "QueryGistConfig",
     "experts_of",
     "instructed",
     "instruction_gate",
     "last_losses",
+    "load_released",
+    "read_released",
     "trainable_shares",
     "wrap",
 ]

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from fastgist.peft.config import PeftConfig
+from fastgist.peft.config import PeftConfig, ThresholdConfig
 
-__all__ = ["BottleneckConfig", "PetalConfig"]
+__all__ = ["BottleneckConfig", "PetalConfig", "QueryGistConfig"]
 
 
 @dataclass
@@ -31,6 +31,18 @@ class BottleneckConfig:
 
 
 @dataclass
+class QueryGistConfig:
+    """A gist token among the Q-Former's queries (:mod:`fastgist.petal.query_gist`). length, dropout: of the token; several are
+    read by their mean. alpha, beta, temperature: of the loss; GIST's."""
+
+    length: int = 1
+    dropout: float = 0.1
+    alpha: float = 0.5
+    beta: float = 0.75
+    temperature: float = 3.0
+
+
+@dataclass
 class PetalConfig(PeftConfig):
     """PETAL on a model with a Q-Former.
 
@@ -43,11 +55,14 @@ class PetalConfig(PeftConfig):
     num_instructions: P > 1 adds learned weights of P phrasings of one instruction (:func:`fastgist.petal.instructed`).
     threshold: None, "modes", "trust" or a :class:`fastgist.peft.ThresholdConfig`: see :class:`fastgist.nn.CPThreshold`.
     bottleneck: None or a :class:`BottleneckConfig` (True: its defaults).
-    batch_mean: factor of the batch's mean of the first query's state that the released code adds to that query behind every
-    cross-attention (0.1 there). It makes what a model says of an image depend on the others in its batch, in
-    evaluation too: off, and warned of.
-    gated_query: the released code's addition of 0.1 (a * s + b) to a layer's query outputs, a being the attention's and s, b
-    trained vectors ~ N(0, 2e-4): not the identity at the start.
+    instruct_llm: experts of the same number and width on the instruction that the language model reads, too
+    (:mod:`fastgist.petal.instructed_llm`: labels have to be -100 on it).
+    gist: None or a :class:`QueryGistConfig` (True: its defaults): a gist token among the queries.
+    batch_mean: factor of the batch's mean of query 0 before a cross-attention that the released code adds to query 0 behind
+    it (0.1 there). It makes what a model says of an image depend on the others in its batch, in evaluation too: off, and
+    warned of.
+    gated_query: the released code's addition of 0.1 (a * s + b) to a layer's output, a being its self-attention's and s, b
+    trained vectors ~ N(0, 2e-4): not the identity at the start (:mod:`fastgist.petal.extras`).
     """
 
     method: ClassVar[str] = "petal"
@@ -62,26 +77,16 @@ class PetalConfig(PeftConfig):
     top_k: int | None = None
     load_balance: float = 0.01
     num_instructions: int = 1
+    instruct_llm: bool = False
+    gist: Any = None
     batch_mean: float = 0.0
     gated_query: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bottleneck is True:
-            self.bottleneck = BottleneckConfig()
-        elif isinstance(self.bottleneck, dict):
-            known = {f.name for f in fields(BottleneckConfig)}
-            if unknown := sorted(set(self.bottleneck) - known):
-                raise ValueError(
-                    f"BottleneckConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}"
-                )
-            self.bottleneck = BottleneckConfig(**self.bottleneck)
-        elif self.bottleneck is False:
-            self.bottleneck = None
-        if self.bottleneck is not None and not isinstance(self.bottleneck, BottleneckConfig):
-            raise TypeError(
-                f"PetalConfig: bottleneck must be None, True or a BottleneckConfig, got {type(self.bottleneck).__name__}"
-            )
+        self.threshold = ThresholdConfig.of("PetalConfig", self.threshold)
+        self.bottleneck = _settings("bottleneck", self.bottleneck, BottleneckConfig)
+        self.gist = _settings("gist", self.gist, QueryGistConfig)
         for name in ("load_balance", "batch_mean"):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
@@ -90,3 +95,21 @@ class PetalConfig(PeftConfig):
             raise ValueError(f"PetalConfig: num_experts must be a whole number >= 0, got {self.num_experts!r}")
         if not self.num_experts and self.num_instructions != 1:
             raise ValueError("PetalConfig: num_instructions mixes the experts' gates, and num_experts is 0")
+        if not self.num_experts and self.instruct_llm:
+            raise ValueError("PetalConfig: instruct_llm is about experts, and num_experts is 0")
+
+
+def _settings(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as a ``kind``: itself, its defaults for True, or what to_dict made of one."""
+    if value is None or value is False:
+        return None
+    if value is True:
+        return kind()
+    if isinstance(value, dict):
+        known = {f.name for f in fields(kind)}
+        if unknown := sorted(set(value) - known):
+            raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        return kind(**value)
+    if not isinstance(value, kind):
+        raise TypeError(f"PetalConfig: {name} must be None, True or a {kind.__name__}, got {type(value).__name__}")
+    return value

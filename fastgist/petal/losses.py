@@ -1,4 +1,4 @@
-"""What PETAL adds to a model's loss: the experts' load-balance loss and the information bottleneck.
+"""What PETAL adds to a model's loss: a gist token's, the experts' load-balance loss and the information bottleneck.
 
 A hook on the wrapped model adds them to ``output.loss`` in training, so that any training loop, and transformers' Trainer,
 minimises the whole. Evaluation gives the task's loss alone.
@@ -6,20 +6,13 @@ minimises the whole. Evaluation gives the task's loss alone.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["add", "arguments", "last_losses"]
+from fastgist.petal.calls import IGNORED, arguments
 
-IGNORED = -100
-
-
-def arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of ``module`` by name."""
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return dict(zip(names, args, strict=False)) | kwargs
+__all__ = ["add", "last_losses"]
 
 
 def add(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -34,18 +27,20 @@ def add(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         return output
     site = _site(model)
     parts = {"task": loss}
-    if site.experts is not None and site.load_balance > 0:
-        parts["balance"] = site.load_balance * site.experts.load_balance_loss()
+    if whole and (site.bottleneck is not None or site.gist is not None):
+        raise ValueError("petal: the model's output is read by name here: return_dict=False is not for training")
+    if site.gist is not None:
+        parts["gist"] = site.gist.loss(model, given, output, site.language) - loss
+    if site.load_balance > 0 and site.gated:
+        parts["balance"] = site.load_balance * sum(moe.load_balance_loss() for moe in site.gated)
     if site.bottleneck is not None:
-        if whole:
-            raise ValueError("petal: the information bottleneck reads a model's output by name, not return_dict=False")
         parts["bottleneck"] = _bottleneck(model, site.bottleneck, output, labels)
-    share = _share(labels, given.get("num_items_in_batch"), loss)
     site.parts = {name: part.detach() for name, part in parts.items()}
+    share = _share(labels, given.get("num_items_in_batch"), loss)
     total = loss
     for name, part in parts.items():
         if name != "task":
-            total = total + (share * part).to(loss.dtype)
+            total = total + (part if name == "gist" else share * part).to(loss.dtype)
     if whole:
         return (total, *output[1:])
     output["loss"] = total
@@ -74,8 +69,8 @@ def _site(model: Any) -> Any:
 
 
 def last_losses(model: nn.Module) -> dict[str, Tensor]:
-    """The parts of the last training forward's loss, for a log: "task", and where they are on "balance" and "bottleneck" (with
-    their factors). Detached scalars on the model's device; "score" terms have no value and count 0.
+    """The parts of the last training forward's loss, for a log: "task", and where they are on "gist", "balance" and
+    "bottleneck" (with their factors). Detached scalars on the model's device; "score" terms have no value and count 0.
 
     Raises:
         ValueError: the model has no PETAL adapter with such terms.

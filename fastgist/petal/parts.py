@@ -1,4 +1,4 @@
-"""PETAL's layers in a Q-Former, beside the mode approximation. Each stands around the layer at its place."""
+"""What of PETAL stands around the Q-Former's embeddings."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastgist.nn import Gate, InformationBottleneckLoss, InstructionMixer, InstructionMoE
 from fastgist.petal import losses
+from fastgist.petal.calls import arguments
+from fastgist.petal.instructed_llm import InstructedLanguageModel
+from fastgist.petal.query_gist import QueryGist
 
-__all__ = ["BatchMean", "Enriched", "GatedQuery"]
-
-#: The released code's factor and spread (standard deviation) of the gated query transformation.
-GATED_SCALE, GATED_STD = 0.1, 2e-4
+__all__ = ["Enriched"]
 
 
 class Enriched(nn.Module):
@@ -27,7 +26,7 @@ class Enriched(nn.Module):
 
     Args:
         base_layer: what makes the embedded sequence (B, N, D), queries first.
-        experts, mixer, bottleneck: or None.
+        experts, mixer, bottleneck, gist, language: or None.
         load_balance: factor of the experts' load-balance loss.
     """
 
@@ -37,13 +36,15 @@ class Enriched(nn.Module):
         experts: InstructionMoE | None,
         mixer: InstructionMixer | None,
         bottleneck: InformationBottleneckLoss | None,
+        gist: QueryGist | None,
+        language: InstructedLanguageModel | None,
         load_balance: float,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.experts, self.mixer, self.bottleneck = experts, mixer, bottleneck
+        self.experts, self.mixer, self.bottleneck, self.gist, self.language = experts, mixer, bottleneck, gist, language
         self.load_balance = load_balance
-        #: The last training forward's parts of the loss, detached scalars: "task", "balance", "bottleneck".
+        #: The last training forward's parts of the loss, detached scalars: "task", "gist", "balance", "bottleneck".
         self.parts: dict[str, Tensor] = {}
         self._noted: tuple[Tensor | None, int | None] = (None, None)
         self._gate: Gate | None = None
@@ -52,10 +53,19 @@ class Enriched(nn.Module):
 
     # -- in and out of a model --------------------------------------------------------------------------------------------
     def attached(self, model: Any) -> None:
-        handles = [model.qformer.register_forward_pre_hook(_note, with_kwargs=True)]
-        if self.bottleneck is not None or (self.experts is not None and self.load_balance > 0):
+        handles = [handle for part in (self.gist, self.language) if part is not None for handle in part.hooks(model)]
+        handles.append(
+            model.qformer.register_forward_pre_hook(_note, with_kwargs=True)
+        )  # of a sequence with its gist token
+        if self.bottleneck is not None or self.gist is not None or (self.gated and self.load_balance > 0):
             handles.append(model.register_forward_hook(losses.add, with_kwargs=True))
         self._handles = tuple(handles)
+
+    @property
+    def gated(self) -> list[InstructionMoE]:
+        """The mixtures that have a gate."""
+        both = (self.experts, None if self.language is None else self.language.experts)
+        return [moe for moe in both if moe is not None and moe.gating == "softmax"]
 
     def detached(self, model: Any) -> None:
         for handle in self._handles:
@@ -110,7 +120,7 @@ class Enriched(nn.Module):
 
 def _note(qformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Tell :class:`Enriched` in this Q-Former of the call to come."""
-    given = losses.arguments(qformer, args, kwargs)
+    given = arguments(qformer, args, kwargs)
     length = given.get("query_length")
     embeds = given.get("query_embeds")
     if length is None:
@@ -118,40 +128,3 @@ def _note(qformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     for child in getattr(qformer, "embeddings", qformer).children():
         if isinstance(child, Enriched):
             child.note(given.get("attention_mask"), length)
-
-
-class BatchMean(nn.Module):
-    """Around a cross-attention's output layer: the first query's state gets ``factor`` times its mean over the batch."""
-
-    def __init__(self, base_layer: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.factor = factor
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's arguments -> (B, Q, D)."""
-        y = self.base_layer(*args, **kwargs)
-        first = y[:, :1]
-        return torch.cat((first + self.factor * first.mean(0, keepdim=True), y[:, 1:]), dim=1)
-
-    def extra_repr(self) -> str:
-        return f"factor={self.factor}"
-
-
-class GatedQuery(nn.Module):
-    """Around a layer's output layer for queries: adds 0.1 (a * s + b), a (B, Q, D) being what the attentions gave."""
-
-    def __init__(self, base_layer: nn.Module, dim: int, **place: Any) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.s = nn.Parameter(torch.empty(dim, **place))
-        self.b = nn.Parameter(torch.empty(dim, **place))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.s, std=GATED_STD)
-        nn.init.normal_(self.b, std=GATED_STD)
-
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        y = self.base_layer(hidden_states, input_tensor)
-        return y + GATED_SCALE * (input_tensor * self.s + self.b).to(y.dtype)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from fastgist.nn import CPThreshold, update_thresholds
 from fastgist.recipes import Recipe
 from fastgist.train.checkpoint import Checkpoints
 from fastgist.train.config import UserError
@@ -90,8 +91,12 @@ def _better(accuracy: float, loss: float, state: _State) -> bool:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, by name; shared ones once."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """What training moves, by name, shared ones once: the trained parameters, and the state of thresholds."""
+    moved = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for path, module in model.named_modules():
+        if isinstance(module, CPThreshold):
+            moved |= dict(module.named_buffers(prefix=path))
+    return moved
 
 
 @torch.no_grad()
@@ -282,6 +287,7 @@ def fit(
                     if recipe.clip_grad:
                         accelerator.clip_grad_norm_(inner.parameters(), recipe.clip_grad)
                     stepper.step()
+                    update_thresholds(inner, (state.step + 1) / total)
                     stepper.zero_grad()
                     loss_sum.add_(loss.detach())
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgist.gist import GistConfig
-from fastgist.peft import PeftConfig
+from fastgist.peft import PeftConfig, ThresholdConfig
 from fastgist.peft.family import find_family
 from fastgist.train.config import FinetuneConfig, Method, UserError
 
@@ -162,6 +162,7 @@ _READ: dict[Any, Callable[[str], Any]] = {
     int: int,
     float: float,
     str: str,
+    ThresholdConfig | dict[str, Any] | str | None: str,  # a policy's name
     bool: lambda value: {"true": True, "1": True, "false": False, "0": False}[value.lower()],
 }
 

@@ -94,7 +94,11 @@ def finetune_text(config: TextConfig, say: Callable[[str], None] = print) -> dic
             eval_dataset=tables.get("val"),
             compute_loss_func=trainers.GistObjective(config.alpha, config.beta, config.temperature, regression),
             compute_metrics=metrics,
-            callbacks=[trainers.Interruptible(config.checkpoint_every, interrupted), trainers.FiniteLoss()],
+            callbacks=[
+                trainers.Interruptible(config.checkpoint_every, interrupted),
+                trainers.FiniteLoss(),
+                trainers.MovingThresholds(),
+            ],
             **{f.name: getattr(config, f.name) for f in dataclasses.fields(PartRates)},
         )
         _settle(trainer)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from fastgist.integrations.transformers.trainer import PartsTrainer
-from fastgist.nn import GistLoss
+from fastgist.nn import GistLoss, update_thresholds
 from fastgist.peft.state import Front
 from fastgist.train.config import UserError
 from fastgist.train.engine import trained_tensors
@@ -59,7 +59,7 @@ class GistObjective:
 
 
 class TextTrainer(PartsTrainer):
-    """Saves and loads the trained parameters alone."""
+    """Saves and loads what training moves alone."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         import safetensors.torch
@@ -134,6 +134,13 @@ class Interruptible(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stopping:
             raise KeyboardInterrupt
+
+
+class MovingThresholds(TrainerCallback):
+    """Lets thresholds on mode approximation's updates follow each optimiser step."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        update_thresholds(kwargs["model"], (state.global_step + 1) / state.max_steps)
 
 
 class FiniteLoss(TrainerCallback):

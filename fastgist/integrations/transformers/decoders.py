@@ -1,4 +1,6 @@
-"""transformers' decoders with a classification head: Llama, Mistral, Qwen2, Qwen3, Gemma and GPT-2.
+"""transformers' decoders: Llama, Mistral, Qwen2, Qwen3, Gemma and GPT-2, as classifiers and as language models.
+
+Language models take the methods, and no gist token: they predict a token at every place. Their head stays frozen.
 
 In a causal model a token at the front sees nothing, so the gist token comes after the last real token of each row, padded
 on the left or on the right, with the position that a further token of the row would have. z is read from the last real
@@ -40,10 +42,11 @@ class _Kind:
 _LLAMA = _Kind("model", "model.layers", ".self_attn.o_proj", ".mlp")
 _GPT2 = _Kind("transformer", "transformer.h", ".attn.c_proj", ".mlp")
 _BODIES = {"GPT2": _GPT2} | dict.fromkeys(("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma"), _LLAMA)
-_KINDS = {f"{name}ForSequenceClassification": kind for name, kind in _BODIES.items()}
 #: Language models with such a body -> the classifier that takes it.
 _LANGUAGE = {f"{name}ForCausalLM": f"{name}ForSequenceClassification" for name in _BODIES if name != "GPT2"}
 _LANGUAGE["GPT2LMHeadModel"] = "GPT2ForSequenceClassification"
+_KINDS = {f"{name}ForSequenceClassification": kind for name, kind in _BODIES.items()}
+_KINDS |= {language: _KINDS[classifier] for language, classifier in _LANGUAGE.items()}
 #: The end of a linear layer's path -> the names that targets know it by, in every architecture.
 _ALIASES = {
     "self_attn.q_proj": ("q",), "self_attn.k_proj": ("k",), "self_attn.v_proj": ("v",), "self_attn.o_proj": ("proj",),
@@ -55,24 +58,15 @@ GIST_PATH = "fastgist_gist"
 
 
 class Decoder(Family):
-    """Classifiers of transformers with a causal body."""
+    """Classifiers and language models of transformers with a causal body."""
 
-    name = "transformers Llama, Mistral, Qwen2, Qwen3, Gemma and GPT-2 sequence classifiers"
+    name = "transformers Llama, Mistral, Qwen2, Qwen3, Gemma and GPT-2 sequence classifiers and language models"
 
     def matches(self, model: nn.Module) -> bool:
-        kind = type(model)
-        return kind.__module__.startswith("transformers.") and (kind.__name__ in _KINDS or kind.__name__ in _LANGUAGE)
+        return type(model).__module__.startswith("transformers.") and type(model).__name__ in _KINDS
 
     def head_paths(self, model: Any) -> tuple[str, ...]:
-        name = type(model).__name__
-        if name in _LANGUAGE:
-            body = _KINDS[_LANGUAGE[name]].body
-            raise TypeError(
-                f"{name} predicts a token at every place and has no label for a gist token to learn. Wrap a "
-                f"{_LANGUAGE[name]}; with the body of this model (classifier.{body} = model.{body}) what is trained there "
-                "also generates here"
-            )
-        return ("score",)
+        return () if type(model).__name__ in _LANGUAGE else ("score",)
 
     def linears(self, model: Any) -> list[LinearSite]:
         layers = _KINDS[type(model).__name__].layers
@@ -107,6 +101,14 @@ class Decoder(Family):
         return (torch.where(ids == pad, model.config.vocab_size - 1 if pad == 0 else pad - 1, ids),)
 
     def gist_host(self, model: Any) -> DecoderGist:
+        name = type(model).__name__
+        if name in _LANGUAGE:
+            body = _KINDS[name].body
+            raise TypeError(
+                f"add_gist: {name} predicts a token at every place and has no label for a gist token to learn. Wrap a "
+                f"{_LANGUAGE[name]}; with the body of this model (classifier.{body} = model.{body}) what is trained there "
+                "also generates here"
+            )
         return DecoderGist(model)
 
 

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.blip_2 import modeling_blip_2
 from transformers.models.instructblip import modeling_instructblip
 
-from fastgist.nn import CPFactors, CPLinear, Factors, cp_together, joint_mode
+from fastgist.nn import CPFactors, CPLinear, Factors, cp_together, is_plain, joint_mode
 
 __all__ = ["open_up"]
 
@@ -62,9 +62,7 @@ class _Encoder:
             return None  # its backward runs layer by layer, and cannot go through what they share
         shared = Shared()
         units = _units(self.layer, image is not None)
-        if not recomputed:
-            self._all_of_image(units, image, shared)
-        elif any(key[1] == "image" for key in units) and image is not None:
+        if image is not None and (recomputed or not self._all_of_image(units, image, shared)):
             shared.seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=image.device)
         by_factors: dict[int, list[tuple[int, str]]] = {}
         for key, layers in units.items():
@@ -75,16 +73,18 @@ class _Encoder:
         return shared
 
     @staticmethod
-    def _all_of_image(units: dict[tuple[int, str], list[CPLinear]], image: Tensor | None, shared: Shared) -> None:
-        """Keys and values of all cross-attentions at once, where they have the same factors; ``units`` loses them."""
+    def _all_of_image(units: dict[tuple[int, str], list[CPLinear]], image: Tensor, shared: Shared) -> bool:
+        """Keys and values of all cross-attentions at once, where they have the same factors; ``units`` loses them. Not where
+        weights are sharded (FSDP2): those of later layers are not here yet."""
         keys = [key for key in units if key[1] == "image"]
-        if image is None or len({id(units[key][0].factors) for key in keys}) != 1:
-            return
         layers = [layer for key in keys for layer in units[key]]
+        if len({id(layer.factors) for layer in layers}) != 1 or not all(is_plain(layer.base_layer) for layer in layers):
+            return False
         made = cp_together(layers, image)
         for i, key in enumerate(keys):
             shared.image[key[0]] = made[2 * i], made[2 * i + 1]
             del units[key]
+        return True
 
 
 def _units(layers: Any, with_image: bool) -> dict[tuple[int, str], list[CPLinear]]:
