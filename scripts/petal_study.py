@@ -34,35 +34,29 @@ class Cell:
     dynamic: bool = False
     gamma: float = 1.0
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it adds to PETAL's options."""
+        if self.policy is None:
+            return {}
+        return {"threshold": {"policy": self.policy, "dynamic": self.dynamic, "gamma": self.gamma}}
 
-#: Gamma by ``--tune``: the best of its grid by mean accuracy on validation images.
+
+#: Gamma: the best of its grid by mean accuracy on validation images, tuned with PETAL's learning rate at 1e-2 (a tie with
+#: the demo's 2e-2). It gave, where off gave 91.56%: modes, static 91.61, 91.27, 91.63; dynamic 91.26, 91.32, 91.16;
+#: trust, static 66.25, 88.14, 90.43; dynamic 88.71, 88.65, 91.03.
 CELLS = (
     Cell("off"),
-    Cell("modes, static", "modes", False, 0.05),
+    Cell("modes, static", "modes", False, 0.15),
     Cell("modes, dynamic", "modes", True, 0.5),
-    Cell("trust, static", "trust", False, 0.5),
-    Cell("trust, dynamic", "trust", True, 1.0),
+    Cell("trust, static", "trust", False, 1.0),
+    Cell("trust, dynamic", "trust", True, 2.0),
 )
 GRIDS: dict[str, tuple[float, ...]] = {
-    "modes, static": (0.05, 0.15, 0.5), "modes, dynamic": (0.25, 0.5, 1.0), "trust, static": (0.5, 1.0, 2.0),
-    "trust, dynamic": (1.0, 2.0, 4.0),
+    "modes, static": (0.02, 0.05, 0.15), "modes, dynamic": (0.25, 0.5, 1.0), "trust, static": (0.25, 0.5, 1.0),
+    "trust, dynamic": (0.5, 1.0, 2.0),
 }  # fmt: skip
 TUNING_SEEDS = (100, 101, 102)
-
-
-def give_threshold(model: Any, cell: Cell) -> None:
-    """A threshold for each of the model's factors."""
-    from fastgist.nn import CPFactors, CPLinear, CPThreshold
-
-    if cell.policy is None:
-        return
-    for factors in [m for m in model.modules() if isinstance(m, CPFactors)]:
-        factors.threshold = CPThreshold(cell.policy, cell.gamma, cell.dynamic)
-        factors.threshold.bind(factors.modes, factors.u.device, factors.u.dtype)
-    for layer in [m for m in model.modules() if isinstance(m, CPLinear)]:
-        sizes = layer.in_features, layer.out_features
-        modes = (layer.mode,) if isinstance(layer.mode, int) else layer.mode
-        layer.factors.threshold.observe(layer.base_layer, modes, sizes, layer.inward, layer.scale)
 
 
 class Study:
@@ -83,8 +77,12 @@ class Study:
         self.training = replace(training, steps=steps) if steps else training
         self.base, self.about = load_base(DemoConfig(), self.data, torch.device("cpu"))
         print(self.about["words"])
-        self.key = {"base": recipes.ARCHITECTURE, "pretrain": asdict(recipes.PRETRAIN), "vision": asdict(recipes.VISION)}
-        self.key |= {"versions": versions(), "contestant": asdict(self.contestant)}
+        self.key = {
+            "base": recipes.ARCHITECTURE,
+            "pretrain": asdict(recipes.PRETRAIN),
+            "vision": asdict(recipes.VISION),
+        }
+        self.key |= {"versions": versions()}
 
     def run(self, cell: Cell, seed: int, judge: str, shots: int) -> dict[str, float]:
         """Accuracies by question on "test", or on what a draw leaves of the pool."""
@@ -93,14 +91,19 @@ class Study:
         from fastgist.train.petal_demo import tune
 
         training = replace(self.training, seed=seed)
-        setting = {**asdict(cell), "name": None}
-        key = self.key | {"cell": setting, "judge": judge, "shots": shots, "training": asdict(training)}
+        contestant = replace(self.contestant, options=self.contestant.options | cell.options)
+        key = self.key | {
+            "contestant": asdict(contestant),
+            "judge": judge,
+            "shots": shots,
+            "training": asdict(training),
+        }
         name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:24]
         kept = self.runs / f"{name}.json"
         if kept.is_file():
             return json.loads(kept.read_text())
         train, rest = self.data.pool.draw(shots, seed)
-        model, _ = tune(self.base, self.contestant, train, training, lambda model: give_threshold(model, cell))
+        model, _ = tune(self.base, contestant, train, training)
         part = self.data.test if judge == "test" else rest
         found = score(model, self.base.tokenizer, part, HELD_OUT, self.base.device)
         self.runs.mkdir(parents=True, exist_ok=True)
@@ -173,7 +176,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0-7")
+    parser.add_argument("--seeds", default="0-5")
     parser.add_argument("--shots", type=int, default=10)
     parser.add_argument("--steps", type=int, help="fewer steps: shows the way, not a result")
     parser.add_argument("--tune", action="store_true")

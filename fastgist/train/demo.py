@@ -295,7 +295,7 @@ def _row(contestant: recipes.Contestant, runs: list[Run], share: tuple[int, int]
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.getdevice_name(device) if device.type == "cuda" else device.type
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _print_table(metrics: dict[str, Any], config: DemoConfig, figure: Path) -> None:

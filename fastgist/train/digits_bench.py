@@ -13,7 +13,7 @@ from torch import nn
 from fastgist.gist import GistConfig
 from fastgist.train.checkpoint import write_atomically
 from fastgist.train.config import DemoConfig, FinetuneConfig, UserError
-from fastgist.train.demo import _base, _one_thread, fresh
+from fastgist.train.demo import _base, one_thread, fresh
 from fastgist.train.digits import Digits
 from fastgist.train.engine import fit, predict
 from fastgist.train.measure import commit, trainable_share, versions
@@ -36,7 +36,7 @@ class DigitsBench:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.data = Digits.load()
-        with _one_thread(accelerator.device):
+        with one_thread(accelerator.device):
             self.base, about = _base(DemoConfig(output_dir=Path()), self.data, accelerator)
         self.words = about["words"]
 
@@ -53,7 +53,7 @@ class DigitsBench:
             raise UserError(f"--device {config.device} is not available: accelerate found {accelerator.device.type}")
         if accelerator.num_processes > 1:
             raise UserError("digits are too small for several processes: run this without accelerate launch")
-        with _one_thread(accelerator.device):
+        with one_thread(accelerator.device):
             yield cls(accelerator)
 
     def run(self, config: FinetuneConfig) -> dict[str, Any]:

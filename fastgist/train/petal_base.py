@@ -204,4 +204,3 @@ def score(
         found[question.name] = float(right[start : start + count].mean())
         start += count
     return found | {"all": sum(found.values()) / len(found)}
-

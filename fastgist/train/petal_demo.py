@@ -11,7 +11,6 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -195,25 +194,13 @@ def adapt(model: Any, method: str, options: dict[str, Any]) -> Any:
     return fastgist.get_peft_model(model, config)
 
 
-def tune(
-    base: Base,
-    contestant: Contestant,
-    train: DigitImages,
-    training: Training,
-    prepared: Callable[[Any], None] | None = None,
-) -> tuple[Any, Fit]:
-    """Tune a copy of the base model on a few images; the last step's weights are kept: nothing is selected.
-
-    Args:
-        prepared: called with the adapted model before its first step.
-    """
+def tune(base: Base, contestant: Contestant, train: DigitImages, training: Training) -> tuple[Any, Fit]:
+    """Tune a copy of the base model on a few images; the last step's weights are kept: nothing is selected."""
     from fastgist.nn import update_thresholds
 
     model = base.fresh()
     seed_everything(training.seed)
     model = adapt(model, contestant.method, contestant.options)
-    if prepared is not None:
-        prepared(model)
     loss_of = question_loss(model, base.tokenizer, train, HELD_OUT, training, base.device)
     result = fit(
         model, loss_of, training, base.device, measure_memory=True,

@@ -27,7 +27,8 @@ def draw(path: Path, metrics: dict[str, Any], images: Tensor, picked: Sequence[i
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.5, 4.8), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.2, 1))
+    halves: Any = figure.subfigures(1, 2, width_ratios=(1.2, 1))
+    left, right = halves
     _accuracies(left.subplots(), metrics)
     example = metrics["example"]
     replies = "\n".join(f"{question} {answer}" for question, answer in example["answers"].items())
