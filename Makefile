@@ -46,7 +46,7 @@ PACKAGES := $(STAMPS)/packages
 EXTENSION := $(STAMPS)/extension
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup test demo studies textstudy bench lint format aot mutants plot gpu wheel clean distclean
+.PHONY: help setup test demo studies petalstudy textstudy bench lint format aot mutants plot gpu wheel clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -135,11 +135,14 @@ $(EXTENSION): $(filter-out csrc/tests/%,$(CSRC)) setup.py $(PACKAGES)
 
 # -- jobs -------------------------------------------------------------------------------------------------------------
 
-demo: setup ## fine-tune on real digits, in under 90 s once set up
+demo: setup ## fine-tune on real digits, in under 90 s once set up (ARGS=petal: a Q-Former, three minutes)
 	@$(FASTGIST) demo $(ARGS)
 
 studies: setup ## temperature and gist length on digits, paired by seed, into docs/ (minutes)
 	@$(PY) scripts/studies.py $(ARGS)
+
+petalstudy: setup ## PETAL's threshold off, static and dynamic on the petal demo's questions, into docs/ (minutes)
+	@$(PY) scripts/petal_study.py $(ARGS)
 
 textstudy: setup ## every method on the standard library's docstrings, with and without gist, into docs/ (half an hour)
 	@$(PY) scripts/text_study.py $(ARGS)

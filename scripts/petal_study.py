@@ -75,7 +75,7 @@ class Study:
         self.contestant = next(c for c in recipes.CONTESTANTS if c.method == "petal")
         training = self.contestant.training
         self.training = replace(training, steps=steps) if steps else training
-        self.base, self.about = load_base(DemoConfig(), self.data, torch.device("cpu"))
+        self.base, self.about = load_base(DemoConfig(quick=steps is not None), self.data, torch.device("cpu"))
         print(self.about["words"])
         self.key = {
             "base": recipes.ARCHITECTURE,
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0-5")
     parser.add_argument("--shots", type=int, default=10)
-    parser.add_argument("--steps", type=int, help="fewer steps: shows the way, not a result")
+    parser.add_argument("--steps", type=int, help="fewer steps, and a hasty base: shows the way, not a result")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     parser.add_argument("--runs", type=Path, default=ROOT / "build" / "petal-study", help="where runs are kept")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ for _package in ("accelerate", "matplotlib", "rich", "scipy", "sklearn", "tokeni
     pytest.importorskip(_package)
 
 from fastgist import petal  # noqa: E402
+from fastgist.nn import CPFactors  # noqa: E402
 from fastgist.recipes import petal_digits as recipes  # noqa: E402
 from fastgist.train import petal_base, petal_data, petal_demo  # noqa: E402
 from fastgist.train.config import DemoConfig  # noqa: E402
@@ -44,6 +48,17 @@ def base(ran):
         found, about = petal_demo.load_base(DemoConfig(quick=True), PetalDigits.load(), CPU)
     assert about["cached"]
     return found
+
+
+@pytest.fixture
+def study():
+    """scripts/petal_study.py as a module; registered, because dataclasses look their module up."""
+    path = Path(__file__).parents[1] / "scripts" / "petal_study.py"
+    spec = importlib.util.spec_from_file_location("petal_study", path)
+    module = sys.modules["petal_study"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["petal_study"]
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -196,3 +211,48 @@ def test_the_score_counts_right_answers(base, monkeypatch) -> None:
     found = petal_base.score(None, base.tokenizer, part, HELD_OUT, CPU)
     larger = float((part.labels > 4).double().mean())
     assert found == {"larger": larger, "holes": 0.0, "next": 0.0, "caption": 0.0, "all": larger / 4}
+
+
+# -- the study of the threshold ---------------------------------------------------------------------------------------
+
+
+def test_every_cell_of_the_study_has_the_threshold_it_names(base, study) -> None:
+    contestant = next(c for c in recipes.CONTESTANTS if c.method == "petal")
+    for cell in study.CELLS:
+        model = petal_demo.adapt(base.fresh(), "petal", contestant.options | cell.options)
+        thresholds = [m.threshold for m in model.modules() if isinstance(m, CPFactors)]
+        assert len(thresholds) == 2  # text and image
+        for threshold in thresholds:
+            if cell.policy is None:
+                assert threshold is None
+            else:
+                assert (threshold.policy, threshold.dynamic, threshold.gamma) == (cell.policy, cell.dynamic, cell.gamma)
+
+
+def test_the_study_pairs_by_seed_and_keeps_its_runs(ran, study, monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(ran[1] / "cache"))
+    monkeypatch.setattr(study, "CELLS", study.CELLS[:3])
+    calls = []
+
+    def scored(model, tokenizer, part, questions, device):
+        (factors, _) = (m for m in model.modules() if isinstance(m, CPFactors))
+        calls.append(factors.threshold)
+        value = 0.5 + 0.1 * (len(calls) % 3)  # off and its rivals of one seed in turn
+        return {"all": value}
+
+    monkeypatch.setattr(petal_base, "score", scored)
+    monkeypatch.setattr(petal_demo, "score", lambda *args: {"digit": 1.0, "all": 1.0})
+    arguments = ["--steps", "3", "--seeds", "0-2", "--out", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    study.main(arguments)
+    assert [t and (t.policy, t.dynamic, int(t.updates)) for t in calls[:3]] == [
+        None, ("modes", False, 3), ("modes", True, 3),
+    ]  # fmt: skip
+    found = json.loads((tmp_path / "studies-threshold.json").read_text())
+    assert found["seeds"] == [0, 1, 2] and [row["name"] for row in found["rows"]] == [c.name for c in study.CELLS]
+    off, static, dynamic = found["rows"]
+    assert "difference" not in off and off["values"] == pytest.approx([0.6] * 3)
+    assert static["difference"]["mean"] == pytest.approx(0.1) and dynamic["difference"]["mean"] == pytest.approx(-0.1)
+    assert (tmp_path / "studies-threshold.svg").read_text().lstrip().startswith("<?xml")
+    assert "-10.00 points" in capsys.readouterr().out
+    study.main(arguments)
+    assert len(calls) == 9  # nothing was run again

@@ -13,7 +13,7 @@ from torch import nn
 from fastgist.gist import GistConfig
 from fastgist.train.checkpoint import write_atomically
 from fastgist.train.config import DemoConfig, FinetuneConfig, UserError
-from fastgist.train.demo import _base, one_thread, fresh
+from fastgist.train.demo import _base, fresh, one_thread
 from fastgist.train.digits import Digits
 from fastgist.train.engine import fit, predict
 from fastgist.train.measure import commit, trainable_share, versions

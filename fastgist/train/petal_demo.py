@@ -28,7 +28,7 @@ from fastgist.train.demo import cached, device_name, one_thread, prepare
 from fastgist.train.digits import DigitImages
 from fastgist.train.measure import commit, memory_method, versions
 from fastgist.train.petal_base import Fit, answers, fit, plain_model, pretrain, question_loss, score
-from fastgist.train.petal_data import HELD_OUT, PRETRAINED, PetalDigits, Question, Row, rows_of, train_tokenizer
+from fastgist.train.petal_data import HELD_OUT, NAMES, PRETRAINED, PetalDigits, Question, Row, rows_of, train_tokenizer
 from fastgist.train.statistics import spread
 
 __all__ = ["Base", "Share", "adapt", "expert_usage", "load_base", "petal_demo", "tune"]
@@ -242,19 +242,19 @@ def expert_usage(model: Any, tokenizer: Any, device: torch.device) -> dict[str, 
 
 def _shown(model: Any, base: Base, test: DigitImages) -> dict[str, Any]:
     """What the figures show of a tuned model: the experts' usage, and answers by beam search about one image a digit."""
-    picked = [int(torch.nonzero(test.labels == digit)[0]) for digit in range(10)]
+    picked = [int(torch.nonzero(test.labels == digit)[0]) for digit in range(10)]  # the first of each
     caption = HELD_OUT[-1]
     labels = test.labels.tolist()
     rows = [Row(i, caption.phrasings[0], caption.answers[labels[i]]) for i in picked]
     found = answers(model, base.tokenizer, test.images, rows, base.device, beams=BEAMS)
-    one = picked[7]
+    one = picked[8]
     asked = [Row(one, q.phrasings[0], q.answers[labels[one]]) for q in HELD_OUT]
     replies = answers(model, base.tokenizer, test.images, asked, base.device, beams=BEAMS)
     return {
         "usage": expert_usage(model, base.tokenizer, base.device), "picked": picked,
         "example": {
             "beams": BEAMS, "instruction": caption.phrasings[0], "captions": found, "right": [r.answer for r in rows],
-            "answers": {row.instruction: reply for row, reply in zip(asked, replies, strict=True)},
+            "of": NAMES[labels[one]], "answers": {row.instruction: reply for row, reply in zip(asked, replies, strict=True)},
         },
     }  # fmt: skip
 
@@ -334,7 +334,7 @@ def _print_table(metrics: dict[str, Any], config: DemoConfig, figures: list[Path
         f"peak memory is {metrics['peak_memory_method']}",
         "without a network: always the most frequent answer; the rule on what logistic regression on pixels names",
         "differences within the spread say nothing about the methods; --seeds gives more draws",
-        f"PETAL, {example['beams']} beams, about one image: "
+        f"PETAL, {example['beams']} beams, about the first image of an {example['of']}: "
         + "; ".join(f"{question} {answer}" for question, answer in example["answers"].items()),
         f"saved, reloaded into a fresh model, the same answers: {sum(same)} of {len(same)} adapters",
     ]

@@ -32,17 +32,21 @@ def draw(path: Path, metrics: dict[str, Any], images: Tensor, picked: Sequence[i
     _accuracies(left.subplots(), metrics)
     example = metrics["example"]
     replies = "\n".join(f"{question} {answer}" for question, answer in example["answers"].items())
-    right.suptitle(f"PETAL, first draw, {example['beams']} beams: {example['instruction']}", fontsize=11)
+    right.suptitle(
+        f"PETAL, first draw, {example['beams']} beams, first test image of each digit: {example['instruction']}",
+        fontsize=11,
+    )
     grid = right.subplots(-(-len(picked) // _COLUMNS), _COLUMNS, squeeze=False)
     for axes, index, said, truth in zip(grid.flat, picked, example["captions"], example["right"], strict=True):
         axes.imshow(images[index, 0].numpy(), cmap="gray_r", vmin=-1, vmax=1)
         axes.set_xticks([])
         axes.set_yticks([])
         wrong = said != truth
-        axes.set_title(said or "(nothing)", fontsize=8, color=VERMILION if wrong else "black")
+        title = "\n".join(said.rsplit(" ", 1)) or "(nothing)"
+        axes.set_title(title, fontsize=8, color=VERMILION if wrong else "black")
         for spine in axes.spines.values():
             spine.set(color=VERMILION if wrong else "#BBBBBB", linewidth=3 if wrong else 0.8)
-    right.supxlabel(f"of the seven:\n{replies}", fontsize=9)
+    right.supxlabel(f"about the {example['of']}:\n{replies}", fontsize=9)
     save(figure, path)
 
 
