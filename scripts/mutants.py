@@ -7,8 +7,8 @@
 
 The mutants are in mutants_of_losses.py, mutants_of_layers.py and mutants_of_petal.py. Each is applied to a private copy
 of the tree, where the tests of its operation run until the first failure. A mutant is killed when a test fails on what
-was computed; one that does not even run (a name error, a compilation error) or whose text is no longer found is a fault of the list and
-fails the check as well.
+was computed; one that does not even run (a name error, a compilation error) or whose text is no longer found is a fault
+of the list and fails the check as well.
 """
 
 from __future__ import annotations
