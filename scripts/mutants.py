@@ -5,10 +5,10 @@
     python scripts/mutants.py --sample 8         a sample, fixed for a given state of the sources
     python scripts/mutants.py --op adapter --list
 
-The mutants are in mutants_of_losses.py and mutants_of_layers.py. Each is applied to a private copy of the tree, where
-the tests of its operation run until the first failure. A mutant is killed when a test fails on what was computed; one
-that does not even run (a name error, a compilation error) or whose text is no longer found is a fault of the list and
-fails the check as well.
+The mutants are in mutants_of_losses.py, mutants_of_layers.py and mutants_of_petal.py. Each is applied to a private copy
+of the tree, where the tests of its operation run until the first failure. A mutant is killed when a test fails on what
+was computed; one that does not even run (a name error, a compilation error) or whose text is no longer found is a fault
+of the list and fails the check as well.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from mutant_list import Mutant
 from mutants_of_layers import LAYERS
 from mutants_of_losses import LOSSES
+from mutants_of_petal import PETAL
 
 T = TypeVar("T")
-MUTANTS: list[Mutant] = [*LOSSES, *LAYERS]
+MUTANTS: list[Mutant] = [*LOSSES, *LAYERS, *PETAL]
 ROOT = Path(__file__).resolve().parents[1]
 #: What a copy needs: sources, tests, and the extension where it is built.
 COPIED = ("fastgist", "kernels", "tests", "csrc", "benchmarks", "pyproject.toml")

@@ -189,8 +189,8 @@ CP_LINEAR = [
         "cp_linear",
         (
             "update not scaled",
-            "y.addmm_(h, folded.transpose(0, 1), alpha=scale)",
-            "y.addmm_(h, folded.transpose(0, 1))",
+            "out.addmm_(h, folded.transpose(0, 1), alpha=scale)",
+            "out.addmm_(h, folded.transpose(0, 1))",
             "scale",
         ),
         (

@@ -361,6 +361,21 @@ def test_the_query_transformation_is_the_released_one(kind, factor, recomputed):
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("core", ["cp", "tucker"])
+def test_a_start_from_the_weights_is_the_model_and_reads_their_directions(core):
+    pytest.importorskip("tensorly")
+    model = fresh(init="weights", core=core)
+    assert torch.equal(logits(model), logits(fresh(core=core)))
+    for group in {m.factors for m in model.modules() if isinstance(m, CPLinear)}:
+        members = [m for m in model.modules() if isinstance(m, CPLinear) and m.factors is group]
+        weights = torch.cat([m.base_layer.weight for m in members])  # (matrices x out, in)
+        basis = torch.linalg.qr(group.u).Q
+        drawn = torch.linalg.qr(torch.randn_like(group.u)).Q
+        assert (weights @ basis).square().sum() > 1.1 * (weights @ drawn).square().sum()
+    with pytest.raises(ValueError, match="init must be one of identity, weights, got 'svd'"):
+        petal.PetalConfig(init="svd")
+
+
 def test_thresholds_by_configuration(tmp_path):
     model = stir(fresh(threshold={"policy": "trust", "gamma": 0.01}))
     free = fresh()

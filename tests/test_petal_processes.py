@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 from qformers import inputs, make, quiet, stir
 
 from fastgist import petal
+from fastgist.distributed import fully_shard
 
 HERE = Path(__file__)
 
@@ -49,17 +50,8 @@ def work(how: str, rank: int, port: int, out: str) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": how.endswith("reentrant")})
     if how == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
 
-        from fastgist.nn import CPFactors
-
-        mesh = init_device_mesh("cpu", (2,))
-        for factors in {m for m in model.modules() if isinstance(m, CPFactors)}:
-            fully_shard(factors, mesh=mesh, reshard_after_forward=False)
-        for layer in model.qformer.encoder.layer:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        run = model
+        run = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     else:
         run = torch.nn.parallel.DistributedDataParallel(model, static_graph=how == "checkpointed reentrant")
     run(**half).loss.backward()

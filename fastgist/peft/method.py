@@ -191,6 +191,23 @@ class _LoRA(Method):
         return built
 
 
+def start_from_weights(built: Mapping[str, nn.Module], config: PeftConfig) -> None:
+    """Mode approximation that starts from a decomposition of the weights, where ``config.init`` is "weights".
+
+    Raises:
+        ImportError: tensorly is not installed.
+    """
+    if getattr(config, "init", None) != "weights":
+        return
+    try:
+        from fastgist.integrations.tensorly import init_from_weights
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{type(config).__name__}: init='weights' needs {error.name}: pip install 'fastgist[tensorly]'"
+        ) from error
+    init_from_weights(built)
+
+
 class _CP(Method):
     mergeable = True
     title = "CP"
@@ -201,15 +218,7 @@ class _CP(Method):
         return self.shared(model, family, config, config.core, 1.0, threshold)
 
     def start(self, built: Mapping[str, nn.Module], config: PeftConfig) -> None:
-        if getattr(config, "init", None) != "weights":
-            return
-        try:
-            from fastgist.integrations.tensorly import init_from_weights
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                f"CPConfig: init='weights' needs {error.name}: pip install 'fastgist[tensorly]'"
-            ) from error
-        init_from_weights(built)
+        start_from_weights(built, config)
 
     def shared(
         self,

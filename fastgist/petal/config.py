@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from fastgist.peft.config import PeftConfig, ThresholdConfig
+from fastgist.peft.config import CP_INITS, PeftConfig, ThresholdConfig
 
 __all__ = ["BottleneckConfig", "PetalConfig", "QueryGistConfig"]
 
@@ -53,6 +53,8 @@ class PetalConfig(PeftConfig):
     the identity at the start.
     load_balance: factor of the experts' load-balance loss in the model's loss (gating "softmax").
     num_instructions: P > 1 adds learned weights of P phrasings of one instruction (:func:`fastgist.petal.instructed`).
+    init: of the mode approximation: "identity", or "weights": U and P from a decomposition of the pre-trained weights, V = 0
+    (see :class:`fastgist.CPConfig`; needs tensorly).
     threshold: None, "modes", "trust" or a :class:`fastgist.peft.ThresholdConfig`: see :class:`fastgist.nn.CPThreshold`.
     bottleneck: None or a :class:`BottleneckConfig` (True: its defaults).
     instruct_llm: experts of the same number and width on the instruction that the language model reads, too
@@ -74,6 +76,7 @@ class PetalConfig(PeftConfig):
     gating: str = "softmax"
     threshold: Any = None
     bottleneck: Any = None
+    init: str = "identity"
     top_k: int | None = None
     load_balance: float = 0.01
     num_instructions: int = 1
@@ -84,6 +87,8 @@ class PetalConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.init not in CP_INITS:
+            raise ValueError(f"PetalConfig: init must be one of {', '.join(CP_INITS)}, got {self.init!r}")
         self.threshold = ThresholdConfig.of("PetalConfig", self.threshold)
         self.bottleneck = _settings("bottleneck", self.bottleneck, BottleneckConfig)
         self.gist = _settings("gist", self.gist, QueryGistConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,7 @@ from fastgist.nn import (
     fan,
 )
 from fastgist.peft.config import PeftConfig, ThresholdConfig
-from fastgist.peft.method import Method, register_method
+from fastgist.peft.method import Method, register_method, start_from_weights
 from fastgist.petal.config import PetalConfig
 from fastgist.petal.extras import CrossOutput, QueryTransformation, Transformed
 from fastgist.petal.instructed_llm import InstructedLanguageModel
@@ -38,6 +39,9 @@ class Petal(Method):
         assert isinstance(config, PetalConfig)
         others = (config.bottleneck, config.batch_mean, config.gated_query, config.gist, config.instruct_llm)
         return not (config.num_experts or any(others))
+
+    def start(self, built: Mapping[str, nn.Module], config: PeftConfig) -> None:
+        start_from_weights(built, config)
 
     def build(self, model: Any, family: Any, config: PeftConfig) -> dict[str, nn.Module]:
         assert isinstance(config, PetalConfig)
