@@ -135,7 +135,7 @@ $(EXTENSION): $(filter-out csrc/tests/%,$(CSRC)) setup.py $(PACKAGES)
 
 # -- jobs -------------------------------------------------------------------------------------------------------------
 
-demo: setup ## fine-tune on real digits, in under 90 s once set up (ARGS=petal: a Q-Former, three minutes)
+demo: setup ## fine-tune on real digits, in under 90 s once set up (ARGS=petal: a Q-Former, two minutes)
 	@$(FASTGIST) demo $(ARGS)
 
 studies: setup ## temperature and gist length on digits, paired by seed, into docs/ (minutes)

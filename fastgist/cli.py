@@ -253,7 +253,7 @@ def _demo(config: Any) -> None:
 
     gist: a small Vision Transformer learns digits it has never seen; about a minute on two cores.
 
-    petal: the Q-Former of a small InstructBLIP is tuned on questions and captions it has never been asked; three minutes.
+    petal: the Q-Former of a small InstructBLIP is tuned on questions and captions it has never been asked; two minutes.
     """
     from fastgist.train.config import Demo
 

@@ -32,10 +32,8 @@ def draw(path: Path, metrics: dict[str, Any], images: Tensor, picked: Sequence[i
     _accuracies(left.subplots(), metrics)
     example = metrics["example"]
     replies = "\n".join(f"{question} {answer}" for question, answer in example["answers"].items())
-    right.suptitle(
-        f"PETAL, first draw, {example['beams']} beams, first test image of each digit: {example['instruction']}",
-        fontsize=11,
-    )
+    words = f"PETAL, first draw, {example['beams']} beams: {example['instruction']}\nthe first test image of each digit"
+    right.suptitle(words, fontsize=11)
     grid = right.subplots(-(-len(picked) // _COLUMNS), _COLUMNS, squeeze=False)
     for axes, index, said, truth in zip(grid.flat, picked, example["captions"], example["right"], strict=True):
         axes.imshow(images[index, 0].numpy(), cmap="gray_r", vmin=-1, vmax=1)
