@@ -2,7 +2,7 @@
 """Does a threshold on PETAL's mode approximation help? On the questions of ``fastgist demo petal``, paired by seed.
 
     python scripts/petal_study.py                 table, docs/studies-threshold.json and .svg (minutes; finished runs are kept)
-    python scripts/petal_study.py --seeds 0-15    more seeds
+    python scripts/petal_study.py --seeds 0-31    more seeds
     python scripts/petal_study.py --tune          Gamma of every form, on validation images and draws that no result uses
 
 Off, static and dynamic, both policies of :class:`fastgist.nn.CPThreshold`, all else the demo's. Everything is decided
@@ -176,7 +176,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0-5")
+    parser.add_argument("--seeds", default="0-11")
     parser.add_argument("--shots", type=int, default=10)
     parser.add_argument("--steps", type=int, help="fewer steps, and a hasty base: shows the way, not a result")
     parser.add_argument("--tune", action="store_true")
