@@ -22,7 +22,8 @@ __all__ = ["Shares", "experts_of", "instructed", "instruction_gate", "trainable_
 
 @dataclass(frozen=True)
 class Shares:
-    """How many numbers are trained, and of how many: in the Q-Former with what was added, and in the whole model."""
+    """How many numbers are trained, and of how many: in the Q-Former, its query tokens and what was added included, and in
+    the whole model."""
 
     trainable: int
     qformer: int
@@ -87,7 +88,7 @@ def trainable_shares(model: nn.Module) -> Shares:
             parts[kind] = parts.get(kind, 0) + parameter.numel()
     return Shares(
         trainable=sum(parts.values()),
-        qformer=sum(p.numel() for p in plain.qformer.parameters()),
+        qformer=plain.query_tokens.numel() + sum(p.numel() for p in plain.qformer.parameters()),
         model=sum(p.numel() for p in plain.parameters()),
         parts=parts,
     )
