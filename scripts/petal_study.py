@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Does a threshold on PETAL's mode approximation help? On the questions of ``fastgist demo petal``, paired by seed.
+"""Does a threshold on PETAL's mode approximation help, do its other parts? On the questions of ``fastgist demo petal``,
+paired by seed.
 
     python scripts/petal_study.py                 table, docs/studies-threshold.json and .svg (minutes; finished runs are kept)
+    python scripts/petal_study.py --parts         PETAL with one part changed at a time: docs/studies-parts.json and .svg
     python scripts/petal_study.py --seeds 0-31    more seeds
     python scripts/petal_study.py --tune          Gamma of every form, on validation images and draws that no result uses
 
@@ -17,7 +19,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +29,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting: the threshold's policy, None for none."""
+    """One setting: the threshold's policy, None for none, and what else is changed."""
 
     name: str
     policy: str | None = None
     dynamic: bool = False
     gamma: float = 1.0
+    changes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
         """What it adds to PETAL's options."""
         if self.policy is None:
-            return {}
-        return {"threshold": {"policy": self.policy, "dynamic": self.dynamic, "gamma": self.gamma}}
+            return self.changes
+        return self.changes | {"threshold": {"policy": self.policy, "dynamic": self.dynamic, "gamma": self.gamma}}
 
 
 #: Gamma: the best of its grid by mean accuracy on validation images, tuned with PETAL's learning rate at 1e-2 (a tie with
@@ -51,6 +54,17 @@ CELLS = (
     Cell("modes, dynamic", "modes", True, 0.5),
     Cell("trust, static", "trust", False, 1.0),
     Cell("trust, dynamic", "trust", True, 2.0),
+)
+#: Nothing of these is tuned: every part has its default.
+PARTS = (
+    Cell("PETAL"),
+    Cell("no experts", changes={"num_experts": 0}),
+    Cell("uniform experts", changes={"gating": "uniform"}),
+    Cell("no load balance", changes={"load_balance": 0.0}),
+    Cell("Tucker core", changes={"core": "tucker"}),
+    Cell("query transformation", changes={"gated_query": True}),
+    Cell("bottleneck, scores", changes={"bottleneck": {"bank": 512}}),
+    Cell("gist among the queries", changes={"gist": True}),
 )
 GRIDS: dict[str, tuple[float, ...]] = {
     "modes, static": (0.02, 0.05, 0.15), "modes, dynamic": (0.25, 0.5, 1.0), "trust, static": (0.25, 0.5, 1.0),
@@ -123,26 +137,27 @@ def tune_gamma(study: Study, shots: int) -> None:
         print(f"{cell.name:16}", "  ".join(f"{gamma:g}: {value:.2%}" for gamma, value in scores.items()), flush=True)
 
 
-def compare(study: Study, seeds: Sequence[int], shots: int) -> dict[str, Any]:
-    """All runs, and the differences to "off", paired by seed."""
+def compare(study: Study, cells: Sequence[Cell], seeds: Sequence[int], shots: int) -> dict[str, Any]:
+    """All runs, and the differences to the first cell, paired by seed."""
     from tqdm import tqdm
 
     from fastgist.train.measure import commit, versions
     from fastgist.train.statistics import paired, spread
 
-    found: dict[str, list[dict[str, float]]] = {cell.name: [] for cell in CELLS}
-    for cell, seed in tqdm([(c, s) for s in seeds for c in CELLS], desc="tuning", unit="run"):
+    found: dict[str, list[dict[str, float]]] = {cell.name: [] for cell in cells}
+    for cell, seed in tqdm([(c, s) for s in seeds for c in cells], desc="tuning", unit="run"):
         found[cell.name].append(study.run(cell, seed, "test", shots))
-    plain = [run["all"] for run in found["off"]]
+    plain = [run["all"] for run in found[cells[0].name]]
     rows = []
-    for cell in CELLS:
+    for cell in cells:
         values = [run["all"] for run in found[cell.name]]
         row: dict[str, Any] = {**asdict(cell), **spread(values), "values": values, "questions": found[cell.name]}
-        if cell.policy is not None:
+        if cell is not cells[0]:
             row["difference"] = paired(values, plain)
         rows.append(row)
     return {
-        "study": "threshold on mode approximation", "reference": "off", "seeds": list(seeds), "shots": shots, "rows": rows,
+        "study": "parts of PETAL" if cells is PARTS else "threshold on mode approximation",
+        "reference": cells[0].name, "seeds": list(seeds), "shots": shots, "rows": rows,
         "test_images": len(study.data.test), "training": asdict(study.training), "base": study.about["known"],
         "options": study.contestant.options, "gamma_grids": GRIDS, "tuning_seeds": TUNING_SEEDS,
         "cores": os.cpu_count(), "versions": versions(), "commit": commit(),
@@ -156,20 +171,20 @@ def draw(path: Path, found: dict[str, Any]) -> None:
 
     rows = found["rows"]
     others = [row for row in rows if "difference" in row]
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    figure = Figure(figsize=(10, 1.4 + 0.4 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2)
     for place, row in enumerate(rows):
-        plain = row["policy"] is None
+        plain = "difference" not in row
         seeds_of(left, row, place, BLUE if plain else VERMILION, "o" if plain else "D")
     left.set_yticks(range(len(rows)), [row["name"] for row in rows])
     left.set_xlabel(f"right answers (%), {len(found['seeds'])} seeds; bar: mean")
-    differences(right, [row["difference"] for row in others], "minus off (points)")
+    differences(right, [row["difference"] for row in others], f"minus {found['reference']} (points)")
     right.set_yticks(range(len(others)), [row["name"] for row in others])
     for axes, count in ((left, len(rows)), (right, len(others))):
         axes.set_ylim(count - 0.4, -0.6)
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    title = f"threshold on PETAL's mode approximation: new questions from {found['shots']} images of each digit"
+    title = f"{found['study']}: new questions from {found['shots']} images of each digit"
     figure.suptitle(title, fontsize=11)
     save(figure, path)
 
@@ -180,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shots", type=int, default=10)
     parser.add_argument("--steps", type=int, help="fewer steps, and a hasty base: shows the way, not a result")
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--parts", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     parser.add_argument("--runs", type=Path, default=ROOT / "build" / "petal-study", help="where runs are kept")
     options = parser.parse_args(arguments)
@@ -195,17 +211,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.tune:
             tune_gamma(study, options.shots)
             return
-        found = compare(study, parse_seeds(options.seeds), options.shots)
+        found = compare(study, PARTS if options.parts else CELLS, parse_seeds(options.seeds), options.shots)
     options.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.out / "studies-threshold.json", (json.dumps(found, indent=2) + "\n").encode())
-    draw(options.out / "studies-threshold.svg", found)
+    name = "studies-parts" if options.parts else "studies-threshold"
+    write_atomically(options.out / f"{name}.json", (json.dumps(found, indent=2) + "\n").encode())
+    draw(options.out / f"{name}.svg", found)
     for row in found["rows"]:
         gap = row.get("difference")
         against = "the reference"
         if gap is not None:
             interval = "" if gap["low"] is None else f" (95%: {100 * gap['low']:+.2f} to {100 * gap['high']:+.2f})"
             against = f"{100 * gap['mean']:+.2f} points{interval}"
-        print(f"  {row['name']:<16} {row['mean']:6.2%}  {against}")
+        print(f"  {row['name']:<22} {row['mean']:6.2%}  {against}")
 
 
 if __name__ == "__main__":

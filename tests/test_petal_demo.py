@@ -16,6 +16,7 @@ for _package in ("accelerate", "matplotlib", "rich", "scipy", "sklearn", "tokeni
 
 from fastgist import petal  # noqa: E402
 from fastgist.nn import CPFactors  # noqa: E402
+from fastgist.peft.state import state_of  # noqa: E402
 from fastgist.recipes import petal_digits as recipes  # noqa: E402
 from fastgist.train import petal_base, petal_data, petal_demo  # noqa: E402
 from fastgist.train.config import DemoConfig  # noqa: E402
@@ -227,6 +228,14 @@ def test_every_cell_of_the_study_has_the_threshold_it_names(base, study) -> None
                 assert threshold is None
             else:
                 assert (threshold.policy, threshold.dynamic, threshold.gamma) == (cell.policy, cell.dynamic, cell.gamma)
+
+
+def test_every_part_of_the_other_study_is_what_it_names(base, study) -> None:
+    contestant = next(c for c in recipes.CONTESTANTS if c.method == "petal")
+    assert study.PARTS[0].options == {} and len({str(cell.options) for cell in study.PARTS}) == len(study.PARTS)
+    for cell in study.PARTS:
+        config = state_of(petal_demo.adapt(base.fresh(), "petal", contestant.options | cell.options)).record().config
+        assert all(getattr(config, name) for name in cell.options if name not in ("num_experts", "load_balance"))
 
 
 def test_the_study_pairs_by_seed_and_keeps_its_runs(ran, study, monkeypatch, tmp_path, capsys) -> None:
