@@ -31,8 +31,8 @@ def add(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         raise ValueError("petal: the model's output is read by name here: return_dict=False is not for training")
     if site.gist is not None:
         parts["gist"] = site.gist.loss(model, given, output, site.language) - loss
-    if site.load_balance > 0 and site.gated:
-        parts["balance"] = site.load_balance * sum(moe.load_balance_loss() for moe in site.gated)
+    if site.load_balance > 0 and (due := site.due()):
+        parts["balance"] = site.load_balance * sum(moe.load_balance_loss() for moe in due)
     if site.bottleneck is not None:
         parts["bottleneck"] = _bottleneck(model, site.bottleneck, output, labels)
     site.parts = {name: part.detach() for name, part in parts.items()}

@@ -1,0 +1,136 @@
+"""PETAL where calls fail, repeat, nest or run side by side, and where what is around the model is not plain transformers."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from qformers import KINDS, inputs, make, quiet, stir
+
+import fastgist as fg
+from fastgist import petal
+
+SMALL = {"rank": 4, "expert_dim": 3, "num_experts": 2}
+
+
+def wrapped(kind="instructblip-opt", **config):
+    return stir(petal.wrap(make(kind), petal.PetalConfig(**SMALL | config), verbose=False))
+
+
+def features(model, given):
+    names = ("pixel_values", "qformer_input_ids", "qformer_attention_mask")
+    return model.get_image_features(**{name: given[name] for name in names if name in given}, return_dict=True)
+
+
+# -- what a call leaves behind -----------------------------------------------------------------------------------------
+
+
+def test_a_forward_that_failed_leaves_nothing_to_the_next():
+    """Neither its labels to ``generate``, nor the instruction it was about to embed to who embeds words next."""
+    model = wrapped(instruct_llm=True)
+    given, seen = inputs(labels=False), []
+    words = model.get_input_embeddings()(given["input_ids"])
+    model.language_model.register_forward_pre_hook(lambda m, a, k: seen.append(k["inputs_embeds"]), with_kwargs=True)
+    model.generate(**given, max_new_tokens=1)
+    wrong = inputs()
+    with pytest.raises(RuntimeError, match="channels"):
+        model(**wrong | {"pixel_values": wrong["pixel_values"][:, :2]})
+    model.generate(**given, max_new_tokens=1)
+    assert torch.equal(seen[0], seen[1])
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    handle = model.language_projection.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(**wrong)
+    handle.remove()
+    assert torch.equal(model.get_input_embeddings()(given["input_ids"]), words)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_image_features_that_come_along_change_nothing(kind):
+    model = wrapped(kind, instruct_llm=True)
+    given = inputs(kind)
+    want = model(**given).logits
+    image = features(model, given)
+    for _ in range(2):
+        got = model(**given | {"pixel_values": None}, mm_encoder_outputs={"image": image}).logits
+        torch.testing.assert_close(got, want)
+
+
+def test_the_balance_loss_takes_each_gate_once():
+    """A forward without the Q-Former, or without an instruction in words, has no gate of its own, and the last call's graph is
+    gone."""
+    model = quiet(wrapped(instruct_llm=True)).train()
+    given = inputs()
+    with torch.no_grad():
+        image = features(model, given)
+    model(**given).loss.backward()
+    both = petal.last_losses(model)["balance"]
+    model(**given | {"pixel_values": None}, mm_encoder_outputs={"image": image}).loss.backward()
+    language = petal.last_losses(model)["balance"]
+    ids = given.pop("input_ids")
+    given["inputs_embeds"] = model.get_input_embeddings()(ids).detach()
+    model(**given).loss.backward()
+    torch.testing.assert_close(petal.last_losses(model)["balance"] + language, both)
+
+
+def test_instructed_within_instructed():
+    model, given = wrapped(), inputs()
+    ids = given["qformer_input_ids"]
+    first, second = (petal.instruction_gate(model, words) for words in (ids, ids.flip(1)))
+    with petal.instructed(model, first):
+        want = model(**given).logits
+        with petal.instructed(model, second):
+            assert not torch.equal(model(**given).logits, want)
+        assert torch.equal(model(**given).logits, want)
+
+
+def test_two_threads():
+    """Each sees the gate, the mask and the instruction of its own call."""
+    model = wrapped(instruct_llm=True, gist=True, gated_query=True).eval()
+    batches = [inputs(batch=b, seed=b, labels=False) for b in (2, 3)]
+    with torch.no_grad():
+        want = [model(**given).logits for given in batches]
+    wrong = []
+
+    def work(i):
+        with torch.no_grad():
+            for _ in range(20):
+                try:
+                    torch.testing.assert_close(model(**batches[i]).logits, want[i])
+                except Exception as error:
+                    wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def test_a_floating_point_mask_is_read_as_transformers_reads_it():
+    model, given = wrapped(), inputs(labels=False)
+    want = model(**given).logits
+    for dtype in (torch.bool, torch.float32):
+        mask = given["qformer_attention_mask"].to(dtype)
+        torch.testing.assert_close(model(**given | {"qformer_attention_mask": mask}).logits, want)
+
+
+# -- what is around the model ------------------------------------------------------------------------------------------
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+# -- cp_linear ---------------------------------------------------------------------------------------------------------
