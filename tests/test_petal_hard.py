@@ -130,6 +130,17 @@ def test_a_floating_point_mask_is_read_as_transformers_reads_it():
 # -- what is around the model ------------------------------------------------------------------------------------------
 
 
+def test_a_gist_token_in_outputs_that_are_made_anew():
+    from torch.utils import _pytree
+
+    model, given = wrapped(gist=True), inputs()
+    output = model(**given)
+    again = _pytree.tree_map(
+        lambda leaf: leaf, output
+    )  # DistributedDataParallel(find_unused_parameters=True), torch.export
+    assert torch.equal(again.qformer_outputs.last_hidden_state, output.qformer_outputs.last_hidden_state)
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,8 @@ from fastgist.petal.instructed_llm import InstructedLanguageModel
 
 __all__ = ["STATES", "QueryGist"]
 
-#: Under which the Q-Former's output has the token's final states, (B, length, D).
+#: The attribute of the Q-Former's output that has the token's final states, (B, length, D). Not one of its keys, which all who
+#: make such an output anew (DistributedDataParallel, torch.export) give to its class, and that knows its own alone.
 STATES = "gist_states"
 
 
@@ -75,7 +76,7 @@ class QueryGist(nn.Module):
         if isinstance(output, tuple):
             return (kept, *output[1:])
         output["last_hidden_state"] = kept
-        output[STATES] = states[:, start:stop]
+        setattr(output, STATES, states[:, start:stop])
         return output
 
     def loss(self, model: Any, given: dict[str, Any], output: Any, language: InstructedLanguageModel | None) -> Tensor:
@@ -91,7 +92,7 @@ class QueryGist(nn.Module):
         ids, labels = given.get("input_ids"), given["labels"]
         if ids is None:
             raise ValueError("petal: a gist token among the queries needs input_ids, which say where image tokens are")
-        states = output.qformer_outputs[STATES].mean(1, keepdim=True)
+        states = getattr(output.qformer_outputs, STATES).mean(1, keepdim=True)
         seen = model.language_projection(states.to(model.language_projection.weight.dtype))
         causal = model.config.use_decoder_only_language_model
         embeds = model.get_input_embeddings()(ids)
