@@ -130,6 +130,24 @@ def test_a_floating_point_mask_is_read_as_transformers_reads_it():
 # -- what is around the model ------------------------------------------------------------------------------------------
 
 
+def test_forwards_that_somebody_has_put_around_the_modules():
+    """As accelerate does, which keeps the forward that was bound when it came."""
+    plain, given = make(), inputs()
+
+    def surround(model):
+        for module in model.qformer.modules():
+            module.forward = (lambda run: lambda *args, **kwargs: run(*args, **kwargs))(module.forward)
+        return model
+
+    model = wrapped()
+    want = model(**given).logits
+    first = petal.wrap(surround(make()), petal.PetalConfig(**SMALL), verbose=False)
+    first.load_state_dict(model.state_dict())
+    for other in (first, surround(model)):
+        torch.testing.assert_close(other(**given).logits, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fg.unload(other)(**given).logits, plain(**given).logits)
+
+
 def test_a_gist_token_in_outputs_that_are_made_anew():
     from torch.utils import _pytree
 
