@@ -159,6 +159,19 @@ def test_a_gist_token_in_outputs_that_are_made_anew():
     assert torch.equal(again.qformer_outputs.last_hidden_state, output.qformer_outputs.last_hidden_state)
 
 
+@pytest.mark.parametrize("policy", ["modes", "trust"])
+@pytest.mark.parametrize("core", ["cp", "tucker"])
+def test_thresholds_under_autocast(core, policy):
+    model = quiet(wrapped(core=core, threshold=policy, dropout=0.0)).train()
+    want = model(**inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(**inputs())
+    got.loss.backward()
+    torch.testing.assert_close(got.logits.float(), want.logits, rtol=0.1, atol=0.1)
+    factors = {m for m in model.modules() if isinstance(m, fg.nn.CPFactors)}
+    assert all(p.grad.isfinite().all() for f in factors for p in f.parameters())
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 

@@ -136,9 +136,12 @@ class CPFactors(nn.Module):
         given = mode if isinstance(mode, list) else [mode]
         modes = [m if isinstance(m, tuple) else (m,) for m in given]
         rows = tuple(row for m in modes for row in m)
-        core = self._core(_rows(self._table, rows, 0.0))
-        if self.threshold is not None:
-            core = self.threshold(self.u, self.v, core, _rows(self.threshold.weight_norms, rows, math.inf))
+        if self.threshold is None:
+            core = self._core(_rows(self._table, rows, 0.0))
+        else:
+            with full_precision(self.u):  # as that which Gamma came from
+                core = self._core(_rows(self._table, rows, 0.0))
+                core = self.threshold(self.u, self.v, core, _rows(self.threshold.weight_norms, rows, math.inf))
         if self.core == "cp":
             product = self.u * core[:, None] if inward else core
         elif inward:
