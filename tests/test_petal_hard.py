@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from qformers import KINDS, inputs, make, quiet, stir
 
 import fastgist as fg
-from fastgist import petal
+from fastgist import functional, petal
 
 SMALL = {"rank": 4, "expert_dim": 3, "num_experts": 2}
 
@@ -176,3 +176,17 @@ def test_thresholds_under_autocast(core, policy):
 
 
 # -- cp_linear ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [(7, 0, 9), (16, 0), (0, 16)])
+@pytest.mark.parametrize("batch", [0, 3, 60])
+def test_hard_1_a_weight_without_rows_among_several(rows, batch):
+    """v has a row for each row of all weights, so that none is left for the empty one."""
+    x, u, v = (torch.randn(n, m, requires_grad=True) for n, m in ((batch, 8), (8, 3), (16, 3)))
+    weights = [torch.randn(n, 8) for n in rows]
+    pieces = functional.cp_linear(x, weights, None, u, v)
+    assert [tuple(y.shape) for y in pieces] == [(batch, n) for n in rows]
+    whole = functional.cp_linear(x, torch.cat(weights), None, u, v)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole)
+    grads = [torch.autograd.grad(y.square().sum(), (x, u, v)) for y in (torch.cat(pieces, 1), whole)]
+    torch.testing.assert_close(*grads)
