@@ -175,6 +175,44 @@ def test_thresholds_under_autocast(core, policy):
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ({"rank": "4"}, TypeError, "rank must be a positive int, got '4'"),
+        ({"num_instructions": 0}, ValueError, "num_instructions must be a positive int, got 0"),
+        ({"num_instructions": "2"}, TypeError, "num_instructions must be a positive int, got '2'"),
+        ({"dropout": "0.1"}, TypeError, r"dropout must be a number in \[0, 1\), got '0.1'"),
+        ({"gated_query": "no"}, TypeError, "gated_query must be True or False, got 'no'"),
+        ({"instruct_llm": 1}, TypeError, "instruct_llm must be True or False, got 1"),
+        ({"gist": {"temperature": 0.0}}, ValueError, "temperature must be > 0, got 0.0"),
+        ({"gist": {"alpha": float("nan")}}, ValueError, "alpha must be a finite number, got nan"),
+    ],
+)
+def test_settings_that_cannot_be(config, error, message):
+    model = make()
+    before = list(model.state_dict())
+    with pytest.raises(error, match=message):
+        petal.wrap(model, petal.PetalConfig(**SMALL | config), verbose=False)
+    assert list(model.state_dict()) == before and all(p.requires_grad for p in model.parameters())
+
+
+def test_calls_that_cannot_be():
+    model, given = wrapped(num_instructions=2), inputs()
+    gate = petal.instruction_gate(model, given["qformer_input_ids"])
+    with pytest.raises(ValueError, match=r"qformer_input_ids must be \(B, L\), got shape \(5,\)"):
+        petal.instruction_gate(model, given["qformer_input_ids"][0])
+    for gates in (None, gate.weights, [gate.weights]):
+        with pytest.raises(TypeError, match="gates must be what petal.instruction_gate gives"):
+            petal.instructed(model, gates).__enter__()
+    for call in (petal.wrap, petal.trainable_shares):
+        for other in (None, torch.nn.Linear(2, 2)):
+            with pytest.raises(TypeError, match=f"expected a model with a Q-Former .*, got {type(other).__name__}"):
+                call(other)
+    for targets in (5, [None], [("q",)]):
+        with pytest.raises(TypeError, match="LoraConfig: targets must be a tuple of names, got"):
+            fg.LoraConfig(targets=targets)
+
+
 # -- cp_linear ---------------------------------------------------------------------------------------------------------
 
 
