@@ -226,6 +226,10 @@ def test_calls_that_cannot_be():
         for other in (None, torch.nn.Linear(2, 2)):
             with pytest.raises(TypeError, match=f"expected a model with a Q-Former .*, got {type(other).__name__}"):
                 call(other)
+    factors = fg.nn.CPFactors(4, 4, 2, 3)
+    for mode in (-1, 3, (0, 3), [5], ()):
+        with pytest.raises(IndexError, match=r"modes must be in 0\.\.2, got "):
+            factors(mode)
     for targets in (5, [None], [("q",)]):
         with pytest.raises(TypeError, match="LoraConfig: targets must be a tuple of names, got"):
             fg.LoraConfig(targets=targets)
