@@ -369,6 +369,31 @@ def test_a_language_model_is_adapted_and_decodes_as_it_trained(name, config, tmp
         assert torch.equal(language.generate(ids, **options), words)
 
 
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_a_language_models_head_stays_as_it_is(name, tmp_path) -> None:
+    """Its weight may be the embeddings', and a scale of it would be theirs."""
+    import transformers
+
+    language = getattr(transformers, name)(copy.deepcopy((llama if name.startswith("Llama") else gpt2)().config))
+    language.config.tie_word_embeddings = True
+    language.tie_weights()
+    get_peft_model(language, SSFConfig())
+    assert type(language.lm_head) is nn.Linear and language.lm_head.weight is language.get_input_embeddings().weight
+    language.save_pretrained(tmp_path)
+
+
+def test_full_fine_tuning_of_a_model_without_a_head(tmp_path) -> None:
+    import transformers
+
+    plain = transformers.LlamaForCausalLM(llama().config).eval()
+    language = get_peft_model(copy.deepcopy(plain), FullConfig())
+    assert all(p.requires_grad for p in language.parameters())
+    stir(language, 0.1)
+    ids = torch.randint(3, 50, (2, 6))
+    fastgist.save_adapter(language, tmp_path)
+    assert torch.equal(fastgist.load_adapter(plain, tmp_path)(ids).logits, language(ids).logits)
+
+
 def test_what_cannot_be_says_so() -> None:
     model = add_gist(llama())
     given = texts()

@@ -345,3 +345,10 @@ def test_a_wrapped_model_takes_all_of_it() -> None:
             ),
             state,
         )
+
+
+def test_an_experts_weight_without_a_dimension_and_a_skip_without_a_tuple() -> None:
+    state = checkpoint()
+    with pytest.raises(ValueError, match=r"ExpertA.0.weight: expected \(0, 8\), got \(\)"):
+        read_released(state | {"Qformer.bert.ExpertA.0.weight": torch.ones(())})
+    assert load_released(Model(moe=moe()), state, skip="transformation").experts

@@ -47,6 +47,8 @@ def check_positive(owner: str, name: str, value: object) -> int:
 
 
 def check_dropout(owner: str, dropout: float) -> float:
+    if not isinstance(dropout, (int, float)) or isinstance(dropout, bool):
+        raise TypeError(f"{owner}: dropout must be a number in [0, 1), got {dropout!r}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"{owner}: dropout must be in [0, 1), got {dropout}")
     return float(dropout)

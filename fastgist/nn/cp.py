@@ -132,13 +132,21 @@ class CPFactors(nn.Module):
         Returns:
             u (K, R), v and gain. CP: v (n, R), gain (G, R). Else the core is folded into v, (G n, R), gain None. Inward,
             gain and core are folded into u, (G K, R), and v is (n, R).
+
+        Raises:
+            IndexError: a mode out of range, or none.
         """
         given = mode if isinstance(mode, list) else [mode]
         modes = [m if isinstance(m, tuple) else (m,) for m in given]
         rows = tuple(row for m in modes for row in m)
-        core = self._core(_rows(self._table, rows, 0.0))
-        if self.threshold is not None:
-            core = self.threshold(self.u, self.v, core, _rows(self.threshold.weight_norms, rows, math.inf))
+        if not rows or not all(row is None or 0 <= row < self.modes for row in rows):
+            raise IndexError(f"CPFactors: modes must be in 0..{self.modes - 1}, got {mode}")
+        if self.threshold is None:
+            core = self._core(_rows(self._table, rows, 0.0))
+        else:
+            with full_precision(self.u):  # as that which Gamma came from
+                core = self._core(_rows(self._table, rows, 0.0))
+                core = self.threshold(self.u, self.v, core, _rows(self.threshold.weight_norms, rows, math.inf))
         if self.core == "cp":
             product = self.u * core[:, None] if inward else core
         elif inward:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,7 +40,10 @@ class PeftConfig:
         if targets is not None:
             if isinstance(targets, str):
                 raise TypeError(f"{type(self).__name__}: targets must be a tuple of names, got the string {targets!r}")
-            self.targets = tuple(targets)
+            names = tuple(targets) if isinstance(targets, Iterable) else (None,)
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError(f"{type(self).__name__}: targets must be a tuple of names, got {targets!r}")
+            self.targets = names
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with ``method``; :func:`config_from_dict` reads it back."""

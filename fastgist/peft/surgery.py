@@ -70,7 +70,8 @@ def add_record(model: nn.Module, config: PeftConfig, name: str, caller: str, fil
     try:
         _state.deactivate(plain, state)
         record = Record(name, config, method.build(plain, state.family, config), whole=method.whole)
-        if not record.sites and not any(True for head in state.original_heads.values() for _ in head.parameters()):
+        heads = state.original_heads.values()
+        if not (record.sites or record.whole or any(True for head in heads for _ in head.parameters())):
             raise ValueError(
                 f"{caller}: {type(config).__name__} adds no layers and the model has no head: nothing to train"
             )

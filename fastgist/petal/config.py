@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from fastgist.nn._tuner import check_positive
 from fastgist.peft.config import CP_INITS, PeftConfig, ThresholdConfig
 
 __all__ = ["BottleneckConfig", "PetalConfig", "QueryGistConfig"]
@@ -40,6 +41,14 @@ class QueryGistConfig:
     alpha: float = 0.5
     beta: float = 0.75
     temperature: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "temperature"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value)) or isinstance(value, bool):
+                raise ValueError(f"QueryGistConfig: {name} must be a finite number, got {value!r}")
+        if self.temperature <= 0:
+            raise ValueError(f"QueryGistConfig: temperature must be > 0, got {self.temperature}")
 
 
 @dataclass
@@ -98,6 +107,11 @@ class PetalConfig(PeftConfig):
                 raise ValueError(f"PetalConfig: {name} must be finite and >= 0, got {value}")
         if isinstance(self.num_experts, bool) or not isinstance(self.num_experts, int) or self.num_experts < 0:
             raise ValueError(f"PetalConfig: num_experts must be a whole number >= 0, got {self.num_experts!r}")
+        for name in ("rank", "num_instructions"):
+            check_positive("PetalConfig", name, getattr(self, name))
+        for name in ("instruct_llm", "gated_query"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"PetalConfig: {name} must be True or False, got {getattr(self, name)!r}")
         if not self.num_experts and self.num_instructions != 1:
             raise ValueError("PetalConfig: num_instructions mixes the experts' gates, and num_experts is 0")
         if not self.num_experts and self.instruct_llm:

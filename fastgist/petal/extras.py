@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgist.petal.calls import PerThread
+
 __all__ = ["CrossOutput", "QueryTransformation", "Transformed"]
 
 #: The released code's factor of the query transformation, and its spread (standard deviation) at the start.
@@ -46,15 +48,12 @@ class Transformed(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.transformation = transformation
-        self._before: Tensor | None = None
+        self._now = PerThread(before=None)
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        before, self._before = self._before, None
+        before, self._now["before"] = self._now["before"], None
         y = self.base_layer(hidden_states, input_tensor)
         return y + self.transformation(input_tensor if before is None else before).to(y.dtype)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_before": None}
 
 
 class CrossOutput(nn.Module):
@@ -70,7 +69,7 @@ class CrossOutput(nn.Module):
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         y = self.base_layer(hidden_states, input_tensor)
         if self.transformed is not None:
-            self.transformed._before = input_tensor
+            self.transformed._now["before"] = input_tensor
         if not self.factor:
             return y
         mean = input_tensor[:, :1].mean(0, keepdim=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgist.nn import InstructionMoE
-from fastgist.petal.calls import IGNORED, arguments
+from fastgist.petal.calls import IGNORED, PerThread, arguments
 
 __all__ = ["InstructedLanguageModel"]
 
@@ -27,38 +27,41 @@ class InstructedLanguageModel(nn.Module):
     def __init__(self, experts: InstructionMoE) -> None:
         super().__init__()
         self.experts = experts
-        #: Which words of the call to come count, (B, L); True: no labels say so. None: the next embeddings are no instruction.
-        self._awaited: Tensor | bool | None = None
-        self._labels: Tensor | None = None
+        #: awaited: which words of the call to come count, (B, L); True: no labels say so. None: the next embeddings are no
+        #: instruction. due: whether the last call's gate is still to go into a loss.
+        self._now = PerThread(awaited=None, due=False)
         self._image = -1
         self._padding: int | None = None
 
     def hooks(self, model: Any) -> list[Any]:
-        """What is embedded next after the Q-Former ran is the instruction, and nothing once the language model runs."""
+        """What is embedded first in a forward is the instruction, and in ``generate``, which is no forward, what is embedded
+        next after the Q-Former ran; nothing once the language model runs, or a forward is over, if by an error."""
         self._image, self._padding = model.config.image_token_id, model.config.text_config.pad_token_id
         return [
-            model.register_forward_pre_hook(self._note_labels, with_kwargs=True),
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._stop, always_call=True),
             model.qformer.register_forward_pre_hook(self._await),
             model.get_input_embeddings().register_forward_hook(self._enrich),
             model.language_model.register_forward_pre_hook(self._stop),
         ]
 
-    def _note_labels(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _begin(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         labels = arguments(model, args, kwargs).get("labels")
-        self._labels = labels if model.config.use_decoder_only_language_model else None
+        counts = labels is not None and model.config.use_decoder_only_language_model
+        self._now["awaited"], self._now["due"] = labels == IGNORED if counts else True, False
 
     def _await(self, *_: Any) -> None:
-        self._awaited = True if self._labels is None else self._labels == IGNORED
-        self._labels = None
+        if self._now["awaited"] is None:
+            self._now["awaited"] = True
 
     def _stop(self, *_: Any) -> None:
-        self._awaited = None
+        self._now["awaited"] = None
 
     def _enrich(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        ids, counted = args[0], self._awaited
+        ids, counted = args[0], self._now["awaited"]
         if counted is None or ids.dim() != 2:
             return output
-        self._awaited = None
+        self._now["awaited"], self._now["due"] = None, True
         return self.forward(ids, output, counted if isinstance(counted, Tensor) else None)
 
     def forward(self, ids: Tensor, embedded: Tensor, counted: Tensor | None = None) -> Tensor:
@@ -70,6 +73,3 @@ class InstructedLanguageModel(nn.Module):
         if counted is not None:
             words = words & counted.to(words.device)
         return torch.where(words[..., None], self.experts(embedded, embedded, words), embedded)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_awaited": None, "_labels": None}

@@ -17,7 +17,10 @@ __all__ = ["add", "last_losses"]
 
 def add(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """A forward hook: ``output`` with PETAL's terms in its loss."""
+    site = _site(model)
     if not model.training:
+        if site.gist is not None:
+            site.gist.take_states()  # and with them their graph
         return output
     whole = isinstance(output, tuple)
     loss = output[0] if whole else output.get("loss")
@@ -25,14 +28,13 @@ def add(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     labels = given.get("labels")
     if loss is None or labels is None:
         return output
-    site = _site(model)
     parts = {"task": loss}
     if whole and (site.bottleneck is not None or site.gist is not None):
         raise ValueError("petal: the model's output is read by name here: return_dict=False is not for training")
     if site.gist is not None:
         parts["gist"] = site.gist.loss(model, given, output, site.language) - loss
-    if site.load_balance > 0 and site.gated:
-        parts["balance"] = site.load_balance * sum(moe.load_balance_loss() for moe in site.gated)
+    if site.load_balance > 0 and (due := site.due()):
+        parts["balance"] = site.load_balance * sum(moe.load_balance_loss() for moe in due)
     if site.bottleneck is not None:
         parts["bottleneck"] = _bottleneck(model, site.bottleneck, output, labels)
     site.parts = {name: part.detach() for name, part in parts.items()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastgist.nn import Gate, InformationBottleneckLoss, InstructionMixer, InstructionMoE
 from fastgist.petal import losses
-from fastgist.petal.calls import arguments
+from fastgist.petal.calls import PerThread, arguments
 from fastgist.petal.instructed_llm import InstructedLanguageModel
 from fastgist.petal.query_gist import QueryGist
 
@@ -46,9 +46,9 @@ class Enriched(nn.Module):
         self.load_balance = load_balance
         #: The last training forward's parts of the loss, detached scalars: "task", "gist", "balance", "bottleneck".
         self.parts: dict[str, Tensor] = {}
-        self._noted: tuple[Tensor | None, int | None] = (None, None)
-        self._gate: Gate | None = None
-        self._plain = False
+        #: noted: see :meth:`note`. gate, plain: see :meth:`gated_by` and :meth:`plain`. due: whether the last call's gate is
+        #: still to go into a loss.
+        self._now = PerThread(noted=(None, None), gate=None, plain=False, due=False)
         self._handles: tuple[Any, ...] = ()
 
     # -- in and out of a model --------------------------------------------------------------------------------------------
@@ -67,6 +67,14 @@ class Enriched(nn.Module):
         both = (self.experts, None if self.language is None else self.language.experts)
         return [moe for moe in both if moe is not None and moe.gating == "softmax"]
 
+    def due(self) -> list[InstructionMoE]:
+        """The mixtures with a gate that no loss has counted, and counted from now on: a call may leave one of them out, and
+        find the gate of another call, whose graph is gone."""
+        called = [site for site in (self, self.language) if site is not None and site._now["due"]]
+        for site in called:
+            site._now["due"] = False
+        return [moe for moe in self.gated if any(moe is site.experts for site in called)]
+
     def detached(self, model: Any) -> None:
         for handle in self._handles:
             handle.remove()
@@ -75,47 +83,48 @@ class Enriched(nn.Module):
     # -- forward ----------------------------------------------------------------------------------------------------------
     def note(self, attention_mask: Tensor | None, query_length: int | None) -> None:
         """What the Q-Former was called with: (B, N) of its sequence, and how many of it are queries (None: all)."""
-        self._noted = (attention_mask, query_length)
+        self._now["noted"] = (attention_mask, query_length)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
-        (mask, queries), self._noted = self._noted, (None, None)
-        if self.experts is None or self._plain:
+        (mask, queries), self._now["noted"] = self._now["noted"], (None, None)
+        if self.experts is None or self._now["plain"]:
             return y
-        gate = self._gate
+        gate = self._now["gate"]
         if gate is None:
             gate = self._gate_of(y, mask, y.shape[1] if queries is None else queries)
         elif gate.weights.shape[0] != y.shape[0]:
             raise ValueError(f"petal.instructed: the gate is for {gate.weights.shape[0]} samples, got {y.shape[0]}")
+        self._now["due"] = True
         return self.experts(y, gate=gate)
 
     def _gate_of(self, y: Tensor, mask: Tensor | None, queries: int) -> Gate:
         assert self.experts is not None
         if queries >= y.shape[1]:
             return self.experts.get_gate(y)
-        mask = None if mask is None else mask[:, queries:]
+        mask = None if mask is None else mask[:, queries:] != 0  # transformers takes floating-point ones too
         return self.experts.get_gate(y[:, queries:], mask)
 
     @contextlib.contextmanager
     def plain(self) -> Iterator[None]:
         """Within it the experts are left out."""
-        self._plain = True
+        before, self._now["plain"] = self._now["plain"], True
         try:
             yield
         finally:
-            self._plain = False
+            self._now["plain"] = before
 
     @contextlib.contextmanager
     def gated_by(self, gate: Gate) -> Iterator[None]:
         """Within it ``gate`` takes the place of the instruction's own."""
-        self._gate = gate
+        before, self._now["gate"] = self._now["gate"], gate
         try:
             yield
         finally:
-            self._gate = None
+            self._now["gate"] = before
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"parts": {}, "_noted": (None, None), "_gate": None}  # tensors in a graph
+        return self.__dict__ | {"parts": {}}  # tensors in a graph
 
 
 def _note(qformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

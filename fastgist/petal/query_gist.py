@@ -19,14 +19,11 @@ from torch import Tensor, nn
 
 from fastgist import functional
 from fastgist.nn import GistToken
-from fastgist.petal.calls import IGNORED, arguments
+from fastgist.petal.calls import IGNORED, PerThread, arguments
 from fastgist.petal.config import QueryGistConfig
 from fastgist.petal.instructed_llm import InstructedLanguageModel
 
-__all__ = ["STATES", "QueryGist"]
-
-#: Under which the Q-Former's output has the token's final states, (B, length, D).
-STATES = "gist_states"
+__all__ = ["QueryGist"]
 
 
 class QueryGist(nn.Module):
@@ -40,6 +37,10 @@ class QueryGist(nn.Module):
         super().__init__()
         self.config = config
         self.token = GistToken(dim, config.length, config.dropout, **place)
+        #: states: the token's final ones, (B, length, D), until the model's forward is over. They are no part of the
+        #: Q-Former's output, which those around a model (accelerate, DistributedDataParallel, torch.export) make anew
+        #: from what transformers' class knows.
+        self._now = PerThread(states=None)
 
     def hooks(self, model: Any) -> list[Any]:
         """Put the token into every call of the Q-Former, and take it out of what comes back."""
@@ -72,11 +73,16 @@ class QueryGist(nn.Module):
         start = stop - self.config.length
         states = output[0]
         kept = torch.cat((states[:, :start], states[:, stop:]), dim=1)
+        self._now["states"] = states[:, start:stop]
         if isinstance(output, tuple):
             return (kept, *output[1:])
         output["last_hidden_state"] = kept
-        output[STATES] = states[:, start:stop]
         return output
+
+    def take_states(self) -> Tensor | None:
+        """The token's states in the last call of the Q-Former, once."""
+        states, self._now["states"] = self._now["states"], None
+        return states
 
     def loss(self, model: Any, given: dict[str, Any], output: Any, language: InstructedLanguageModel | None) -> Tensor:
         """The whole loss of a training forward: the task's, the token's own and the interaction.
@@ -86,12 +92,18 @@ class QueryGist(nn.Module):
                 language model's instruction, if there are any.
 
         Raises:
-            ValueError: nothing says where the image tokens are (``input_ids``).
+            ValueError: nothing says where the image tokens are (``input_ids``), or the Q-Former has not run since the last
+                loss (features of the image came along a second time).
         """
         ids, labels = given.get("input_ids"), given["labels"]
         if ids is None:
             raise ValueError("petal: a gist token among the queries needs input_ids, which say where image tokens are")
-        states = output.qformer_outputs[STATES].mean(1, keepdim=True)
+        states = self.take_states()
+        if states is None:
+            raise ValueError(
+                "petal: a gist token among the queries is read from the Q-Former, which did not run for this loss"
+            )
+        states = states.mean(1, keepdim=True)
         seen = model.language_projection(states.to(model.language_projection.weight.dtype))
         causal = model.config.use_decoder_only_language_model
         embeds = model.get_input_embeddings()(ids)

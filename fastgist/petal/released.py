@@ -179,6 +179,7 @@ def load_released(
         ValueError: the checkpoint is of another size, or the model has no place for what it holds; every difference is listed.
         RuntimeError: a layer is merged.
     """
+    skip = (skip,) if isinstance(skip, str) else skip
     unknown = sorted(set(skip) - set(OPTIONAL))
     if unknown:
         raise ValueError(f"load_released: skip may name {', '.join(OPTIONAL)}, got {', '.join(map(repr, unknown))}")
@@ -250,7 +251,7 @@ def _expected(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, int], 
     experts = {int(found[1]) for name in state if (found := re.match(r"Qformer\.bert\.Expert[AB]\.(\d+)\.", name))}
     first = state.get("Qformer.bert.ExpertA.0.weight")
     sizes |= {"layers": _run(layers), "experts": _run(experts)}
-    sizes["h"] = 0 if not experts or first is None else len(first)
+    sizes["h"] = len(first) if experts and first is not None and first.dim() else 0
     wanted: dict[str, tuple[int, ...]] = {}
     for group, keys in KEYS.items():
         if group in OPTIONAL and not any(_matches(pattern, name) for pattern, _ in keys for name in state):

@@ -64,11 +64,7 @@ def wrap(model: nn.Module, config: PetalConfig | None = None, name: str = "defau
     config = PetalConfig() if config is None else config
     if not isinstance(config, PetalConfig):
         raise TypeError(f"petal.wrap: config must be a PetalConfig, got {type(config).__name__}")
-    plain = _state.inner(model)
-    if not hasattr(plain, "qformer"):
-        raise TypeError(
-            f"petal.wrap: expected a model with a Q-Former (InstructBLIP, BLIP-2), got {type(plain).__name__}"
-        )
+    _with_qformer(model, "petal.wrap")
     add_record(model, config, name, "petal.wrap")
     if verbose:
         print(trainable_shares(model))
@@ -76,8 +72,12 @@ def wrap(model: nn.Module, config: PetalConfig | None = None, name: str = "defau
 
 
 def trainable_shares(model: nn.Module) -> Shares:
-    """The numbers of trained parameters of a model that :func:`wrap` wrapped; ``print`` shows them as one line."""
-    plain: Any = _state.inner(model)
+    """The numbers of trained parameters of a model that :func:`wrap` wrapped; ``print`` shows them as one line.
+
+    Raises:
+        TypeError: a model without a Q-Former.
+    """
+    plain = _with_qformer(model, "petal.trainable_shares")
     parts: dict[str, int] = {}
     seen: set[int] = set()
     for path, parameter in plain.named_parameters():
@@ -92,6 +92,16 @@ def trainable_shares(model: nn.Module) -> Shares:
         model=sum(p.numel() for p in plain.parameters()),
         parts=parts,
     )
+
+
+def _with_qformer(model: Any, caller: str) -> Any:
+    """The plain model in ``model``, which has a Q-Former."""
+    plain: Any = _state.inner(model) if isinstance(model, nn.Module) else model
+    if not hasattr(plain, "qformer"):
+        raise TypeError(
+            f"{caller}: expected a model with a Q-Former (InstructBLIP, BLIP-2), got {type(plain).__name__}"
+        )
+    return plain
 
 
 def _enriched(model: nn.Module, caller: str) -> Enriched:
@@ -119,10 +129,14 @@ def instruction_gate(model: nn.Module, qformer_input_ids: Tensor, qformer_attent
         qformer_input_ids: (B, L), of InstructBLIP's Q-Former. qformer_attention_mask: (B, L), nonzero at real tokens.
 
     Raises:
-        ValueError: the model has no experts, or its Q-Former reads no instruction (BLIP-2).
+        ValueError: the model has no experts, its Q-Former reads no instruction (BLIP-2), or shapes do not fit.
     """
     site = _enriched(model, "petal.instruction_gate")
     plain: Any = _state.inner(model)
+    if qformer_input_ids.dim() != 2:
+        raise ValueError(
+            f"petal.instruction_gate: qformer_input_ids must be (B, L), got shape {tuple(qformer_input_ids.shape)}"
+        )
     if not find_family(plain, "petal.instruction_gate").has_text(plain):  # type: ignore[attr-defined]
         raise ValueError(f"petal.instruction_gate: the Q-Former of {type(plain).__name__} reads no instruction")
     with site.plain():
@@ -144,8 +158,13 @@ def instructed(
 
     Raises:
         ValueError: the model has no experts, or P differs from the number of weights.
+        TypeError: ``gates`` are something else.
     """
     site = _enriched(model, "petal.instructed")
+    if not isinstance(gates, Gate) and not (
+        isinstance(gates, Sequence) and all(isinstance(gate, Gate) for gate in gates)
+    ):
+        raise TypeError("petal.instructed: gates must be what petal.instruction_gate gives, or a sequence of those")
     if isinstance(gates, Gate):
         mixed = gates
     elif weights is None and site.mixer is not None:

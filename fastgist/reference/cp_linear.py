@@ -48,6 +48,11 @@ def _folded_v(v: Tensor, gain: Tensor | None, folds: int) -> Tensor:
     return (v[None] * gain).reshape(folds * v.shape[0], v.shape[1])
 
 
+def _folds(weight: Tensor, v: Tensor) -> int:
+    """How many folds of v's width a piece of the weight has; one where it has no rows, and so no part of v."""
+    return weight.shape[0] // v.shape[0] if len(v) else 1
+
+
 def _dropped(h: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     """Inverted dropout on h (M, R) by the counter-based rule of :mod:`fastgist.reference.philox`."""
     if seed is None:
@@ -94,7 +99,7 @@ def _merged_weight(
     """
     if seed is not None or a.dtype not in (torch.float32, torch.float64) or a.shape[0] < 2 * a.shape[1]:
         return None
-    folded = _folded_v(v, gain, weight.shape[0] // v.shape[0])
+    folded = _folded_v(v, gain, _folds(weight, v))
     return torch.addmm(weight, folded, u.transpose(0, 1), alpha=scale)
 
 
@@ -141,7 +146,7 @@ def forward(
             torch.mm(x, used.transpose(0, 1), out=out)
         if merged is None:
             h = _dropped(x @ u, dropout_p, seed) if h is None else h
-            folded = _folded_v(own_v, own_gain, weight.shape[0] // own_v.shape[0])
+            folded = _folded_v(own_v, own_gain, _folds(weight, own_v))
             out.addmm_(h, folded.transpose(0, 1), alpha=scale)
     if need_h and h is None:
         h = _dropped(x @ u, dropout_p, seed)

@@ -88,7 +88,7 @@ class Decoder(Family):
         return {name: [path for path in paths if path.endswith(end)] for name, end in ends.items()}
 
     def reserved_paths(self, model: Any) -> tuple[str, ...]:
-        return (GIST_PATH,)
+        return (GIST_PATH, "lm_head") if type(model).__name__ in _LANGUAGE else (GIST_PATH,)
 
     def width(self, model: Any, path: str) -> int:
         return model.config.hidden_size

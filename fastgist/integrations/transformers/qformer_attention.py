@@ -53,6 +53,8 @@ class _Encoder:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        if not isinstance(self, _Encoder):  # a bound forward that somebody kept (accelerate), of a module closed since
+            return type(self).forward(self, hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
         kwargs["shared"] = self._share(encoder_hidden_states)
         return super().forward(hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)  # type: ignore[misc]
 
@@ -136,6 +138,10 @@ class _Attention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, N, D) -> the heads' outputs side by side (B, N, D), and the attention's weights where it has them."""
+        if not isinstance(self, _Attention):  # as in _Encoder
+            return type(self).forward(
+                self, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, **kwargs
+            )
         shared = Shared() if shared is None else shared
         given = {kind: shared.factors.get((self.place, kind)) for kind in ("self", "query", "image")}
         if encoder_hidden_states is None:
