@@ -96,6 +96,21 @@ def test_accumulated_batches_weigh_by_their_words():
     torch.testing.assert_close(model(**given, num_items_in_batch=2 * counted).loss, whole / 2)
 
 
+def test_t5_heeds_no_number_of_words_and_nor_do_the_terms():
+    model, _ = wrapped("instructblip-t5", gist={"dropout": 0.0})
+    model.train()
+    losses = []
+    for more in ({}, {"num_items_in_batch": torch.tensor(100)}):
+        torch.manual_seed(0)
+        losses.append(model(**inputs("instructblip-t5"), **more).loss)
+    assert torch.equal(*losses)
+
+
+def test_add_gist_names_the_token_among_the_queries():
+    with pytest.raises(TypeError, match=r"PetalConfig\(gist=True\)"):
+        fg.add_gist(make())
+
+
 def test_the_token_in_files_and_generation(tmp_path):
     model, plain = wrapped("instructblip-opt", gist=True, instruct_llm=True)
     model.eval()

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["IGNORED", "PerThread", "arguments"]
+__all__ = ["IGNORED", "PerThread", "arguments", "items_of"]
 
 #: transformers' label of a word that no loss counts.
 IGNORED = -100
@@ -38,3 +38,9 @@ def arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[st
     """The arguments of a call of ``module`` by name."""
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     return dict(zip(names, args, strict=False)) | kwargs
+
+
+def items_of(model: Any, given: dict[str, Any]) -> Any:
+    """What a training forward divides its loss by in place of its own number of words: ``num_items_in_batch``, by which
+    transformers' Trainer weighs accumulated batches. None where the model does not heed it: T5's loss is always a mean."""
+    return given.get("num_items_in_batch") if model.config.use_decoder_only_language_model else None

@@ -61,7 +61,8 @@ class PetalConfig(PeftConfig):
     behind the Q-Former's embeddings; num_experts=0 leaves them out. gating "uniform" is the released form, which is not
     the identity at the start.
     load_balance: factor of the experts' load-balance loss in the model's loss (gating "softmax").
-    num_instructions: P > 1 adds learned weights of P phrasings of one instruction (:func:`fastgist.petal.instructed`).
+    num_instructions: P > 1 adds learned weights of P phrasings of one instruction (:func:`fastgist.petal.instructed`, without
+    which they get no gradient).
     init: of the mode approximation: "identity", or "weights": U and P from a decomposition of the pre-trained weights, V = 0
     (see :class:`fastgist.CPConfig`; needs tensorly).
     threshold: None, "modes", "trust" or a :class:`fastgist.peft.ThresholdConfig`: see :class:`fastgist.nn.CPThreshold`.

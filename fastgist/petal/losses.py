@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastgist.petal.calls import IGNORED, arguments
+from fastgist.petal.calls import IGNORED, arguments, items_of
 
 __all__ = ["add", "last_losses"]
 
@@ -38,7 +38,7 @@ def add(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     if site.bottleneck is not None:
         parts["bottleneck"] = _bottleneck(model, site.bottleneck, output, labels)
     site.parts = {name: part.detach() for name, part in parts.items()}
-    share = _share(labels, given.get("num_items_in_batch"), loss)
+    share = _share(labels, items_of(model, given), loss)
     total = loss
     for name, part in parts.items():
         if name != "task":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastgist import functional
 from fastgist.nn import GistToken
-from fastgist.petal.calls import IGNORED, PerThread, arguments
+from fastgist.petal.calls import IGNORED, PerThread, arguments, items_of
 from fastgist.petal.config import QueryGistConfig
 from fastgist.petal.instructed_llm import InstructedLanguageModel
 
@@ -122,7 +122,7 @@ class QueryGist(nn.Module):
         logits, target = output.logits, labels.to(output.logits.device)
         if causal:  # a word is read from the state before it
             logits, other, target = logits[:, :-1], other[:, :-1], target[:, 1:]
-        items = given.get("num_items_in_batch")
+        items = items_of(model, given)
         value = functional.gist_loss(
             logits,
             other.to(logits.dtype),

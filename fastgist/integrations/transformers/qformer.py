@@ -78,6 +78,12 @@ class QFormer(Family):
             return pixels, ids, torch.ones_like(ids), *seq2seq
         return pixels, words, torch.ones_like(words), ids, torch.ones_like(ids), *seq2seq
 
+    def gist_host(self, model: Any) -> Any:
+        raise TypeError(
+            f"add_gist: {type(model).__name__} is no classifier; a gist token among the queries is "
+            "petal.PetalConfig(gist=True)'s"
+        )
+
     # -- what PETAL asks --------------------------------------------------------------------------------------------------
     def projections(self, model: Any) -> dict[str, list[str]]:
         """Paths of the adapted matrices in the order in which a forward reaches them: "text" (self-attention's query, key and
