@@ -78,18 +78,9 @@ def test_petal_step(request, benchmark, case, direction, provider):
         low, _, high = statistics.quantiles(stats.data, n=4)
         row |= {"median_s": stats.median, "min_s": stats.min, "spread_s": high - low, "rounds": stats.rounds}
         row |= {"ratio_to_floor": stats.median / row["floor_s"], "images_per_s": case["B"] / stats.median}
-        row |= against_base(list(stats.data), base_s[-stats.rounds :])
+        row |= harness.against_base(list(stats.data), base_s[-stats.rounds :])
     row["load_average"] = round(os.getloadavg()[0], 2)
     benchmark.extra_info.update({k: v for k, v in row.items() if k not in ("median_s", "min_s", "spread_s")})
-
-
-def against_base(own: list[float], base: list[float]) -> dict[str, float]:
-    """Of pairs of steps: ratio and difference, with the difference's quartile distance."""
-    ratios = [a / b for a, b in zip(own, base, strict=True)]
-    differences = [a - b for a, b in zip(own, base, strict=True)]
-    low, middle, high = statistics.quantiles(differences, n=4)
-    found = {"base_s": statistics.median(base), "over_base": statistics.median(ratios)}
-    return found | {"update_s": middle, "update_spread_s": high - low}
 
 
 def _floor(case, flops: int) -> tuple[float, str]:

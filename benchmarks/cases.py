@@ -82,6 +82,10 @@ CASES["petal_step", "cuda"] = [
     for t in (20, 0, 128)
     for b in (16, 1, 8, 32, 64)
 ]
+#: One token through a layer, and through a Llama of L layers.
+_DECODED = ({"M": 1, "d": 2048}, {"M": 1, "d": 4096}, {"M": 1, "d": 1024, "L": 4})
+CASES["decode", "cpu"] = [case(dtype, **sizes) for sizes in _DECODED for dtype in (torch.float32, torch.bfloat16)]
+CASES["decode", "cuda"] = [case(torch.bfloat16, launch_bound=True, **sizes) for sizes in _DECODED]
 CASES["gist_loss", "cpu"] = CASES["bidirectional_kl", "cpu"]
 CASES["gist_loss", "cuda"] = CASES["bidirectional_kl", "cuda"]
 
@@ -103,6 +107,8 @@ DIRECTIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("train_step", "cuda"): ("step",),
     ("petal_step", "cpu"): ("step",),
     ("petal_step", "cuda"): ("step",),
+    ("decode", "cpu"): ("token",),
+    ("decode", "cuda"): ("token",),
 }
 
 

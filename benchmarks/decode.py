@@ -95,9 +95,17 @@ LAYERS: dict[str, Built] = {
 }
 
 
+#: Providers of a Llama's step.
+LLAMA = ("base", "PEFT LoRA", "fastgist CPLinear", "fastgist LoRALinear", "fastgist CPLinear, merged")
+
+
+def is_llama(case: Case) -> bool:
+    return "L" in dict(case.sizes)
+
+
 def build(provider: str, case: Case, device: torch.device) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """(call, its arguments): one layer's output, or a Llama's logits of the next token."""
-    if "heads" in dict(case.sizes):
+    if is_llama(case):
         return _llama(provider, case, device)
     call = LAYERS[provider](layer(case, device), *factors(case, device)).eval()
     generator = torch.Generator().manual_seed(2)
@@ -107,31 +115,35 @@ def build(provider: str, case: Case, device: torch.device) -> tuple[Callable[...
 def _llama(provider: str, case: Case, device: torch.device) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """A step of a random Llama behind PROMPT tokens in a cache of fixed size; q, k and v adapted."""
     try:
-        from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+        from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, StaticCache
     except ImportError as e:
         raise Missing("transformers is not installed") from e
-    if provider not in ("base", "fastgist CPLinear", "fastgist CPLinear, merged", "fastgist LoRALinear"):
-        raise Missing("a layer's provider")
     import fastgist as fg
 
     d = case["d"]
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=d, intermediate_size=11 * d // 4, num_hidden_layers=case["L"],
-        num_attention_heads=case["heads"], max_position_embeddings=128,
+        num_attention_heads=d // 64, max_position_embeddings=128,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
         model: Any = LlamaForCausalLM(config).to(case.dtype).eval().requires_grad_(False)
-        if provider == "fastgist LoRALinear":
-            fg.get_peft_model(model, fg.LoraConfig(RANK))
+        tuned: Any = LlamaForSequenceClassification(config).to(case.dtype)  # decoders are adapted as classifiers
+        tuned.model = model.model
+        if provider == "PEFT LoRA":
+            _need("peft")
+            from peft import LoraConfig, get_peft_model
+
+            get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["q_proj", "k_proj", "v_proj"]))
         elif provider != "base":
-            fg.get_peft_model(model, fg.CPConfig(RANK))
+            adapted = fg.LoraConfig(RANK, targets=("q", "k", "v")) if "LoRA" in provider else fg.CPConfig(RANK)
+            fg.get_peft_model(tuned, adapted)
         for name, p in model.named_parameters():
-            if p.requires_grad and name.endswith(".v"):
+            if p.requires_grad and (name.endswith(".v") or ".lora_B." in name):
                 nn.init.normal_(p, std=0.02)
         model.eval()
         if provider.endswith("merged"):
-            fg.merge(model)
+            fg.merge(tuned)
         cache = StaticCache(config=config, max_cache_len=2 * PROMPT)
         prompt = torch.randint(0, VOCABULARY, (case["M"], PROMPT))
         with torch.no_grad():
@@ -144,9 +156,28 @@ def _llama(provider: str, case: Case, device: torch.device) -> tuple[Callable[..
     return step, (token, at)
 
 
-@torch.no_grad()
 def parity(provider: str, case: Case, device: torch.device) -> str | None:
-    """None if a layer's result is as near to float64 as the same in plain PyTorch, else what is not."""
+    """None if a layer's result is as near to float64 as the same in plain PyTorch, or a Llama's logits to those of its merged
+    layers, else what is not."""
+    with torch.no_grad():
+        return _llama_parity(provider, case, device) if is_llama(case) else _layer_parity(provider, case, device)
+
+
+def _llama_parity(provider: str, case: Case, device: torch.device) -> str | None:
+    """In float32, where the merged model's rounding is the yardstick."""
+    from fastgist.testing import within_budget
+
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        at = Case(case.name, case.sizes, dtype)
+        for name in (provider, f"{provider}, merged"):
+            call, given = _llama(name.replace(", merged, merged", ", merged"), at, device)
+            found[name, dtype] = call(*given)
+    ours, plain = (found[name, torch.float32] for name in (provider, f"{provider}, merged"))
+    return within_budget(ours, plain, found[f"{provider}, merged", torch.float64])
+
+
+def _layer_parity(provider: str, case: Case, device: torch.device) -> str | None:
     from fastgist.testing import within_budget
 
     call, (x,) = build(provider, case, device)

@@ -115,7 +115,7 @@ def plan(stages: tuple[str, ...], ops: tuple[str, ...], out: Path, minutes: floa
             for op in ("train_step", "petal_step") if steps else ():  # compiles by itself
                 command = (python, "benchmarks/steps.py", "--op", op, "--out", str(out.parent))
                 yield Step(stage, f"time {op}", command)
-            for op in ops:
+            for op in (*ops, *(("decode",) if steps else ())):
                 command = (python, "-m", "pytest", f"benchmarks/bench_{op}.py", "--benchmark-only", "-q", "-rs")
                 command += ("-p", "no:cacheprovider", "--seconds", "0.1", "--save-results", str(out.parent))
                 yield Step(stage, f"time {op}", command)
