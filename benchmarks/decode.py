@@ -84,12 +84,28 @@ class _Plain(nn.Module):
         return torch.addmm(rows, x.view(-1, x.shape[-1]) @ self.u, self.v).view_as(y)
 
 
+class _Operation(nn.Module):
+    """The fused operation, as a layer calls it for more rows and in training."""
+
+    def __init__(self, base: nn.Linear, u: Tensor, v: Tensor, gain: Tensor) -> None:
+        super().__init__()
+        self.layer: Any = _cp(base, u, v, gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        from fastgist import functional
+
+        weight = self.layer.base_layer.weight
+        u, v, gain = (t.to(weight.dtype) for t in self.layer.get_factors())
+        return functional.cp_linear(x, weight, None, u, v, gain)
+
+
 Built = Callable[[nn.Linear, Tensor, Tensor, Tensor], nn.Module]
 LAYERS: dict[str, Built] = {
     "base": lambda base, *factors: base,
     "plain torch": _Plain,
     "PEFT LoRA": _peft,
     "fastgist CPLinear": _cp,
+    "fastgist cp_linear": _Operation,
     "fastgist LoRALinear": _lora,
     "fastgist CPLinear, merged": _merged,
 }

@@ -45,7 +45,7 @@ class Op:
     small: Case
 
 
-_VIT = ("authors", "authors, autocast", "plain", "plain, compiled", "fastgist", "fastgist, compiled")
+_VIT: tuple[str, ...] = ("authors", "authors, autocast", "plain", "plain, compiled", "fastgist", "fastgist, compiled")
 _VIT += ("fastgist without gist", "PEFT LoRA")
 OPS = {
     "train_step": Op(
