@@ -397,7 +397,8 @@ def _by_itself(core: str, gating: str, case: Case, device: torch.device) -> tupl
 
 
 class _Calls(TorchDispatchMode):
-    """Counts operator calls that are more than another view of their input; of an operator of ours what it calls."""
+    """Counts operator calls that compute something; of an operator of ours, or one of torch's that is made of others, what it
+    calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -408,9 +409,16 @@ class _Calls(TorchDispatchMode):
         if func.namespace == "fastgist":
             with self:
                 return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
-        if not func.is_view and func.namespace != "prim":
+        if func._can_decompose():
+            with self:
+                return func.decompose(*args, **kwargs)
+        if func.namespace == "aten" and not (func.is_view or func._opname in _NOTHING or "empty" in func._opname):
             self.found[str(func)] += 1
         return func(*args, **kwargs)
+
+
+#: Operators that only name, or read.
+_NOTHING = ("_unsafe_view", "_local_scalar_dense", "promote_types")
 
 
 @dataclass(frozen=True)
