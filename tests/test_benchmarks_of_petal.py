@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -18,6 +17,8 @@ from benchmarks import decode, petal_step
 from benchmarks.cases import case
 from benchmarks.harness import against_base
 from benchmarks.peers import Missing
+
+pytest.importorskip("transformers")
 
 CPU = torch.device("cpu")
 TINY = case(torch.float32, B=2, T=5, R=8, D=64, K=48, N=17, L=4)
