@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import decode, petal_step
 from benchmarks.cases import case
@@ -20,6 +20,7 @@ from benchmarks.peers import Missing
 
 pytest.importorskip("transformers")
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 TINY = case(torch.float32, B=2, T=5, R=8, D=64, K=48, N=17, L=4)
 EXACT = [
