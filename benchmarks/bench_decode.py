@@ -40,7 +40,7 @@ def test_decode(request, benchmark, case, direction, provider):
     except Missing as e:
         pytest.skip(f"{provider}: {e}")
     request.config.stash[ROWS].append(row)
-    if provider == "base":
+    if provider == "base" or (provider == "PEFT LoRA" and decode.is_llama(case)):
         row["parity"] = "another function, there for its cost"
     else:
         row["parity"] = decode.parity(provider, case, DEVICE) or "within the budget"

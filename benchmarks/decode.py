@@ -129,9 +129,9 @@ def build(provider: str, case: Case, device: torch.device) -> tuple[Callable[...
 
 
 def _llama(provider: str, case: Case, device: torch.device) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """A step of a random Llama behind PROMPT tokens in a cache of fixed size; q, k and v adapted."""
+    """A step of a random Llama behind PROMPT tokens in its cache; q, k and v adapted."""
     try:
-        from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, StaticCache
+        from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
     except ImportError as e:
         raise Missing("transformers is not installed") from e
     import fastgist as fg
@@ -160,14 +160,16 @@ def _llama(provider: str, case: Case, device: torch.device) -> tuple[Callable[..
         model.eval()
         if provider.endswith("merged"):
             fg.merge(tuned)
-        cache = StaticCache(config=config, max_cache_len=2 * PROMPT)
+        cache = DynamicCache(config=config)
         prompt = torch.randint(0, VOCABULARY, (case["M"], PROMPT))
         with torch.no_grad():
             model(prompt, past_key_values=cache, use_cache=True)
     token, at = prompt[:, -1:], torch.tensor([[PROMPT]], device=device)
 
     def step(token: Tensor, at: Tensor) -> Tensor:
-        return model(token, past_key_values=cache, position_ids=at, use_cache=True).logits
+        logits = model(token, past_key_values=cache, position_ids=at, use_cache=True).logits
+        cache.crop(-1)  # every step is the same one
+        return logits
 
     return step, (token, at)
 
