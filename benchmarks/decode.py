@@ -6,6 +6,8 @@ its own: the layer's product, x U, and one addmm with V whose gain is multiplied
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,9 @@ RANK = 16
 VOCABULARY, PROMPT = 6400, 32
 
 
+@functools.lru_cache(maxsize=1)
 def layer(case: Case, device: torch.device) -> nn.Linear:
+    """One for all providers: which weight is in a cache must not be what differs between them."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
         return nn.Linear(case["d"], case["d"], bias=False, dtype=case.dtype).requires_grad_(False)
@@ -56,7 +60,7 @@ def _lora(base: nn.Linear, u: Tensor, v: Tensor, gain: Tensor) -> nn.Module:
 
 
 def _merged(base: nn.Linear, u: Tensor, v: Tensor, gain: Tensor) -> nn.Module:
-    made: Any = _cp(base, u, v, gain)
+    made: Any = _cp(copy.deepcopy(base), u, v, gain)
     made.merge()
     return made
 
