@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import decode, petal_step
