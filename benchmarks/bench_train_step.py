@@ -12,6 +12,7 @@ from benchmarks.conftest import CLOCK, DEVICE, ROWS
 from benchmarks.peers import Missing
 
 OP = "train_step"
+PROVIDERS = train_step.PROVIDERS
 
 
 @pytest.fixture(autouse=True)

@@ -46,8 +46,20 @@ CASES: dict[tuple[str, str], list[Case]] = {
         case(torch.bfloat16, M=2048, V=32000, H=1024),
         case(torch.bfloat16, M=8192, V=128256, H=4096),
     ],
-    ("cp_linear", "cpu"): [case(torch.float32, M=3152, d=768, R=32)],
-    ("cp_linear", "cuda"): [case(torch.bfloat16, M=16384, d=d, R=r) for d in (768, 1024, 4096) for r in (16, 64)],
+    ("cp_linear", "cpu"): [
+        case(torch.float32, M=3152, d=768, R=32),
+        *(case(torch.float32, M=m, d=2048, R=16) for m in (1, 512)),
+    ],
+    ("cp_linear", "cuda"): [
+        *(case(torch.bfloat16, M=16384, d=d, R=r) for d in (768, 1024, 4096) for r in (16, 64)),
+        # Of language models. The widths that are above already are not timed twice.
+        *(
+            case(torch.bfloat16, launch_bound=m == 1, M=m, d=d, R=16)
+            for d in (2048, 4096, 5120)
+            for m in (1, 512, 4096, 16384)
+            if (m, d) != (16384, 4096)
+        ),
+    ],
     ("adapter", "cpu"): [case(torch.float32, M=3152, d=768, H=8), case(torch.float32, M=3152, d=768, H=64)],
     ("adapter", "cuda"): [case(torch.bfloat16, M=16384, d=d, H=h) for d in (768, 1024, 4096) for h in (8, 64)],
     ("gelu", "cpu"): [case(torch.float32, M=3152, d=3072)],
@@ -60,6 +72,20 @@ CASES["train_step", "cuda"] = [
     for size, batches in (("B", (32, 64, 256)), ("Ti", (32, 256)), ("L", (64,)))
     for b in batches
 ]
+#: PETAL's Q-Former: B images, T words, rank R; width, width and number of the image tokens, layers.
+_QFORMER = {"D": 768, "K": 1408, "N": 257, "L": 12}
+_ON_A_CPU = ((8, 20, 64), (1, 20, 128), (1, 0, 64), (1, 128, 64), (1, 20, 64))
+CASES["petal_step", "cpu"] = [case(torch.float32, B=b, T=t, R=r, **_QFORMER) for b, t, r in _ON_A_CPU]
+CASES["petal_step", "cuda"] = [
+    case(torch.bfloat16, launch_bound=b <= 16, B=b, T=t, R=r, **_QFORMER)
+    for r in (64, 16, 32, 128)
+    for t in (20, 0, 128)
+    for b in (16, 1, 8, 32, 64)
+]
+#: One token through a layer, and through a Llama of L layers.
+_DECODED = ({"M": 1, "d": 2048}, {"M": 1, "d": 4096}, {"M": 1, "d": 1024, "L": 4})
+CASES["decode", "cpu"] = [case(dtype, **sizes) for sizes in _DECODED for dtype in (torch.float32, torch.bfloat16)]
+CASES["decode", "cuda"] = [case(torch.bfloat16, launch_bound=True, **sizes) for sizes in _DECODED]
 CASES["gist_loss", "cpu"] = CASES["bidirectional_kl", "cpu"]
 CASES["gist_loss", "cuda"] = CASES["bidirectional_kl", "cuda"]
 
@@ -79,6 +105,10 @@ DIRECTIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("gelu", "cuda"): ("fwd", "bwd"),
     ("train_step", "cpu"): ("step",),
     ("train_step", "cuda"): ("step",),
+    ("petal_step", "cpu"): ("step",),
+    ("petal_step", "cuda"): ("step",),
+    ("decode", "cpu"): ("token",),
+    ("decode", "cuda"): ("token",),
 }
 
 

@@ -28,7 +28,6 @@ pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installe
 from benchmarks import harness  # noqa: E402
 from benchmarks.cases import CASES, DIRECTIONS  # noqa: E402
 from benchmarks.peers import OTHER_FUNCTION, PEERS, Missing  # noqa: E402
-from benchmarks.train_step import PROVIDERS as STEP_PROVIDERS  # noqa: E402
 
 KIND = os.environ.get("FASTGIST_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 DEVICE = torch.device(KIND)
@@ -54,9 +53,12 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Cases x providers x directions of the module's OP: a case's rows share its reference, a provider's what it compiled."""
+    """Cases x providers x directions of the module's OP: a case's rows share its reference, a provider's what it compiled.
+    A module may have PROVIDERS of its own, and say with ``wanted(case, provider)`` which of them a case is timed with."""
     if "provider" in metafunc.fixturenames:
         op = metafunc.module.OP
+        providers = getattr(metafunc.module, "PROVIDERS", None) or PEERS[op]
+        wanted = getattr(metafunc.module, "wanted", lambda case, provider: True)
         rows = [
             pytest.param(
                 case,
@@ -66,8 +68,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 marks=pytest.mark.benchmark(group=f"{op}-{direction} {case.id}", timer=CLOCK, disable_gc=True),
             )
             for case in CASES[op, KIND]
-            for provider in (STEP_PROVIDERS if op == "train_step" else PEERS[op])
+            for provider in providers
             for direction in DIRECTIONS[op, KIND]
+            if wanted(case, provider)
         ]
         metafunc.parametrize(("case", "direction", "provider"), rows)
 

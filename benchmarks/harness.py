@@ -257,6 +257,15 @@ def sample(step: Callable[[], object], clock: Clock, rounds: int) -> list[float]
     return times
 
 
+def against_base(own: list[float], base: list[float]) -> dict[str, float]:
+    """Of pairs of steps: ratio and difference, with the difference's quartile distance."""
+    ratios = [a / b for a, b in zip(own, base, strict=True)]
+    differences = [a - b for a, b in zip(own, base, strict=True)]
+    low, middle, high = statistics.quantiles(differences, n=4)
+    found = {"base_s": statistics.median(base), "over_base": statistics.median(ratios)}
+    return found | {"update_s": middle, "update_spread_s": high - low}
+
+
 def rounds_for(step: Callable[[], object], clock: Clock, budget_s: float) -> int:
     sample(step, clock, 2)
     one = statistics.median(sample(step, clock, 3))

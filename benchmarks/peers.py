@@ -112,6 +112,11 @@ def cp_dense(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor, v: Tensor, gain
     return F.linear(x, weight, bias) + F.linear(x, (v * gain) @ u.T)
 
 
+def cp_released(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> Tensor:
+    """An R x R core between the factors, as PETAL's released code has it; here its diagonal."""
+    return F.linear(x, weight, bias) + ((x @ u) @ torch.diag(gain)) @ v.T
+
+
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> Tensor:
     """The frozen layer alone: what any update costs more than."""
     return F.linear(x, weight, bias)
@@ -179,6 +184,10 @@ def _compiled(function: Callable[..., Tensor]) -> Build:
     return build
 
 
+def _compiled_build(build: Build) -> Build:
+    return lambda tensors: _compiled(build(tensors))(tensors)
+
+
 def _both(name: str, function: Callable[..., Tensor]) -> dict[str, Build]:
     return {name: _plain(function), f"{name}, compiled": _compiled(function)}
 
@@ -200,8 +209,11 @@ PEERS: dict[str, dict[str, Build]] = {
     | _both("log_softmax", _gist_linear(log_softmax_kl))
     | {"Liger fused linear JSD": _liger_linear_jsd},
     "cp_linear": _implementations("cp_linear")
+    | _both("released", cp_released)
     | _both("factored", cp_factored)
-    | {"dense delta": _plain(cp_dense), "frozen linear alone": _plain(frozen_linear), "PEFT LoRA": _peft_lora},
+    | _both("dense delta", cp_dense)
+    | {"frozen linear alone": _plain(frozen_linear), "PEFT LoRA": _peft_lora}
+    | {"PEFT LoRA, compiled": _compiled_build(_peft_lora)},
     "adapter": _implementations("adapter") | _both("eager", adapter_eager),
     "gelu": _implementations("gelu") | _both("eager", F.gelu),
 }

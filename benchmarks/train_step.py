@@ -293,6 +293,10 @@ def flops(case: Case) -> int:
     return case["B"] * (layers * (2 * linear + 3 * attention) + 2 * 768 * d * (tokens - 2))
 
 
+def cost_row(provider: str, case: Case, device: torch.device) -> dict[str, object]:
+    return {"flops": flops(case)}
+
+
 def kernels(step: Callable[[], object]) -> tuple[list[list[object]], int]:
     """The kernels that a step spends most time in, [times launched, microseconds in all, name], and how many it launches."""
     from torch.profiler import ProfilerActivity, profile
@@ -318,4 +322,4 @@ def describe(case: Case) -> str:
     return f"{name}, {case['L']} blocks, {case['S']} px"
 
 
-__all__ = ["OTHER_MODEL", "PROVIDERS", "PlainViT", "Step", "describe", "flops", "kernels", "parity"]
+__all__ = ["OTHER_MODEL", "PROVIDERS", "PlainViT", "Step", "cost_row", "describe", "flops", "kernels", "parity"]

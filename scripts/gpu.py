@@ -112,9 +112,10 @@ def plan(stages: tuple[str, ...], ops: tuple[str, ...], out: Path, minutes: floa
             files = tuple(f"benchmarks/bench_{op}.py" for op in ops)
             yield Step(stage, "compiled peers", (*tests, *files, "--benchmark-disable", "-k", "compiled"))
         elif stage == "bench":  # each row checks its own result before it is timed
-            if steps:  # compiles by itself
-                yield Step(stage, "time train_step", (python, "benchmarks/steps.py", "--out", str(out.parent)))
-            for op in ops:
+            for op in ("train_step", "petal_step") if steps else ():  # compiles by itself
+                command = (python, "benchmarks/steps.py", "--op", op, "--out", str(out.parent))
+                yield Step(stage, f"time {op}", command)
+            for op in (*ops, *(("decode",) if steps else ())):
                 command = (python, "-m", "pytest", f"benchmarks/bench_{op}.py", "--benchmark-only", "-q", "-rs")
                 command += ("-p", "no:cacheprovider", "--seconds", "0.1", "--save-results", str(out.parent))
                 yield Step(stage, f"time {op}", command)

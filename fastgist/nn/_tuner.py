@@ -23,6 +23,8 @@ __all__ = [
     "linear_slice",
 ]
 
+#: Rows of what is decoded step by step.
+_FEW = 16
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -178,6 +180,8 @@ class TunerLinear(nn.Module, ABC):
         factors = self.get_factors()
         p = self.dropout_p if self.training else 0.0
         if self._plain and not is_hooked(base):
+            if p == 0.0 and self._is_few(x, factors.u.dtype):
+                return self._few_rows(x, factors)
             u, v, gain = self._cast(factors, base.weight)
             return functional.cp_linear(
                 x, base.weight, base.bias, u, v, gain, scale=self.scale, dropout_p=p, training=self.training
@@ -187,6 +191,36 @@ class TunerLinear(nn.Module, ABC):
         h = nn.functional.dropout(x.to(u.dtype) @ u, p, self.training)
         update = h @ self._folded(v, gain).transpose(0, 1)
         return torch.add(y, update.to(y.dtype), alpha=self.scale)
+
+    def _is_few(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether x is a few rows on a CPU without autograd, autocast or a compiler, such as a token that is decoded, and
+        ``dtype``, the factors', holds what x and h = x U do (float16's range does not hold h)."""
+        return (
+            not torch.is_grad_enabled()
+            and x.device.type == "cpu"
+            and x.dim() > 0
+            and x.shape[-1] == self.in_features
+            and 0 < x.numel() <= _FEW * self.in_features
+            and x.dtype == self.base_layer.weight.dtype
+            and torch.promote_types(x.dtype, dtype) == dtype != torch.float16
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def _few_rows(self, x: Tensor, factors: Factors) -> Tensor:
+        """:meth:`forward` without autograd for a few rows, whose products take less than an operation's checks: x and h are
+        widened to the factors' dtype instead of the factors being narrowed."""
+        base, (u, v, gain) = self.base_layer, factors
+        y = nn.functional.linear(x, base.weight, base.bias)
+        h = torch.mm(x.reshape(-1, x.shape[-1]).to(u.dtype), u)
+        folds = self.out_features // v.shape[0]
+        if folds == 1:
+            h = h if gain is None else h * gain
+        else:  # a row for each fold of a row
+            h = h[:, None] if gain is None else h[:, None] * gain
+            h = h.expand(-1, folds, -1).reshape(-1, v.shape[1])
+        total = torch.addmm(y.view(-1, v.shape[0]).to(u.dtype), h, v.transpose(0, 1), alpha=self.scale)
+        return total.to(y.dtype).view_as(y)
 
     def forward_slice(self, x: Tensor, start: int, stop: int) -> Tensor | None:
         """Columns ``start:stop`` of ``forward(x)`` without computing the others, or None where that is not exact.

@@ -153,7 +153,8 @@ class CPFactors(nn.Module):
             product = torch.matmul(self.u, core)  # U S_g (G, K, R_v)
         else:
             product = torch.matmul(self.v, core.transpose(1, 2))  # V S_g^T (G, n, R_u)
-        parts = product.split([len(m) for m in modes])  # one node in the graph, whatever their number
+        # One node in the graph, whatever their number.
+        parts = product.split([len(m) for m in modes]) if len(modes) > 1 else (product,)
         factors = [self._factors(part, inward) for part in parts]
         return factors if isinstance(mode, list) else factors[0]
 

@@ -21,22 +21,26 @@ _ROUNDS = 10
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of an unsigned product. int64 wraps at 2^64, which leaves the bits right."""
-    wide = a * b
-    return (wide >> 32).bitwise_and_(_LOW), wide.bitwise_and_(_LOW)
+def _pair(first: int, second: int, like: Tensor) -> Tensor:
+    """Two numbers as rows that multiply ``like`` (2, ...), without a copy from the host."""
+    pair = torch.full((2, *[1] * (like.dim() - 1)), second, dtype=torch.int64, device=like.device)
+    pair[0] = first
+    return pair
 
 
 def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
-    """Four words for each counter (four words) under a key (two words); all int64 holding unsigned 32-bit numbers."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
+    """Four words for each counter (four words) under a key (two words); all int64 holding unsigned 32-bit numbers.
+
+    The two halves of a round stand one above the other: few rows cost as much as there are calls."""
+    even, odd = torch.stack((counter[0], counter[2])), torch.stack((counter[1], counter[3]))
+    keys = torch.stack((key[0], key[1])).reshape(2, *[1] * (even.dim() - 1))
+    multipliers, steps = _pair(_M1, _M0, even), _pair(_W0, _W1, even)
     for _ in range(_ROUNDS):
-        high0, low0 = _product(c0, _M0)
-        high1, low1 = _product(c2, _M1)
-        c0, c1, c2, c3 = high1.bitwise_xor_(c1).bitwise_xor_(k0), low1, high0.bitwise_xor_(c3).bitwise_xor_(k1), low0
-        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-    return c0, c1, c2, c3
+        wide = even.flip(0) * multipliers  # int64 wraps at 2^64, which leaves the bits right
+        even = (wide >> 32).bitwise_and_(_LOW).bitwise_xor_(odd).bitwise_xor_(keys)
+        odd = wide.bitwise_and_(_LOW)
+        keys = (keys + steps).bitwise_and_(_LOW)
+    return even[0], odd[0], even[1], odd[1]
 
 
 def threshold(p: float) -> int:
