@@ -87,10 +87,12 @@ struct OnlinePair {
   template <bool kUnit>
   FASTGIST_INLINE Rise raise(A block_m_z, A block_m_o, A inv_t) {
     if (!(block_m_z > m_z) && !(block_m_o > m_o)) return {A(0), A(0)};
+    const bool nothing_yet = m_z == -kInf<A> && m_o == -kInf<A>;
     const A old_z = centre(m_z), old_o = centre(m_o);
     m_z = std::max(m_z, block_m_z);
     m_o = std::max(m_o, block_m_o);
     const A rise_z = old_z - centre(m_z), rise_o = old_o - centre(m_o);
+    if (nothing_yet) return {rise_z, rise_o};  // the sums are 0 or NaN: no factor would change them
     // min: where the old centre 0 stood for -inf, rise may be positive; the sums are 0 there and stay 0.
     const A down_z = std::min(rise_z, A(0)), down_o = std::min(rise_o, A(0));
     const A alpha_p = exp_nonpositive<kFma>(down_z * inv_t);
