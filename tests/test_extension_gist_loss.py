@@ -64,7 +64,11 @@ def check(z, g, target, temperature=3.0, smoothing=0.0):
     plain, exact = by_formula(z, g), by_formula(z.double(), g.double())
     largest = float(max((x.double().amax(-1) - x.double().amin(-1)).max() for x in (z, g)))
     loss_scale = 2 * largest + BETA * loss_terms(z, g, temperature)
-    grad_scale = float(grad.abs().max()) * (2 + BETA * gradient_terms(z, g, temperature))
+    # d comes of two centred logits, which may be larger than it is.
+    p, q = ((x.double() / temperature).softmax(-1) for x in (z, g))
+    gaps = sum(x.double().amax(-1, keepdim=True) - x.double() for x in (z, g))
+    centred = float(((p + q) * gaps).max()) / temperature
+    grad_scale = float(grad.abs().max()) * (2 + BETA * (gradient_terms(z, g, temperature) + centred))
     named = zip(("loss", "grad_z", "grad_g"), (loss, *grads), plain, exact, strict=True)
     for (what, ours, p, e), scale in zip(named, (loss_scale, grad_scale, grad_scale), strict=True):
         if z.dtype == torch.float64:  # there is nothing more exact to hold it against: two ways of rounding

@@ -15,6 +15,7 @@ struct Forward {
     alignas(64) A z_buffer[kBlock];
     alignas(64) A o_buffer[kBlock];
     const A inv_t = static_cast<A>(1.0 / in.temperature);
+    const ExpScale<A> over_t(in.temperature);
     A* row_loss = static_cast<A*>(out.row_loss);
     A* stats = static_cast<A*>(out.stats);
 
@@ -30,8 +31,8 @@ struct Forward {
           const A* z_block = load_block(z + start * in.z_stride_v, in.z_stride_v, n, z_buffer);
           const A* o_block = load_block(o + start * in.o_stride_v, in.o_stride_v, n, o_buffer);
           const Extremes<A> seen = extremes(z_block, o_block, n);
-          sums.template raise<false>(seen.m_z, seen.m_o, inv_t);
-          sums.template add<kNoUnit>(z_block, o_block, n, inv_t, seen.least);
+          sums.template raise<false>(seen.m_z, seen.m_o, over_t);
+          sums.template add<kNoUnit>(z_block, o_block, n, over_t, seen.least);
         }
         of_row = sums.divergence(inv_t);
       }
@@ -66,6 +67,7 @@ struct Backward {
     alignas(64) A z_buffer[kBlock];
     alignas(64) A o_buffer[kBlock];
     const A inv_t = static_cast<A>(1.0 / in.temperature);
+    const ExpScale<A> over_t(in.temperature);
     const A* stats = static_cast<const A*>(args.stats);
     const A* row_grad = static_cast<const A*>(args.row_grad);
     T* const grad_z = static_cast<T*>(args.grad_z);
@@ -89,7 +91,8 @@ struct Backward {
                                    stat(kMeanP),
                                    stat(kMeanQ),
                                    row_grad[row * args.row_grad_stride] * inv_t,
-                                   inv_t};
+                                   inv_t,
+                                   over_t};
       for (int64_t start = 0; start < in.classes; start += kBlock) {
         const int64_t n = std::min(kBlock, in.classes - start);
         const A* z_block = load_block(z + start * in.z_stride_v, in.z_stride_v, n, z_buffer);

@@ -126,6 +126,7 @@ struct Forward {
     alignas(64) A o_buffer[kBlock];
     alignas(64) A weight_buffer[kBlock];
     const A inv_t = static_cast<A>(1.0 / pair.temperature);
+    const ExpScale<A> over_t(pair.temperature);
     const int power = unit_power(pair.temperature);
     const bool soft = in.target.classes == nullptr;
     A* row_loss = static_cast<A*>(out.row_loss);
@@ -153,23 +154,23 @@ struct Forward {
         const A* z = load_z(start, n);
         const A* o = load_o(start, n);
         const Extremes<A> seen = extremes(z, o, n);
-        const auto rise = sums.template raise<true>(seen.m_z, seen.m_o, inv_t);
+        const auto rise = sums.template raise<true>(seen.m_z, seen.m_o, over_t);
         dots.raise(rise.z, rise.o);
         switch (power) {
           case 1:
-            sums.template add<1>(z, o, n, inv_t, seen.least);
+            sums.template add<1>(z, o, n, over_t, seen.least);
             break;
           case 2:
-            sums.template add<2>(z, o, n, inv_t, seen.least);
+            sums.template add<2>(z, o, n, over_t, seen.least);
             break;
           case 3:
-            sums.template add<3>(z, o, n, inv_t, seen.least);
+            sums.template add<3>(z, o, n, over_t, seen.least);
             break;
           case 4:
-            sums.template add<4>(z, o, n, inv_t, seen.least);
+            sums.template add<4>(z, o, n, over_t, seen.least);
             break;
           default:
-            sums.template add<kUnitAnew>(z, o, n, inv_t, seen.least);
+            sums.template add<kUnitAnew>(z, o, n, over_t, seen.least);
         }
         const A c_z = centre(sums.m_z), c_o = centre(sums.m_o);
         if (soft) {
@@ -303,6 +304,7 @@ struct Backward {
     alignas(64) A z_result[kBlock];
     alignas(64) A o_result[kBlock];
     const A inv_t = static_cast<A>(1.0 / pair.temperature);
+    const ExpScale<A> over_t(pair.temperature);
     const int power = unit_power(pair.temperature);
     const bool soft = in.target.classes == nullptr;
     const A smooth = static_cast<A>(in.label_smoothing / pair.classes);
@@ -323,7 +325,7 @@ struct Backward {
       const auto stat = [&](int64_t which) { return stats[which * pair.rows + row]; };
       const A given = target.valid ? row_grad[row * args.row_grad_stride] : std::numeric_limits<A>::quiet_NaN();
       const GistScalars<A> about = {{stat(kMaxZ), stat(kMaxO), A(1) / stat(kSumP), A(1) / stat(kSumQ), stat(kMeanP),
-                                     stat(kMeanQ), static_cast<A>(in.beta / pair.temperature), inv_t},
+                                     stat(kMeanQ), static_cast<A>(in.beta / pair.temperature), inv_t, over_t},
                                     stat(kWeight) / stat(kUnitZ),
                                     stat(kWeight) / stat(kUnitO),
                                     static_cast<A>(in.alpha),

@@ -85,7 +85,7 @@ struct OnlinePair {
 
   // Move the sums to new maxima. When the maxima rise by (a, b), p^ shrinks by exp(-a / T) and d by a - b.
   template <bool kUnit>
-  FASTGIST_INLINE Rise raise(A block_m_z, A block_m_o, A inv_t) {
+  FASTGIST_INLINE Rise raise(A block_m_z, A block_m_o, const ExpScale<A>& over_t) {
     if (!(block_m_z > m_z) && !(block_m_o > m_o)) return {A(0), A(0)};
     const bool nothing_yet = m_z == -kInf<A> && m_o == -kInf<A>;
     const A old_z = centre(m_z), old_o = centre(m_o);
@@ -95,8 +95,8 @@ struct OnlinePair {
     if (nothing_yet) return {rise_z, rise_o};  // the sums are 0 or NaN: no factor would change them
     // min: where the old centre 0 stood for -inf, rise may be positive; the sums are 0 there and stay 0.
     const A down_z = std::min(rise_z, A(0)), down_o = std::min(rise_o, A(0));
-    const A alpha_p = exp_nonpositive<kFma>(down_z * inv_t);
-    const A alpha_q = exp_nonpositive<kFma>(down_o * inv_t);
+    const A alpha_p = exp_scaled<kFma>(down_z, over_t);
+    const A alpha_q = exp_scaled<kFma>(down_o, over_t);
     const A shift = rise_z - rise_o;
     w_p = alpha_p * (w_p + shift * s_p);
     w_q = alpha_q * (w_q + shift * s_q);
@@ -111,7 +111,7 @@ struct OnlinePair {
 
   // Add a block whose maxima are in already. kScreen: the block holds -inf, where d is 0 by definition.
   template <int kPower, bool kScreen>
-  FASTGIST_INLINE void add(const A* z, const A* o, int64_t n, A inv_t) {
+  FASTGIST_INLINE void add(const A* z, const A* o, int64_t n, const ExpScale<A>& over_t) {
     const A c_z = centre(m_z), c_o = centre(m_o);
     A sum_p = 0, sum_q = 0, sum_pd = 0, sum_qd = 0, sum_z = 0, sum_o = 0;
     int lone_classes = 0;
@@ -125,8 +125,8 @@ struct OnlinePair {
         d = (no_z | no_o) ? A(0) : d;
         lone_classes += no_z != no_o;
       }
-      const A p = exp_nonpositive<kFma>(zc * inv_t);
-      const A q = exp_nonpositive<kFma>(oc * inv_t);
+      const A p = exp_scaled<kFma>(zc, over_t);
+      const A q = exp_scaled<kFma>(oc, over_t);
       sum_p += p;
       sum_q += q;
       sum_pd = multiply_add<kFma>(p, d, sum_pd);
@@ -147,11 +147,11 @@ struct OnlinePair {
 
   // The same, screened or not as the block's least logit asks.
   template <int kPower>
-  FASTGIST_INLINE void add(const A* z, const A* o, int64_t n, A inv_t, A least) {
+  FASTGIST_INLINE void add(const A* z, const A* o, int64_t n, const ExpScale<A>& over_t, A least) {
     if (least > -kInf<A>) {
-      add<kPower, false>(z, o, n, inv_t);
+      add<kPower, false>(z, o, n, over_t);
     } else {
-      add<kPower, true>(z, o, n, inv_t);
+      add<kPower, true>(z, o, n, over_t);
     }
   }
 
@@ -177,6 +177,7 @@ struct RowScalars {
   A e_p, e_q;
   A scale;  // row_grad / T
   A inv_t;
+  ExpScale<A> over_t;
 };
 
 // A class of the two rows: centred logits, exponentials at temperature T, and the parts of the divergence's gradients.
@@ -201,8 +202,8 @@ FASTGIST_INLINE PairTerms<A> pair_terms(A z, A o, const RowScalars<A>& row) {
   at.oc = o - row.m_o;
   // d is 0 where both sides are -inf. Where one is, e_p and e_q are NaN and take the whole row with them.
   at.d = z == -kInf<A> ? A(0) : (at.zc - at.oc) * row.inv_t;
-  at.p_hat = exp_nonpositive<kFma>(at.zc * row.inv_t);
-  at.q_hat = exp_nonpositive<kFma>(at.oc * row.inv_t);
+  at.p_hat = exp_scaled<kFma>(at.zc, row.over_t);
+  at.q_hat = exp_scaled<kFma>(at.oc, row.over_t);
   at.p = at.p_hat * row.inv_s_p;
   at.q = at.q_hat * row.inv_s_q;
   return at;
