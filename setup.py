@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = (2, 11)
 CUDA_ARCHS = "80,90a,100a"
 
-CPU_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/bidirectional_kl.cpp"]
+CPU_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/bidirectional_kl.cpp", "csrc/cpu/gist_loss.cpp"]
 CUDA_SOURCES = ["csrc/cuda/bidirectional_kl.cu"]
 
 

@@ -24,6 +24,15 @@ STATS = (*_KL_STATS, "sum_z", "sum_gist", "weight")
 _DEBUG = os.environ.get("FASTGIST_DEBUG", "0") == "1"
 
 
+def _launchers(impl: str):
+    """The module that holds ``gist_loss_fwd`` and ``gist_loss_bwd`` of a kernel implementation."""
+    if impl == "triton":
+        from fastgist_kernels import gist_loss as kernels
+
+        return kernels
+    return torch.ops.fastgist_native
+
+
 # -- raw ops: forward returns (row_loss, stats, grad_logits, grad_gist), the gradients as in bidirectional_kl -----------
 
 
@@ -46,12 +55,10 @@ def _fwd(
     if impl == "reference" or logits.numel() == 0:
         row_loss, *grads = reference.forward(logits, gist_logits, target, *options, need_logits, need_gist)
         return row_loss, logits.new_empty(0), *_common.filled(grads, logits)
-    from fastgist_kernels import gist_loss as kernels
-
     dtype = accumulate_dtype(logits.dtype)
     row_loss = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
     stats = torch.empty(len(STATS), logits.shape[0], dtype=dtype, device=logits.device)
-    kernels.gist_loss_fwd(logits, gist_logits, target, *options, row_loss, stats)
+    _launchers(impl).gist_loss_fwd(logits, gist_logits, target, *options, row_loss, stats)
     return row_loss, stats, logits.new_empty(0), logits.new_empty(0)
 
 
@@ -93,17 +100,16 @@ def _bwd(
     need_gist: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    if backends.resolve(_OP, impl, logits) == "reference":
+    impl = backends.resolve(_OP, impl, logits)
+    if impl == "reference":
         raise RuntimeError(f"{_OP}: the reference returns its gradients from the forward; there is no backward to call")
-    from fastgist_kernels import gist_loss as kernels
-
     shape = logits.shape
     grads = [
         torch.empty(shape, dtype=logits.dtype, device=logits.device) if n else None for n in (need_logits, need_gist)
     ]
     if logits.numel() and (need_logits or need_gist):
         options = (alpha, beta, temperature, label_smoothing, ignore_index)
-        kernels.gist_loss_bwd(logits, gist_logits, target, stats, row_grad, *options, *grads)
+        _launchers(impl).gist_loss_bwd(logits, gist_logits, target, stats, row_grad, *options, *grads)
     return _common.filled(grads, logits)
 
 
@@ -168,6 +174,10 @@ def check_targets_in_range(op: str, target: Tensor, classes: int, ignore_index: 
     the look would synchronise: there such a row's loss and gradient are NaN."""
     if target.is_floating_point() or target.numel() == 0 or not (target.device.type == "cpu" or _DEBUG):
         return
+    if target.device.type == "cpu":  # one look tells that all are in range, as they nearly always are
+        least, most = target.aminmax()
+        if int(least) >= 0 and int(most) < classes:
+            return
     wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0, 0])
@@ -229,7 +239,7 @@ def gist_loss(
         label_smoothing: as in torch.nn.functional.cross_entropy, on both cross-entropies.
         ignore_index: rows with this target leave all three terms, whatever their logits hold.
         reduction: "none", "sum", or "mean" (= "batchmean"): over the rows that are not ignored; 0 if none is left.
-        impl: "auto", "triton" or "reference"; see :mod:`fastgist.backends`.
+        impl: "auto", "triton", "native" or "reference"; see :mod:`fastgist.backends`.
 
     Returns:
         float32 (float64 for float64 inputs). Gradients in the dtype of the inputs; double backward raises.

@@ -1,0 +1,135 @@
+// gist_loss against its formula in long double. See check_cpu.cpp.
+#include "../cpu/gist_loss.h"
+
+#include "check.h"
+
+namespace {
+
+using namespace fastgist;
+using namespace fastgist::check;
+
+enum class Kind { kClasses, kSmoothed, kSoft };
+
+// The formula for one row: class weights t, logits z and o.
+struct Row {
+  std::vector<Real> t, z, o;
+  Real unit_z = 0, unit_o = 0, s_p = 0, s_q = 0, e_p = 0, e_q = 0, weight = 0, loss = 0, terms = 0;
+  std::vector<Real> ez, eo, p, q, d;
+
+  void evaluate(Real alpha, Real beta, Real temperature) {
+    const size_t n = z.size();
+    Real m_z = z[0], m_o = o[0];
+    for (size_t v = 0; v < n; ++v) m_z = std::max(m_z, z[v]), m_o = std::max(m_o, o[v]);
+    for (size_t v = 0; v < n; ++v) {
+      const Real zc = z[v] - m_z, oc = o[v] - m_o;
+      ez.push_back(std::exp(zc)), eo.push_back(std::exp(oc));
+      p.push_back(std::exp(zc / temperature)), q.push_back(std::exp(oc / temperature));
+      d.push_back((zc - oc) / temperature);
+      unit_z += ez[v], unit_o += eo[v], s_p += p[v], s_q += q[v], weight += t[v];
+    }
+    for (size_t v = 0; v < n; ++v) {
+      e_p += (p[v] /= s_p) * d[v];
+      e_q += (q[v] /= s_q) * d[v];
+      const Real ce_z = t[v] * (std::log(unit_z) - (z[v] - m_z)), ce_o = t[v] * (std::log(unit_o) - (o[v] - m_o));
+      loss += ce_z + alpha * ce_o;
+      terms += ce_z + alpha * ce_o + beta * (p[v] + q[v]) * std::fabs(d[v]);
+    }
+    loss += beta * (e_p - e_q);
+  }
+  Real grad_z(size_t v, Real beta_t) const {
+    return weight * ez[v] / unit_z - t[v] + beta_t * (p[v] * (d[v] - e_p) + p[v] - q[v]);
+  }
+  Real grad_o(size_t v, Real alpha, Real beta_t) const {
+    return alpha * (weight * eo[v] / unit_o - t[v]) + beta_t * (q[v] * (e_q - d[v]) + q[v] - p[v]);
+  }
+};
+
+template <typename T>
+void check(Kind kind, double temperature, const char* type, DType dtype, double storage_eps, int64_t classes,
+           int64_t stride_m, int64_t stride_v) {
+  using A = typename cpu::Accumulate<T>::type;
+  constexpr int64_t kRows = 4, kIgnored = 2;
+  const double alpha = 0.5, beta = 0.75, smoothing = kind == Kind::kSmoothed ? 0.1 : 0.0;
+  const double eps = std::numeric_limits<A>::epsilon();
+  const A nan = std::numeric_limits<A>::quiet_NaN();
+  const bool soft = kind == Kind::kSoft;
+  Matrix<T> z(kRows, classes, stride_m, stride_v), o(kRows, classes, stride_m, stride_v);
+  Matrix<T> weights(kRows, classes, stride_m, stride_v);
+  std::mt19937 random(static_cast<unsigned>(classes));
+  std::normal_distribution<double> normal(0.0, 3.0);
+  std::unique_ptr<int64_t[]> labels(new int64_t[kRows]);
+  for (int64_t row = 0; row < kRows; ++row) {
+    labels[row] = !soft && row == kIgnored ? -100 : static_cast<int64_t>(random() % classes);
+    if (labels[row] == -100 && stride_m != 0) continue;  // its NaN must not be seen
+    for (int64_t v = 0; v < classes; ++v) {
+      cpu::store(static_cast<A>(normal(random)), z.at(row, v));
+      cpu::store(static_cast<A>(normal(random) + 100.0), o.at(row, v));
+      cpu::store(static_cast<A>(random() % 3 ? 0.0 : 0.25), weights.at(row, v));
+    }
+  }
+  std::unique_ptr<A[]> row_loss(new A[kRows]), stats(new A[kGistStats * kRows]), row_grad(new A[kRows]);
+  for (int64_t row = 0; row < kRows; ++row) row_loss[row] = nan, row_grad[row] = static_cast<A>(0.5 + row);
+  for (int64_t i = 0; i < kGistStats * kRows; ++i) stats[i] = nan;
+  Matrix<T> grad_z(kRows, classes, classes, 1), grad_o(kRows, classes, classes, 1);
+  Matrix<T> alone(kRows, classes, classes, 1);
+
+  GistLossInputs in;
+  in.logits = {dtype,    kRows,          classes,  temperature, z.buffer.get(), stride_m,
+               stride_v, o.buffer.get(), stride_m, stride_v,    nullptr,        0};
+  in.target = {soft ? nullptr : labels.get(), weights.buffer.get(), dtype, soft ? stride_m : 1, stride_v};
+  in.alpha = alpha, in.beta = beta, in.label_smoothing = smoothing, in.ignore_index = -100;
+  // In two calls, as two threads would make them.
+  cpu::gist_loss_fwd(in, {row_loss.get(), stats.get()}, 0, 1);
+  cpu::gist_loss_fwd(in, {row_loss.get(), stats.get()}, 1, kRows);
+  const BackwardArguments both = {stats.get(), row_grad.get(), 1, grad_z.buffer.get(), grad_o.buffer.get()};
+  cpu::gist_loss_bwd(in, both, 0, 3);
+  cpu::gist_loss_bwd(in, both, 3, kRows);
+  cpu::gist_loss_bwd(in, {stats.get(), row_grad.get(), 1, nullptr, alone.buffer.get()}, 0, kRows);
+
+  const auto within = [&](const char* what, T got, Real wanted, Real size) {
+    const double bound = static_cast<double>(size) * (16 * eps + storage_eps) + 1e-7 * (storage_eps > eps);
+    expect(std::fabs(cpu::load(got) - static_cast<double>(wanted)) <= bound, what, type, classes, cpu::load(got),
+           static_cast<double>(wanted));
+  };
+  for (int64_t row = 0; row < kRows; ++row) {
+    if (labels[row] == -100) {
+      expect(row_loss[row] == 0, "ignored loss", type, classes, row_loss[row], 0);
+      for (int64_t v = 0; v < classes; ++v) {
+        within("ignored grad_z", grad_z.at(row, v), 0, 0);
+        within("ignored grad_o", grad_o.at(row, v), 0, 0);
+      }
+      continue;
+    }
+    Row exact;
+    for (int64_t v = 0; v < classes; ++v) {
+      exact.z.push_back(cpu::load(z.at(row, v)));
+      exact.o.push_back(cpu::load(o.at(row, v)));
+      const Real hard = v == labels[row] ? 1 - smoothing : 0;
+      exact.t.push_back(soft ? static_cast<Real>(cpu::load(weights.at(row, v))) : hard + Real(smoothing) / classes);
+    }
+    exact.evaluate(alpha, beta, temperature);
+    const double loss = static_cast<double>(exact.loss);
+    expect(std::fabs(row_loss[row] - loss) <= 16 * eps * (1 + static_cast<double>(exact.terms)), "gist loss", type,
+           classes, row_loss[row], loss);
+    const Real beta_t = beta / temperature;
+    for (int64_t v = 0; v < classes; ++v) {
+      const Real softmaxes = exact.weight * (exact.ez[v] / exact.unit_z + exact.eo[v] / exact.unit_o);
+      // A power of T of an exponential has T times its error, and the error of its argument grows with the argument.
+      const Real far = 1 + std::fabs(exact.d[v]) + std::fabs(exact.e_p) + std::fabs(exact.e_q);
+      const Real size = row_grad[row] * ((softmaxes + beta_t * (exact.p[v] + exact.q[v])) * (far + 4) + exact.t[v]);
+      within("gist grad_z", grad_z.at(row, v), row_grad[row] * exact.grad_z(v, beta_t), size);
+      within("gist grad_o", grad_o.at(row, v), row_grad[row] * exact.grad_o(v, alpha, beta_t), size);
+      within("gist grad_o alone", alone.at(row, v), cpu::load(grad_o.at(row, v)), 0);
+    }
+  }
+}
+
+}  // namespace
+
+void check_gist_loss() {
+  everywhere([]<typename T>(auto... arguments) {
+    check<T>(Kind::kClasses, 3.0, arguments...);
+    check<T>(Kind::kSmoothed, 1.0, arguments...);
+    check<T>(Kind::kSoft, 1.7, arguments...);
+  });
+}
