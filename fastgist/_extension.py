@@ -18,6 +18,8 @@ _logger = logging.getLogger("fastgist")
 _lock = threading.Lock()
 _FOLDER = Path(__file__).resolve().parent
 _PROBE = "fastgist_native::bidirectional_kl_fwd"
+#: What this version's extension holds, by the names of its forwards; one left over from an older version may not.
+_HOLDS = ("bidirectional_kl_fwd", "gist_loss_fwd")
 
 
 def _load() -> str | None:
@@ -30,6 +32,9 @@ def _load() -> str | None:
         torch.ops.load_library(str(libraries[0]))
     except (OSError, RuntimeError) as error:
         return f"{libraries[0].name} could not be loaded: {str(error).strip().splitlines()[0]}"
+    absent = [name for name in _HOLDS if not hasattr(torch.ops.fastgist_native, name)]
+    if absent:
+        return f"{libraries[0].name} was built from an older version, without {', '.join(absent)}"
     return None
 
 

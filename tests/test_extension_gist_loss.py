@@ -16,6 +16,7 @@ from losses import gradient_terms, loss_terms
 from test_extension import DTYPES, ROOT, accumulates, assert_same, python
 from torch import Tensor
 
+from fastgist import _extension
 from fastgist.ops.gist_loss import STATS
 from fastgist.reference.gist_loss import gist_loss as formula
 from fastgist.testing import assert_within_budget, layouts
@@ -250,3 +251,11 @@ def test_backward_refuses(change, message):
     arguments |= {"grad_logits": torch.empty(3, 4), "grad_gist": None}
     with pytest.raises(RuntimeError, match=rf"fastgist_native::gist_loss_bwd: .*{message}"):
         native.gist_loss_bwd(**(arguments | change))
+
+
+def test_an_extension_of_an_older_version_is_left_alone(monkeypatch):
+    """It lacks an operation that this version expects of it: everything runs without it, and says why."""
+    if _extension.load() is not None:
+        pytest.skip("no extension here")
+    monkeypatch.setattr(_extension, "_HOLDS", (*_extension._HOLDS, "an_operation_of_tomorrow_fwd"))
+    assert "older version, without an_operation_of_tomorrow_fwd" in _extension._load()
