@@ -91,6 +91,36 @@ def test_merging_the_mode_approximation_is_bitwise_undone():
         fg.merge(fresh())
 
 
+@pytest.mark.parametrize("config", [None, fg.LoraConfig(rank=2, targets=("q", "k", "v"))], ids=["petal", "lora"])
+def test_a_merged_model_is_saved_as_a_plain_one(config, tmp_path):
+    model = make()
+    if config is None:
+        petal.wrap(model, petal.PetalConfig(rank=4, num_experts=0), verbose=False)
+    else:
+        fg.get_peft_model(model, config)
+    want = logits(stir(model))
+    plain = fg.merge_and_unload(model)
+    assert plain is model and not any("base_layer" in name for name in plain.state_dict())
+    torch.testing.assert_close(logits(plain), want, rtol=1e-4, atol=1e-5)
+    plain.save_pretrained(tmp_path)
+    loaded = type(plain).from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(plain))
+    with pytest.raises(RuntimeError, match="cannot be merged"):
+        fg.merge_and_unload(fresh())
+
+
+def test_training_in_evaluation_mode_is_warned_of_once():
+    model = fresh()
+    with pytest.warns(UserWarning, match=r"call model.train\(\)"):
+        model(**inputs())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**inputs())
+        other = fresh()
+        logits(other)  # without gradients
+        other.train()(**inputs())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_by_beams(kind):
     """The words of the merged model, and a cache that has the same words in it as none."""

@@ -423,3 +423,9 @@ def test_trainer_draws_anew_every_epoch(made, data, tmp_path):
     Trainer(model, arguments, data_collator=collate, train_dataset=data).train()
     assert set(seen) == {(epoch, row) for epoch in range(8) for row in range(3)}
     assert len({seen[epoch, 0] for epoch in range(8)}) > 1
+
+
+def test_a_processor_that_reads_no_instruction_for_the_qformer_is_refused(made):
+    model = made["instructblip", "opt"][0]
+    with pytest.raises(ValueError, match="has no tokenizer: take an InstructBlipProcessor"):
+        VLCollator.for_model(model, models.processor("blip2", "opt"), TEMPLATE)

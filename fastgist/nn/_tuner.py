@@ -196,14 +196,14 @@ class TunerLinear(nn.Module, ABC):
         """Whether x is a few rows on a CPU without autograd, autocast or a compiler, such as a token that is decoded, and
         ``dtype``, the factors', holds what x and h = x U do (float16's range does not hold h)."""
         return (
-            not torch.is_grad_enabled()
+            not torch.compiler.is_compiling()  # first: a comparison of sizes would hold for a traced batch for ever
+            and not torch.is_grad_enabled()
             and x.device.type == "cpu"
             and x.dim() > 0
             and x.shape[-1] == self.in_features
             and 0 < x.numel() <= _FEW * self.in_features
             and x.dtype == self.base_layer.weight.dtype
             and torch.promote_types(x.dtype, dtype) == dtype != torch.float16
-            and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
         )
 

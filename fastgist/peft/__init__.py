@@ -18,7 +18,7 @@ from fastgist.peft.family import Family, LinearSite, register_family
 from fastgist.peft.files import load_adapter, save_adapter
 from fastgist.peft.inspect import Report, assert_training, print_trainable_parameters, report
 from fastgist.peft.method import Method, register_method
-from fastgist.peft.surgery import disable_adapter, get_peft_model, merge, set_adapter, unload, unmerge
+from fastgist.peft.surgery import disable_adapter, get_peft_model, merge, merge_and_unload, set_adapter, unload, unmerge
 
 __all__ = [
     "AdapterConfig",
@@ -42,6 +42,7 @@ __all__ = [
     "get_peft_model",
     "load_adapter",
     "merge",
+    "merge_and_unload",
     "print_trainable_parameters",
     "register_family",
     "register_method",

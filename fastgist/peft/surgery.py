@@ -13,7 +13,15 @@ from fastgist.peft.config import PeftConfig
 from fastgist.peft.method import method_of
 from fastgist.peft.state import Record, State, need_state
 
-__all__ = ["disable_adapter", "get_peft_model", "merge", "set_adapter", "unload", "unmerge"]
+__all__ = [
+    "disable_adapter",
+    "get_peft_model",
+    "merge",
+    "merge_and_unload",
+    "set_adapter",
+    "unload",
+    "unmerge",
+]
 
 
 def get_peft_model(model: nn.Module, config: PeftConfig, name: str = "default") -> nn.Module:
@@ -213,7 +221,7 @@ def unload(model: nn.Module, keep_head: bool = True) -> nn.Module:
     """Take everything out: the plain model again, its frozen parts bitwise the original, requires_grad as before
     wrapping.
 
-    Updates are dropped, not kept in the weights: to run at the plain model's speed, leave it merged instead. All named
+    Updates are dropped, not kept in the weights (:func:`merge_and_unload` keeps them). All named
     adapters go. Where a gist token goes, a warning says that the logits change.
 
     Args:
@@ -232,10 +240,36 @@ def unload(model: nn.Module, keep_head: bool = True) -> nn.Module:
         _refuse_whole(state, "unload")
     if _merged(state):
         unmerge(plain)
+    return _taken_out(model, state, keep_head)
+
+
+def merge_and_unload(model: nn.Module, keep_head: bool = True) -> nn.Module:
+    """The plain model with the updates of the adapter in place in its weights, for ``save_pretrained`` and whatever else wants
+    a plain model. There is no way back: save the adapter first. Other named adapters go.
+
+    Args:
+        keep_head: as :func:`unload`'s.
+
+    Returns:
+        The plain model.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as :func:`merge`'s; a model that is merged already is taken as it is.
+    """
+    state = need_state(model, "merge_and_unload")
+    if not _merged(state):
+        merge(model)
+    if not keep_head:
+        _refuse_whole(state, "merge_and_unload")
+    return _taken_out(model, state, keep_head)
+
+
+def _taken_out(model: nn.Module, state: State, keep_head: bool) -> nn.Module:
+    plain = _state.inner(model)
     _state.deactivate(plain, state)
     if state.extension is not None:
         warnings.warn(
-            f"unload: {state.extension.title} leaves the sequence, so the logits change", UserWarning, stacklevel=2
+            f"unload: {state.extension.title} leaves the sequence, so the logits change", UserWarning, stacklevel=3
         )
         state.extension.detach(plain)
     if not keep_head:

@@ -7,6 +7,7 @@ Image encoder, query tokens, language projection and language model stay frozen.
 code's and what our reconstruction stands at each part: :class:`PetalConfig`.
 """
 
+from fastgist.peft import ThresholdConfig
 from fastgist.petal.config import BottleneckConfig, PetalConfig, QueryGistConfig
 from fastgist.petal.losses import last_losses
 from fastgist.petal.released import load_released, read_released
@@ -16,6 +17,7 @@ __all__ = [
     "BottleneckConfig",
     "PetalConfig",
     "QueryGistConfig",
+    "ThresholdConfig",
     "experts_of",
     "instructed",
     "instruction_gate",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastgist.petal.calls import IGNORED, arguments, items_of
@@ -19,6 +20,12 @@ def add(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """A forward hook: ``output`` with PETAL's terms in its loss."""
     site = _site(model)
     if not model.training:
+        if (
+            not torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
+            and arguments(model, args, kwargs).get("labels") is not None
+        ):
+            site.warn_of_evaluation()
         if site.gist is not None:
             site.gist.take_states()  # and with them their graph
         return output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +47,7 @@ class Enriched(nn.Module):
         self.load_balance = load_balance
         #: The last training forward's parts of the loss, detached scalars: "task", "gist", "balance", "bottleneck".
         self.parts: dict[str, Tensor] = {}
+        self._warned = False
         #: noted: see :meth:`note`. gate, plain: see :meth:`gated_by` and :meth:`plain`. due: whether the last call's gate is
         #: still to go into a loss.
         self._now = PerThread(noted=(None, None), gate=None, plain=False, due=False)
@@ -79,6 +81,17 @@ class Enriched(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles = ()
+
+    def warn_of_evaluation(self) -> None:
+        """Say once that a loss was taken with gradients in evaluation mode, where nothing of PETAL is in it."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "petal: a loss with gradients was taken in evaluation mode, where dropout and PETAL's terms of the loss are "
+                "off: call model.train() to train (from_pretrained gives a model in evaluation mode)",
+                UserWarning,
+                stacklevel=3,
+            )
 
     # -- forward ----------------------------------------------------------------------------------------------------------
     def note(self, attention_mask: Tensor | None, query_length: int | None) -> None:

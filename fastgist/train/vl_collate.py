@@ -95,9 +95,15 @@ class VLCollator:
         """A collator for ``model``: its kind of language model, and what ends a generation of it.
 
         Raises:
-            ValueError: as the class; or model and processor disagree on the image token or the number of queries.
+            ValueError: as the class; or model and processor disagree on the image token, the number of queries, or whether the
+                Q-Former reads the instruction.
         """
         config = model.config
+        if hasattr(model.qformer, "embeddings") and getattr(processor, "qformer_tokenizer", None) is None:
+            raise ValueError(
+                f"VLCollator: {type(model).__name__}'s Q-Former reads the instruction, for which {type(processor).__name__} "
+                "has no tokenizer: take an InstructBlipProcessor"
+            )
         token = _image_token_id(processor)
         if token != config.image_token_index:
             raise ValueError(
