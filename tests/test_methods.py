@@ -16,6 +16,7 @@ from fastgist import (
     FacTConfig,
     FullConfig,
     GistConfig,
+    LoraConfig,
     PrefixConfig,
     PromptConfig,
     SSFConfig,
@@ -29,7 +30,16 @@ from fastgist import (
     unload,
     unmerge,
 )
-from fastgist.nn import AdaptedBlock, BiasShift, CPFactors, CPLinear, PrefixedAttention, PromptedBlock, ScaleShift
+from fastgist.nn import (
+    AdaptedBlock,
+    BiasShift,
+    CPFactors,
+    CPLinear,
+    LoRALinear,
+    PrefixedAttention,
+    PromptedBlock,
+    ScaleShift,
+)
 
 SHARED = AdapterConfig(4, "shared", scale=0.1, init="paper")
 CONFIGS = [
@@ -422,3 +432,15 @@ def test_attention_that_is_not_known_is_refused() -> None:
     model.blocks[1].attn.__class__ = Other
     with pytest.raises(ValueError, match="PrefixConfig: what happens inside Other is not known"):
         get_peft_model(model, PrefixConfig())
+
+
+def test_targets_may_be_patterns_of_whole_paths():
+    model = vit()
+    get_peft_model(model, LoraConfig(rank=2, targets=("blocks.0.mlp.*", "*.attn.proj")))
+    found = {n for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    depth = len(model.blocks)
+    assert found == {"blocks.0.mlp.fc1", "blocks.0.mlp.fc2", *(f"blocks.{i}.attn.proj" for i in range(depth))}
+    with pytest.raises(ValueError, match=r"nothing in this model is called 'blocks.\[9\].\*'"):
+        get_peft_model(vit(), LoraConfig(targets=("blocks.[9].*",)))
+    with pytest.raises(ValueError, match="is matched twice, by 'fc1' and"):
+        get_peft_model(vit(), LoraConfig(targets=("fc1", "blocks.?.mlp.fc1")))

@@ -56,9 +56,8 @@ class Enriched(nn.Module):
     # -- in and out of a model --------------------------------------------------------------------------------------------
     def attached(self, model: Any) -> None:
         handles = [handle for part in (self.gist, self.language) if part is not None for handle in part.hooks(model)]
-        handles.append(
-            model.qformer.register_forward_pre_hook(_note, with_kwargs=True)
-        )  # of a sequence with its gist token
+        # Behind the gist token's hook: what is noted is the sequence with the token in it.
+        handles.append(model.qformer.register_forward_pre_hook(_note, with_kwargs=True))
         if self.bottleneck is not None or self.gist is not None or (self.gated and self.load_balance > 0):
             handles.append(model.register_forward_hook(losses.add, with_kwargs=True))
         self._handles = tuple(handles)

@@ -1,8 +1,8 @@
 """The numbers of ``fastgist demo petal``.
 
 The learning rate of every method is the best of its row by mean accuracy over draws 100-102, on pool images that were not
-drawn: neither those draws nor those images are among what the demo reports. It gave (CPU, PyTorch 2.15, transformers
-5.23), 10 images a digit:
+drawn: neither those draws nor those images are among what the demo reports. A script of the day gave (CPU, PyTorch 2.15,
+transformers 5.23), 10 images a digit:
 
 ==============  =====  =====  =====  =====  =====  =====  =====  =====
 method          1e-3   2e-3   4e-3   5e-3   1e-2   2e-2   4e-2   8e-2
