@@ -67,7 +67,7 @@ PETAL = [
         _TESTS,
         (
             "padding in the gate",
-            "mask = None if mask is None else mask[:, queries:]",
+            "mask = None if mask is None else mask[:, queries:] != 0",
             "mask = None",
             "a sample does not depend on its padding",
         ),

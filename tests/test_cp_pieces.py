@@ -6,6 +6,7 @@ from conftest import DEVICE
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgist.functional import cp_linear
+from fastgist.reference import cp_linear as reference
 from fastgist.reference.cp_linear import cp_linear as formula
 from fastgist.testing import assert_within_budget
 
@@ -124,6 +125,15 @@ def test_x_u_is_formed_once():
     once = 2 * rows * 64 * 8
     assert together.get_total_flops() == 3 * products + 3 * (2 * rows * 8 * 48) + once
     assert apart.get_total_flops() - together.get_total_flops() == 2 * once
+
+
+def test_the_reference_itself_forms_x_u_once(monkeypatch):
+    """Seen where it is formed: counters of FLOPs ask the operator, which says what it should be."""
+    x, weights, biases, u, v, gain = case(rows=20, inner=64, outs=(48, 48, 48), rank=8, fold=48)
+    formed, dropped = [], reference._dropped
+    monkeypatch.setattr(reference, "_dropped", lambda h, *rest: (formed.append(tuple(h.shape)), dropped(h, *rest))[1])
+    reference.forward(x, weights, biases, u, v, gain, None, 1.0, 0.0, True)
+    assert formed == [(20, 8)]
 
 
 def test_what_is_kept_does_not_grow_with_the_number_of_weights():

@@ -36,7 +36,7 @@ def token_of(model):
 
 
 def qformer_by_hand(plain, given, token):
-    """(queries' states, the token's) of the plain Q-Former, the token being one more query."""
+    """(all states but the token's, the token's) of the plain Q-Former, the token being one more query."""
     image = plain.vision_model(given["pixel_values"]).last_hidden_state
     queries = torch.cat((plain.query_tokens, token), 1).expand(len(image), -1, -1)
     call = {"query_embeds": queries, "encoder_hidden_states": image}
@@ -44,7 +44,8 @@ def qformer_by_hand(plain, given, token):
         mask = torch.cat((torch.ones(len(image), queries.shape[1]), given["qformer_attention_mask"]), 1).long()
         call |= {"input_ids": given["qformer_input_ids"], "attention_mask": mask}
     states = plain.qformer(**call).last_hidden_state
-    return states[:, :QUERIES], states[:, QUERIES : QUERIES + token.shape[1]]
+    stop = QUERIES + token.shape[1]
+    return torch.cat((states[:, :QUERIES], states[:, stop:]), 1), states[:, QUERIES:stop]
 
 
 def read_by_hand(plain, given, rows):
@@ -63,9 +64,10 @@ def test_the_token_goes_with_the_queries_and_its_loss_is_word_by_word(kind, leng
         [p.zero_() for n, p in model.named_parameters() if n.endswith("factors.v")]  # the plain model but for the token
     quiet(plain)
     given = inputs(kind)
-    queries, gist = qformer_by_hand(plain, given, token_of(model))
+    others, gist = qformer_by_hand(plain, given, token_of(model))
+    queries = others[:, :QUERIES]
     output = model(**given)
-    torch.testing.assert_close(output.qformer_outputs.last_hidden_state[:, :QUERIES], queries, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.qformer_outputs.last_hidden_state, others, rtol=1e-4, atol=1e-5)
     logits = read_by_hand(plain, given, queries)
     torch.testing.assert_close(output.logits, logits, rtol=1e-4, atol=1e-5)
 
