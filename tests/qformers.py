@@ -36,6 +36,7 @@ def make(kind: str = "instructblip-opt", layers: int = 4, seed: int = 0, image: 
         "num_attention_heads": 2,
         "intermediate_size": 40,
         "image_size": 16,
+        "initializer_range": 0.3,  # transformers' own is 1e-10, with which no image is seen
     }
     sizes = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32}
     sizes |= {"encoder_hidden_size": image, "vocab_size": 60, "max_position_embeddings": 32} | qformer

@@ -347,6 +347,12 @@ def attentive(kind="instructblip-opt"):
     return model
 
 
+def states(model, kind="instructblip-opt"):
+    """Of the Q-Former: a small language model's logits hardly tell them apart."""
+    with torch.no_grad():
+        return model(**inputs(kind)).qformer_outputs.last_hidden_state
+
+
 def by_the_released_layers(plain, factor=0.0, transformations=None):
     """``plain`` with the released code's additions, by hooks: a is noted where it is made and used further on."""
     for i, layer in enumerate(plain.qformer.encoder.layer):
@@ -374,9 +380,9 @@ def test_batch_mean_is_the_released_addition_and_warns():
     plain = attentive()
     with pytest.warns(UserWarning, match="depend on the other images"):
         model = petal.wrap(copy.deepcopy(plain), petal.PetalConfig(batch_mean=0.1, **SMALL), verbose=False)
-    before = logits(plain)
-    torch.testing.assert_close(logits(model), logits(by_the_released_layers(plain, 0.1)))
-    assert not torch.allclose(before, logits(plain), rtol=1e-3)
+    before = states(plain)
+    torch.testing.assert_close(states(model), states(by_the_released_layers(plain, 0.1)))
+    assert not torch.allclose(before, states(plain), rtol=1e-2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fresh()
@@ -399,7 +405,8 @@ def test_the_query_transformation_is_the_released_one(kind, factor, recomputed):
     if recomputed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     got, want = model(**inputs(kind)), other(**inputs(kind))
-    torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-5)
+    found_states, wanted = (out.qformer_outputs.last_hidden_state for out in (got, want))
+    torch.testing.assert_close(found_states, wanted, rtol=1e-4, atol=1e-5)
     parameters = [p for t in found for p in (t.s, t.b)]
     grads = [torch.autograd.grad(out.logits.square().sum(), parameters) for out in (got, want)]
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
