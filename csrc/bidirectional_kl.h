@@ -54,4 +54,15 @@ struct BackwardArguments {
   void* grad_o;  // the same
 };
 
+// The forward that finishes the gradients too, of loss = scale / divisor * (sum of the row losses): each logit is read
+// from memory once where the pair of rows fits on chip, and no statistics are left.
+struct FinishedOutputs {
+  double scale;
+  const void* divisor;  // A, one number (on the logits' device), or null: 1
+  void* row_loss;       // A (rows,): the row losses times scale / divisor
+  void* loss;           // A, one number: their sum, added up in an order that depends on the shape alone
+  void* grad_z;         // dtype (rows, classes) contiguous, or null: not wanted
+  void* grad_o;         // the same
+};
+
 }  // namespace fastgist
