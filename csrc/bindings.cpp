@@ -41,21 +41,21 @@ void bidirectional_kl_bwd_cpu(const Tensor& logits, const Tensor& other_logits, 
 }
 
 void gist_loss_fwd_cpu(const Tensor& logits, const Tensor& gist_logits, const Tensor& target, double alpha, double beta,
-                       double temperature, double label_smoothing, int64_t ignore_index, const Tensor& row_loss,
-                       const Tensor& stats) {
-  const GistLossInputs in =
-      check_gist(kGistFwd, logits, gist_logits, target, alpha, beta, temperature, label_smoothing, ignore_index);
+                       double beta_logits, double beta_gist, double temperature, double label_smoothing,
+                       int64_t ignore_index, const Tensor& row_loss, const Tensor& stats) {
+  const GistLossInputs in = check_gist(kGistFwd, logits, gist_logits, target, alpha, beta, beta_logits, beta_gist,
+                                       temperature, label_smoothing, ignore_index);
   const ForwardOutputs out = check_outputs(kGistFwd, logits, row_loss, stats, kGistStats);
   torch::stable::parallel_for(0, in.logits.rows, grain_rows(in.logits),
                               [&](int64_t begin, int64_t end) { cpu::gist_loss_fwd(in, out, begin, end); });
 }
 
 void gist_loss_bwd_cpu(const Tensor& logits, const Tensor& gist_logits, const Tensor& target, const Tensor& stats,
-                       const Tensor& row_grad, double alpha, double beta, double temperature, double label_smoothing,
-                       int64_t ignore_index, const std::optional<Tensor>& grad_logits,
-                       const std::optional<Tensor>& grad_gist) {
-  const GistLossInputs in =
-      check_gist(kGistBwd, logits, gist_logits, target, alpha, beta, temperature, label_smoothing, ignore_index);
+                       const Tensor& row_grad, double alpha, double beta, double beta_logits, double beta_gist,
+                       double temperature, double label_smoothing, int64_t ignore_index,
+                       const std::optional<Tensor>& grad_logits, const std::optional<Tensor>& grad_gist) {
+  const GistLossInputs in = check_gist(kGistBwd, logits, gist_logits, target, alpha, beta, beta_logits, beta_gist,
+                                       temperature, label_smoothing, ignore_index);
   const BackwardArguments args =
       check_backward(kGistBwd, logits, stats, row_grad, grad_logits, "grad_gist", grad_gist, kGistStats);
   torch::stable::parallel_for(0, in.logits.rows, grain_rows(in.logits),
@@ -73,19 +73,20 @@ STABLE_TORCH_LIBRARY(fastgist_native, m) {
       "bidirectional_kl_bwd(Tensor logits, Tensor other_logits, Tensor? mask, Tensor stats, Tensor row_grad, "
       "float temperature, Tensor(c!)? grad_logits, Tensor(d!)? grad_other) -> ()");
   m.def(
-      "gist_loss_fwd(Tensor logits, Tensor gist_logits, Tensor target, float alpha, float beta, float temperature, "
-      "float label_smoothing, int ignore_index, Tensor(a!) row_loss, Tensor(b!) stats) -> ()");
+      "gist_loss_fwd(Tensor logits, Tensor gist_logits, Tensor target, float alpha, float beta, float beta_logits, "
+      "float beta_gist, float temperature, float label_smoothing, int ignore_index, Tensor(a!) row_loss, "
+      "Tensor(b!) stats) -> ()");
   m.def(
       "gist_loss_bwd(Tensor logits, Tensor gist_logits, Tensor target, Tensor stats, Tensor row_grad, float alpha, "
-      "float beta, float temperature, float label_smoothing, int ignore_index, Tensor(c!)? grad_logits, "
-      "Tensor(d!)? grad_gist) -> ()");
+      "float beta, float beta_logits, float beta_gist, float temperature, float label_smoothing, int ignore_index, "
+      "Tensor(c!)? grad_logits, Tensor(d!)? grad_gist) -> ()");
   m.def(
       "bidirectional_kl_fwd_bwd(Tensor logits, Tensor other_logits, Tensor? mask, Tensor? divisor, float temperature, "
       "float scale, Tensor(a!) row_loss, Tensor(b!) loss, Tensor(c!)? grad_logits, Tensor(d!)? grad_other) -> ()");
   m.def(
       "gist_loss_fwd_bwd(Tensor logits, Tensor gist_logits, Tensor target, Tensor? divisor, float alpha, float beta, "
-      "float temperature, float label_smoothing, int ignore_index, float scale, Tensor(a!) row_loss, Tensor(b!) loss, "
-      "Tensor(c!)? grad_logits, Tensor(d!)? grad_gist) -> ()");
+      "float beta_logits, float beta_gist, float temperature, float label_smoothing, int ignore_index, float scale, "
+      "Tensor(a!) row_loss, Tensor(b!) loss, Tensor(c!)? grad_logits, Tensor(d!)? grad_gist) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgist_native, CPU, m) {

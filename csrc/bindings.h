@@ -140,8 +140,8 @@ inline BackwardArguments check_backward(const char* op, const Tensor& logits, co
 }
 
 inline GistLossInputs check_gist(const char* op, const Tensor& logits, const Tensor& gist_logits, const Tensor& target,
-                                 double alpha, double beta, double temperature, double label_smoothing,
-                                 int64_t ignore_index) {
+                                 double alpha, double beta, double beta_logits, double beta_gist, double temperature,
+                                 double label_smoothing, int64_t ignore_index) {
   GistLossInputs in;
   in.logits = check_logits(op, logits, "gist_logits", gist_logits, std::nullopt, temperature);
   check_device(op, "target", target, logits);
@@ -154,6 +154,8 @@ inline GistLossInputs check_gist(const char* op, const Tensor& logits, const Ten
   }
   in.alpha = alpha;
   in.beta = beta;
+  in.beta_z = beta_logits;
+  in.beta_o = beta_gist;
   in.label_smoothing = label_smoothing;
   in.ignore_index = ignore_index;
   return in;

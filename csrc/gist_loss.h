@@ -23,6 +23,10 @@ struct GistLossInputs {
   ClassTarget target;
   double alpha;
   double beta;  // any T^2 included
+  // The divergence's weight in each side's gradient: beta, or 0 where that side is detached from the divergence (its
+  // gradient is then the cross-entropy's alone, whatever the other side holds).
+  double beta_z;
+  double beta_o;
   double label_smoothing;
   int64_t ignore_index;  // a row with this class counts nowhere and its logits are not read
 };

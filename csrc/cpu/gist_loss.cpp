@@ -202,11 +202,12 @@ struct Forward {
   }
 };
 
-// What the gradients of a row need beside its logits; pair.scale is beta / T here.
+// What the gradients of a row need beside its logits; pair.scale is beta_z / T here.
 template <typename A>
 struct GistScalars {
   RowScalars<A> pair;
   A over_z, over_o;  // W / sum exp(zc), W / sum exp(oc)
+  A scale_o;         // beta_o / T
   A alpha;
   A row_grad;
 };
@@ -223,8 +224,9 @@ FASTGIST_INLINE void backward_block(const A* z, const A* o, const A* weights, in
     const A ce_o = multiply_add<kFma>(exp_unit<kPower, kFma>(at.oc, at.q_hat), row.over_o, -weight);
     const A kl_z = at.template grad_z<kFma>(row.pair.e_p);
     const A kl_o = at.template grad_o<kFma>(row.pair.e_q);
-    grad_z[i] = row.row_grad * multiply_add<kFma>(row.pair.scale, kl_z, ce_z);
-    grad_o[i] = row.row_grad * multiply_add<kFma>(row.pair.scale, kl_o, row.alpha * ce_o);
+    // A detached side takes nothing of the divergence, not even NaN.
+    grad_z[i] = row.row_grad * multiply_add<kFma>(row.pair.scale, row.pair.scale == A(0) ? A(0) : kl_z, ce_z);
+    grad_o[i] = row.row_grad * multiply_add<kFma>(row.scale_o, row.scale_o == A(0) ? A(0) : kl_o, row.alpha * ce_o);
   }
 }
 
@@ -241,7 +243,7 @@ FASTGIST_INLINE void cross_entropy_block(const A* x, const A* weights, int64_t n
 template <bool kEven, bool kFma, typename A>
 FASTGIST_INLINE void backward_any(int power, const A* z, const A* o, const A* weights, int64_t n,
                                   const GistScalars<A>& row, A* grad_z, A* grad_o) {
-  if (row.pair.scale == A(0)) {
+  if (row.pair.scale == A(0) && row.scale_o == A(0)) {
     cross_entropy_block<kEven, kFma>(z, weights, n, row.pair.m_z, row.over_z, row.row_grad, grad_z);
     if (row.alpha == A(0)) {
       std::fill_n(grad_o, n, row.row_grad * A(0));
@@ -325,9 +327,10 @@ struct Backward {
       const auto stat = [&](int64_t which) { return stats[which * pair.rows + row]; };
       const A given = target.valid ? row_grad[row * args.row_grad_stride] : std::numeric_limits<A>::quiet_NaN();
       const GistScalars<A> about = {{stat(kMaxZ), stat(kMaxO), A(1) / stat(kSumP), A(1) / stat(kSumQ), stat(kMeanP),
-                                     stat(kMeanQ), static_cast<A>(in.beta / pair.temperature), inv_t, over_t},
+                                     stat(kMeanQ), static_cast<A>(in.beta_z / pair.temperature), inv_t, over_t},
                                     stat(kWeight) / stat(kUnitZ),
                                     stat(kWeight) / stat(kUnitO),
+                                    static_cast<A>(in.beta_o / pair.temperature),
                                     static_cast<A>(in.alpha),
                                     given};
       for (int64_t start = 0; start < pair.classes; start += kBlock) {

@@ -77,7 +77,7 @@ void check(Kind kind, double temperature, const char* type, DType dtype, double 
   in.logits = {dtype,    kRows,          classes,  temperature, z.buffer.get(), stride_m,
                stride_v, o.buffer.get(), stride_m, stride_v,    nullptr,        0};
   in.target = {soft ? nullptr : labels.get(), weights.buffer.get(), dtype, soft ? stride_m : 1, stride_v};
-  in.alpha = alpha, in.beta = beta, in.label_smoothing = smoothing, in.ignore_index = -100;
+  in.alpha = alpha, in.beta = in.beta_z = in.beta_o = beta, in.label_smoothing = smoothing, in.ignore_index = -100;
   // In two calls, as two threads would make them.
   cpu::gist_loss_fwd(in, {row_loss.get(), stats.get()}, 0, 1);
   cpu::gist_loss_fwd(in, {row_loss.get(), stats.get()}, 1, kRows);
