@@ -35,7 +35,7 @@ def run(
 ):
     """(row_loss, stats, grad_z, grad_g) from outputs that were NaN before."""
     dtype = accumulates(z.dtype)
-    options = (alpha, beta, temperature, smoothing, ignore)
+    options = (alpha, beta, beta, beta, temperature, smoothing, ignore)
     row_loss = torch.full((z.shape[0],), NAN, dtype=dtype)
     stats = torch.full((len(STATS), z.shape[0]), NAN, dtype=dtype)
     native.gist_loss_fwd(z, g, target, *options, row_loss, stats)
@@ -208,7 +208,8 @@ def test_lesser_instruction_sets_as_built(isa):
 
 def _arguments() -> dict:
     z, g, target = case(3, 4, torch.float32, soft=False)
-    options = {"alpha": 0.5, "beta": 0.75, "temperature": 3.0, "label_smoothing": 0.0, "ignore_index": -100}
+    options = {"alpha": 0.5, "beta": 0.75, "beta_logits": 0.75, "beta_gist": 0.75}
+    options |= {"temperature": 3.0, "label_smoothing": 0.0, "ignore_index": -100}
     return {"logits": z, "gist_logits": g, "target": target} | options
 
 

@@ -135,10 +135,9 @@ class GistLoss(nn.Module):
             return self._task(logits, target) + self._rest(logits, gist_logits, target, weight, temperature)
         common: dict[str, Any] = {"alpha": self.alpha, "label_smoothing": self.label_smoothing}
         common |= {"ignore_index": self.ignore_index, "reduction": self.reduction}
-        if self.interaction == "bkld" and self.detach is None:
-            return functional.gist_loss(
-                logits, gist_logits, target, beta=weight, temperature=temperature, t_squared=self.t_squared, **common
-            )
+        if self.interaction == "bkld":
+            common |= {"temperature": temperature, "t_squared": self.t_squared, "detach": self.detach}
+            return functional.gist_loss(logits, gist_logits, target, beta=weight, **common)
         entropies = functional.gist_loss(logits, gist_logits, target, beta=0.0, **common)
         kept = self._kept(logits, target)
         return entropies + weight * self._interaction(logits, gist_logits, kept, temperature)
@@ -185,9 +184,6 @@ class GistLoss(nn.Module):
         elif self.detach == "gist_logits":
             gist_logits = gist_logits.detach()
         factor = temperature**2 if self.t_squared else 1.0
-        if self.interaction == "bkld" and self.problem_type == PROBLEMS[0]:
-            options: dict[str, Any] = {"temperature": temperature, "reduction": self.reduction, "mask": kept}
-            return functional.bidirectional_kl(logits, gist_logits, **options) * factor
         if kept is not None:  # before any arithmetic, so that an ignored row may hold anything
             logits, gist_logits = (torch.where(kept[..., None], z, 0.0) for z in (logits, gist_logits))
         name = self.interaction

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fastgist import backends
-from fastgist.ops import _common
+from fastgist.ops import _common, _finished
 from fastgist.reference import bidirectional_kl as reference
 from fastgist.reference._numerics import accumulate_dtype
 
-__all__ = ["bidirectional_kl"]
+__all__ = ["bidirectional_kl", "leaves"]
 
 _OP = "bidirectional_kl"
 
@@ -30,47 +30,91 @@ def _launchers(impl: str):
     return torch.ops.fastgist_native
 
 
+#: Implementations whose one-launch forward is not there yet: their two launches stand in.
+_TWO_LAUNCHES = ("triton", "cuda", "native")
+
 # -- raw ops ---------------------------------------------------------------------------------------------------------
-# Forward returns (row_loss, stats, grad_logits, grad_other). An implementation that has the gradients in hand fills
-# the last two with T times and -T times the row gradients; one that recomputes leaves them empty and backward takes the stats.
+# Forward returns (loss, stats, grad_logits, grad_other).
+#   reduce False: loss (M,), scale times the row losses. A kernel leaves the stats for its backward; the reference leaves
+#       finished gradients in the last two: T times and -T times the row gradients.
+#   reduce True: loss (), scale / divisor times their sum. Where gradients are asked for they are this loss's, finished;
+#       but a float16 kernel leaves the stats: 1 / rows times a probability would be zero there before any loss scale
+#       arrives.
+
+
+def leaves(impl: str, logits: Tensor, reduce: bool, wanted: bool) -> tuple[bool, bool]:
+    """(whether the forward leaves finished gradients, whether it leaves statistics), if any gradient is ``wanted``."""
+    if not wanted:
+        return False, False
+    if impl == "reference" or logits.numel() == 0:
+        return True, False
+    finished = reduce and logits.dtype != torch.float16
+    return finished, not finished
 
 
 def _fwd(
     logits: Tensor,
     other_logits: Tensor,
     mask: Tensor | None,
+    divisor: Tensor | None,
     temperature: float,
+    scale: float,
+    reduce: bool,
     need_logits: bool,
     need_other: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
     impl = backends.resolve(_OP, impl, logits)
-    rows, classes = logits.shape
-    empty = logits.new_empty(0)
-    if impl == "reference" or rows == 0 or classes == 0:
-        row_loss, *grads = reference.forward(logits, other_logits, mask, temperature, need_logits, need_other)
-        return row_loss, empty, *_common.filled(grads, logits)
+    rows = logits.shape[0]
     dtype = accumulate_dtype(logits.dtype)
+    if impl == "reference" or logits.numel() == 0:
+        whole = scale if divisor is None else scale / divisor
+        row_loss, *grads = reference.forward(
+            logits, other_logits, mask, temperature, need_logits, need_other, whole if reduce else None
+        )
+        loss = (row_loss.sum() if reduce else row_loss) * whole
+        return loss, logits.new_empty(0), *_common.filled(grads, logits)
+    finishes, leaves_stats = leaves(impl, logits, reduce, need_logits or need_other)
+    launchers = _launchers(impl)
     row_loss = torch.empty(rows, dtype=dtype, device=logits.device)
+    if finishes:
+        loss = torch.empty((), dtype=dtype, device=logits.device)
+        grads = [
+            torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if need else None
+            for need in (need_logits, need_other)
+        ]
+        arguments = logits, other_logits, mask, divisor, temperature, scale, row_loss, loss, *grads
+        if impl in _TWO_LAUNCHES:
+            _two_launches(launchers, *arguments)
+        else:
+            launchers.bidirectional_kl_fwd_bwd(*arguments)
+        return loss, logits.new_empty(0), *_common.filled(grads, logits)
     stats = torch.empty(len(STATS), rows, dtype=dtype, device=logits.device)
-    _launchers(impl).bidirectional_kl_fwd(logits, other_logits, mask, temperature, row_loss, stats)
-    return row_loss, stats, empty, logits.new_empty(0)
+    launchers.bidirectional_kl_fwd(logits, other_logits, mask, temperature, row_loss, stats)
+    loss = row_loss.sum() if reduce else row_loss
+    loss = loss if scale == 1.0 else loss * scale
+    loss = loss if divisor is None else loss / divisor
+    return loss, stats if leaves_stats else logits.new_empty(0), logits.new_empty(0), logits.new_empty(0)
 
 
-def _fwd_fake(logits, other_logits, mask, temperature, need_logits, need_other, impl):
+def _two_launches(launchers, z, other, mask, divisor, temperature, scale, row_loss, loss, grad_z, grad_other) -> None:
+    stats = torch.empty(len(STATS), len(z), dtype=row_loss.dtype, device=z.device)
+    launchers.bidirectional_kl_fwd(z, other, mask, temperature, row_loss, stats)
+    row_grad = torch.full_like(loss, scale)
+    row_grad = row_grad if divisor is None else row_grad / divisor
+    row_loss.mul_(row_grad)
+    loss.copy_(row_loss.sum())
+    launchers.bidirectional_kl_bwd(z, other, mask, stats, row_grad.expand(len(z)), temperature, grad_z, grad_other)
+
+
+def _fwd_fake(logits, other_logits, mask, divisor, temperature, scale, reduce, need_logits, need_other, impl):
     impl = backends.resolve(_OP, impl, logits)
-    rows, classes = logits.shape
+    finishes, leaves_stats = leaves(impl, logits, reduce, need_logits or need_other)
     dtype = accumulate_dtype(logits.dtype)
-    row_loss = logits.new_empty(rows, dtype=dtype)
-    with_gradients = impl == "reference" or rows == 0 or classes == 0
-    stats = logits.new_empty(
-        0 if with_gradients else (len(STATS), rows), dtype=logits.dtype if with_gradients else dtype
-    )
-    return (
-        row_loss,
-        stats,
-        *reference.finished_empty(logits, with_gradients and need_logits, with_gradients and need_other),
-    )
+    loss = logits.new_empty(() if reduce else logits.shape[0], dtype=dtype)
+    stats = logits.new_empty((len(STATS), logits.shape[0]), dtype=dtype) if leaves_stats else logits.new_empty(0)
+    kept = reference.finished_dtype(logits.dtype)
+    return loss, stats, *reference.finished_empty(logits, kept, finishes and need_logits, finishes and need_other)
 
 
 def _bwd(
@@ -103,8 +147,8 @@ def _bwd_fake(logits, other_logits, mask, stats, row_grad, temperature, need_log
 
 
 _fwd_op = _common.define(
-    "bidirectional_kl_fwd(Tensor logits, Tensor other_logits, Tensor? mask, float temperature, bool need_logits, "
-    "bool need_other, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bidirectional_kl_fwd(Tensor logits, Tensor other_logits, Tensor? mask, Tensor? divisor, float temperature, "
+    "float scale, bool reduce, bool need_logits, bool need_other, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     _fwd,
     _fwd_fake,
     _OP,
@@ -119,35 +163,36 @@ _bwd_op = _common.define(
 
 
 class _BidirectionalKL(torch.autograd.Function):
-    """(M, V) x 2 -> row losses (M,). Saves the logits and six scalars a row, or the finished gradients."""
+    """(M, V) x 2 -> the loss (), or row losses (M,). Saves the finished gradients, or the logits and six scalars a row."""
 
     @staticmethod
-    def forward(ctx, logits, other_logits, mask, temperature, record, impl):
-        ctx.needs = need_logits, need_other = _common.needs(ctx, 2, record)
-        row_loss, stats, grad_logits, grad_other = _fwd_op(
-            logits, other_logits, mask, temperature, need_logits, need_other, impl
-        )
-        ctx.temperature, ctx.impl, ctx.dtype = temperature, impl, logits.dtype
-        ctx.finished = grad_logits.dim() == 2 or grad_other.dim() == 2
+    def forward(ctx, logits, other_logits, mask, divisor, temperature, scale, reduce, record, impl):
+        ctx.needs = needs = _common.needs(ctx, 2, record)
+        loss, stats, *grads = _fwd_op(logits, other_logits, mask, divisor, temperature, scale, reduce, *needs, impl)
+        ctx.finished = any(g.dim() == 2 for g in grads)
+        ctx.scale, ctx.temperature, ctx.reduce, ctx.impl, ctx.dtype = scale, temperature, reduce, impl, logits.dtype
         if ctx.finished:
-            ctx.save_for_backward(grad_logits, grad_other)
-        elif need_logits or need_other:
-            ctx.save_for_backward(logits, other_logits, mask, stats)
-        return row_loss
+            ctx.save_for_backward(*grads)
+        elif any(needs):
+            ctx.save_for_backward(logits, other_logits, mask, divisor, stats)
+        return loss
 
     @staticmethod
     @_common.single_backward(_OP)
-    def backward(ctx, row_grad):
-        need_logits, need_other = ctx.needs
-        if ctx.finished:
-            scale = row_grad / ctx.temperature
-            grad_logits, grad_other = _common.scale_rows(ctx.saved_tensors, (scale, -scale), ctx.dtype)
+    def backward(ctx, grad):
+        needs = ctx.needs
+        if ctx.finished and ctx.reduce:
+            grads = _finished.scaled(ctx.saved_tensors, grad, ctx.dtype)
+        elif ctx.finished:
+            factor = grad * (ctx.scale / ctx.temperature)
+            grads = _common.scale_rows(ctx.saved_tensors, (factor, -factor), ctx.dtype)
         else:
-            logits, other_logits, mask, stats = ctx.saved_tensors
-            grad_logits, grad_other = _bwd_op(
-                logits, other_logits, mask, stats, row_grad, ctx.temperature, need_logits, need_other, ctx.impl
-            )
-        return grad_logits if need_logits else None, grad_other if need_other else None, None, None, None, None
+            logits, other_logits, mask, divisor, stats = ctx.saved_tensors
+            row_grad = grad * ctx.scale
+            if ctx.reduce:
+                row_grad = (row_grad if divisor is None else row_grad / divisor).expand(len(logits))
+            grads = _bwd_op(logits, other_logits, mask, stats, row_grad, ctx.temperature, *needs, ctx.impl)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 7
 
 
 def _check(logits: Tensor, other_logits: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
@@ -183,6 +228,7 @@ def bidirectional_kl(
     reduction: str = "batchmean",
     mask: Tensor | None = None,
     t_squared: bool = False,
+    divisor: float | Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     r"""KL(p||q) + KL(q||p) with p = softmax(logits / T), q = softmax(other_logits / T), both sides receiving gradient.
@@ -197,6 +243,8 @@ def bidirectional_kl(
             divided by their number (0 if there are none).
         mask: bool (...): False rows count nowhere, whatever they hold.
         t_squared: multiply by T^2, as in knowledge distillation.
+        divisor: what "mean" divides by in place of the number of rows that count: a number > 0 or a tensor of one, such
+            as the tokens of all accumulated batches (:func:`fastgist.distributed.mean_divisor` for several processes).
         impl: "auto", "triton", "cuda", "native" or "reference"; see :mod:`fastgist.backends`.
 
     Returns:
@@ -213,14 +261,21 @@ def bidirectional_kl(
     _common.check_reduction(_OP, reduction)
     leading, classes = logits.shape[:-1], logits.shape[-1]
     rows = math.prod(leading)
-    row_loss = _BidirectionalKL.apply(
+    dtype = accumulate_dtype(logits.dtype)
+    divisor = _finished.divisor_of(_OP, divisor, reduction, logits, dtype)
+    mask = None if mask is None else mask.reshape(rows)
+    scale, divisor = _finished.loss_scale(
+        reduction, temperature**2 if t_squared else 1.0, rows, mask, divisor, logits, dtype
+    )
+    loss = _BidirectionalKL.apply(
         logits.reshape(rows, classes),
         other_logits.reshape(rows, classes),
-        None if mask is None else mask.reshape(rows),
+        mask,
+        divisor,
         temperature,
+        scale,
+        reduction != "none",
         torch.is_grad_enabled(),
         impl,
-    ).reshape(leading)
-    if t_squared:
-        row_loss = row_loss * temperature**2
-    return reference.reduce_rows(row_loss, reduction, mask)
+    )
+    return loss.reshape(leading) if reduction == "none" else loss

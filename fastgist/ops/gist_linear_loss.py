@@ -31,8 +31,10 @@ def default_chunk_rows(rows: int, hidden: int, classes: int) -> int:
 
 def _reference_chunk(logits: Tensor, target: Tensor, scale: Tensor, options: tuple, row_loss: Tensor, need_grad: bool):
     """What the kernel does to a chunk, in plain PyTorch: see fastgist_kernels.gist_linear_loss."""
-    pairs = row_loss.shape[0]
-    loss, *grads = reference.forward(logits[:pairs], logits[pairs:], target, *options, need_grad, need_grad)  # type: ignore[call-arg]
+    pairs, (alpha, beta, *others) = row_loss.shape[0], options
+    betas = beta, beta, beta
+    wanted = need_grad, need_grad
+    loss, *grads = reference.forward(logits[:pairs], logits[pairs:], target, alpha, *betas, *others, *wanted)  # type: ignore[call-arg]
     row_loss.copy_(loss)
     if need_grad:
         for half, grad in zip((logits[:pairs], logits[pairs:]), grads, strict=True):

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastgist import backends
-from fastgist.ops import _common
+from fastgist.ops import _common, _finished
 from fastgist.ops.bidirectional_kl import STATS as _KL_STATS
+from fastgist.ops.bidirectional_kl import leaves
 from fastgist.reference import gist_loss as reference
 from fastgist.reference._numerics import accumulate_dtype
-from fastgist.reference.bidirectional_kl import finished_empty, reduce_rows
+from fastgist.reference.bidirectional_kl import finished_dtype, finished_empty
 
 __all__ = ["gist_loss"]
 
@@ -33,73 +34,76 @@ def _launchers(impl: str):
     return torch.ops.fastgist_native
 
 
-# -- raw ops: forward returns (row_loss, stats, grad_logits, grad_gist), the gradients as in bidirectional_kl -----------
+#: Implementations whose one-launch forward is not there yet: their two launches stand in.
+_TWO_LAUNCHES = ("triton", "cuda", "native")
+
+# -- raw ops: forward returns (loss, stats, grad_logits, grad_gist) by bidirectional_kl's rules; finished gradients that
+# -- still wait for their row's scale are the row gradients themselves -------------------------------------------------
+
+_OPTIONS = (
+    "float alpha, float beta, float beta_logits, float beta_gist, float temperature, float label_smoothing, "
+    "int ignore_index"
+)
 
 
-def _fwd(
-    logits: Tensor,
-    gist_logits: Tensor,
-    target: Tensor,
-    alpha: float,
-    beta: float,
-    temperature: float,
-    label_smoothing: float,
-    ignore_index: int,
-    need_logits: bool,
-    need_gist: bool,
-    impl: str,
-) -> tuple[Tensor, ...]:
-    check_targets_in_range(_OP, target, logits.shape[1], ignore_index)
+def _fwd(logits: Tensor, gist_logits: Tensor, target: Tensor, divisor: Tensor | None, *rest) -> tuple[Tensor, ...]:
+    *options, scale, reduce, need_logits, need_gist, impl = rest
+    check_targets_in_range(_OP, target, logits.shape[1], options[-1])
     impl = backends.resolve(_OP, impl, logits)
-    options = (alpha, beta, temperature, label_smoothing, ignore_index)
+    dtype, empty = accumulate_dtype(logits.dtype), logits.new_empty(0)
     if impl == "reference" or logits.numel() == 0:
-        row_loss, *grads = reference.forward(logits, gist_logits, target, *options, need_logits, need_gist)
-        return row_loss, logits.new_empty(0), *_common.filled(grads, logits)
-    dtype = accumulate_dtype(logits.dtype)
+        whole = scale if divisor is None else scale / divisor
+        wanted = need_logits, need_gist, whole if reduce else None
+        row_loss, *grads = reference.forward(logits, gist_logits, target, *options, *wanted)  # type: ignore[call-arg]
+        return (row_loss.sum() if reduce else row_loss) * whole, empty, *_common.filled(grads, logits)
+    finishes, leaves_stats = leaves(impl, logits, reduce, need_logits or need_gist)
     row_loss = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
+    if finishes:
+        loss = torch.empty((), dtype=dtype, device=logits.device)
+        grads = [
+            torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if n else None
+            for n in (need_logits, need_gist)
+        ]
+        arguments = logits, gist_logits, target, divisor, *options, scale, row_loss, loss, *grads
+        if impl in _TWO_LAUNCHES:
+            _two_launches(_launchers(impl), options, *arguments)
+        else:
+            _launchers(impl).gist_loss_fwd_bwd(*arguments)
+        return loss, empty, *_common.filled(grads, logits)
     stats = torch.empty(len(STATS), logits.shape[0], dtype=dtype, device=logits.device)
     _launchers(impl).gist_loss_fwd(logits, gist_logits, target, *options, row_loss, stats)
-    return row_loss, stats, logits.new_empty(0), logits.new_empty(0)
+    loss = row_loss.sum() if reduce else row_loss
+    loss = loss if scale == 1.0 else loss * scale
+    loss = loss if divisor is None else loss / divisor
+    return loss, stats if leaves_stats else empty, logits.new_empty(0), logits.new_empty(0)
 
 
-def _fwd_fake(
-    logits,
-    gist_logits,
-    target,
-    alpha,
-    beta,
-    temperature,
-    label_smoothing,
-    ignore_index,
-    need_logits,
-    need_gist,
-    impl,
-):
-    rows, classes = logits.shape
-    with_gradients = backends.resolve(_OP, impl, logits) == "reference" or rows == 0 or classes == 0
+def _two_launches(launchers, options, z, gist, target, divisor, *rest) -> None:
+    scale, row_loss, loss, *grads = rest[len(options) :]
+    stats = torch.empty(len(STATS), len(z), dtype=row_loss.dtype, device=z.device)
+    launchers.gist_loss_fwd(z, gist, target, *options, row_loss, stats)
+    row_grad = torch.full_like(loss, scale)
+    row_grad = row_grad if divisor is None else row_grad / divisor
+    row_loss.mul_(row_grad)
+    loss.copy_(row_loss.sum())
+    launchers.gist_loss_bwd(z, gist, target, stats, row_grad.expand(len(z)), *options, *grads)
+
+
+def _fwd_fake(logits, gist_logits, target, divisor, *rest):
+    *_, reduce, need_logits, need_gist, impl = rest
+    impl = backends.resolve(_OP, impl, logits)
+    finishes, leaves_stats = leaves(impl, logits, reduce, need_logits or need_gist)
     dtype = accumulate_dtype(logits.dtype)
-    return (
-        logits.new_empty(rows, dtype=dtype),
-        logits.new_empty(0 if with_gradients else (len(STATS), rows), dtype=logits.dtype if with_gradients else dtype),
-        *finished_empty(logits, with_gradients and need_logits, with_gradients and need_gist),
-    )
+    loss = logits.new_empty(() if reduce else logits.shape[0], dtype=dtype)
+    stats = logits.new_empty((len(STATS), logits.shape[0]), dtype=dtype) if leaves_stats else logits.new_empty(0)
+    kept = finished_dtype(logits.dtype)
+    return loss, stats, *finished_empty(logits, kept, finishes and need_logits, finishes and need_gist)
 
 
 def _bwd(
-    logits: Tensor,
-    gist_logits: Tensor,
-    target: Tensor,
-    stats: Tensor,
-    row_grad: Tensor,
-    alpha: float,
-    beta: float,
-    temperature: float,
-    label_smoothing: float,
-    ignore_index: int,
-    need_logits: bool,
-    need_gist: bool,
-    impl: str,
+    logits: Tensor, gist_logits: Tensor, target: Tensor, stats: Tensor, row_grad: Tensor, *rest
 ) -> tuple[Tensor, ...]:
+    *options, need_logits, need_gist, impl = rest
     impl = backends.resolve(_OP, impl, logits)
     if impl == "reference":
         raise RuntimeError(f"{_OP}: the reference returns its gradients from the forward; there is no backward to call")
@@ -108,20 +112,19 @@ def _bwd(
         torch.empty(shape, dtype=logits.dtype, device=logits.device) if n else None for n in (need_logits, need_gist)
     ]
     if logits.numel() and (need_logits or need_gist):
-        options = (alpha, beta, temperature, label_smoothing, ignore_index)
         _launchers(impl).gist_loss_bwd(logits, gist_logits, target, stats, row_grad, *options, *grads)
     return _common.filled(grads, logits)
 
 
-def _bwd_fake(logits, gist_logits, target, stats, row_grad, a, b, t, s, i, need_logits, need_gist, impl):
+def _bwd_fake(logits, gist_logits, target, stats, row_grad, *rest):
+    *_, need_logits, need_gist, _impl = rest
     shape = tuple(logits.shape)
     return logits.new_empty(shape if need_logits else 0), logits.new_empty(shape if need_gist else 0)
 
 
-_OPTIONS = "float alpha, float beta, float temperature, float label_smoothing, int ignore_index"
 _fwd_op = _common.define(
-    f"gist_loss_fwd(Tensor logits, Tensor gist_logits, Tensor target, {_OPTIONS}, bool need_logits, bool need_gist, "
-    "str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"gist_loss_fwd(Tensor logits, Tensor gist_logits, Tensor target, Tensor? divisor, {_OPTIONS}, float scale, "
+    "bool reduce, bool need_logits, bool need_gist, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     _fwd,
     _fwd_fake,
     _OP,
@@ -136,34 +139,36 @@ _bwd_op = _common.define(
 
 
 class _GistLoss(torch.autograd.Function):
-    """(M, V) x 2 and targets -> row losses (M,). Saves the logits and nine scalars a row, or the finished gradients."""
+    """(M, V) x 2 and targets -> the loss (), or row losses (M,). Saves the finished gradients, or the logits and nine
+    scalars a row."""
 
     @staticmethod
-    def forward(ctx, logits, gist_logits, target, options, record, impl):
-        ctx.needs = need_logits, need_gist = _common.needs(ctx, 2, record)
-        row_loss, stats, grad_logits, grad_gist = _fwd_op(
-            logits, gist_logits, target, *options, need_logits, need_gist, impl
-        )
-        ctx.options, ctx.impl, ctx.dtype = options, impl, logits.dtype
-        ctx.finished = grad_logits.dim() == 2 or grad_gist.dim() == 2
+    def forward(ctx, logits, gist_logits, target, divisor, options, scale, reduce, record, impl):
+        ctx.needs = needs = _common.needs(ctx, 2, record)
+        loss, stats, *grads = _fwd_op(logits, gist_logits, target, divisor, *options, scale, reduce, *needs, impl)
+        ctx.finished = any(g.dim() == 2 for g in grads)
+        ctx.options, ctx.scale, ctx.reduce, ctx.impl, ctx.dtype = options, scale, reduce, impl, logits.dtype
         if ctx.finished:
-            ctx.save_for_backward(grad_logits, grad_gist)
-        elif need_logits or need_gist:
-            ctx.save_for_backward(logits, gist_logits, target, stats)
-        return row_loss
+            ctx.save_for_backward(*grads)
+        elif any(needs):
+            ctx.save_for_backward(logits, gist_logits, target, divisor, stats)
+        return loss
 
     @staticmethod
     @_common.single_backward(_OP)
-    def backward(ctx, row_grad):
-        need_logits, need_gist = ctx.needs
-        if ctx.finished:
-            grads = _common.scale_rows(ctx.saved_tensors, (row_grad, row_grad), ctx.dtype)
+    def backward(ctx, grad):
+        needs = ctx.needs
+        if ctx.finished and ctx.reduce:
+            grads = _finished.scaled(ctx.saved_tensors, grad, ctx.dtype)
+        elif ctx.finished:
+            grads = _common.scale_rows(ctx.saved_tensors, (grad * ctx.scale,) * 2, ctx.dtype)
         else:
-            logits, gist_logits, target, stats = ctx.saved_tensors
-            grads = _bwd_op(
-                logits, gist_logits, target, stats, row_grad, *ctx.options, need_logits, need_gist, ctx.impl
-            )
-        return grads[0] if need_logits else None, grads[1] if need_gist else None, None, None, None, None
+            logits, gist_logits, target, divisor, stats = ctx.saved_tensors
+            row_grad = grad * ctx.scale
+            if ctx.reduce:
+                row_grad = (row_grad if divisor is None else row_grad / divisor).expand(len(logits))
+            grads = _bwd_op(logits, gist_logits, target, stats, row_grad, *ctx.options, *needs, ctx.impl)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 7
 
 
 # -- checks, shared with gist_linear_loss ------------------------------------------------------------------------------
@@ -204,12 +209,22 @@ def check_target(op: str, target: Tensor, leading: torch.Size, classes: int) -> 
         )
 
 
-def check_options(op: str, alpha: float, beta: float, label_smoothing: float, reduction: str) -> None:
+def betas(beta: float, temperature: float, t_squared: bool, detach: str | None) -> tuple[float, float, float]:
+    """The divergence's weight in the loss, in the gradient of logits and in that of gist_logits."""
+    beta = float(beta) * (temperature**2 if t_squared else 1.0)
+    return beta, 0.0 if detach == "logits" else beta, 0.0 if detach == "gist_logits" else beta
+
+
+def check_options(
+    op: str, alpha: float, beta: float, label_smoothing: float, reduction: str, detach: str | None = None
+) -> None:
     for name, value in (("alpha", alpha), ("beta", beta)):
         if isinstance(value, Tensor) or not float("-inf") < float(value) < float("inf"):
             raise ValueError(f"{op}: {name} must be a finite number, got {value!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if detach not in (None, "logits", "gist_logits"):
+        raise ValueError(f"{op}: detach must be None, 'logits' or 'gist_logits', got {detach!r}")
     _common.check_reduction(op, reduction)
 
 
@@ -225,6 +240,8 @@ def gist_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    detach: str | None = None,
+    divisor: float | Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     r"""CE(z, y) + alpha CE(z_g, y) + beta [KL(p||q) + KL(q||p)]: the GIST objective (arXiv 2312.07255) in one pass.
@@ -239,6 +256,10 @@ def gist_loss(
         label_smoothing: as in torch.nn.functional.cross_entropy, on both cross-entropies.
         ignore_index: rows with this target leave all three terms, whatever their logits hold.
         reduction: "none", "sum", or "mean" (= "batchmean"): over the rows that are not ignored; 0 if none is left.
+        detach: "logits" or "gist_logits": that side gets no gradient of the divergence, only of its cross-entropy. Costs
+            nothing.
+        divisor: what "mean" divides by in place of the number of rows that count: a number > 0 or a tensor of one, such
+            as the tokens of all accumulated batches (:func:`fastgist.distributed.mean_divisor` for several processes).
         impl: "auto", "triton", "native" or "reference"; see :mod:`fastgist.backends`.
 
     Returns:
@@ -263,16 +284,30 @@ def gist_loss(
     check_target(_OP, target, leading, classes)
     _common.check_same_device(_OP, logits=logits, gist_logits=gist_logits, target=target)
     temperature = _common.check_temperature(_OP, temperature)
-    check_options(_OP, alpha, beta, label_smoothing, reduction)
+    check_options(_OP, alpha, beta, label_smoothing, reduction, detach)
     rows = math.prod(leading)
-    flat_target = target.reshape(rows, classes) if target.is_floating_point() else target.reshape(rows)
-    beta_t = float(beta) * (temperature**2 if t_squared else 1.0)
-    row_loss = _GistLoss.apply(
+    target = target.reshape(rows, classes) if target.is_floating_point() else target.reshape(rows)
+    dtype = accumulate_dtype(logits.dtype)
+    divisor = _finished.divisor_of(_OP, divisor, reduction, logits, dtype)
+    counted = (
+        reference.kept_rows(target, ignore_index) if divisor is None and reduction in ("mean", "batchmean") else None
+    )
+    scale, divisor = _finished.loss_scale(reduction, 1.0, rows, counted, divisor, logits, dtype)
+    loss = _GistLoss.apply(
         logits.reshape(rows, classes),
         gist_logits.reshape(rows, classes),
-        flat_target,
-        (float(alpha), beta_t, temperature, float(label_smoothing), int(ignore_index)),
+        target,
+        divisor,
+        (
+            float(alpha),
+            *betas(beta, temperature, t_squared, detach),
+            temperature,
+            float(label_smoothing),
+            int(ignore_index),
+        ),
+        scale,
+        reduction != "none",
         torch.is_grad_enabled(),
         impl,
-    ).reshape(leading)
-    return reduce_rows(row_loss, reduction, reference.kept_rows(target, ignore_index))
+    )
+    return loss.reshape(leading) if reduction == "none" else loss

@@ -132,9 +132,16 @@ def pair(
 
 
 def forward(
-    logits: Tensor, other_logits: Tensor, mask: Tensor | None, temperature: float, need_z: bool, need_other: bool
+    logits: Tensor,
+    other_logits: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    need_z: bool,
+    need_other: bool,
+    scale: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Row losses J (M,), T dJ/dz and -T dJ/dother where asked for, from logits (M, V).
+    """Row losses J (M,) and gradients where asked for, from logits (M, V): scale dJ/dz and scale dJ/dother, or, where no
+    scale () is known yet, T dJ/dz and -T dJ/dother.
 
     The gradients come with the forward because eager PyTorch has p and q in hand here; to form them again later would
     cost two more exponentials an element. A masked row gets loss 0 and gradient 0, whatever it holds.
@@ -159,6 +166,10 @@ def forward(
         direct = finished_dtype(logits.dtype) == width
         loss, *grads = pair(z, other, temperature, need_z, need_other, places if direct else (None, None))  # type: ignore[arg-type]
         row_loss[rows] = loss
+        if scale is not None:
+            for grad, sign in zip(grads, (1.0, -1.0), strict=True):
+                if grad is not None:
+                    grad.mul_(sign * scale / temperature)
         if not direct:
             for place, grad in zip(places, grads, strict=True):
                 if place is not None and grad is not None:
@@ -166,9 +177,8 @@ def forward(
     return row_loss, grad_z, grad_other
 
 
-def finished_empty(logits: Tensor, *wanted: bool) -> list[Tensor]:
-    """Uninitialised finished gradients of ``logits``' shape where wanted, else empty."""
-    dtype = finished_dtype(logits.dtype)
+def finished_empty(logits: Tensor, dtype: torch.dtype, *wanted: bool) -> list[Tensor]:
+    """Uninitialised gradients of ``logits``' shape where wanted, else empty."""
     return [logits.new_empty(logits.shape, dtype=dtype) if want else logits.new_empty(0) for want in wanted]
 
 

@@ -49,6 +49,7 @@ def gist_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    detach: str | None = None,
 ) -> Tensor:
     """The formula, by autograd. Arguments as :func:`fastgist.functional.gist_loss`; targets must be in range."""
     z, gist = accumulate(logits), accumulate(gist_logits)
@@ -60,6 +61,7 @@ def gist_loss(
     if alpha:  # a weight of 0 means the term is absent, also where it would be inf or NaN
         row_loss = row_loss + alpha * cross_entropy_rows(gist, target, label_smoothing)
     if beta:
+        z, gist = z.detach() if detach == "logits" else z, gist.detach() if detach == "gist_logits" else gist
         divergence = _kl.bidirectional_kl(z, gist, temperature=temperature, reduction="none", t_squared=t_squared)
         row_loss = row_loss + beta * divergence
     if kept is not None:
@@ -97,13 +99,19 @@ def forward(
     target: Tensor,
     alpha: float,
     beta: float,
+    beta_z: float,
+    beta_gist: float,
     temperature: float,
     label_smoothing: float,
     ignore_index: int,
     need_z: bool,
     need_gist: bool,
+    scale: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Row losses (M,) and the gradients asked for, from logits (M, V); ``beta`` includes any T^2.
+    """Row losses (M,) and the gradients asked for, times ``scale`` (), from logits (M, V).
+
+    ``beta`` includes any T^2; ``beta_z`` and ``beta_gist`` are the divergence's weight in each side's gradient: beta, or
+    0 for a side that is detached from it.
 
     A target that is neither a class nor ``ignore_index`` makes its row NaN (a caller on a CPU has raised before).
     """
@@ -111,18 +119,18 @@ def forward(
         wanted = (need_z, need_gist)
         grads = [torch.zeros_like(logits, dtype=_kl.finished_dtype(logits.dtype)) if need else None for need in wanted]
         return accumulate(logits).new_zeros(logits.shape[0]), grads[0], grads[1]
-    settings = (alpha, beta, temperature, label_smoothing, ignore_index)
+    settings = (alpha, beta, beta_z, beta_gist, temperature, label_smoothing, ignore_index)
 
     blocks = row_blocks(logits)
     if len(blocks) == 1:
-        return _rows(logits, gist_logits, target, *settings, need_z, need_gist)
+        return _rows(logits, gist_logits, target, *settings, need_z, need_gist, scale)
     row_loss = logits.new_empty(logits.shape[0], dtype=accumulate_dtype(logits.dtype))
     grads = [
         logits.new_empty(logits.shape, dtype=_kl.finished_dtype(logits.dtype)) if need else None
         for need in (need_z, need_gist)
     ]
     for rows in blocks:
-        loss, *parts = _rows(logits[rows], gist_logits[rows], target[rows], *settings, need_z, need_gist)
+        loss, *parts = _rows(logits[rows], gist_logits[rows], target[rows], *settings, need_z, need_gist, scale)
         row_loss[rows] = loss
         for grad, part in zip(grads, parts, strict=True):
             if grad is not None and part is not None:
@@ -136,11 +144,14 @@ def _rows(
     target: Tensor,
     alpha: float,
     beta: float,
+    beta_z: float,
+    beta_gist: float,
     temperature: float,
     label_smoothing: float,
     ignore_index: int,
     need_z: bool,
     need_gist: bool,
+    scale: float | Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     z, gist = accumulate(logits), accumulate(gist_logits)
     rows, classes = z.shape
@@ -167,14 +178,21 @@ def _rows(
         row_loss = row_loss + alpha * gist_rows
         grad_gist = None if grad_gist is None else grad_gist.mul_(alpha)
     if beta:
-        divergence, kl_z, kl_gist = _kl.pair(z, gist, temperature, need_z, need_gist)
+        learns, gist_learns = need_z and beta_z != 0, need_gist and beta_gist != 0
+        divergence, kl_z, kl_gist = _kl.pair(z, gist, temperature, learns, gist_learns)
         row_loss = row_loss + beta * divergence
-        grad_z = None if grad_z is None else grad_z.add_(kl_z, alpha=beta / temperature)
-        grad_gist = None if grad_gist is None else grad_gist.sub_(kl_gist, alpha=beta / temperature)
+        if grad_z is not None and kl_z is not None:
+            grad_z.add_(kl_z, alpha=beta_z / temperature)
+        if grad_gist is not None and kl_gist is not None:
+            grad_gist.sub_(kl_gist, alpha=beta_gist / temperature)
     for rows_out, value in ((invalid, torch.nan), (None if kept is None else ~kept, 0.0)):
         if rows_out is not None:
             row_loss = row_loss.masked_fill(rows_out, value)
             for grad in (grad_z, grad_gist):
                 if grad is not None:
                     grad.masked_fill_(rows_out[:, None], value)
+    if scale is not None:
+        for grad in (grad_z, grad_gist):
+            if grad is not None:
+                grad.mul_(scale)
     return row_loss, _kl.narrow(grad_z, logits.dtype), _kl.narrow(grad_gist, logits.dtype)

@@ -1,0 +1,97 @@
+"""Gradients that a forward finished: of the scalar loss itself, waiting for the gradient that arrives (1, mostly)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["divisor_of", "loss_scale", "scaled"]
+
+#: Whether the backward that runs is one of several over a retained graph; torch does not say so everywhere.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def scaled(grads: Sequence[Tensor], factor: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Finished gradients times the incoming gradient () of their loss, as ``dtype``. Those not asked for (1-D, empty) pass.
+
+    A factor of 1 costs no traffic: on a CPU it is looked at, on a GPU a kernel reads it on the device and returns at once.
+    Another one is applied in place, unless the graph is retained, whose next backward must find them as they are.
+    """
+    wanted = [g for g in grads if g.dim() == 2]
+    if _plain(factor) and _plain(*wanted) and not torch.compiler.is_compiling():
+        if factor.device.type == "cpu":
+            value = float(factor)
+            if value == 1.0:
+                return [g.to(dtype) for g in grads]
+            if not _keeps_graph() and all(g.dtype == dtype for g in wanted):
+                for g in wanted:
+                    g.mul_(value)
+                return list(grads)
+        elif factor.device.type == "cuda" and wanted and not _keeps_graph() and wanted[0].dtype == dtype:
+            if _scale_on_device(wanted, factor):
+                return list(grads)
+    return [(g * factor).to(dtype) if g.dim() == 2 else g for g in grads]
+
+
+def _plain(*tensors: Tensor) -> bool:
+    return not torch._C._are_functorch_transforms_active() and all(type(t) is Tensor for t in tensors)
+
+
+def _scale_on_device(grads: list[Tensor], factor: Tensor) -> bool:
+    from fastgist import backends
+
+    if "triton" not in backends.available():
+        return False
+    from fastgist_kernels.scale import scale_unless_one
+
+    scale_unless_one(grads, factor)
+    return True
+
+
+def divisor_of(op: str, divisor: object, reduction: str, like: Tensor, dtype: torch.dtype) -> Tensor | float | None:
+    """A caller's ``divisor``: a positive Python number, or a tensor of one number, as () ``dtype`` where ``like`` is.
+
+    Raises:
+        TypeError, ValueError: something else, or a reduction that divides by nothing.
+    """
+    if divisor is None:
+        return None
+    if reduction not in ("mean", "batchmean"):
+        raise ValueError(f"{op}: divisor is what a mean divides by, and reduction is {reduction!r}")
+    if isinstance(divisor, Tensor):
+        if divisor.numel() != 1:
+            raise ValueError(f"{op}: divisor must be one number, got a tensor of shape {tuple(divisor.shape)}")
+        if divisor.requires_grad:
+            raise ValueError(f"{op}: divisor gets no gradient; detach it")
+        return divisor.reshape(()).to(device=like.device, dtype=dtype, non_blocking=True)
+    if isinstance(divisor, bool) or not isinstance(divisor, (int, float)):
+        raise TypeError(f"{op}: divisor must be a number or a Tensor, got {type(divisor).__name__}")
+    if not 0.0 < divisor < float("inf"):
+        raise ValueError(f"{op}: divisor must be finite and > 0, got {divisor}")
+    return float(divisor)
+
+
+def loss_scale(
+    reduction: str,
+    factor: float,
+    rows: int,
+    counted: Tensor | None,
+    divisor: Tensor | float | None,
+    like: Tensor,
+    dtype: torch.dtype,
+) -> tuple[float, Tensor | None]:
+    """(scale, divisor ()) of a loss that is scale / divisor times the row losses or their sum: ``factor``, and for a mean
+    the number of rows, those that ``counted`` (bool) names or all, or what the caller divides by in its place."""
+    if reduction in ("none", "sum"):
+        return factor, None
+    if isinstance(divisor, Tensor):
+        return factor, divisor
+    if divisor is not None:
+        return factor / divisor, None
+    if counted is not None:
+        return factor, counted.sum(dtype=dtype).clamp_(min=1)
+    if torch.compiler.is_compiling():  # a Python number would make the number of rows a constant of the graph
+        return factor, like.new_full((), max(rows, 1), dtype=dtype)
+    return factor / max(rows, 1), None
