@@ -30,14 +30,14 @@ def _need(package: str) -> None:
 # -- the losses --------------------------------------------------------------------------------------------------------
 
 
-def authors_kl(z: Tensor, g: Tensor) -> Tensor:
+def authors_kl(z: Tensor, g: Tensor, temperature: float = T) -> Tensor:
     """The paper's code: softmax().log() through F.kl_div both ways. It underflows to inf for large logit gaps."""
-    p, q = (z / T).softmax(-1), (g / T).softmax(-1)
+    p, q = (z / temperature).softmax(-1), (g / temperature).softmax(-1)
     return F.kl_div(q.log(), p, reduction="batchmean") + F.kl_div(p.log(), q, reduction="batchmean")
 
 
-def log_softmax_kl(z: Tensor, g: Tensor) -> Tensor:
-    log_p, log_q = F.log_softmax(z / T, -1), F.log_softmax(g / T, -1)
+def log_softmax_kl(z: Tensor, g: Tensor, temperature: float = T) -> Tensor:
+    log_p, log_q = F.log_softmax(z / temperature, -1), F.log_softmax(g / temperature, -1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) + F.kl_div(
         log_p, log_q, reduction="batchmean", log_target=True
     )
@@ -47,12 +47,12 @@ class _Analytic(torch.autograd.Function):
     """sum (p - q)(u - v) with its gradients by formula, in plain PyTorch: the honest peer of a fused kernel."""
 
     @staticmethod
-    def forward(ctx, z, g):
-        u, v = z.float() / T, g.float() / T
+    def forward(ctx, z, g, temperature):
+        u, v = z.float() / temperature, g.float() / temperature
         p, q = u.softmax(-1), v.softmax(-1)
         d = u - v
         mean_p, mean_q = (p * d).sum(-1, keepdim=True), (q * d).sum(-1, keepdim=True)
-        scale = 1.0 / (T * z.shape[0])
+        scale = 1.0 / (temperature * z.shape[0])
         ctx.save_for_backward(
             ((p * (d - mean_p) + p - q) * scale).to(z.dtype), ((q * (mean_q - d) + q - p) * scale).to(g.dtype)
         )
@@ -61,22 +61,24 @@ class _Analytic(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_z, grad_g = ctx.saved_tensors
-        return grad_z * grad, grad_g * grad
+        return grad_z * grad, grad_g * grad, None
 
 
-def analytic_kl(z: Tensor, g: Tensor) -> Tensor:
-    return _Analytic.apply(z, g)
+def analytic_kl(z: Tensor, g: Tensor, temperature: float = T) -> Tensor:
+    return _Analytic.apply(z, g, temperature)
 
 
-def _gist(kl: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    def loss(z: Tensor, g: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(z, target) + ALPHA * F.cross_entropy(g, target) + BETA * kl(z, g)
+def gist(kl: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """GIST's objective by a form of the divergence."""
+
+    def loss(z: Tensor, g: Tensor, target: Tensor, temperature: float = T) -> Tensor:
+        return F.cross_entropy(z, target) + ALPHA * F.cross_entropy(g, target) + BETA * kl(z, g, temperature)
 
     return loss
 
 
 def _gist_linear(kl: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    loss = _gist(kl)
+    loss = gist(kl)
 
     def whole(hidden: Tensor, gist_hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
         return loss(F.linear(hidden, weight, bias), F.linear(gist_hidden, weight, bias), target)
@@ -90,6 +92,36 @@ def _liger_jsd(tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
 
     jsd = LigerJSD(beta=0.5)
     return lambda z, g: jsd(F.log_softmax(z / T, -1), F.log_softmax(g / T, -1))
+
+
+def _liger_kl(tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
+    """Both divergences; each gives a gradient to the side that it measures, none to the other."""
+    _need("liger_kernel")
+    from liger_kernel.transformers import LigerKLDIVLoss
+
+    kl = LigerKLDIVLoss(reduction="batchmean", log_target=True)
+
+    def both(z: Tensor, g: Tensor) -> Tensor:
+        log_p, log_q = F.log_softmax(z / T, -1), F.log_softmax(g / T, -1)
+        return kl(log_q, log_p.detach()) + kl(log_p, log_q.detach())
+
+    return both
+
+
+def _fla_linear_kl(tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
+    """flash-linear-attention's head + KL both ways, at T = 1 and without bias: its teacher gets no gradient."""
+    _need("fla.modules" if importlib.util.find_spec("fla") else "fla")
+    from fla.modules import FusedKLDivLoss
+
+    kl = FusedKLDivLoss()
+
+    def both(hidden: Tensor, gist_hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+        fixed = weight.detach()
+        one = kl(hidden, gist_hidden.detach(), weight, fixed)
+        other = kl(gist_hidden, hidden.detach(), weight, fixed)
+        return one + other
+
+    return both
 
 
 def _liger_linear_jsd(tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
@@ -201,13 +233,14 @@ PEERS: dict[str, dict[str, Build]] = {
     | _both("authors", authors_kl)
     | _both("log_softmax", log_softmax_kl)
     | _both("analytic", analytic_kl)
-    | {"Liger JSD": _liger_jsd},
+    | {"Liger JSD": _liger_jsd, "Liger KL": _liger_kl},
     "gist_loss": _implementations("gist_loss")
-    | _both("authors", _gist(authors_kl))
-    | _both("log_softmax", _gist(log_softmax_kl)),
+    | _both("authors", gist(authors_kl))
+    | _both("log_softmax", gist(log_softmax_kl))
+    | _both("analytic", gist(analytic_kl)),
     "gist_linear_loss": _implementations("gist_linear_loss")
     | _both("log_softmax", _gist_linear(log_softmax_kl))
-    | {"Liger fused linear JSD": _liger_linear_jsd},
+    | {"Liger fused linear JSD": _liger_linear_jsd, "flash-linear-attention KL": _fla_linear_kl},
     "cp_linear": _implementations("cp_linear")
     | _both("released", cp_released)
     | _both("factored", cp_factored)
@@ -218,4 +251,4 @@ PEERS: dict[str, dict[str, Build]] = {
     "gelu": _implementations("gelu") | _both("eager", F.gelu),
 }
 #: Providers that compute something else, there for their cost: their result is not held against the formula.
-OTHER_FUNCTION = {"Liger JSD", "Liger fused linear JSD", "frozen linear alone"}
+OTHER_FUNCTION = {"Liger JSD", "Liger KL", "Liger fused linear JSD", "flash-linear-attention KL", "frozen linear alone"}

@@ -67,23 +67,26 @@ def bidirectional_kl(
     return reduce_rows(row_loss, reduction, mask)
 
 
-def without_offset(z: Tensor, other: Tensor) -> Tensor:
-    """z less a constant of its row that brings it near ``other``: the difference of the maxima. What is subtracted first is
-    nearly exact; divided and subtracted later, an offset of 100 would drown a divergence of 1e-5. (Not a mean over
-    classes: one class that a caller masked with -1e9 here and -1e4 there would move it out of float32's resolution.)
+def centred(z: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both less the maxima of their rows. What is subtracted first is nearly exact; divided by T and subtracted later, an
+    offset of 100 would drown a divergence of 1e-5, and logits about 1e4 would round to 1e-3. (Not a mean over classes:
+    one class that a caller masked with -1e9 here and -1e4 there would move it out of float32's resolution.)
 
-    On a CPU some 32 classes are looked at first: no offset to speak of, no pass over the tensor.
+    On a CPU some 32 classes are looked at first: neither offset nor size to speak of, no pass over the tensors.
     """
     if z.device.type == "cpu":
         some = slice(None, None, max(1, z.shape[1] // 32))
-        if float(_offset(z[:, some], other[:, some]).abs().max()) <= 4.0:
-            return z
-    return z - _offset(z, other)
+        near, other_near = z[:, some], other[:, some]
+        offset = (near.amax(-1) - other_near.amax(-1)).nan_to_num_(0.0, 0.0, 0.0).abs().max()
+        size = max(float(x.abs().nan_to_num_(0.0, 0.0, 0.0).max()) for x in (near, other_near))
+        if float(offset) <= 4.0 and size <= 64.0:
+            return z, other
+    return z - _finite_max(z), other - _finite_max(other)
 
 
-def _offset(z: Tensor, other: Tensor) -> Tensor:
-    """max z - max other of each row, (M, 1); 0 where it is not finite."""
-    return (z.amax(-1, keepdim=True) - other.amax(-1, keepdim=True)).nan_to_num_(0.0, 0.0, 0.0)
+def _finite_max(x: Tensor) -> Tensor:
+    """The maximum of each row, (M, 1); 0 where it is not finite."""
+    return x.amax(-1, keepdim=True).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _mean(p: Tensor, d: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ def pair(
     """Row divergences (M,), T dJ/dz and -T dJ/dother where asked for, from logits (M, V). Sign and 1 / T are left to the
     caller, who has another scale to apply anyway. ``out``: where to write the gradients."""
     inv_t = 1.0 / temperature
-    z = without_offset(z, other)
+    z, other = centred(z, other)
     p, q = torch.softmax(z * inv_t, -1), torch.softmax(other * inv_t, -1)
     # d stays undivided by T and is taken about its mean under p: what must vanish where p is 1 or p = q then does.
     d = z - other
