@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["divisor_of", "loss_scale", "scaled"]
+__all__ = ["divisor_of", "is_plain", "loss_scale", "scaled"]
 
 #: Whether the backward that runs is one of several over a retained graph; torch does not say so everywhere.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -20,7 +20,7 @@ def scaled(grads: Sequence[Tensor], factor: Tensor, dtype: torch.dtype) -> list[
     Another one is applied in place, unless the graph is retained, whose next backward must find them as they are.
     """
     wanted = [g for g in grads if g.dim() == 2]
-    if _plain(factor) and _plain(*wanted) and not torch.compiler.is_compiling():
+    if is_plain(factor, *wanted):
         if factor.device.type == "cpu":
             value = float(factor)
             if value == 1.0:
@@ -35,8 +35,11 @@ def scaled(grads: Sequence[Tensor], factor: Tensor, dtype: torch.dtype) -> list[
     return [(g * factor).to(dtype) if g.dim() == 2 else g for g in grads]
 
 
-def _plain(*tensors: Tensor) -> bool:
-    return not torch._C._are_functorch_transforms_active() and all(type(t) is Tensor for t in tensors)
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether these are numbers in memory that Python may look at: nobody traces, compiles or transforms."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(type(t) is Tensor for t in tensors)
 
 
 def _scale_on_device(grads: list[Tensor], factor: Tensor) -> bool:

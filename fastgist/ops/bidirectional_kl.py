@@ -43,13 +43,12 @@ _TWO_LAUNCHES = ("triton", "cuda", "native")
 
 
 def leaves(impl: str, logits: Tensor, reduce: bool, wanted: bool) -> tuple[bool, bool]:
-    """(whether the forward leaves finished gradients, whether it leaves statistics), if any gradient is ``wanted``."""
-    if not wanted:
-        return False, False
+    """(whether the forward finishes what is asked for, whether it leaves statistics), if any gradient is ``wanted`` or none:
+    a loss is the same bits with and without gradients."""
     if impl == "reference" or logits.numel() == 0:
-        return True, False
-    finished = reduce and logits.dtype != torch.float16
-    return finished, not finished
+        return wanted, False
+    finishes = reduce and logits.dtype != torch.float16
+    return finishes, wanted and not finishes
 
 
 def _fwd(
@@ -91,9 +90,9 @@ def _fwd(
         return loss, logits.new_empty(0), *_common.filled(grads, logits)
     stats = torch.empty(len(STATS), rows, dtype=dtype, device=logits.device)
     launchers.bidirectional_kl_fwd(logits, other_logits, mask, temperature, row_loss, stats)
+    if scale != 1.0 or divisor is not None:
+        row_loss = row_loss * (scale if divisor is None else scale / divisor)
     loss = row_loss.sum() if reduce else row_loss
-    loss = loss if scale == 1.0 else loss * scale
-    loss = loss if divisor is None else loss / divisor
     return loss, stats if leaves_stats else logits.new_empty(0), logits.new_empty(0), logits.new_empty(0)
 
 
@@ -104,7 +103,8 @@ def _two_launches(launchers, z, other, mask, divisor, temperature, scale, row_lo
     row_grad = row_grad if divisor is None else row_grad / divisor
     row_loss.mul_(row_grad)
     loss.copy_(row_loss.sum())
-    launchers.bidirectional_kl_bwd(z, other, mask, stats, row_grad.expand(len(z)), temperature, grad_z, grad_other)
+    if grad_z is not None or grad_other is not None:
+        launchers.bidirectional_kl_bwd(z, other, mask, stats, row_grad.expand(len(z)), temperature, grad_z, grad_other)
 
 
 def _fwd_fake(logits, other_logits, mask, divisor, temperature, scale, reduce, need_logits, need_other, impl):
@@ -267,9 +267,11 @@ def bidirectional_kl(
     scale, divisor = _finished.loss_scale(
         reduction, temperature**2 if t_squared else 1.0, rows, mask, divisor, logits, dtype
     )
+    if logits.dim() != 2:
+        logits, other_logits = logits.reshape(rows, classes), other_logits.reshape(rows, classes)
     loss = _BidirectionalKL.apply(
-        logits.reshape(rows, classes),
-        other_logits.reshape(rows, classes),
+        logits,
+        other_logits,
         mask,
         divisor,
         temperature,

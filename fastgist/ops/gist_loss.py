@@ -47,8 +47,16 @@ _OPTIONS = (
 
 
 def _fwd(logits: Tensor, gist_logits: Tensor, target: Tensor, divisor: Tensor | None, *rest) -> tuple[Tensor, ...]:
+    options = rest[:-5]
+    results = _run(logits, gist_logits, target, divisor, *rest)
+    # A target that is no class made its row NaN: only then is there something to look for.
+    if target.device.type != "cpu" or math.isnan(float(results[0].sum())):
+        check_targets_in_range(_OP, target, logits.shape[1], options[-1])
+    return results
+
+
+def _run(logits: Tensor, gist_logits: Tensor, target: Tensor, divisor: Tensor | None, *rest) -> tuple[Tensor, ...]:
     *options, scale, reduce, need_logits, need_gist, impl = rest
-    check_targets_in_range(_OP, target, logits.shape[1], options[-1])
     impl = backends.resolve(_OP, impl, logits)
     dtype, empty = accumulate_dtype(logits.dtype), logits.new_empty(0)
     if impl == "reference" or logits.numel() == 0:
@@ -72,9 +80,9 @@ def _fwd(logits: Tensor, gist_logits: Tensor, target: Tensor, divisor: Tensor | 
         return loss, empty, *_common.filled(grads, logits)
     stats = torch.empty(len(STATS), logits.shape[0], dtype=dtype, device=logits.device)
     _launchers(impl).gist_loss_fwd(logits, gist_logits, target, *options, row_loss, stats)
+    if scale != 1.0 or divisor is not None:
+        row_loss = row_loss * (scale if divisor is None else scale / divisor)
     loss = row_loss.sum() if reduce else row_loss
-    loss = loss if scale == 1.0 else loss * scale
-    loss = loss if divisor is None else loss / divisor
     return loss, stats if leaves_stats else empty, logits.new_empty(0), logits.new_empty(0)
 
 
@@ -86,7 +94,8 @@ def _two_launches(launchers, options, z, gist, target, divisor, *rest) -> None:
     row_grad = row_grad if divisor is None else row_grad / divisor
     row_loss.mul_(row_grad)
     loss.copy_(row_loss.sum())
-    launchers.gist_loss_bwd(z, gist, target, stats, row_grad.expand(len(z)), *options, *grads)
+    if any(g is not None for g in grads):
+        launchers.gist_loss_bwd(z, gist, target, stats, row_grad.expand(len(z)), *options, *grads)
 
 
 def _fwd_fake(logits, gist_logits, target, divisor, *rest):
@@ -169,6 +178,17 @@ class _GistLoss(torch.autograd.Function):
                 row_grad = (row_grad if divisor is None else row_grad / divisor).expand(len(logits))
             grads = _bwd_op(logits, gist_logits, target, stats, row_grad, *ctx.options, *needs, ctx.impl)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 7
+
+
+def _counted(target: Tensor, ignore_index: int) -> Tensor | None:
+    """bool (M,), True where a row counts; None for all. On a CPU one look tells that all do, as is the rule."""
+    if target.is_floating_point():
+        return None
+    if target.device.type == "cpu" and target.numel() and _finished.is_plain(target):
+        least, most = target.aminmax()
+        if not int(least) <= ignore_index <= int(most):
+            return None
+    return reference.kept_rows(target, ignore_index)
 
 
 # -- checks, shared with gist_linear_loss ------------------------------------------------------------------------------
@@ -286,16 +306,18 @@ def gist_loss(
     temperature = _common.check_temperature(_OP, temperature)
     check_options(_OP, alpha, beta, label_smoothing, reduction, detach)
     rows = math.prod(leading)
-    target = target.reshape(rows, classes) if target.is_floating_point() else target.reshape(rows)
+    if logits.dim() != 2:
+        logits, gist_logits = logits.reshape(rows, classes), gist_logits.reshape(rows, classes)
+        target = target.reshape(rows, classes) if target.is_floating_point() else target.reshape(rows)
     dtype = accumulate_dtype(logits.dtype)
     divisor = _finished.divisor_of(_OP, divisor, reduction, logits, dtype)
-    counted = (
-        reference.kept_rows(target, ignore_index) if divisor is None and reduction in ("mean", "batchmean") else None
-    )
+    counted = None
+    if divisor is None and reduction in ("mean", "batchmean"):
+        counted = _counted(target, int(ignore_index))
     scale, divisor = _finished.loss_scale(reduction, 1.0, rows, counted, divisor, logits, dtype)
     loss = _GistLoss.apply(
-        logits.reshape(rows, classes),
-        gist_logits.reshape(rows, classes),
+        logits,
+        gist_logits,
         target,
         divisor,
         (
