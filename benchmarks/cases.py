@@ -33,7 +33,12 @@ def case(dtype: torch.dtype, *, launch_bound: bool = False, **sizes: int) -> Cas
 
 #: (op, device type) -> cases.
 CASES: dict[tuple[str, str], list[Case]] = {
-    ("bidirectional_kl", "cpu"): [case(torch.float32, M=512, V=1000), case(torch.float32, M=256, V=32000)],
+    ("bidirectional_kl", "cpu"): [
+        case(torch.float32, M=512, V=1000),
+        case(torch.float32, M=256, V=32000),
+        *(case(torch.float32, M=m, V=v) for m, v in ((8192, 100), (1024, 8000), (64, 128256), (1, 1000000))),
+        case(torch.bfloat16, M=256, V=32000),
+    ],
     ("bidirectional_kl", "cuda"): [
         case(torch.bfloat16, M=64, V=100, launch_bound=True),
         case(torch.bfloat16, M=8192, V=1000),
@@ -93,8 +98,8 @@ CASES["gist_loss", "cuda"] = CASES["bidirectional_kl", "cuda"]
 DIRECTIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("bidirectional_kl", "cpu"): ("fwd_bwd", "fwd_bwd_scaled"),
     ("bidirectional_kl", "cuda"): ("fwd", "fwd_bwd", "fwd_bwd_scaled"),
-    ("gist_loss", "cpu"): ("fwd_bwd",),
-    ("gist_loss", "cuda"): ("fwd", "fwd_bwd"),
+    ("gist_loss", "cpu"): ("fwd_bwd", "fwd_bwd_scaled"),
+    ("gist_loss", "cuda"): ("fwd", "fwd_bwd", "fwd_bwd_scaled"),
     ("gist_linear_loss", "cpu"): ("fwd_bwd",),
     ("gist_linear_loss", "cuda"): ("fwd_bwd",),
     ("cp_linear", "cpu"): ("fwd_bwd",),

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """``make plot``: draws the committed results (benchmarks/results/<device>/<op>.json): docs/benchmark.svg for the CPUs,
-docs/benchmark-gpu.svg for the GPUs.
+docs/benchmark-gpu.svg for the GPUs, and of the losses bandwidth and memory by number of classes, docs/losses-<device>.svg.
 
 Throughput (a line marks what the floor of the case would allow) and peak memory; each panel names its device. Functions
 that compute something else are not drawn; a peer beyond the error budget says so.
@@ -51,6 +51,8 @@ def panels(results: list[tuple[dict, list[dict]]]) -> list[tuple[str, str, list[
         device = f"measured on {device}, torch {environment['versions']['torch']}, {environment['date']}"
         groups: dict[tuple[str, ...], list[dict]] = {}
         for row in rows:
+            if row["op"] in LOSSES and "threads" in environment and row["case"] not in SHOWN:
+                continue  # by_classes draws them
             key = row["op"], row["case"].replace("_", " "), row["dtype"], row["direction"].replace("_", "+", 1)
             groups.setdefault(key, []).append(row)
         for key, members in groups.items():
@@ -99,6 +101,70 @@ def draw(results: list[tuple[dict, list[dict]]], out: Path) -> None:
         pyplot.close(figure)
 
 
+LOSSES = ("bidirectional_kl", "gist_loss")
+#: Of the losses' cases on a CPU those that have panels of their own.
+SHOWN = ("M512_V1000", "M256_V32000")
+#: Okabe and Ito's colours, told apart in every common form of colour blindness; shapes differ as well.
+LINES = tuple(
+    zip(("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#666666"), "osx^DvP", strict=True)
+)
+
+
+def by_classes(results: list[tuple[dict, list[dict]]]) -> dict[str, dict[str, list[dict]]]:
+    """device -> op -> rows of forward and backward, in the dtype with the most numbers of classes; where there are three."""
+    found: dict[str, dict[str, list[dict]]] = {}
+    for environment, rows in results:
+        for op in LOSSES:
+            mine = [r for r in rows if r["op"] == op and r["direction"] == "fwd_bwd" and r["provider"] in _drawn(rows)]
+            dtypes = {r["dtype"]: {q["V"] for q in mine if q["dtype"] == r["dtype"]} for r in mine}
+            if dtypes and max(map(len, dtypes.values())) >= 3:
+                most = max(dtypes, key=lambda d: len(dtypes[d]))
+                chosen = sorted((r for r in mine if r["dtype"] == most), key=lambda r: r["V"])
+                found.setdefault(environment["device_slug"], {})[op] = chosen
+    return found
+
+
+def _drawn(rows: list[dict]) -> set[str]:
+    """Providers that compute the loss itself: ours, and each peer as it is fastest."""
+    names = {r["provider"] for r in rows if not r["parity"].startswith("another function")}
+    return {n for n in names if f"{n}, compiled" not in names or n.startswith("fastgist")}
+
+
+def draw_by_classes(device: str, of_op: dict[str, list[dict]], out: Path) -> None:
+    """Bytes that must move over the time taken, and peak memory over the two tensors, against the classes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style = {"svg.fonttype": "none", "svg.hashsalt": "fastgist", "font.size": 8, "font.family": "sans-serif"}
+    with pyplot.rc_context(style):
+        figure, axes = pyplot.subplots(len(of_op), 2, figsize=(10, 3 * len(of_op)), squeeze=False, layout="constrained")
+        for (speed, memory), (op, rows) in zip(axes, of_op.items(), strict=True):
+            for name, (colour, marker) in zip(dict.fromkeys(r["provider"] for r in rows), LINES, strict=False):
+                mine = [r for r in rows if r["provider"] == name]
+                classes = [r["V"] for r in mine]
+                look = {"color": colour, "marker": marker, "label": name, "linewidth": 1.2, "markersize": 5}
+                speed.plot(classes, [r["bytes"] / r["median_s"] / 1e9 for r in mine], **look)
+                memory.plot(classes, [r["peak_bytes"] / (r["bytes"] / 2) for r in mine], **look)
+            floor = {r["V"]: r["bytes"] / r["floor_s"] / 1e9 for r in rows}
+            speed.plot(list(floor), list(floor.values()), color=AXIS, linestyle="--", linewidth=1, label="floor")
+            about = f"{op}, {rows[0]['dtype']}, forward and backward"
+            speed.set_title(f"{about}: GB/s of logits read and gradients written once", loc="left")
+            memory.set_title("peak memory beside the arguments, over the two logits tensors", loc="left")
+            speed.set_yscale("log")
+            for panel in (speed, memory):
+                panel.set_xscale("log")
+                panel.set_xlabel("classes V")
+                panel.grid(alpha=0.3)
+                panel.spines[["top", "right"]].set_visible(False)
+            memory.set_ylim(bottom=0)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        figure.suptitle(f"measured on {device}", fontsize=9)
+        figure.savefig(out, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
 def _count(row: dict) -> int:
     """Rows of an operation, images of a training step."""
     return row["M"] if "M" in row else row["B"]
@@ -127,14 +193,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="the folder of the figures")
     parser.add_argument("--device", action="append", default=[], help="only this folder of results (may be repeated)")
     args = parser.parse_args(argv)
-    drawn = 0
+    drawn: list[Path] = []
     for name, cpu in (("benchmark.svg", True), ("benchmark-gpu.svg", False)):
         results = load(args.results, args.device, cpu)
-        if results:
-            args.out.mkdir(parents=True, exist_ok=True)
+        args.out.mkdir(parents=True, exist_ok=True)
+        if panels(results):
             draw(results, args.out / name)
-            print(args.out / name)
-            drawn += 1
+            drawn.append(args.out / name)
+        for device, of_op in by_classes(results).items():
+            drawn.append(args.out / f"losses-{device}.svg")
+            draw_by_classes(device, of_op, drawn[-1])
+    for path in drawn:
+        print(path)
     if not drawn:
         print(f"plot: no results under {args.results}; 'make bench ARGS=\"--save-results {args.results}\"' makes some")
     return int(not drawn)

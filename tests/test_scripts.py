@@ -242,3 +242,40 @@ def test_plot_draws_what_counts_and_names_the_device(tmp_path):
     assert "2 ms, 2 x floor; 1 ms as a CUDA graph" in (out / "benchmark-gpu.svg").read_text()
     assert (out / "benchmark.svg").read_text() == drawn
     assert plot.main(["--results", str(tmp_path / "none"), "--out", str(out)]) == 1
+
+
+def test_plot_draws_the_losses_by_their_number_of_classes(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = _load("benchmarks/plot.py")
+    providers = {"fastgist native": 1e-3, "authors": 9e-3, "authors, compiled": 4e-3, "Liger KL": 2e-3}
+    rows = [
+        {
+            "op": "gist_loss",
+            "case": f"M8_V{v}",
+            "dtype": "float32",
+            "direction": "fwd_bwd",
+            "floor_s": 1e-3,
+            "floor": "why",
+        }
+        | {"M": 8, "V": v, "peak_bytes": 64 * v, "bytes": 128 * v, "provider": name, "median_s": seconds}
+        | {"parity": "another function, there for its cost" if name == "Liger KL" else "within the budget"}
+        for v in (100, 1000, 8000)
+        for name, seconds in providers.items()
+    ]
+    environment = {
+        "device": "A CPU",
+        "device_slug": "cpu-a",
+        "threads": 2,
+        "versions": {"torch": "2.0"},
+        "date": "today",
+    }
+    (tmp_path / "cpu-a").mkdir()
+    (tmp_path / "cpu-a" / "gist_loss.json").write_text(json.dumps({"environment": environment, "rows": rows}))
+    found = plot.by_classes(plot.load(tmp_path, [], cpu=True))
+    assert {r["provider"] for r in found["cpu-a"]["gist_loss"]} == {"fastgist native", "authors, compiled"}
+    assert plot.main(["--results", str(tmp_path), "--out", str(tmp_path / "figures")]) == 0
+    drawn = (tmp_path / "figures" / "losses-cpu-a.svg").read_text()
+    assert "authors, compiled" in drawn
+    assert "Liger" not in drawn
+    two = [r for r in rows if r["V"] != 100]
+    assert plot.by_classes([(environment, two)]) == {}, "two points are no curve"
