@@ -10,6 +10,7 @@ from losses import assert_same
 from torch import Tensor
 
 from fastgist import functional as F
+from fastgist import nn
 from fastgist.reference.bidirectional_kl import bidirectional_kl as kl_formula
 from fastgist.reference.gist_loss import gist_loss as gist_formula
 from fastgist.testing import assert_within_budget
@@ -193,3 +194,27 @@ def test_a_side_to_detach_is_named():
     leaves, rest, _ = problem("gist_loss")
     with pytest.raises(ValueError, match="gist_loss: detach must be None, 'logits' or 'gist_logits', got 'teacher'"):
         F.gist_loss(*leaves, *rest, detach="teacher")
+
+
+@pytest.mark.parametrize("interaction", ["bkld", "jsd", "mse"])
+@pytest.mark.parametrize("with_gist", [True, False])
+def test_modules_average_by_the_rows_of_all_batches(interaction, with_gist):
+    """Two batches of unequal numbers of rows that count, each over the number of both, are one batch."""
+    leaves, (target,), _ = problem("gist_loss", torch.float64, rows=9)
+    loss = nn.GistLoss(interaction=interaction)
+    count = (target != -100).sum()
+
+    def of(rows: slice, divisor=None):
+        output = {"logits": leaves[0][rows]} | ({"gist_logits": leaves[1][rows]} if with_gist else {})
+        return loss(output, target[rows], divisor=divisor)
+
+    parts = of(slice(0, 2), count) + of(slice(2, 9), float(count))
+    torch.testing.assert_close(parts, of(slice(0, 9)))
+    with pytest.raises(ValueError, match="GistLoss: divisor is what a mean divides by, and reduction is 'sum'"):
+        nn.GistLoss(reduction="sum")(*leaves, target, divisor=3)
+
+
+def test_the_divergence_as_a_module_takes_a_divisor():
+    (z, g), _, options = problem("bidirectional_kl")
+    whole = nn.BidirectionalKLLoss(3.0, reduction="sum")(z, g, options["mask"])
+    torch.testing.assert_close(nn.BidirectionalKLLoss(3.0)(z, g, options["mask"], divisor=8), whole / 8)

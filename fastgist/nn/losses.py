@@ -35,8 +35,16 @@ class BidirectionalKLLoss(nn.Module):
         super().__init__()
         self.temperature, self.reduction, self.t_squared = _temperature(self, temperature), reduction, t_squared
 
-    def forward(self, logits: Tensor, other_logits: Tensor, mask: Tensor | None = None) -> Tensor:
-        """logits, other_logits: (..., V); mask (...) bool. Returns a scalar, or (...) for reduction "none"."""
+    def forward(
+        self,
+        logits: Tensor,
+        other_logits: Tensor,
+        mask: Tensor | None = None,
+        *,
+        divisor: float | Tensor | None = None,
+    ) -> Tensor:
+        """logits, other_logits: (..., V); mask (...) bool; divisor: what a mean divides by. Returns a scalar, or (...) for
+        reduction "none"."""
         return functional.bidirectional_kl(
             logits,
             other_logits,
@@ -44,6 +52,7 @@ class BidirectionalKLLoss(nn.Module):
             reduction=self.reduction,
             mask=mask,
             t_squared=self.t_squared,
+            divisor=divisor,
         )
 
     def extra_repr(self) -> str:
@@ -121,26 +130,34 @@ class GistLoss(nn.Module):
         self.problem_type = problem_type
         self.label_smoothing, self.ignore_index, self.reduction = label_smoothing, ignore_index, reduction
 
-    def forward(self, *args: Any) -> Tensor:
-        """(output, target) or (logits, gist_logits, target); logits (..., V), target (...) int64 or (..., V) soft."""
+    def forward(self, *args: Any, divisor: float | Tensor | None = None) -> Tensor:
+        """(output, target) or (logits, gist_logits, target); logits (..., V), target (...) int64 or (..., V) soft.
+
+        ``divisor``: what a mean divides by in place of this batch's rows that count, such as the tokens of all batches of a
+        step (:func:`fastgist.distributed.mean_divisor` where several processes share it).
+        """
+        if divisor is not None and self.reduction != "mean":
+            raise ValueError(f"GistLoss: divisor is what a mean divides by, and reduction is {self.reduction!r}")
         logits, gist_logits, target = self._unpack(args)
         if gist_logits is None:
-            return self._task(logits, target)
+            return self._task(logits, target, divisor)
         beta, temperature = (
             value_at(self.beta, self.progress),
             _temperature(self, value_at(self.temperature, self.progress)),
         )
         weight = beta * (0.5 if self.halve else 1.0)
         if self.problem_type != PROBLEMS[0]:
-            return self._task(logits, target) + self._rest(logits, gist_logits, target, weight, temperature)
-        common: dict[str, Any] = {"alpha": self.alpha, "label_smoothing": self.label_smoothing}
+            return self._task(logits, target, divisor) + self._rest(
+                logits, gist_logits, target, weight, temperature, divisor
+            )
+        common: dict[str, Any] = {"alpha": self.alpha, "label_smoothing": self.label_smoothing, "divisor": divisor}
         common |= {"ignore_index": self.ignore_index, "reduction": self.reduction}
         if self.interaction == "bkld":
             common |= {"temperature": temperature, "t_squared": self.t_squared, "detach": self.detach}
             return functional.gist_loss(logits, gist_logits, target, beta=weight, **common)
         entropies = functional.gist_loss(logits, gist_logits, target, beta=0.0, **common)
         kept = self._kept(logits, target)
-        return entropies + weight * self._interaction(logits, gist_logits, kept, temperature)
+        return entropies + weight * self._interaction(logits, gist_logits, kept, temperature, divisor)
 
     @property
     def has_linear(self) -> bool:
@@ -173,12 +190,27 @@ class GistLoss(nn.Module):
             reduction=self.reduction,
         )
 
-    def _rest(self, logits: Tensor, gist_logits: Tensor, target: Tensor, weight: float, temperature: float) -> Tensor:
+    def _rest(
+        self,
+        logits: Tensor,
+        gist_logits: Tensor,
+        target: Tensor,
+        weight: float,
+        temperature: float,
+        divisor: float | Tensor | None,
+    ) -> Tensor:
         """What a gist token adds to the task's loss, where that is not a cross-entropy of classes."""
-        added = weight * self._interaction(logits, gist_logits, None, temperature)
-        return added + self.alpha * self._task(gist_logits, target) if self.alpha else added
+        added = weight * self._interaction(logits, gist_logits, None, temperature, divisor)
+        return added + self.alpha * self._task(gist_logits, target, divisor) if self.alpha else added
 
-    def _interaction(self, logits: Tensor, gist_logits: Tensor, kept: Tensor | None, temperature: float) -> Tensor:
+    def _interaction(
+        self,
+        logits: Tensor,
+        gist_logits: Tensor,
+        kept: Tensor | None,
+        temperature: float,
+        divisor: float | Tensor | None,
+    ) -> Tensor:
         if self.detach == "logits":
             logits = logits.detach()
         elif self.detach == "gist_logits":
@@ -198,7 +230,7 @@ class GistLoss(nn.Module):
             rows = bernoulli_kl(logits, gist_logits, temperature)
         else:
             rows = interact("mse" if name == "bkld" else name, logits, gist_logits, temperature)
-        return self._reduce(rows * factor, kept)
+        return self._reduce(rows * factor, kept, divisor)
 
     def _unpack(self, args: tuple) -> tuple[Tensor, Tensor | None, Tensor]:
         if len(args) == 3:
@@ -225,7 +257,7 @@ class GistLoss(nn.Module):
         """(...) bool, the rows that count; None for all."""
         return None if target.shape == logits.shape else target != self.ignore_index
 
-    def _reduce(self, rows: Tensor, kept: Tensor | None) -> Tensor:
+    def _reduce(self, rows: Tensor, kept: Tensor | None, divisor: float | Tensor | None) -> Tensor:
         if kept is not None:
             rows = torch.where(kept, rows, 0.0)
         if self.reduction == "none":
@@ -233,12 +265,14 @@ class GistLoss(nn.Module):
         total = rows.sum()
         if self.reduction == "sum":
             return total
+        if divisor is not None:
+            return total / divisor
         return total / max(rows.numel(), 1) if kept is None else total / kept.sum().clamp(min=1)
 
-    def _task(self, logits: Tensor, target: Tensor) -> Tensor:
+    def _task(self, logits: Tensor, target: Tensor, divisor: float | Tensor | None) -> Tensor:
         """The task's loss of one output."""
         if self.problem_type == PROBLEMS[0]:
-            return self._cross_entropy(logits, target)
+            return self._cross_entropy(logits, target, divisor)
         if target.shape != logits.shape:
             raise ValueError(
                 f"GistLoss: {self.problem_type} expects target.shape == {tuple(logits.shape)}, got {tuple(target.shape)}"
@@ -249,13 +283,14 @@ class GistLoss(nn.Module):
             losses = nn.functional.binary_cross_entropy_with_logits(wide, target, reduction="none")
         else:
             losses = nn.functional.mse_loss(wide, target, reduction="none")
-        return self._reduce(losses.mean(-1), None)
+        return self._reduce(losses.mean(-1), None, divisor)
 
-    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, target: Tensor, divisor: float | Tensor | None) -> Tensor:
         kept = self._kept(logits, target)
         if kept is None:  # soft targets: torch's cross_entropy takes 0 times -inf at an absent class for NaN
             options: dict[str, Any] = {"alpha": 0.0, "beta": 0.0, "label_smoothing": self.label_smoothing}
-            return functional.gist_loss(logits, logits.detach(), target, reduction=self.reduction, **options)
+            options |= {"reduction": self.reduction, "divisor": divisor}
+            return functional.gist_loss(logits, logits.detach(), target, **options)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         rows = nn.functional.cross_entropy(
             wide.reshape(-1, wide.shape[-1]),
@@ -264,7 +299,7 @@ class GistLoss(nn.Module):
             label_smoothing=self.label_smoothing,
             reduction="none",
         ).reshape(logits.shape[:-1])
-        return self._reduce(rows, kept)
+        return self._reduce(rows, kept, divisor)
 
     def extra_repr(self) -> str:
         interaction = getattr(self.interaction, "__name__", self.interaction)
