@@ -4,12 +4,13 @@ and a scalar loss, whose gradients the forward finishes. Each way against the ot
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import DEVICE, INTERPRETING, implementations
-from losses import evaluate, gradient_terms, loss_terms, on_every_device
+from losses import evaluate, gradient_terms, in_other_orders, loss_terms, on_every_device
 from torch import Tensor
 
 from fastgist import functional as F
@@ -76,11 +77,16 @@ def check(op: str, by: str, z: Tensor, o: Tensor, *rest: Tensor, **options) -> N
         loss, grads = evaluate(lambda a, b: function(a, b, *rest, impl=by, **options), (z, o), wanted)
 
     def plainly(x, y, *given):
-        return evaluate(lambda a, b: function(a, b, *given, impl="reference", **options), (x, y), wanted)
+        named = {"target": given[0]} if given else {}
+        return in_other_orders(
+            lambda pair, more: evaluate(lambda a, b: function(a, b, impl="reference", **options, **more), pair, wanted),
+            (x, y),
+            named,
+        )
 
     wide = [t.double() if t.is_floating_point() else t for t in rest]
-    exact_loss, exact_grads = plainly(z.double(), o.double(), *wide)
-    plain = on_every_device(plainly, z, o, *rest)
+    exact_loss, exact_grads = plainly(z.double(), o.double(), *wide)[0]
+    plain = list(itertools.chain(*on_every_device(plainly, z, o, *rest)))
     temperature = options.get("temperature", 3.0)
     # The terms behind a result, and not the result, say what float32 can hold; where nothing is finite any scale will do.
     calm = [t.double().nan_to_num(0.0, 0.0, 0.0) for t in (z, o)]
