@@ -6,29 +6,23 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-
 #include "cpu/bidirectional_kl.h"
 #include "cpu/gist_loss.h"
 
 namespace fastgist {
 namespace {
 
-// Elements that make it worth waking another thread: some 10 us of work.
-constexpr int64_t kGrainElements = 16384;
-
-// Rows a task, so that small problems stay on the calling thread.
-int64_t grain_rows(const LogitPair& in) {
-  return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, in.classes));
+// torch's own thread pool: it honours torch.set_num_threads and there is no second OpenMP runtime to compete with it.
+cpu::Parallel threads() {
+  return {torch::stable::get_num_threads(), [](int64_t tasks, int64_t grain, const cpu::Range& body) {
+            torch::stable::parallel_for(0, tasks, grain, body);
+          }};
 }
 
 void bidirectional_kl_fwd_cpu(const Tensor& logits, const Tensor& other_logits, const std::optional<Tensor>& mask,
                               double temperature, const Tensor& row_loss, const Tensor& stats) {
   const LogitPair in = check_logits(kFwd, logits, "other_logits", other_logits, mask, temperature);
-  const ForwardOutputs out = check_outputs(kFwd, logits, row_loss, stats);
-  // torch's own thread pool: it honours torch.set_num_threads and there is no second OpenMP runtime to compete with it.
-  torch::stable::parallel_for(0, in.rows, grain_rows(in),
-                              [&](int64_t begin, int64_t end) { cpu::bidirectional_kl_fwd(in, out, begin, end); });
+  cpu::bidirectional_kl_fwd(in, check_outputs(kFwd, logits, row_loss, stats), threads());
 }
 
 void bidirectional_kl_bwd_cpu(const Tensor& logits, const Tensor& other_logits, const std::optional<Tensor>& mask,
@@ -36,8 +30,17 @@ void bidirectional_kl_bwd_cpu(const Tensor& logits, const Tensor& other_logits, 
                               const std::optional<Tensor>& grad_logits, const std::optional<Tensor>& grad_other) {
   const LogitPair in = check_logits(kBwd, logits, "other_logits", other_logits, mask, temperature);
   const BackwardArguments args = check_backward(kBwd, logits, stats, row_grad, grad_logits, "grad_other", grad_other);
-  torch::stable::parallel_for(0, in.rows, grain_rows(in),
-                              [&](int64_t begin, int64_t end) { cpu::bidirectional_kl_bwd(in, args, begin, end); });
+  cpu::bidirectional_kl_bwd(in, args, threads());
+}
+
+void bidirectional_kl_fwd_bwd_cpu(const Tensor& logits, const Tensor& other_logits, const std::optional<Tensor>& mask,
+                                  const std::optional<Tensor>& divisor, double temperature, double scale,
+                                  const Tensor& row_loss, const Tensor& loss, const std::optional<Tensor>& grad_logits,
+                                  const std::optional<Tensor>& grad_other) {
+  const LogitPair in = check_logits(kFwdBwd, logits, "other_logits", other_logits, mask, temperature);
+  const FinishedOutputs out =
+      check_finished(kFwdBwd, logits, divisor, scale, row_loss, loss, grad_logits, "grad_other", grad_other);
+  cpu::bidirectional_kl_fwd_bwd(in, out, threads());
 }
 
 void gist_loss_fwd_cpu(const Tensor& logits, const Tensor& gist_logits, const Tensor& target, double alpha, double beta,
@@ -45,9 +48,7 @@ void gist_loss_fwd_cpu(const Tensor& logits, const Tensor& gist_logits, const Te
                        int64_t ignore_index, const Tensor& row_loss, const Tensor& stats) {
   const GistLossInputs in = check_gist(kGistFwd, logits, gist_logits, target, alpha, beta, beta_logits, beta_gist,
                                        temperature, label_smoothing, ignore_index);
-  const ForwardOutputs out = check_outputs(kGistFwd, logits, row_loss, stats, kGistStats);
-  torch::stable::parallel_for(0, in.logits.rows, grain_rows(in.logits),
-                              [&](int64_t begin, int64_t end) { cpu::gist_loss_fwd(in, out, begin, end); });
+  cpu::gist_loss_fwd(in, check_outputs(kGistFwd, logits, row_loss, stats, kGistStats), threads());
 }
 
 void gist_loss_bwd_cpu(const Tensor& logits, const Tensor& gist_logits, const Tensor& target, const Tensor& stats,
@@ -58,8 +59,19 @@ void gist_loss_bwd_cpu(const Tensor& logits, const Tensor& gist_logits, const Te
                                        temperature, label_smoothing, ignore_index);
   const BackwardArguments args =
       check_backward(kGistBwd, logits, stats, row_grad, grad_logits, "grad_gist", grad_gist, kGistStats);
-  torch::stable::parallel_for(0, in.logits.rows, grain_rows(in.logits),
-                              [&](int64_t begin, int64_t end) { cpu::gist_loss_bwd(in, args, begin, end); });
+  cpu::gist_loss_bwd(in, args, threads());
+}
+
+void gist_loss_fwd_bwd_cpu(const Tensor& logits, const Tensor& gist_logits, const Tensor& target,
+                           const std::optional<Tensor>& divisor, double alpha, double beta, double beta_logits,
+                           double beta_gist, double temperature, double label_smoothing, int64_t ignore_index,
+                           double scale, const Tensor& row_loss, const Tensor& loss,
+                           const std::optional<Tensor>& grad_logits, const std::optional<Tensor>& grad_gist) {
+  const GistLossInputs in = check_gist(kGistFwdBwd, logits, gist_logits, target, alpha, beta, beta_logits, beta_gist,
+                                       temperature, label_smoothing, ignore_index);
+  const FinishedOutputs out =
+      check_finished(kGistFwdBwd, logits, divisor, scale, row_loss, loss, grad_logits, "grad_gist", grad_gist);
+  cpu::gist_loss_fwd_bwd(in, out, threads());
 }
 
 }  // namespace
@@ -92,6 +104,8 @@ STABLE_TORCH_LIBRARY(fastgist_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastgist_native, CPU, m) {
   m.impl("bidirectional_kl_fwd", TORCH_BOX(&fastgist::bidirectional_kl_fwd_cpu));
   m.impl("bidirectional_kl_bwd", TORCH_BOX(&fastgist::bidirectional_kl_bwd_cpu));
+  m.impl("bidirectional_kl_fwd_bwd", TORCH_BOX(&fastgist::bidirectional_kl_fwd_bwd_cpu));
   m.impl("gist_loss_fwd", TORCH_BOX(&fastgist::gist_loss_fwd_cpu));
   m.impl("gist_loss_bwd", TORCH_BOX(&fastgist::gist_loss_bwd_cpu));
+  m.impl("gist_loss_fwd_bwd", TORCH_BOX(&fastgist::gist_loss_fwd_bwd_cpu));
 }

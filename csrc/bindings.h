@@ -20,8 +20,10 @@ using torch::stable::Tensor;
 
 inline constexpr const char* kFwd = "fastgist_native::bidirectional_kl_fwd";
 inline constexpr const char* kBwd = "fastgist_native::bidirectional_kl_bwd";
+inline constexpr const char* kFwdBwd = "fastgist_native::bidirectional_kl_fwd_bwd";
 inline constexpr const char* kGistFwd = "fastgist_native::gist_loss_fwd";
 inline constexpr const char* kGistBwd = "fastgist_native::gist_loss_bwd";
+inline constexpr const char* kGistFwdBwd = "fastgist_native::gist_loss_fwd_bwd";
 
 inline DType dtype_of(const Tensor& x, const char* op, const char* name) {
   switch (x.scalar_type()) {
@@ -108,12 +110,16 @@ inline void check_stats(const char* op, const Tensor& stats, const Tensor& logit
   check_contiguous(op, "stats", stats);
 }
 
-inline ForwardOutputs check_outputs(const char* op, const Tensor& logits, const Tensor& row_loss, const Tensor& stats,
-                                    int64_t count = kStats) {
+inline void check_row_loss(const char* op, const Tensor& row_loss, const Tensor& logits) {
   check_vector(op, "row_loss", row_loss, logits.size(0));
   check_dtype(op, "row_loss", row_loss, accumulation_type(logits));
   check_device(op, "row_loss", row_loss, logits);
   check_contiguous(op, "row_loss", row_loss);
+}
+
+inline ForwardOutputs check_outputs(const char* op, const Tensor& logits, const Tensor& row_loss, const Tensor& stats,
+                                    int64_t count = kStats) {
+  check_row_loss(op, row_loss, logits);
   check_stats(op, stats, logits, count);
   return {row_loss.data_ptr(), stats.data_ptr()};
 }
@@ -136,6 +142,28 @@ inline BackwardArguments check_backward(const char* op, const Tensor& logits, co
   check_dtype(op, "row_grad", row_grad, accumulation_type(logits));
   check_device(op, "row_grad", row_grad, logits);
   return {stats.data_ptr(), row_grad.data_ptr(), row_grad.stride(0), check_grad(op, "grad_logits", grad_logits, logits),
+          check_grad(op, other_name, grad_other, logits)};
+}
+
+// Where a number () of the accumulation type is, or null where there is none.
+inline void* check_number(const char* op, const char* name, const std::optional<Tensor>& x, const Tensor& logits) {
+  if (!x.has_value()) return nullptr;
+  STD_TORCH_CHECK(x->dim() == 0, op, ": expected ", name, " of shape (), got ", x->dim(), " dimension(s)");
+  check_dtype(op, name, *x, accumulation_type(logits));
+  check_device(op, name, *x, logits);
+  return x->data_ptr();
+}
+
+inline FinishedOutputs check_finished(const char* op, const Tensor& logits, const std::optional<Tensor>& divisor,
+                                      double scale, const Tensor& row_loss, const Tensor& loss,
+                                      const std::optional<Tensor>& grad_logits, const char* other_name,
+                                      const std::optional<Tensor>& grad_other) {
+  check_row_loss(op, row_loss, logits);
+  return {scale,
+          check_number(op, "divisor", divisor, logits),
+          row_loss.data_ptr(),
+          check_number(op, "loss", loss, logits),
+          check_grad(op, "grad_logits", grad_logits, logits),
           check_grad(op, other_name, grad_other, logits)};
 }
 

@@ -19,7 +19,7 @@ _lock = threading.Lock()
 _FOLDER = Path(__file__).resolve().parent
 _PROBE = "fastgist_native::bidirectional_kl_fwd"
 #: What this version's extension holds, by the names of its forwards; one left over from an older version may not.
-_HOLDS = ("bidirectional_kl_fwd", "gist_loss_fwd")
+_HOLDS = ("bidirectional_kl_fwd_bwd", "gist_loss_fwd_bwd")
 
 
 def _load() -> str | None:

@@ -1,12 +1,13 @@
-// bidirectional_kl on CPU memory. Each call works through rows [row_begin, row_end) on the calling thread; rows are
-// independent, so the caller spreads them over its own threads. The result of a row does not depend on the split.
+// bidirectional_kl on CPU memory, spread over the caller's threads. No result depends on their number.
 #pragma once
 
 #include "../bidirectional_kl.h"
+#include "parallel.h"
 
 namespace fastgist::cpu {
 
-void bidirectional_kl_fwd(const LogitPair& in, const ForwardOutputs& out, int64_t row_begin, int64_t row_end);
-void bidirectional_kl_bwd(const LogitPair& in, const BackwardArguments& args, int64_t row_begin, int64_t row_end);
+void bidirectional_kl_fwd(const LogitPair& in, const ForwardOutputs& out, const Parallel& parallel);
+void bidirectional_kl_bwd(const LogitPair& in, const BackwardArguments& args, const Parallel& parallel);
+void bidirectional_kl_fwd_bwd(const LogitPair& in, const FinishedOutputs& out, const Parallel& parallel);
 
 }  // namespace fastgist::cpu

@@ -8,20 +8,20 @@
 namespace fastgist::cpu {
 
 template <typename Kernel, typename... Args>
-void rows_portable(const Args&... args) {
+void rows_portable(Args&... args) {
   Kernel::template rows<kPortableFma>(args...);
 }
 template <typename Kernel, typename... Args>
-FASTGIST_TARGET_AVX2 void rows_avx2(const Args&... args) {
+FASTGIST_TARGET_AVX2 void rows_avx2(Args&... args) {
   Kernel::template rows<true>(args...);
 }
 template <typename Kernel, typename... Args>
-FASTGIST_TARGET_AVX512 void rows_avx512(const Args&... args) {
+FASTGIST_TARGET_AVX512 void rows_avx512(Args&... args) {
   Kernel::template rows<true>(args...);
 }
 
 template <typename Kernel, typename... Args>
-void run_rows(const Args&... args) {
+void run_rows(Args&&... args) {
   switch (isa()) {
     case Isa::kAvx512:
       return rows_avx512<Kernel>(args...);

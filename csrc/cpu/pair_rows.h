@@ -1,35 +1,17 @@
-// What the kernels over two rows of logits share: reading a block, the online sums of the divergence, and the terms of
-// its gradients. Formulas and the rules for -inf are in ../bidirectional_kl.h.
+// What the ops over two rows of logits share: the online sums of the divergence, and the scalars behind its gradients.
+// Formulas and the rules for -inf are in ../bidirectional_kl.h.
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
+#include <utility>
 
 #include "../bidirectional_kl.h"
 #include "simd.h"
 
 namespace fastgist::cpu {
 
-// Classes a block: two float blocks of inputs and two of outputs are 16 KiB, half of a first-level cache. The forward
-// looks for a block's maxima and then takes its exponentials, so the second look finds the block there.
-constexpr int64_t kBlock = 1024;
-
 template <typename A>
 constexpr A kInf = std::numeric_limits<A>::infinity();
-
-// A block of a row in the accumulation type: the row's own memory where it is that already, else converted into
-// `buffer`.
-template <typename T, typename A>
-FASTGIST_INLINE const A* load_block(const T* x, int64_t stride, int64_t n, A* buffer) {
-  if (stride == 1) {
-    if constexpr (std::is_same_v<T, A>) return x;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<A>(load(x[i]));
-  } else {
-    for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<A>(load(x[i * stride]));
-  }
-  return buffer;
-}
 
 // The point to centre on: 0 while a side has shown nothing but -inf.
 template <typename A>
@@ -57,8 +39,8 @@ FASTGIST_INLINE Extremes<A> extremes(const A* z, const A* o, int64_t n) {
   return {m_z, m_o, least};
 }
 
-// How exponentials at temperature 1 follow from those at temperature T: not wanted, taken anew, or the T-th power.
-constexpr int kNoUnit = -1, kUnitAnew = 0;
+// How exponentials at temperature 1 follow from those at temperature T: taken anew, or as the T-th power.
+constexpr int kUnitAnew = 0;
 
 // exp(xc), given at_t = exp(xc / T).
 template <int kPower, bool kFma, typename A>
@@ -70,10 +52,32 @@ FASTGIST_INLINE A exp_unit(A xc, A at_t) {
   return exp_nonpositive<kFma>(xc);
 }
 
+// The same of a factor of exponentials at temperature T; those that are taken anew need none.
+template <int kPower, typename A>
+FASTGIST_INLINE A exp_power(A factor) {
+  if constexpr (kPower == kUnitAnew) return A(1);
+  return exp_unit<kPower, false>(A(0), factor);
+}
+
+// Where p^ and q^ of a row or a block wait for the row's sums: about the centres that their block saw. Null: nowhere.
+template <typename A>
+struct Parked {
+  A* p = nullptr;
+  A* q = nullptr;
+
+  FASTGIST_INLINE bool here() const { return p != nullptr; }
+  FASTGIST_INLINE Parked from(int64_t start) const { return here() ? Parked{p + start, q + start} : Parked{}; }
+};
+
+template <typename A>
+struct Centres {
+  A z, o;
+};
+
 // Sums over the classes seen so far, about the maxima seen so far. w is the sum of p^ d (q^ d) with d not yet over T;
 // unit is the sum of the exponentials at temperature 1. A block is summed in A, many lanes wide; the blocks add up in
 // double, or fifty of them would cost fifty roundings.
-template <typename A, bool kFma>
+template <typename A>
 struct OnlinePair {
   A m_z = -kInf<A>, m_o = -kInf<A>;
   double s_p = 0, s_q = 0, w_p = 0, w_q = 0, unit_z = 0, unit_o = 0;
@@ -84,7 +88,7 @@ struct OnlinePair {
   };
 
   // Move the sums to new maxima. When the maxima rise by (a, b), p^ shrinks by exp(-a / T) and d by a - b.
-  template <bool kUnit>
+  template <bool kUnit, bool kFma>
   FASTGIST_INLINE Rise raise(A block_m_z, A block_m_o, const ExpScale<A>& over_t) {
     if (!(block_m_z > m_z) && !(block_m_o > m_o)) return {A(0), A(0)};
     const bool nothing_yet = m_z == -kInf<A> && m_o == -kInf<A>;
@@ -109,13 +113,14 @@ struct OnlinePair {
     return {rise_z, rise_o};
   }
 
-  // Add a block whose maxima are in already. kScreen: the block holds -inf, where d is 0 by definition.
-  template <int kPower, bool kScreen>
-  FASTGIST_INLINE void add(const A* z, const A* o, int64_t n, const ExpScale<A>& over_t) {
+  // Add a block whose maxima are in already, and leave p^ and q^. kScreen: the block holds -inf, where d is 0 by
+  // definition.
+  template <bool kScreen, bool kFma>
+  FASTGIST_INLINE void add(const A* z, const A* o, int64_t n, const ExpScale<A>& over_t, A* p_hat, A* q_hat) {
     const A c_z = centre(m_z), c_o = centre(m_o);
-    A sum_p = 0, sum_q = 0, sum_pd = 0, sum_qd = 0, sum_z = 0, sum_o = 0;
+    A sum_p = 0, sum_q = 0, sum_pd = 0, sum_qd = 0;
     int lone_classes = 0;
-#pragma omp simd reduction(+ : sum_p, sum_q, sum_pd, sum_qd, sum_z, sum_o, lone_classes)
+#pragma omp simd reduction(+ : sum_p, sum_q, sum_pd, sum_qd, lone_classes)
     for (int64_t i = 0; i < n; ++i) {
       const A zc = z[i] - c_z;
       const A oc = o[i] - c_o;
@@ -127,32 +132,54 @@ struct OnlinePair {
       }
       const A p = exp_scaled<kFma>(zc, over_t);
       const A q = exp_scaled<kFma>(oc, over_t);
+      p_hat[i] = p;
+      q_hat[i] = q;
       sum_p += p;
       sum_q += q;
       sum_pd = multiply_add<kFma>(p, d, sum_pd);
       sum_qd = multiply_add<kFma>(q, d, sum_qd);
-      if constexpr (kPower != kNoUnit) {
-        sum_z += exp_unit<kPower, kFma>(zc, p);
-        sum_o += exp_unit<kPower, kFma>(oc, q);
-      }
     }
     s_p += sum_p;
     s_q += sum_q;
     w_p += sum_pd;
     w_q += sum_qd;
-    unit_z += sum_z;
-    unit_o += sum_o;
     lone = lone || lone_classes != 0;
   }
 
   // The same, screened or not as the block's least logit asks.
-  template <int kPower>
-  FASTGIST_INLINE void add(const A* z, const A* o, int64_t n, const ExpScale<A>& over_t, A least) {
-    if (least > -kInf<A>) {
-      add<kPower, false>(z, o, n, over_t);
-    } else {
-      add<kPower, true>(z, o, n, over_t);
+  template <bool kFma>
+  FASTGIST_INLINE void add(const A* z, const A* o, int64_t n, const ExpScale<A>& over_t, A least, A* p_hat, A* q_hat) {
+    if (least > -kInf<A>) return add<false, kFma>(z, o, n, over_t, p_hat, q_hat);
+    add<true, kFma>(z, o, n, over_t, p_hat, q_hat);
+  }
+
+  // The block's exponentials at temperature 1, from those at T that add() left.
+  template <int kPower, bool kFma>
+  FASTGIST_INLINE void add_unit(const A* z, const A* o, const A* p_hat, const A* q_hat, int64_t n) {
+    const A c_z = centre(m_z), c_o = centre(m_o);
+    A sum_z = 0, sum_o = 0;
+#pragma omp simd reduction(+ : sum_z, sum_o)
+    for (int64_t i = 0; i < n; ++i) {
+      sum_z += exp_unit<kPower, kFma>(z[i] - c_z, p_hat[i]);
+      sum_o += exp_unit<kPower, kFma>(o[i] - c_o, q_hat[i]);
     }
+    unit_z += sum_z;
+    unit_o += sum_o;
+  }
+
+  // Take in the sums over the classes that follow. Returns how far either's centres had to move.
+  template <bool kUnit, bool kFma>
+  FASTGIST_INLINE std::pair<Rise, Rise> merge(OnlinePair next, const ExpScale<A>& over_t) {
+    const Rise ours = raise<kUnit, kFma>(next.m_z, next.m_o, over_t);
+    const Rise theirs = next.template raise<kUnit, kFma>(m_z, m_o, over_t);
+    s_p += next.s_p;
+    s_q += next.s_q;
+    w_p += next.w_p;
+    w_q += next.w_q;
+    unit_z += next.unit_z;
+    unit_o += next.unit_o;
+    lone = lone || next.lone;
+    return {ours, theirs};
   }
 
   struct Divergence {
@@ -167,46 +194,36 @@ struct OnlinePair {
     }
     return {loss, static_cast<A>(w_p / s_p * inv_t), static_cast<A>(w_q / s_q * inv_t)};
   }
-};
 
-// What the gradients of a row need beside its logits.
-template <typename A>
-struct RowScalars {
-  A m_z, m_o;
-  A inv_s_p, inv_s_q;  // p = p^ / S_p, not exp(. - log S_p): the rounding of that argument would grow with log S_p
-  A e_p, e_q;
-  A scale;  // row_grad / T
-  A inv_t;
-  ExpScale<A> over_t;
-};
-
-// A class of the two rows: centred logits, exponentials at temperature T, and the parts of the divergence's gradients.
-template <typename A>
-struct PairTerms {
-  A zc, oc, p_hat, q_hat, p, q, d;
-
-  template <bool kFma>
-  FASTGIST_INLINE A grad_z(A e_p) const {
-    return multiply_add<kFma>(p, d - e_p, p - q);
-  }
-  template <bool kFma>
-  FASTGIST_INLINE A grad_o(A e_q) const {
-    return multiply_add<kFma>(q, e_q - d, q - p);
+  // The divergence's part of a row's statistics.
+  void store(const Divergence& of_row, double* stats) const {
+    stats[kMaxZ] = centre(m_z);
+    stats[kMaxO] = centre(m_o);
+    stats[kSumP] = s_p;
+    stats[kSumQ] = s_q;
+    stats[kMeanP] = of_row.e_p;
+    stats[kMeanQ] = of_row.e_q;
   }
 };
 
+// e^((x - c) / T) of a block.
 template <bool kFma, typename A>
-FASTGIST_INLINE PairTerms<A> pair_terms(A z, A o, const RowScalars<A>& row) {
-  PairTerms<A> at;
-  at.zc = z - row.m_z;
-  at.oc = o - row.m_o;
-  // d is 0 where both sides are -inf. Where one is, e_p and e_q are NaN and take the whole row with them.
-  at.d = z == -kInf<A> ? A(0) : (at.zc - at.oc) * row.inv_t;
-  at.p_hat = exp_scaled<kFma>(at.zc, row.over_t);
-  at.q_hat = exp_scaled<kFma>(at.oc, row.over_t);
-  at.p = at.p_hat * row.inv_s_p;
-  at.q = at.q_hat * row.inv_s_q;
-  return at;
+FASTGIST_INLINE void exponentials(const A* x, int64_t n, A c, const ExpScale<A>& over_t, A* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = exp_scaled<kFma>(x[i] - c, over_t);
+}
+
+// What takes exponentials about `from` to those about the row's centre, which is no smaller.
+template <bool kFma, typename A>
+FASTGIST_INLINE A moved(A from, A to, const ExpScale<A>& over_t) {
+  // min: `from` is 0 where it stands for -inf; the exponentials are 0 there and stay 0.
+  return from == to ? A(1) : exp_scaled<kFma>(std::min(from - to, A(0)), over_t);
+}
+
+// z - m_z less o - m_o: 0 where both are -inf. Where one is, e_p and e_q are NaN and take the whole row with them.
+template <typename A>
+FASTGIST_INLINE A gap(A z, A o, A m_z, A m_o) {
+  return z == -kInf<A> ? A(0) : (z - m_z) - (o - m_o);
 }
 
 }  // namespace fastgist::cpu

@@ -1,0 +1,164 @@
+// The gradients of gist_loss over a block, from its exponentials.
+#pragma once
+
+#include "pair_passes.h"
+
+namespace fastgist::cpu {
+
+// What one side's gradient needs beside its logits.
+template <typename A>
+struct GistSide {
+  A centre;
+  A of_hat;    // row_grad over the sum at temperature T: takes p^ to row_grad p
+  A mean;      // of the other side's: the mean of (own less other) / T under the own distribution
+  A of_unit;   // row_grad W over the sum at temperature 1, times the cross-entropy's factor
+  A row_grad;  // of the class weights: row_grad times that factor
+  A beta_t;    // the divergence's weight over T
+  bool has_ce, has_kl;
+
+  GistSide(double centre, double sum, double mean, double over_unit, double row_grad, double factor, double beta_t)
+      : centre(static_cast<A>(centre)),
+        of_hat(static_cast<A>(row_grad / sum)),
+        mean(static_cast<A>(mean)),
+        of_unit(static_cast<A>(row_grad * factor * over_unit)),
+        row_grad(static_cast<A>(row_grad * factor)),
+        beta_t(static_cast<A>(beta_t)),
+        has_ce(factor != 0),
+        has_kl(beta_t != 0) {}
+};
+
+template <typename A>
+struct GistScalars {
+  GistSide<A> z, o;
+  A inv_t;
+  A nothing;  // the gradient of a side without a term: 0, but NaN where the row's target is no class
+};
+
+// Both sides with both terms. kEven: the weights of the block's classes are all weights[0].
+template <int kPower, bool kEven, bool kFma, typename A>
+FASTGIST_INLINE void finish_both(const Block<A>& block, const GistScalars<A>& row, const A* weights) {
+  const A *z = block.z, *o = block.o, *p_hat = block.p, *q_hat = block.q;
+  A *grad_z = block.grad_z, *grad_o = block.grad_o;
+  const A of_p = row.z.of_hat * block.moved_p, of_q = row.o.of_hat * block.moved_q;
+  const A unit_p = row.z.of_unit * exp_power<kPower>(block.moved_p);
+  const A unit_q = row.o.of_unit * exp_power<kPower>(block.moved_q);
+  const A even_z = row.z.row_grad * weights[0], even_o = row.o.row_grad * weights[0];
+#pragma omp simd
+  for (int64_t i = 0; i < block.n; ++i) {
+    const A zc = z[i] - row.z.centre, oc = o[i] - row.o.centre;
+    const A d = z[i] == -kInf<A> ? A(0) : zc - oc;
+    const A p = p_hat[i] * of_p, q = q_hat[i] * of_q;
+    const A kl_z = multiply_add<kFma>(p, multiply_add<kFma>(d, row.inv_t, -row.z.mean), p - q);
+    const A kl_o = multiply_add<kFma>(q, multiply_add<kFma>(-d, row.inv_t, -row.o.mean), q - p);
+    const A t_z = kEven ? even_z : row.z.row_grad * weights[i];
+    const A t_o = kEven ? even_o : row.o.row_grad * weights[i];
+    const A ce_z = multiply_add<kFma>(exp_unit<kPower, kFma>(zc, p_hat[i]), unit_p, -t_z);
+    const A ce_o = multiply_add<kFma>(exp_unit<kPower, kFma>(oc, q_hat[i]), unit_q, -t_o);
+    grad_z[i] = multiply_add<kFma>(row.z.beta_t, kl_z, ce_z);
+    grad_o[i] = multiply_add<kFma>(row.o.beta_t, kl_o, ce_o);
+  }
+}
+
+// One side of the block: x and its exponentials, y and its.
+template <typename A>
+struct OneSide {
+  const A* x;
+  const A* y;
+  const A* x_hat;
+  const A* y_hat;
+  A moved_x, moved_y;
+  A* grad;
+};
+
+// One side with its cross-entropy, and with the divergence or without: then nothing of the other side is looked at.
+template <int kPower, bool kKl, bool kFma, typename A>
+FASTGIST_INLINE void finish_side(const OneSide<A>& at, int64_t n, const GistSide<A>& own, const GistSide<A>& other,
+                                 A inv_t, const A* weights) {
+  const A *x = at.x, *y = at.y, *x_hat = at.x_hat, *y_hat = at.y_hat;
+  A* grad = at.grad;
+  const A of_x = own.of_hat * at.moved_x, of_y = other.of_hat * at.moved_y;
+  const A unit = own.of_unit * exp_power<kPower>(at.moved_x);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A xc = x[i] - own.centre;
+    const A t = own.row_grad * weights[i];
+    const A ce = multiply_add<kFma>(exp_unit<kPower, kFma>(xc, x_hat[i]), unit, -t);
+    if constexpr (kKl) {
+      const A d = gap(x[i], y[i], own.centre, other.centre);
+      const A p = x_hat[i] * of_x, q = y_hat[i] * of_y;
+      const A kl = multiply_add<kFma>(p, multiply_add<kFma>(d, inv_t, -own.mean), p - q);
+      grad[i] = multiply_add<kFma>(own.beta_t, kl, ce);
+    } else {
+      grad[i] = ce;
+    }
+  }
+}
+
+// One side with the divergence alone.
+template <bool kFma, typename A>
+FASTGIST_INLINE void finish_divergence(const OneSide<A>& at, int64_t n, const GistSide<A>& own,
+                                       const GistSide<A>& other, A inv_t) {
+  const A *x = at.x, *y = at.y, *x_hat = at.x_hat, *y_hat = at.y_hat;
+  A* grad = at.grad;
+  const A of_x = own.of_hat * at.moved_x, of_y = other.of_hat * at.moved_y;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A d = gap(x[i], y[i], own.centre, other.centre);
+    const A p = x_hat[i] * of_x, q = y_hat[i] * of_y;
+    grad[i] = own.beta_t * multiply_add<kFma>(p, multiply_add<kFma>(d, inv_t, -own.mean), p - q);
+  }
+}
+
+template <int kPower, bool kFma, typename A>
+FASTGIST_INLINE void finish_terms(const OneSide<A>& at, int64_t n, const GistSide<A>& own, const GistSide<A>& other,
+                                  const GistScalars<A>& row, const A* weights) {
+  if (own.has_ce && own.has_kl) {
+    finish_side<kPower, true, kFma>(at, n, own, other, row.inv_t, weights);
+  } else if (own.has_ce) {
+    finish_side<kPower, false, kFma>(at, n, own, other, row.inv_t, weights);
+  } else if (own.has_kl) {
+    finish_divergence<kFma>(at, n, own, other, row.inv_t);
+  } else {
+    std::fill_n(at.grad, n, row.nothing);
+  }
+}
+
+// `weights`: of each class, or the one that all have.
+template <int kPower, bool kFma, typename A>
+FASTGIST_INLINE void finish_gist(const Block<A>& block, const GistScalars<A>& row, const A* weights, bool even) {
+  const int64_t n = block.n;
+  const bool both = block.grad_z != nullptr && block.grad_o != nullptr;
+  if (both && row.z.has_kl && row.o.has_kl && row.o.has_ce) {
+    if (even) return finish_both<kPower, true, kFma>(block, row, weights);
+    return finish_both<kPower, false, kFma>(block, row, weights);
+  }
+  if (even) weights = std::fill_n(block.buffers->weights, n, weights[0]) - n;
+  // The first gradient may stand where the exponentials are that the second one needs: it waits in a buffer.
+  A* const first = both ? block.buffers->grad_z : block.grad_z;
+  const OneSide<A> sides[] = {{block.z, block.o, block.p, block.q, block.moved_p, block.moved_q, first},
+                              {block.o, block.z, block.q, block.p, block.moved_q, block.moved_p, block.grad_o}};
+  for (int side = 0; side < 2; ++side) {  // one loop, so that the code is there once
+    if (sides[side].grad == nullptr) continue;
+    finish_terms<kPower, kFma>(sides[side], n, side == 0 ? row.z : row.o, side == 0 ? row.o : row.z, row, weights);
+  }
+  if (both && first != block.grad_z) std::copy_n(first, n, block.grad_z);
+}
+
+template <bool kFma, typename A>
+FASTGIST_INLINE void finish_gist(int power, const Block<A>& block, const GistScalars<A>& row, const A* weights,
+                                 bool even) {
+  switch (power) {
+    case 1:
+      return finish_gist<1, kFma>(block, row, weights, even);
+    case 2:
+      return finish_gist<2, kFma>(block, row, weights, even);
+    case 3:
+      return finish_gist<3, kFma>(block, row, weights, even);
+    case 4:
+      return finish_gist<4, kFma>(block, row, weights, even);
+    default:
+      return finish_gist<kUnitAnew, kFma>(block, row, weights, even);
+  }
+}
+
+}  // namespace fastgist::cpu

@@ -1,0 +1,338 @@
+// The passes of a loss over pairs of rows, and how they are spread over threads.
+//
+// A row is read in stretches and a stretch in blocks. A stretch has sums of its own, which are merged in order, so the
+// result does not depend on which threads took the stretches. Where there are many rows a thread takes whole rows, and
+// a forward that finishes the gradients finishes a row's while its exponentials are in cache. Where there are few long
+// rows, threads take stretches, first for the sums and then, with the rows' sums merged, for the gradients.
+//
+// The exponentials of a forward that finishes wait in the gradients' own memory, about the centres that their block
+// saw, or in scratch where that memory holds another type or is not there. Where neither has room they are taken again
+// about the same centres: the same numbers.
+//
+// An op is a class with
+//     A, Inputs, Sums (over a stretch), Scalars (behind a row's gradients), kStatRows, a constructor from Inputs
+//     pair                                       the logits
+//     counts(row)                                whether a row's logits are looked at at all
+//     add<kFma>(sums, row, start, n, z, o, p_hat, q_hat, buffer)    a block, whose centres are then in sums.pair
+//     merge<kFma>(sums, next)                    the sums of the stretch that follows
+//     summary(row, sums, stats)                  the row's loss; and into stats what its gradients need
+//     scalars(row, stats, row_grad)              the same, ready for use
+//     needs_p(of_z, of_o), needs_q(of_z, of_o)   which exponentials these gradients are made of
+//     finish<kFma>(block, scalars)               the gradients of a Block
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "dispatch.h"
+#include "pair_blocks.h"
+#include "pair_rows.h"
+#include "parallel.h"
+
+namespace fastgist::cpu {
+
+// Classes a stretch, whole blocks. A thread that is woken for less would not be worth it.
+constexpr int64_t kStretch = 16 * kBlock;
+// Elements that make it worth waking another thread: some 10 us of work.
+constexpr int64_t kGrainElements = 16384;
+// The longest rows whose exponentials wait in scratch: 256 KiB of float beside the rows in a second-level cache.
+constexpr int64_t kScratchClasses = 32768;
+
+template <typename A>
+struct Buffers {
+  alignas(64) A z[kBlock], o[kBlock], weights[kBlock], p[kBlock], q[kBlock], grad_z[kBlock], grad_o[kBlock];
+};
+
+// Classes [start, start + n) of a row: logits, exponentials about centres at which they are moved_p and moved_q times
+// those about the row's own (where they are needed), and the places of the gradients (null: not wanted).
+template <typename A>
+struct Block {
+  int64_t row, start, n;
+  const A* z;
+  const A* o;
+  const A* p;
+  const A* q;
+  A moved_p, moved_q;
+  A* grad_z;
+  A* grad_o;
+  Buffers<A>* buffers;  // weights, grad_z and grad_o are free
+};
+
+// All that the passes of one call share.
+template <typename Op>
+struct Job {
+  using A = typename Op::A;
+
+  Op op;
+  A* row_loss = nullptr;
+  A* stats = nullptr;  // (kStatRows, rows), or null: nobody wants them
+  double factor = 1;   // of the row losses, and of the gradients that a forward finishes
+  Sink<A> to_z = {}, to_o = {};
+  const A* given_stats = nullptr;  // a backward's
+  const A* row_grad = nullptr;
+  int64_t row_grad_stride = 0;
+  // Where threads take stretches: what the first pass leaves for the second.
+  std::vector<typename Op::Sums> sums;  // (rows, stretches)
+  std::vector<Centres<A>> centres;      // (rows, blocks)
+  std::vector<double> kept_stats;       // (rows, kStatRows)
+
+  explicit Job(const typename Op::Inputs& in) : op(in) {}
+
+  const LogitPair& pair() const { return op.pair; }
+  bool finishes() const { return to_z.wanted() || to_o.wanted(); }
+  int64_t stretches() const { return std::max<int64_t>(1, (pair().classes + kStretch - 1) / kStretch); }
+  int64_t blocks() const { return (pair().classes + kBlock - 1) / kBlock; }
+
+  // Of a row that does not count.
+  void clear(int64_t row, int64_t begin, int64_t end) const {
+    to_z.clear(row * pair().classes + begin, end - begin);
+    to_o.clear(row * pair().classes + begin, end - begin);
+  }
+
+  void leave(int64_t row, const double* of_row) const {
+    if (stats == nullptr) return;
+    for (int64_t which = 0; which < Op::kStatRows; ++which) {
+      stats[which * pair().rows + row] = static_cast<A>(of_row[which]);
+    }
+  }
+
+  // Where a row's exponentials wait. `scratch` is null or has room for a row of each side.
+  FASTGIST_INLINE Parked<A> parked(int64_t row, A* scratch) const {
+    if (!op.needs_p(to_z.wanted(), to_o.wanted()) || !op.needs_q(to_z.wanted(), to_o.wanted())) return {};
+    const int64_t first = row * pair().classes;
+    A* const p = to_z.direct() ? to_z.at(first) : scratch;
+    A* const q = to_o.direct() ? to_o.at(first) : scratch == nullptr ? nullptr : scratch + pair().classes;
+    return p == nullptr || q == nullptr ? Parked<A>{} : Parked<A>{p, q};
+  }
+  bool wants_scratch() const {
+    return finishes() && !(to_z.direct() && to_o.direct()) && pair().classes <= kScratchClasses;
+  }
+};
+
+// The sums over classes [begin, end) of a row, a stretch; the centres that each of its blocks saw go into `centres`.
+template <typename Op>
+struct AddStretch {
+  using A = typename Op::A;
+
+  template <bool kFma>
+  static FASTGIST_INLINE void rows(const Op& op, int64_t row, int64_t begin, int64_t end, const Parked<A>& parked,
+                                   Centres<A>* centres, Buffers<A>& buffers, typename Op::Sums& sums) {
+    for (int64_t start = begin; start < end; start += kBlock) {
+      const int64_t n = std::min(kBlock, end - start);
+      const A* z = load_z(op.pair, row, start, n, buffers.z);
+      const A* o = load_o(op.pair, row, start, n, buffers.o);
+      const Parked<A> hats = parked.here() ? parked.from(start) : Parked<A>{buffers.p, buffers.q};
+      op.template add<kFma>(sums, row, start, n, z, o, hats.p, hats.q, buffers.weights);
+      centres[start / kBlock] = {centre(sums.pair.m_z), centre(sums.pair.m_o)};
+    }
+  }
+};
+
+template <typename Op>
+struct MergeStretch {
+  template <bool kFma>
+  static FASTGIST_INLINE void rows(const Op& op, typename Op::Sums& sums, const typename Op::Sums& next) {
+    op.template merge<kFma>(sums, next);
+  }
+};
+
+// The gradients of classes [begin, end) of a row. `centres`: those of the row's blocks, or null: the row's own.
+template <typename Op>
+struct FinishStretch {
+  using A = typename Op::A;
+
+  template <bool kFma>
+  static FASTGIST_INLINE void rows(const Job<Op>& job, int64_t row, int64_t begin, int64_t end, const double* stats,
+                                   double row_grad, const Parked<A>& parked, const Centres<A>* centres,
+                                   Buffers<A>& buffers) {
+    const Op& op = job.op;
+    const auto scalars = op.scalars(row, stats, row_grad);
+    const Centres<A> of_row = {static_cast<A>(stats[kMaxZ]), static_cast<A>(stats[kMaxO])};
+    const bool needs_p = op.needs_p(job.to_z.wanted(), job.to_o.wanted());
+    const bool needs_q = op.needs_q(job.to_z.wanted(), job.to_o.wanted());
+    for (int64_t start = begin; start < end; start += kBlock) {
+      const int64_t n = std::min(kBlock, end - start);
+      const int64_t offset = row * op.pair.classes + start;
+      const A* z = load_z(op.pair, row, start, n, buffers.z);
+      const A* o = load_o(op.pair, row, start, n, buffers.o);
+      const Centres<A> about = centres == nullptr ? of_row : centres[start / kBlock];
+      Parked<A> hats = parked.from(start);
+      if (!hats.here()) {
+        hats = {buffers.p, buffers.q};
+        if (needs_p) exponentials<kFma>(z, n, about.z, op.over_t, hats.p);
+        if (needs_q) exponentials<kFma>(o, n, about.o, op.over_t, hats.q);
+      }
+      const Block<A> block = {row,
+                              start,
+                              n,
+                              z,
+                              o,
+                              hats.p,
+                              hats.q,
+                              moved<kFma>(about.z, of_row.z, op.over_t),
+                              moved<kFma>(about.o, of_row.o, op.over_t),
+                              job.to_z.place(offset, buffers.grad_z),
+                              job.to_o.place(offset, buffers.grad_o),
+                              &buffers};
+      op.template finish<kFma>(block, scalars);
+      job.to_z.put(offset, n, buffers.grad_z);
+      job.to_o.put(offset, n, buffers.grad_o);
+    }
+  }
+};
+
+// A forward, by whole rows.
+template <typename Op>
+void whole_rows(const Job<Op>& job, int64_t row_begin, int64_t row_end) {
+  using A = typename Op::A;
+  const int64_t classes = job.pair().classes;
+  Buffers<A> buffers;
+  const std::unique_ptr<Centres<A>[]> centres(new Centres<A>[job.blocks()]);
+  const std::unique_ptr<A[]> scratch(job.wants_scratch() ? new A[2 * classes] : nullptr);
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    double stats[Op::kStatRows] = {};
+    job.row_loss[row] = 0;
+    if (job.op.counts(row)) {
+      const Parked<A> parked = job.parked(row, scratch.get());
+      typename Op::Sums sums;
+      for (int64_t begin = 0; begin < classes; begin += kStretch) {
+        const int64_t end = std::min(begin + kStretch, classes);
+        typename Op::Sums next;
+        typename Op::Sums& of_stretch = begin == 0 ? sums : next;
+        run_rows<AddStretch<Op>>(job.op, row, begin, end, parked, centres.get(), buffers, of_stretch);
+        if (begin != 0) run_rows<MergeStretch<Op>>(job.op, sums, next);
+      }
+      job.row_loss[row] = static_cast<A>(job.op.summary(row, sums, stats) * job.factor);
+      if (job.finishes()) {
+        run_rows<FinishStretch<Op>>(job, row, 0, classes, stats, job.factor, parked, centres.get(), buffers);
+      }
+    } else {
+      job.clear(row, 0, classes);
+    }
+    job.leave(row, stats);
+  }
+}
+
+// A forward's first pass by stretches: task t is stretch t % stretches of row t / stretches.
+template <typename Op>
+void stretch_sums(Job<Op>& job, int64_t task_begin, int64_t task_end) {
+  using A = typename Op::A;
+  Buffers<A> buffers;
+  for (int64_t task = task_begin; task < task_end; ++task) {
+    const int64_t row = task / job.stretches(), begin = task % job.stretches() * kStretch;
+    if (!job.op.counts(row)) continue;
+    const int64_t end = std::min(begin + kStretch, job.pair().classes);
+    run_rows<AddStretch<Op>>(job.op, row, begin, end, job.parked(row, nullptr), &job.centres[row * job.blocks()],
+                             buffers, job.sums[task]);
+  }
+}
+
+// Between the passes: each row's sums.
+template <typename Op>
+void merge_rows(Job<Op>& job) {
+  using A = typename Op::A;
+  const int64_t stretches = job.stretches();
+  for (int64_t row = 0; row < job.pair().rows; ++row) {
+    double* const stats = &job.kept_stats[row * Op::kStatRows];
+    job.row_loss[row] = 0;
+    if (job.op.counts(row)) {
+      typename Op::Sums& sums = job.sums[row * stretches];
+      for (int64_t s = 1; s < stretches; ++s) {
+        run_rows<MergeStretch<Op>>(job.op, sums, job.sums[row * stretches + s]);
+      }
+      job.row_loss[row] = static_cast<A>(job.op.summary(row, sums, stats) * job.factor);
+    }
+    job.leave(row, stats);
+  }
+}
+
+// The gradients by stretches: a forward's second pass, or a backward.
+template <typename Op>
+void stretch_gradients(const Job<Op>& job, int64_t task_begin, int64_t task_end) {
+  using A = typename Op::A;
+  const bool second = !job.centres.empty();
+  Buffers<A> buffers;
+  for (int64_t task = task_begin; task < task_end; ++task) {
+    const int64_t row = task / job.stretches(), begin = task % job.stretches() * kStretch;
+    const int64_t end = std::min(begin + kStretch, job.pair().classes);
+    if (!job.op.counts(row)) {
+      job.clear(row, begin, end);
+    } else if (second) {
+      run_rows<FinishStretch<Op>>(job, row, begin, end, &job.kept_stats[row * Op::kStatRows], job.factor,
+                                  job.parked(row, nullptr), &job.centres[row * job.blocks()], buffers);
+    } else {
+      double stats[Op::kStatRows];
+      for (int64_t which = 0; which < Op::kStatRows; ++which) {
+        stats[which] = job.given_stats[which * job.pair().rows + row];
+      }
+      const double row_grad = job.row_grad[row * job.row_grad_stride];
+      const Centres<A>* const none = nullptr;
+      run_rows<FinishStretch<Op>>(job, row, begin, end, stats, row_grad, Parked<A>{}, none, buffers);
+    }
+  }
+}
+
+template <typename Op>
+int64_t stretch_grain(const Job<Op>& job) {
+  return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, std::min(job.pair().classes, kStretch)));
+}
+
+template <typename Op>
+void run_forward(Job<Op>& job, const Parallel& parallel) {
+  const int64_t rows = job.pair().rows, threads = parallel.threads;
+  // Whole rows leave threads idle, for more than an eighth of the time, where few of them divide badly.
+  const bool few = threads > 1 && rows < 8 * threads && rows % threads != 0;
+  if (!few || job.stretches() == 1) {
+    const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, job.pair().classes));
+    parallel.each(rows, grain, [&](int64_t begin, int64_t end) { whole_rows(job, begin, end); });
+    return;
+  }
+  const int64_t tasks = rows * job.stretches();
+  job.sums.resize(tasks);
+  job.centres.resize(rows * job.blocks());
+  job.kept_stats.resize(rows * Op::kStatRows);
+  parallel.each(tasks, 1, [&](int64_t begin, int64_t end) { stretch_sums(job, begin, end); });
+  merge_rows(job);
+  if (!job.finishes()) return;
+  parallel.each(tasks, 1, [&](int64_t begin, int64_t end) { stretch_gradients(job, begin, end); });
+}
+
+template <typename Op>
+void forward(const typename Op::Inputs& in, const ForwardOutputs& out, const Parallel& parallel) {
+  using A = typename Op::A;
+  Job<Op> job(in);
+  job.row_loss = static_cast<A*>(out.row_loss);
+  job.stats = static_cast<A*>(out.stats);
+  run_forward(job, parallel);
+}
+
+template <typename Op>
+void backward(const typename Op::Inputs& in, const BackwardArguments& args, const Parallel& parallel) {
+  using A = typename Op::A;
+  Job<Op> job(in);
+  job.given_stats = static_cast<const A*>(args.stats);
+  job.row_grad = static_cast<const A*>(args.row_grad);
+  job.row_grad_stride = args.row_grad_stride;
+  job.to_z = {job.pair().dtype, args.grad_z};
+  job.to_o = {job.pair().dtype, args.grad_o};
+  if (!job.finishes()) return;
+  parallel.each(job.pair().rows * job.stretches(), stretch_grain(job),
+                [&](int64_t begin, int64_t end) { stretch_gradients(job, begin, end); });
+}
+
+template <typename Op>
+void forward_backward(const typename Op::Inputs& in, const FinishedOutputs& out, const Parallel& parallel) {
+  using A = typename Op::A;
+  Job<Op> job(in);
+  const double divisor = out.divisor == nullptr ? 1.0 : static_cast<double>(*static_cast<const A*>(out.divisor));
+  job.factor = out.scale / divisor;
+  job.row_loss = static_cast<A*>(out.row_loss);
+  job.to_z = {job.pair().dtype, out.grad_z};
+  job.to_o = {job.pair().dtype, out.grad_o};
+  run_forward(job, parallel);
+  double sum = 0;
+  for (int64_t row = 0; row < job.pair().rows; ++row) sum += job.row_loss[row];
+  *static_cast<A*>(out.loss) = static_cast<A>(sum);
+}
+
+}  // namespace fastgist::cpu
