@@ -40,6 +40,8 @@ def _gist_linear_loss_chunk_kernel(
     ignore_index,
     alpha,
     beta,
+    beta_z,
+    beta_g,
     inv_t,
     keep,
     smooth,
@@ -102,7 +104,7 @@ def _gist_linear_loss_chunk_kernel(
                 target_ptr, offs_m, offs_v, mask_mv, label, stride_tm, stride_tv, keep, smooth, SOFT, SMOOTH
             )
             grad_z, grad_g = gist_gradients(
-                z, g, m_z, m_g, inv_p, inv_q, e_p, e_q, over_z, over_g, weights, alpha, beta, inv_t, POWER
+                z, g, m_z, m_g, inv_p, inv_q, e_p, e_q, over_z, over_g, weights, alpha, beta_z, beta_g, inv_t, POWER
             )
             grad_z = tl.where(counts[:, None], scale[:, None] * grad_z, 0.0)
             grad_g = tl.where(counts[:, None], scale[:, None] * grad_g, 0.0)
@@ -117,7 +119,9 @@ def gist_linear_loss_chunk(
     (2 m, V), whose rows may be padded but whose columns are adjacent."""
     pairs, classes = row_loss.shape[0], logits.shape[1]
     config = rows_config("gist_linear_loss_chunk", logits.device, classes, elements=2048)
-    scalars, flags = loss_arguments(target, classes, alpha, beta, temperature, label_smoothing, ignore_index)
+    scalars, flags = loss_arguments(
+        target, classes, alpha, beta, beta, beta, temperature, label_smoothing, ignore_index
+    )
     launch(
         _gist_linear_loss_chunk_kernel,
         lambda c: (cdiv(pairs, c["BLOCK_M"]),),

@@ -159,9 +159,10 @@ def gist_row_loss(s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight, 
 
 @triton.jit
 def gist_gradients(
-    z, g, m_z, m_g, inv_p, inv_q, e_p, e_q, over_z, over_g, weights, alpha, beta, inv_t, POWER: tl.constexpr
+    z, g, m_z, m_g, inv_p, inv_q, e_p, e_q, over_z, over_g, weights, alpha, beta_z, beta_g, inv_t, POWER: tl.constexpr
 ):
-    """Gradients of the row losses at a tile. inv_p, inv_q: 1 / S at temperature T; over_z, over_g: W / S at 1."""
+    """Gradients of the row losses at a tile. inv_p, inv_q: 1 / S at temperature T; over_z, over_g: W / S at 1; beta_z,
+    beta_g: the divergence's weight in each side's, 0 where the side takes nothing of it, not even NaN."""
     zc, gc, d = centred_pair(z, g, m_z, m_g)
     to_exp2 = inv_t * LOG2E
     p = tl.exp2(zc * to_exp2)
@@ -172,9 +173,8 @@ def gist_gradients(
     q = q * inv_q[:, None]
     kl_z = p * ((d - e_p[:, None]) * inv_t) + (p - q)
     kl_g = q * ((e_q[:, None] - d) * inv_t) + (q - p)
-    beta_t = beta * inv_t
-    grad_z = ce_z + tl.where(beta == 0.0, 0.0, beta_t * kl_z)
-    grad_g = tl.where(alpha == 0.0, 0.0, alpha * ce_g) + tl.where(beta == 0.0, 0.0, beta_t * kl_g)
+    grad_z = ce_z + tl.where(beta_z == 0.0, 0.0, beta_z * inv_t * kl_z)
+    grad_g = tl.where(alpha == 0.0, 0.0, alpha * ce_g) + tl.where(beta_g == 0.0, 0.0, beta_g * inv_t * kl_g)
     return grad_z, grad_g
 
 
@@ -196,6 +196,8 @@ def _gist_loss_fwd_kernel(
     ignore_index,
     alpha,
     beta,
+    beta_z,
+    beta_g,
     inv_t,
     keep,
     smooth,
@@ -267,6 +269,8 @@ def _gist_loss_bwd_kernel(
     ignore_index,
     alpha,
     beta,
+    beta_z,
+    beta_g,
     inv_t,
     keep,
     smooth,
@@ -317,7 +321,8 @@ def _gist_loss_bwd_kernel(
         weight / sum_g,
         weights,
         alpha,
-        beta,
+        beta_z,
+        beta_g,
         inv_t,
         POWER,
     )
@@ -331,21 +336,37 @@ def _gist_loss_bwd_kernel(
         tl.store(grad_g_ptr + offs_out, grad_g.to(grad_g_ptr.dtype.element_ty), mask=mask_store)
 
 
-def loss_arguments(target, classes, alpha, beta, temperature, label_smoothing, ignore_index) -> tuple[tuple, dict]:
+def loss_arguments(
+    target, classes, alpha, beta, beta_logits, beta_gist, temperature, label_smoothing, ignore_index
+) -> tuple[tuple, dict]:
     """The scalars (in kernel order) and the constexprs that every kernel of this loss takes."""
-    scalars = (ignore_index, alpha, beta, 1.0 / temperature, 1.0 - label_smoothing, label_smoothing / classes)
+    smoothing = 1.0 - label_smoothing, label_smoothing / classes
+    scalars = (ignore_index, alpha, beta, beta_logits, beta_gist, 1.0 / temperature, *smoothing)
     power = int(temperature) if temperature in (1.0, 2.0, 3.0, 4.0) else 0
     return scalars, {"SOFT": target.dim() == 2, "SMOOTH": label_smoothing != 0.0, "POWER": power}
 
 
 def gist_loss_fwd(
-    logits, gist_logits, target, alpha, beta, temperature, label_smoothing, ignore_index, row_loss, stats
+    logits,
+    gist_logits,
+    target,
+    alpha,
+    beta,
+    beta_logits,
+    beta_gist,
+    temperature,
+    label_smoothing,
+    ignore_index,
+    row_loss,
+    stats,
 ) -> None:
     """Write row_loss (M,) and stats (9, M), float32. logits (M, V) of any strides; target (M,) int64 or (M, V) float.
     ``beta`` includes any T^2."""
     rows, classes = logits.shape
     config = rows_config("gist_loss_fwd", logits.device, classes, elements=2048)
-    scalars, flags = loss_arguments(target, classes, alpha, beta, temperature, label_smoothing, ignore_index)
+    scalars, flags = loss_arguments(
+        target, classes, alpha, beta, beta_logits, beta_gist, temperature, label_smoothing, ignore_index
+    )
     launch(
         _gist_loss_fwd_kernel,
         lambda c: (cdiv(rows, c["BLOCK_M"]),),
@@ -374,6 +395,8 @@ def gist_loss_bwd(
     row_grad,
     alpha,
     beta,
+    beta_logits,
+    beta_gist,
     temperature,
     label_smoothing,
     ignore_index,
@@ -383,7 +406,9 @@ def gist_loss_bwd(
     """Write the gradients (M, V), contiguous, that are not None; row_grad (M,) float32 of any stride."""
     rows, classes = logits.shape
     config = rows_config("gist_loss_bwd", logits.device, classes, elements=2048)
-    scalars, flags = loss_arguments(target, classes, alpha, beta, temperature, label_smoothing, ignore_index)
+    scalars, flags = loss_arguments(
+        target, classes, alpha, beta, beta_logits, beta_gist, temperature, label_smoothing, ignore_index
+    )
     launch(
         _gist_loss_bwd_kernel,
         lambda c: (cdiv(rows, c["BLOCK_M"]), cdiv(classes, c["BLOCK_V"])),
@@ -409,7 +434,9 @@ def gist_loss_bwd(
     )
 
 
-SCALAR_TYPES = {"ignore_index": "i32"} | dict.fromkeys(("alpha", "beta", "inv_t", "keep", "smooth"), "fp32")
+SCALAR_TYPES = {"ignore_index": "i32"} | dict.fromkeys(
+    ("alpha", "beta", "beta_z", "beta_g", "inv_t", "keep", "smooth"), "fp32"
+)
 
 
 def _specs() -> list[Spec]:
