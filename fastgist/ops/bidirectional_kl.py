@@ -31,7 +31,7 @@ def _launchers(impl: str):
 
 
 #: Implementations whose one-launch forward is not there yet: their two launches stand in.
-_TWO_LAUNCHES = ("triton", "cuda", "native")
+_TWO_LAUNCHES = ("cuda", "native")
 
 # -- raw ops ---------------------------------------------------------------------------------------------------------
 # Forward returns (loss, stats, grad_logits, grad_other).

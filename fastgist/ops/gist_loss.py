@@ -35,7 +35,7 @@ def _launchers(impl: str):
 
 
 #: Implementations whose one-launch forward is not there yet: their two launches stand in.
-_TWO_LAUNCHES = ("triton", "cuda", "native")
+_TWO_LAUNCHES = ("cuda", "native")
 
 # -- raw ops: forward returns (loss, stats, grad_logits, grad_gist) by bidirectional_kl's rules; finished gradients that
 # -- still wait for their row's scale are the row gradients themselves -------------------------------------------------
