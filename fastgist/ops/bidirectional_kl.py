@@ -30,9 +30,6 @@ def _launchers(impl: str):
     return torch.ops.fastgist_native
 
 
-#: Implementations whose one-launch forward is not there yet: their two launches stand in.
-_TWO_LAUNCHES = ("triton", "cuda")
-
 # -- raw ops ---------------------------------------------------------------------------------------------------------
 # Forward returns (loss, stats, grad_logits, grad_other).
 #   reduce False: loss (M,), scale times the row losses. A kernel leaves the stats for its backward; the reference leaves
@@ -83,10 +80,7 @@ def _fwd(
             for need in (need_logits, need_other)
         ]
         arguments = logits, other_logits, mask, divisor, temperature, scale, row_loss, loss, *grads
-        if impl in _TWO_LAUNCHES:
-            _two_launches(launchers, *arguments)
-        else:
-            launchers.bidirectional_kl_fwd_bwd(*arguments)
+        launchers.bidirectional_kl_fwd_bwd(*arguments)
         return loss, logits.new_empty(0), *_common.filled(grads, logits)
     stats = torch.empty(len(STATS), rows, dtype=dtype, device=logits.device)
     launchers.bidirectional_kl_fwd(logits, other_logits, mask, temperature, row_loss, stats)
@@ -94,17 +88,6 @@ def _fwd(
         row_loss = row_loss * (scale if divisor is None else scale / divisor)
     loss = row_loss.sum() if reduce else row_loss
     return loss, stats if leaves_stats else logits.new_empty(0), logits.new_empty(0), logits.new_empty(0)
-
-
-def _two_launches(launchers, z, other, mask, divisor, temperature, scale, row_loss, loss, grad_z, grad_other) -> None:
-    stats = torch.empty(len(STATS), len(z), dtype=row_loss.dtype, device=z.device)
-    launchers.bidirectional_kl_fwd(z, other, mask, temperature, row_loss, stats)
-    row_grad = torch.full_like(loss, scale)
-    row_grad = row_grad if divisor is None else row_grad / divisor
-    row_loss.mul_(row_grad)
-    loss.copy_(row_loss.sum())
-    if grad_z is not None or grad_other is not None:
-        launchers.bidirectional_kl_bwd(z, other, mask, stats, row_grad.expand(len(z)), temperature, grad_z, grad_other)
 
 
 def _fwd_fake(logits, other_logits, mask, divisor, temperature, scale, reduce, need_logits, need_other, impl):

@@ -34,9 +34,6 @@ def _launchers(impl: str):
     return torch.ops.fastgist_native
 
 
-#: Implementations whose one-launch forward is not there yet: their two launches stand in.
-_TWO_LAUNCHES = ("triton", "cuda")
-
 # -- raw ops: forward returns (loss, stats, grad_logits, grad_gist) by bidirectional_kl's rules; finished gradients that
 # -- still wait for their row's scale are the row gradients themselves -------------------------------------------------
 
@@ -73,10 +70,7 @@ def _run(logits: Tensor, gist_logits: Tensor, target: Tensor, divisor: Tensor | 
             for n in (need_logits, need_gist)
         ]
         arguments = logits, gist_logits, target, divisor, *options, scale, row_loss, loss, *grads
-        if impl in _TWO_LAUNCHES:
-            _two_launches(_launchers(impl), options, *arguments)
-        else:
-            _launchers(impl).gist_loss_fwd_bwd(*arguments)
+        _launchers(impl).gist_loss_fwd_bwd(*arguments)
         return loss, empty, *_common.filled(grads, logits)
     stats = torch.empty(len(STATS), logits.shape[0], dtype=dtype, device=logits.device)
     _launchers(impl).gist_loss_fwd(logits, gist_logits, target, *options, row_loss, stats)
@@ -84,18 +78,6 @@ def _run(logits: Tensor, gist_logits: Tensor, target: Tensor, divisor: Tensor | 
         row_loss = row_loss * (scale if divisor is None else scale / divisor)
     loss = row_loss.sum() if reduce else row_loss
     return loss, stats if leaves_stats else empty, logits.new_empty(0), logits.new_empty(0)
-
-
-def _two_launches(launchers, options, z, gist, target, divisor, *rest) -> None:
-    scale, row_loss, loss, *grads = rest[len(options) :]
-    stats = torch.empty(len(STATS), len(z), dtype=row_loss.dtype, device=z.device)
-    launchers.gist_loss_fwd(z, gist, target, *options, row_loss, stats)
-    row_grad = torch.full_like(loss, scale)
-    row_grad = row_grad if divisor is None else row_grad / divisor
-    row_loss.mul_(row_grad)
-    loss.copy_(row_loss.sum())
-    if any(g is not None for g in grads):
-        launchers.gist_loss_bwd(z, gist, target, stats, row_grad.expand(len(z)), *options, *grads)
 
 
 def _fwd_fake(logits, gist_logits, target, divisor, *rest):

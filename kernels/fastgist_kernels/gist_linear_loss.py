@@ -10,17 +10,17 @@ import triton
 import triton.language as tl
 
 from fastgist_kernels.aot import Spec
-from fastgist_kernels.bidirectional_kl import finite_max, rows_config
 from fastgist_kernels.common import LOG2E, cdiv, launch
-from fastgist_kernels.gist_loss import (
+from fastgist_kernels.gist_loss_once import gist_finish_columns
+from fastgist_kernels.gist_rows import (
     SCALAR_TYPES,
-    class_weights,
-    gist_gradients,
     gist_row_loss,
     gist_row_state,
+    gradient_flags,
     loss_arguments,
     target_rows,
 )
+from fastgist_kernels.pair_rows import rows_config, vector_width
 
 __all__ = ["SPECS", "gist_linear_loss_chunk"]
 
@@ -40,13 +40,19 @@ def _gist_linear_loss_chunk_kernel(
     ignore_index,
     alpha,
     beta,
+    beta_z,
+    beta_g,
     inv_t,
     keep,
     smooth,
     SOFT: tl.constexpr,
     SMOOTH: tl.constexpr,
     POWER: tl.constexpr,
+    ALPHA: tl.constexpr,
+    KL_Z: tl.constexpr,
+    KL_G: tl.constexpr,
     NEED_GRAD: tl.constexpr,
+    VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -71,9 +77,11 @@ def _gist_linear_loss_chunk_kernel(
         inv_t * LOG2E,
         keep,
         smooth,
+        "evict_last",
         SOFT,
         SMOOTH,
         POWER,
+        VEC,
         BLOCK_M,
         BLOCK_V,
     )
@@ -82,32 +90,52 @@ def _gist_linear_loss_chunk_kernel(
     tl.store(loss_ptr + offs_m, tl.where(counts, loss, 0.0), mask=mask_m)
     if NEED_GRAD:
         scale = tl.load(scale_ptr + offs_m * stride_scale, mask=mask_m, other=0.0)
-        scale = tl.where(invalid, float("nan"), scale)
-        m_z = finite_max(m_z)
-        m_g = finite_max(m_g)
-        inv_p = 1.0 / s_p
-        inv_q = 1.0 / s_q
-        over_z = weight / sum_z
-        over_g = weight / sum_g
-        for start in range(0, V, BLOCK_V):
-            offs_v = start + tl.arange(0, BLOCK_V).to(tl.int64)
-            mask_v = offs_v < V
-            mask_mv = counts[:, None] & mask_v[None, :]
-            mask_store = mask_m[:, None] & mask_v[None, :]
-            z_ptrs = logits_ptr + offs_m[:, None] * stride_lm + offs_v[None, :]
-            g_ptrs = gist_ptr + offs_m[:, None] * stride_lm + offs_v[None, :]
-            z = tl.load(z_ptrs, mask=mask_mv, other=float("-inf")).to(tl.float32)
-            g = tl.load(g_ptrs, mask=mask_mv, other=float("-inf")).to(tl.float32)
-            weights = class_weights(
-                target_ptr, offs_m, offs_v, mask_mv, label, stride_tm, stride_tv, keep, smooth, SOFT, SMOOTH
-            )
-            grad_z, grad_g = gist_gradients(
-                z, g, m_z, m_g, inv_p, inv_q, e_p, e_q, over_z, over_g, weights, alpha, beta, inv_t, POWER
-            )
-            grad_z = tl.where(counts[:, None], scale[:, None] * grad_z, 0.0)
-            grad_g = tl.where(counts[:, None], scale[:, None] * grad_g, 0.0)
-            tl.store(z_ptrs, grad_z.to(logits_ptr.dtype.element_ty), mask=mask_store)
-            tl.store(g_ptrs, grad_g.to(logits_ptr.dtype.element_ty), mask=mask_store)
+        gist_finish_columns(
+            logits_ptr,
+            gist_ptr,
+            target_ptr,
+            logits_ptr,
+            gist_ptr,
+            m_z,
+            m_g,
+            s_p,
+            s_q,
+            e_p,
+            e_q,
+            sum_z,
+            sum_g,
+            weight,
+            label,
+            tl.where(invalid, float("nan"), scale),
+            offs_m,
+            mask_m,
+            counts,
+            0,
+            V,
+            stride_lm,
+            1,
+            stride_lm,
+            1,
+            stride_tm,
+            stride_tv,
+            stride_lm,
+            alpha,
+            beta_z,
+            beta_g,
+            inv_t,
+            keep,
+            smooth,
+            SOFT,
+            SMOOTH,
+            POWER,
+            ALPHA,
+            KL_Z,
+            KL_G,
+            True,
+            True,
+            VEC,
+            BLOCK_V,
+        )
 
 
 def gist_linear_loss_chunk(
@@ -116,8 +144,11 @@ def gist_linear_loss_chunk(
     """Write row_loss (m,) float32 and, if ``need_grad``, put the gradients, times scale (m,), in place of the logits
     (2 m, V), whose rows may be padded but whose columns are adjacent."""
     pairs, classes = row_loss.shape[0], logits.shape[1]
-    config = rows_config("gist_linear_loss_chunk", logits.device, classes, elements=2048)
-    scalars, flags = loss_arguments(target, classes, alpha, beta, temperature, label_smoothing, ignore_index)
+    vec = vector_width(logits, target) if target.dim() == 2 else vector_width(logits)
+    config = rows_config("gist_linear_loss_chunk", logits.device, classes, vec)
+    scalars, flags = loss_arguments(
+        target, classes, alpha, beta, beta, beta, temperature, label_smoothing, ignore_index
+    )
     launch(
         _gist_linear_loss_chunk_kernel,
         lambda c: (cdiv(pairs, c["BLOCK_M"]),),
@@ -134,7 +165,9 @@ def gist_linear_loss_chunk(
         scale.stride(0),
         *scalars,
         **flags,
+        **gradient_flags(alpha, beta, beta, beta),
         NEED_GRAD=need_grad,
+        VEC=vec,
     )
 
 
@@ -146,10 +179,10 @@ SPECS = [
         | {"M": "i32", "V": "i32", "stride_lm": "i64", "stride_tm": "i64"}
         | SCALAR_TYPES,
         {"stride_tv": 0, "stride_scale": 0, "SOFT": False, "SMOOTH": False, "POWER": 3}
-        | {"NEED_GRAD": True, "BLOCK_M": block_m, "BLOCK_V": block_v},
-        num_warps=8 if block_v >= 2048 else 4,
+        | {"ALPHA": True, "KL_Z": True, "KL_G": True, "NEED_GRAD": True}
+        | {"VEC": vec, "BLOCK_M": 128 * vec // block_v, "BLOCK_V": block_v},
         num_stages=1,
     )
-    for dtype in ("bf16", "fp32")
-    for label, block_m, block_v in (("small_v", 4, 128), ("long_v", 1, 2048))
+    for dtype, vec in (("bf16", 8), ("fp32", 4))
+    for label, block_v in (("small_v", 128), ("long_v", 128 * vec))
 ]
