@@ -39,6 +39,7 @@ _SERVES: dict[tuple[str, str], _Implementation] = {
     **{(op, "triton"): _Implementation("cuda", _HALF_AND_FLOAT) for op in OPS},
     ("bidirectional_kl", "native"): _Implementation("cpu", _ALL),
     ("gist_loss", "native"): _Implementation("cpu", _ALL),
+    ("gist_linear_loss", "native"): _Implementation("cpu", _ALL),
     ("bidirectional_kl", "cuda"): _Implementation("cuda", _ALL),
 }
 

@@ -13,26 +13,32 @@ __all__ = ["divisor_of", "is_plain", "loss_scale", "scaled"]
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def scaled(grads: Sequence[Tensor], factor: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Finished gradients times the incoming gradient () of their loss, as ``dtype``. Those not asked for (1-D, empty) pass.
+def scaled(grads: Sequence[Tensor], factor: Tensor, dtype: torch.dtype | Sequence[torch.dtype | None]) -> list[Tensor]:
+    """Finished gradients times the incoming gradient () of their loss, as ``dtype``, one for all or one each. Those not asked
+    for (1-D, empty) pass.
 
     A factor of 1 costs no traffic: on a CPU it is looked at, on a GPU a kernel reads it on the device and returns at once.
     Another one is applied in place, unless the graph is retained, whose next backward must find them as they are.
     """
-    wanted = [g for g in grads if g.dim() == 2]
-    if is_plain(factor, *wanted):
+    dtypes = [dtype] * len(grads) if isinstance(dtype, torch.dtype) else list(dtype)
+    wanted = [(g, d) for g, d in zip(grads, dtypes, strict=True) if d is not None and (g.dim() == 2 or g.numel())]
+    if is_plain(factor, *(g for g, _ in wanted)):
+        in_place = bool(wanted) and not _keeps_graph() and all(g.dtype == d for g, d in wanted)
         if factor.device.type == "cpu":
             value = float(factor)
             if value == 1.0:
-                return [g.to(dtype) for g in grads]
-            if not _keeps_graph() and all(g.dtype == dtype for g in wanted):
-                for g in wanted:
+                return [_as(g, d) for g, d in zip(grads, dtypes, strict=True)]
+            if in_place:
+                for g, _ in wanted:
                     g.mul_(value)
                 return list(grads)
-        elif factor.device.type == "cuda" and wanted and not _keeps_graph() and wanted[0].dtype == dtype:
-            if _scale_on_device(wanted, factor):
-                return list(grads)
-    return [(g * factor).to(dtype) if g.dim() == 2 else g for g in grads]
+        elif factor.device.type == "cuda" and in_place and _scale_on_device([g for g, _ in wanted], factor):
+            return list(grads)
+    return [_as(g * factor, d) if g.dim() == 2 or g.numel() else g for g, d in zip(grads, dtypes, strict=True)]
+
+
+def _as(grad: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return grad if dtype is None else grad.to(dtype)
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -49,7 +55,8 @@ def _scale_on_device(grads: list[Tensor], factor: Tensor) -> bool:
         return False
     from fastgist_kernels.scale import scale_unless_one
 
-    scale_unless_one(grads, factor)
+    for dtype in {g.dtype for g in grads}:  # a head's gradient may be wider than the hidden states'
+        scale_unless_one([g for g in grads if g.dtype == dtype], factor)
     return True
 
 

@@ -64,11 +64,13 @@ def _adapter_bwd(
 
 @register_flop_formula(_ops.gist_linear_loss_run)
 def _gist_linear_loss_run(
-    hidden: Shape, gist: Shape, weight: Shape, bias: Any, target: Any, row_scale: Any, alpha: Any, beta: Any,
-    temperature: Any, smoothing: Any, ignore: Any, chunk: Any, need_hidden: bool, need_gist: bool, need_weight: bool,
-    *others: Any, **_: Any,
+    hidden: Shape, gist: Shape, weight: Shape, bias: Any, target: Any, row_scale: Any, alpha: float, beta: Any,
+    beta_logits: Any, beta_gist: float, temperature: Any, smoothing: Any, ignore: Any, chunk: Any, budget: Any,
+    need_hidden: bool, need_gist: bool, need_weight: bool, *others: Any, **_: Any,
 ) -> int:  # fmt: skip
-    return 2 * hidden[0] * prod(weight) * (2 + need_hidden + need_gist + 2 * need_weight)
+    gist_learns = alpha != 0 or beta_gist != 0
+    back = need_hidden + need_weight + gist_learns * (need_gist + need_weight)
+    return 2 * hidden[0] * prod(weight) * (2 + back)
 
 
 @register_flop_formula(_ops.sum_of_products)

@@ -1,44 +1,67 @@
 """gist_linear_loss: schema, fake, checks, dispatch and autograd. The formula is in fastgist/reference/gist_linear_loss.py.
 
-The rows are taken in chunks. A chunk's hidden states of both heads, stacked, make its logits in one matrix product; the
-row kernel puts the gradients in their place; a second product carries them back. No more than one chunk of logits ever
-exists. For "sum" and "mean" the gradients are finished in the forward, where the logits are; for "none", whose row
-gradients are not known yet, the backward runs the chunks again.
+The rows are taken in chunks (fastgist/ops/_linear_chunks.py). A chunk's hidden states of both heads, stacked, make its logits
+in one matrix product; the row work puts the gradients in their place; a second product carries them back. No more than one
+chunk of logits ever exists. For "sum" and "mean" the gradients are finished in the forward, where the logits are; for
+"none", whose row gradients are not known yet, the backward runs the chunks again.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastgist import backends
-from fastgist.ops import _common
-from fastgist.ops.gist_loss import check_options, check_target, check_targets_in_range
+from fastgist.ops import _common, _finished, _linear_chunks, _vocab_parallel
+from fastgist.ops.gist_loss import betas, check_options, check_target, check_targets_in_range
 from fastgist.reference import gist_loss as reference
-from fastgist.reference._numerics import accumulate_dtype
+from fastgist.reference._numerics import accumulate_dtype, row_blocks
 
-__all__ = ["default_chunk_rows", "gist_linear_loss"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["gist_linear_loss"]
 
 _OP = "gist_linear_loss"
 
+#: Elements of the head's gradient that a chunk adds at a time where the sum is wider than the product: what lies between
+#: them is this large, not as large as the head.
+_HEAD_BLOCK = 2**24
 
-def default_chunk_rows(rows: int, hidden: int, classes: int) -> int:
-    """Rows a chunk: as many as make its logits about as large as the hidden states, in whole tiles of 128."""
-    return min(rows, max(128, rows * hidden // max(classes, 1) // 128 * 128))
 
+class _HeadGradient:
+    """The gradient (V, H) of the head, summed over chunks in float32: in bfloat16 the later ones would be rounded away.
 
-def _reference_chunk(logits: Tensor, target: Tensor, scale: Tensor, options: tuple, row_loss: Tensor, need_grad: bool):
-    """What the kernel does to a chunk, in plain PyTorch: see fastgist_kernels.gist_linear_loss."""
-    pairs, (alpha, beta, *others) = row_loss.shape[0], options
-    betas = beta, beta, beta
-    wanted = need_grad, need_grad
-    loss, *grads = reference.forward(logits[:pairs], logits[pairs:], target, alpha, *betas, *others, *wanted)  # type: ignore[call-arg]
-    row_loss.copy_(loss)
-    if need_grad:
-        for half, grad in zip((logits[:pairs], logits[pairs:]), grads, strict=True):
-            half.copy_(grad * scale[:, None])
+    ``narrow``: it comes in the head's dtype. The gradient of one chunk alone is written in it at once.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, narrow: bool, chunks: int) -> None:
+        self.narrow_to = weight.dtype if narrow else dtype
+        kept = self.narrow_to if chunks == 1 else dtype
+        make = torch.empty if chunks else torch.zeros
+        self.sum, self.begun = make(weight.shape, dtype=kept, device=weight.device), False
+
+    def add(self, grad_logits: Tensor, states: Tensor) -> None:
+        """(n, V) gradients of logits and the (n, H) states that made them."""
+        total, beta = self.sum, 1.0 if self.begun else 0.0
+        if total.dtype == states.dtype:
+            total.addmm_(grad_logits.t(), states, beta=beta)
+        else:
+            step = max(1, _HEAD_BLOCK // max(states.shape[1], 1))
+            for start in range(0, len(total), step):
+                classes = slice(start, start + step)
+                part = torch.mm(grad_logits[:, classes].t(), states)
+                if self.begun:
+                    total[classes] += part
+                else:
+                    total[classes] = part
+        self.begun = True
+
+    def result(self) -> Tensor:
+        return self.sum.to(self.narrow_to)
 
 
 def _run(
@@ -48,37 +71,40 @@ def _run(
     bias: Tensor | None,
     target: Tensor,
     row_scale: Tensor,
-    alpha: float,
-    beta: float,
-    temperature: float,
-    label_smoothing: float,
-    ignore_index: int,
-    chunk_rows: int,
-    need_hidden: bool,
-    need_gist: bool,
-    need_weight: bool,
-    need_bias: bool,
-    impl: str,
+    *rest,
 ) -> tuple[Tensor, ...]:
     """Row losses (M,) and the gradients asked for, each row's scaled by row_scale (M,); empty where not asked for.
 
-    The head's gradients come in row_scale's dtype: sums over the rows, which the caller scales before it narrows them.
+    The head's gradients come in its dtype if ``narrow``, else in row_scale's.
     """
-    rows, classes = hidden.shape[0], weight.shape[0]
-    check_targets_in_range(_OP, target, classes, ignore_index)
-    impl = backends.resolve(_OP, impl, hidden)
-    options = (alpha, beta, temperature, label_smoothing, ignore_index)
-    need_grad = need_hidden or need_gist or need_weight or need_bias
+    numbers, wanted, shard, impl = rest[:9], rest[9:14], rest[14:18], rest[18]
+    *options, chunk_rows, budget = numbers
+    need_hidden, need_gist, need_weight, need_bias, narrow = wanted
+    group_name, first_class, every_class, reduce = shard
+    alpha, _, _, beta_gist, *_, ignore_index = options
+    rows, (classes, width) = hidden.shape[0], weight.shape
+    group = _vocab_parallel.group_named(group_name)
+    check_targets_in_range(_OP, target, every_class, ignore_index)
+    if group is None:
+        work = _linear_chunks.row_work(backends.resolve(_OP, impl, hidden), tuple(options))
+        share = classes
+    else:
+        work = _vocab_parallel.row_work(group, tuple(options), first_class, every_class)
+        share = -(-every_class // group.size())  # as many chunks on every rank, whatever each one's share
+    chunk_rows = chunk_rows or _linear_chunks.rows_of_chunk(rows, width, share, hidden.element_size(), budget or None)
+    silent = alpha == 0.0 and beta_gist == 0.0  # nothing of the loss reaches the gist token: products of zeros
+    need_head = need_weight or need_bias
+    need_z, need_g = need_hidden or need_head, (need_gist or need_head) and not silent
     row_loss = torch.empty(rows, dtype=row_scale.dtype, device=hidden.device)
     grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else None
-    grad_gist = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_gist else None
-    # Chunks add up in float32: in bfloat16 the later ones would be rounded away.
-    grad_weight = torch.zeros(weight.shape, dtype=row_scale.dtype, device=weight.device) if need_weight else None
+    make = torch.zeros if silent else torch.empty
+    grad_gist = make(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_gist else None
+    head = _HeadGradient(weight, row_scale.dtype, narrow, -(-rows // chunk_rows)) if need_weight else None
     grad_bias = torch.zeros(classes, dtype=row_scale.dtype, device=weight.device) if need_bias else None
-    padded = -(-classes // 16) * 16  # rows start at multiples of 16 elements: wide loads at any class count
-    buffer = torch.empty(2 * min(chunk_rows, rows), padded, dtype=hidden.dtype, device=hidden.device)
-    for start in range(0, rows, chunk_rows):
-        part = slice(start, min(start + chunk_rows, rows))
+    most = 2 * min(chunk_rows, rows)
+    buffer = torch.empty(most, _linear_chunks.padded(classes), dtype=hidden.dtype, device=hidden.device)
+    for first in range(0, rows, chunk_rows):
+        part = slice(first, min(first + chunk_rows, rows))
         pairs = part.stop - part.start
         both = torch.cat((hidden[part], gist_hidden[part]))
         if need_weight and not target.is_floating_point():  # 0 times what an ignored row holds is not 0 if it is NaN
@@ -89,45 +115,45 @@ def _run(
             torch.mm(both, weight.t(), out=logits)
         else:
             torch.addmm(bias, both, weight.t(), out=logits)
-        if impl == "reference":
-            _reference_chunk(logits, target[part], row_scale[part], options, row_loss[part], need_grad)
-        else:
-            from fastgist_kernels.gist_linear_loss import gist_linear_loss_chunk
-
-            gist_linear_loss_chunk(logits, target[part], row_scale[part], *options, row_loss[part], need_grad)
-        if grad_weight is not None:
-            if grad_weight.dtype == logits.dtype:
-                grad_weight.addmm_(logits.t(), both)
-            else:
-                grad_weight.add_(torch.mm(logits.t(), both))
-        if grad_hidden is not None and grad_gist is not None:
+        work(logits, target[part], row_scale[part], row_loss[part], need_z, need_g)
+        used = pairs if silent else 2 * pairs  # from here on the logits are their gradients
+        if head is not None:
+            head.add(logits[:used], both[:used])
+        if grad_bias is not None:
+            for block in row_blocks(logits[:used]):  # a CPU widens what it sums
+                grad_bias.add_(logits[block].sum(0, dtype=grad_bias.dtype))
+        if grad_hidden is not None and grad_gist is not None and not silent:
             torch.mm(logits, weight, out=both)  # the stacked hidden states have served: their place takes the gradients
             grad_hidden[part], grad_gist[part] = both[:pairs], both[pairs:]
         elif grad_hidden is not None:
             torch.mm(logits[:pairs], weight, out=grad_hidden[part])
-        elif grad_gist is not None:
+        elif grad_gist is not None and not silent:
             torch.mm(logits[pairs:], weight, out=grad_gist[part])
-        if grad_bias is not None:
-            grad_bias.add_(logits.sum(0, dtype=grad_bias.dtype))
+    if group is not None and reduce:
+        _vocab_parallel.sum_over_ranks(group, grad_hidden, None if silent else grad_gist)
+    grad_weight = None if head is None else head.result()
+    grad_bias = grad_bias.to(weight.dtype) if narrow and grad_bias is not None else grad_bias
     return row_loss, *_common.filled((grad_hidden, grad_gist, grad_weight, grad_bias), hidden)
 
 
-def _run_fake(hidden, gist_hidden, weight, bias, target, row_scale, a, b, t, s, i, c, nh, ng, nw, nb, impl):
-    backends.resolve(_OP, impl, hidden)
-    shape = tuple(hidden.shape)
+def _run_fake(hidden, gist_hidden, weight, bias, target, row_scale, *rest):
+    need_hidden, need_gist, need_weight, need_bias, narrow = rest[9:14]
+    backends.resolve(_OP, rest[18], hidden)
+    shape, of_head = tuple(hidden.shape), weight if narrow else row_scale
     return (
         row_scale.new_empty(shape[0]),
-        hidden.new_empty(shape if nh else 0),
-        hidden.new_empty(shape if ng else 0),
-        row_scale.new_empty(tuple(weight.shape)) if nw else hidden.new_empty(0),
-        row_scale.new_empty(weight.shape[0]) if nb else hidden.new_empty(0),
+        hidden.new_empty(shape if need_hidden else 0),
+        hidden.new_empty(shape if need_gist else 0),
+        of_head.new_empty(tuple(weight.shape)) if need_weight else hidden.new_empty(0),
+        of_head.new_empty(weight.shape[0]) if need_bias else hidden.new_empty(0),
     )
 
 
 _op = _common.define(
     "gist_linear_loss_run(Tensor hidden, Tensor gist_hidden, Tensor weight, Tensor? bias, Tensor target, "
-    "Tensor row_scale, float alpha, float beta, float temperature, float label_smoothing, int ignore_index, "
-    "int chunk_rows, bool need_hidden, bool need_gist, bool need_weight, bool need_bias, str impl) "
+    "Tensor row_scale, float alpha, float beta, float beta_logits, float beta_gist, float temperature, "
+    "float label_smoothing, int ignore_index, int chunk_rows, int memory_budget, bool need_hidden, bool need_gist, "
+    "bool need_weight, bool need_bias, bool narrow, str group, int first_class, int every_class, bool reduce, str impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run,
     _run_fake,
@@ -136,36 +162,48 @@ _op = _common.define(
 
 
 class _GistLinearLoss(torch.autograd.Function):
-    """hidden (M, H) x 2, head and targets -> row losses (M,) for "none", else the scalar loss."""
+    """hidden (M, H) x 2, head and targets -> row losses (M,) for "none", else the scalar loss. Saves the gradients,
+    finished; those of float16, and of row losses, still wait for what arrives."""
 
     @staticmethod
-    def forward(ctx, hidden, gist_hidden, weight, bias, target, inv_count, options, chunk_rows, record, impl):
+    def forward(ctx, hidden, gist_hidden, weight, bias, target, divisor, options, scale, reduce, record, impl):
         ctx.needs = needs = _common.needs(ctx, 4, record)
-        ctx.options, ctx.chunk_rows, ctx.impl, ctx.per_row = options, chunk_rows, impl, inv_count is None
-        ctx.dtypes = (hidden.dtype, hidden.dtype, weight.dtype, weight.dtype)
-        # Rows enter unscaled: 1 / count in a float16 gradient would underflow before any loss scale could lift it.
-        ones = torch.ones((), dtype=accumulate_dtype(hidden.dtype), device=hidden.device).expand(hidden.shape[0])
-        wanted = [False] * 4 if ctx.per_row else needs
-        row_loss, *grads = _op(hidden, gist_hidden, weight, bias, target, ones, *options, chunk_rows, *wanted, impl)
-        if ctx.per_row:
+        ctx.options, ctx.impl, ctx.reduce = options, impl, reduce
+        given = (None if x is None else x.dtype for x in (hidden, gist_hidden, weight, bias))
+        ctx.dtypes, ctx.whole = tuple(given), None
+        # Under autocast the head is narrowed here, not by autograd: its gradient stays as wide as its sum.
+        narrow_weight, narrow_bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        tensors = hidden, gist_hidden, narrow_weight, narrow_bias, target
+        dtype = accumulate_dtype(hidden.dtype)
+        whole = torch.full((), scale, dtype=dtype, device=hidden.device)
+        whole = whole if divisor is None else whole / divisor
+        # A mean's 1 / rows in a float16 gradient would underflow before any loss scale could lift it: it waits.
+        lifted = hidden.dtype == torch.float16
+        row_scale = (torch.ones_like(whole) if lifted else whole).expand(hidden.shape[0])
+        wanted = needs if reduce else (False,) * 4
+        narrow = weight.dtype == hidden.dtype and not lifted
+        row_loss, *grads = _op(*tensors, row_scale, *options[:-1], *wanted, narrow, *options[-1], impl)
+        if not reduce:
             if any(needs):
                 ctx.save_for_backward(hidden, gist_hidden, weight, bias, target)
             return row_loss
-        ctx.save_for_backward(inv_count, *grads)
-        return row_loss.sum() * inv_count
+        ctx.save_for_backward(whole if lifted else None, *grads)
+        return row_loss.sum() * whole
 
     @staticmethod
     @_common.single_backward(_OP)
     def backward(ctx, grad):
-        needs = ctx.needs
-        if ctx.per_row:
-            _, *grads = _op(*ctx.saved_tensors, grad, *ctx.options, ctx.chunk_rows, *needs, ctx.impl)
+        needs, dtypes = ctx.needs, ctx.dtypes
+        if ctx.reduce:
+            whole, *grads = ctx.saved_tensors
+            grads = _finished.scaled(grads, grad if whole is None else grad * whole, dtypes)
         else:
-            inv_count, *grads = ctx.saved_tensors
-            scale = grad * inv_count
-            grads = [g * scale for g in grads]
-        narrowed = (g.to(d) if need else None for g, need, d in zip(grads, needs, ctx.dtypes, strict=True))
-        return *narrowed, None, None, None, None, None, None
+            hidden, gist_hidden, weight, bias, target = ctx.saved_tensors
+            narrow_bias = None if bias is None else bias.to(hidden.dtype)
+            tensors = hidden, gist_hidden, weight.to(hidden.dtype), narrow_bias, target
+            narrow = weight.dtype == hidden.dtype
+            _, *grads = _op(*tensors, grad, *ctx.options[:-1], *needs, narrow, *ctx.options[-1], ctx.impl)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 7
 
 
 def gist_linear_loss(
@@ -182,7 +220,14 @@ def gist_linear_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    detach: str | None = None,
+    divisor: float | Tensor | None = None,
     chunk_rows: int | None = None,
+    memory_budget: int | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    reduce_hidden: bool = True,
     impl: str = "auto",
 ) -> Tensor:
     r"""The GIST objective on hidden states: ``gist_loss(hidden W^T + b, gist_hidden W^T + b, target)`` without the logits.
@@ -193,11 +238,22 @@ def gist_linear_loss(
         weight: (V, H), the shared head, as nn.Linear stores it. Frozen: no dW is computed.
         bias: (V,) or None.
         target: (...) int64 classes, or (..., V) floating-point soft targets.
-        alpha, beta, temperature, t_squared, label_smoothing, ignore_index, reduction: as in
+        alpha, beta, temperature, t_squared, label_smoothing, ignore_index, reduction, detach, divisor: as in
             :func:`fastgist.functional.gist_loss`, with the same objective and the same divisor.
-        chunk_rows: rows of logits that exist at a time; default: as many as make a chunk of logits about as large as
-            the hidden states.
-        impl: "auto", "triton" or "reference"; see :mod:`fastgist.backends`.
+        chunk_rows: rows whose logits exist at a time; default: as many as ``memory_budget`` holds.
+        memory_budget: bytes for a chunk's logits and stacked hidden states. Default: a sixteenth of what whole logits and
+            their gradients would take, at least 16 MiB and at most 1 GiB. The head's gradient, and for a half-precision
+            head of more than one chunk its float32 sum, come on top.
+        group: a torch.distributed group whose ranks share the head: weight (V_local, H) and bias are this rank's
+            consecutive rows of it, in the ranks' order. Hidden states, class targets and options must be the same on all
+            ranks; soft targets are this rank's columns (..., V_local). The loss is that of the whole head, the same bits on
+            every rank. One all-gather a chunk, of twelve numbers a row.
+        vocab_start, vocab_size: this rank's first row in the whole head, and the whole head's rows. Without them the ranks
+            first tell each other, and hold what they were given against each other (ValueError on all of them, where
+            they differ); a GPU synchronises for that. With them nothing is checked: other shapes on another rank hang.
+        reduce_hidden: False leaves the hidden states' gradients as this rank's share, whose sum over the ranks is the
+            gradient (for a caller who reduces or scatters it anyway). Summed in the hidden states' dtype.
+        impl: "auto", "triton", "native" or "reference"; see :mod:`fastgist.backends`. With a group: "auto" or "reference".
 
     Returns:
         float32 (float64 for float64 inputs); gradients for hidden, gist_hidden, weight and bias as they require them.
@@ -210,10 +266,53 @@ def gist_linear_loss(
         _common.check_floating(_OP, name, x)
     cast = _common.autocast_dtype(hidden.device.type)
     if cast is not None and hidden.dtype != torch.float64:
-        hidden, gist_hidden, weight = hidden.to(cast), gist_hidden.to(cast), weight.to(cast)
-        bias = None if bias is None else bias.to(cast)
-    _common.check_same_dtype(_OP, hidden=hidden, gist_hidden=gist_hidden, weight=weight, bias=bias)
+        hidden, gist_hidden = hidden.to(cast), gist_hidden.to(cast)
+    else:
+        _common.check_same_dtype(_OP, hidden=hidden, gist_hidden=gist_hidden, weight=weight, bias=bias)
     _common.check_same_device(_OP, hidden=hidden, gist_hidden=gist_hidden, weight=weight, bias=bias, target=target)
+    _check_shapes(hidden, gist_hidden, weight, bias)
+    leading, (classes, width) = hidden.shape[:-1], weight.shape
+    check_target(_OP, target, leading, classes)
+    temperature = _common.check_temperature(_OP, temperature)
+    check_options(_OP, alpha, beta, label_smoothing, reduction, detach)
+    _check_chunks(chunk_rows, memory_budget)
+    rows = math.prod(leading)
+    target = target.reshape(rows, classes) if target.is_floating_point() else target.reshape(rows)
+    dtype = accumulate_dtype(hidden.dtype)
+    divisor = _finished.divisor_of(_OP, divisor, reduction, hidden, dtype)
+    counted = (
+        reference.kept_rows(target, ignore_index) if divisor is None and reduction in ("mean", "batchmean") else None
+    )
+    scale, divisor = _finished.loss_scale(reduction, 1.0, rows, counted, divisor, hidden, dtype)
+    options = (
+        float(alpha),
+        *betas(beta, temperature, t_squared, detach),
+        temperature,
+        float(label_smoothing),
+        int(ignore_index),
+        chunk_rows or 0,
+        memory_budget or 0,
+    )
+    shard = _vocab_parallel.shard(
+        _OP, group, vocab_start, vocab_size, reduce_hidden, impl, (hidden, gist_hidden, weight, target), options
+    )
+    loss = _GistLinearLoss.apply(
+        hidden.reshape(rows, width),
+        gist_hidden.reshape(rows, width),
+        weight,
+        bias,
+        target,
+        divisor,
+        (*options, shard),
+        scale,
+        reduction != "none",
+        torch.is_grad_enabled(),
+        impl,
+    )
+    return loss.reshape(leading) if reduction == "none" else loss
+
+
+def _check_shapes(hidden: Tensor, gist_hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.dim() != 2:
         raise ValueError(f"{_OP}: weight must be (V, H), got {weight.dim()} dimensions")
     classes, width = weight.shape
@@ -226,42 +325,11 @@ def gist_linear_loss(
         raise ValueError(f"{_OP}: expected gist_hidden.shape == {tuple(hidden.shape)}, got {tuple(gist_hidden.shape)}")
     if bias is not None and tuple(bias.shape) != (classes,):
         raise ValueError(f"{_OP}: expected bias.shape == ({classes},), got {tuple(bias.shape)}")
-    leading = hidden.shape[:-1]
-    check_target(_OP, target, leading, classes)
-    temperature = _common.check_temperature(_OP, temperature)
-    check_options(_OP, alpha, beta, label_smoothing, reduction)
-    rows = math.prod(leading)
-    if chunk_rows is None:
-        chunk_rows = default_chunk_rows(rows, width, classes)
-    elif chunk_rows < 1:
-        raise ValueError(f"{_OP}: chunk_rows must be at least 1, got {chunk_rows}")
-    target = target.reshape(rows, classes) if target.is_floating_point() else target.reshape(rows)
-    inv_count = None
-    if reduction != "none":
-        ones = torch.ones((), dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
-        kept = reference.kept_rows(target, ignore_index)
-        if reduction == "sum":
-            inv_count = ones
-        elif kept is None:
-            inv_count = ones / max(rows, 1)
-        else:
-            inv_count = ones / kept.sum().clamp(min=1)
-    loss = _GistLinearLoss.apply(
-        hidden.reshape(rows, width),
-        gist_hidden.reshape(rows, width),
-        weight,
-        bias,
-        target,
-        inv_count,
-        (
-            float(alpha),
-            float(beta) * (temperature**2 if t_squared else 1.0),
-            temperature,
-            float(label_smoothing),
-            int(ignore_index),
-        ),
-        max(chunk_rows, 1),
-        torch.is_grad_enabled(),
-        impl,
-    )
-    return loss.reshape(leading) if reduction == "none" else loss
+
+
+def _check_chunks(chunk_rows: int | None, memory_budget: int | None) -> None:
+    if chunk_rows is not None and memory_budget is not None:
+        raise ValueError(f"{_OP}: chunk_rows and memory_budget both say how large a chunk is; give one of them")
+    for name, value in (("chunk_rows", chunk_rows), ("memory_budget", memory_budget)):
+        if value is not None and value < 1:
+            raise ValueError(f"{_OP}: {name} must be at least 1, got {value}")

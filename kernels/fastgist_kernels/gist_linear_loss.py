@@ -139,7 +139,18 @@ def _gist_linear_loss_chunk_kernel(
 
 
 def gist_linear_loss_chunk(
-    logits, target, scale, alpha, beta, temperature, label_smoothing, ignore_index, row_loss, need_grad
+    logits,
+    target,
+    scale,
+    alpha,
+    beta,
+    beta_logits,
+    beta_gist,
+    temperature,
+    label_smoothing,
+    ignore_index,
+    row_loss,
+    need_grad,
 ) -> None:
     """Write row_loss (m,) float32 and, if ``need_grad``, put the gradients, times scale (m,), in place of the logits
     (2 m, V), whose rows may be padded but whose columns are adjacent."""
@@ -147,7 +158,7 @@ def gist_linear_loss_chunk(
     vec = vector_width(logits, target) if target.dim() == 2 else vector_width(logits)
     config = rows_config("gist_linear_loss_chunk", logits.device, classes, vec)
     scalars, flags = loss_arguments(
-        target, classes, alpha, beta, beta, beta, temperature, label_smoothing, ignore_index
+        target, classes, alpha, beta, beta_logits, beta_gist, temperature, label_smoothing, ignore_index
     )
     launch(
         _gist_linear_loss_chunk_kernel,
