@@ -233,7 +233,7 @@ def test_topk_of() -> None:
 
 @pytest.mark.parametrize("ignored", [False, True])
 def test_sparse_distillation(ignored) -> None:
-    """Of all classes but the least likely it is the dense divergence; ignored rows leave both terms, whatever the teacher says."""
+    """Of all classes but the least likely it is the dense divergence; ignored rows leave both, whatever the teacher says."""
     z, teacher = logits()
     y = torch.tensor([0, 1, 2, 3, 4, 0])
     kept = torch.ones(6, dtype=torch.bool)
