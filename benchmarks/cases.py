@@ -91,6 +91,11 @@ CASES["petal_step", "cuda"] = [
 _DECODED = ({"M": 1, "d": 2048}, {"M": 1, "d": 4096}, {"M": 1, "d": 1024, "L": 4})
 CASES["decode", "cpu"] = [case(dtype, **sizes) for sizes in _DECODED for dtype in (torch.float32, torch.bfloat16)]
 CASES["decode", "cuda"] = [case(torch.bfloat16, launch_bound=True, **sizes) for sizes in _DECODED]
+CASES["topk_kl", "cpu"] = [case(torch.float32, M=256, V=32000, K=64)]
+CASES["topk_kl", "cuda"] = [
+    case(torch.bfloat16, M=8192, V=v, K=k)
+    for v, k in ((1000, 8), (32000, 64), (128256, 8), (128256, 64), (128256, 256))
+]
 CASES["gist_loss", "cpu"] = CASES["bidirectional_kl", "cpu"]
 CASES["gist_loss", "cuda"] = CASES["bidirectional_kl", "cuda"]
 
@@ -102,6 +107,8 @@ DIRECTIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("gist_loss", "cuda"): ("fwd", "fwd_bwd", "fwd_bwd_scaled"),
     ("gist_linear_loss", "cpu"): ("fwd_bwd",),
     ("gist_linear_loss", "cuda"): ("fwd_bwd",),
+    ("topk_kl", "cpu"): ("fwd_bwd",),
+    ("topk_kl", "cuda"): ("fwd", "fwd_bwd"),
     ("cp_linear", "cpu"): ("fwd_bwd",),
     ("cp_linear", "cuda"): ("fwd", "bwd"),
     ("adapter", "cpu"): ("fwd_bwd",),
@@ -127,12 +134,19 @@ def costs(op: str, case: Case, direction: str) -> tuple[int, int]:
         return bwd
     if op in ("bidirectional_kl", "gist_loss"):
         return 4 * case["M"] * case["V"] * b, 0  # rows held on chip: read once, gradients written once
+    if op == "topk_kl":
+        return bwd
     return fwd[0] + bwd[0], fwd[1] + bwd[1]
 
 
 def _logits(case: Case, b: int):
     elements = case["M"] * case["V"]
     return (2 * elements * b, 0), (4 * elements * b, 0)
+
+
+def _topk(case: Case, b: int):
+    elements, known = case["M"] * case["V"], case["M"] * case["K"]
+    return (elements * b + 12 * known, 0), (2 * elements * b + 12 * known, 0)
 
 
 def _gist_linear(case: Case, b: int):
@@ -162,6 +176,7 @@ _COSTS = {
     "bidirectional_kl": _logits,
     "gist_loss": _logits,
     "gist_linear_loss": _gist_linear,
+    "topk_kl": _topk,
     "cp_linear": _cp_linear,
     "adapter": _adapter,
     "gelu": _gelu,

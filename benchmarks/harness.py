@@ -1,4 +1,4 @@
-"""Inputs, parity and timing, shared by all six benchmark files. Parity comes first: a wrong result is not timed."""
+"""Inputs, parity and timing, shared by all benchmark files. Parity comes first: a wrong result is not timed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.cases import Case, costs
 from fastgist.testing import within_budget
 
 #: Tensors whose first dimension is the rows M: parity compares their first and last rows.
-ROWWISE = {"z", "g", "x", "hidden", "gist_hidden", "target"}
+ROWWISE = {"z", "g", "x", "log_probs", "indices", "hidden", "gist_hidden", "target"}
 CHUNK = 256
 
 
@@ -60,6 +60,11 @@ def make_problem(op: str, case: Case, device: torch.device) -> Problem:
         shape = case["M"], case["V"]
         tensors = {"z": randn(*shape, spread=3), "g": randn(*shape, spread=3), "target": targets(case["V"])}
         return Problem(op, case, tensors, ("z", "g"))
+    if op == "topk_kl":
+        m, v, k = case["M"], case["V"], case["K"]
+        known = (randn(m, v, spread=3) / 3.0).float().log_softmax(-1).topk(k)
+        tensors = {"z": randn(m, v, spread=3), "log_probs": known.values, "indices": known.indices}
+        return Problem(op, case, tensors, ("z",), {"temperature": 3.0})
     if op == "gist_linear_loss":
         m, v, h = case["M"], case["V"], case["H"]
         tensors = {"hidden": randn(m, h), "gist_hidden": randn(m, h), "weight": randn(v, h, spread=2 / math.sqrt(h))}
@@ -355,6 +360,9 @@ def _cpu_floor(problem: Problem) -> tuple[Callable[[], object], str]:
     if problem.op in ("bidirectional_kl", "gist_loss"):
         copies = [(t[n], torch.empty_like(t[n])) for n in ("z", "g")]
         return lambda: [target.copy_(source) for source, target in copies], "copy of the two tensors, same run"
+    if problem.op == "topk_kl":
+        copy = torch.empty_like(t["z"])
+        return lambda: copy.copy_(t["z"]), "copy of the student's logits, same run"
     if problem.op == "gelu":
         once, twice = torch.empty_like(t["x"]), torch.empty_like(t["x"])
         return lambda: (once.copy_(t["x"]), torch.add(t["x"], once, out=twice)), "a copy and a sum, same run"

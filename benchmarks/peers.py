@@ -132,6 +132,16 @@ def _liger_linear_jsd(tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
     return lambda hidden, gist_hidden, weight, bias, target: jsd(hidden, weight, gist_hidden, weight, target)
 
 
+def pooled_kl(z: Tensor, log_probs: Tensor, indices: Tensor) -> Tensor:
+    """Both directions on k + 1 classes of the student's log_softmax, its rest as a masked logsumexp."""
+    log_p = F.log_softmax(z.float() / T, -1)
+    rest = log_p.scatter(-1, indices, -torch.inf).logsumexp(-1, keepdim=True)
+    log_p = torch.cat((log_p.gather(-1, indices), rest), -1)
+    teacher = log_probs.double()
+    log_q = torch.cat((teacher, torch.log1p(-teacher.exp().sum(-1, keepdim=True))), -1).float()
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum() / z.shape[0]
+
+
 # -- the layers --------------------------------------------------------------------------------------------------------
 
 
@@ -197,9 +207,8 @@ def _ours(op: str, impl: str) -> Build:
             backends.resolve(op, impl, any_tensor)
         except RuntimeError as e:
             raise Missing(str(e)) from e
-        if op == "bidirectional_kl":
-            return lambda z, g: functional.bidirectional_kl(z, g, temperature=T, impl=impl)
-        return lambda *args: getattr(functional, op)(*args, impl=impl)
+        options = {"temperature": T} if op in ("bidirectional_kl", "topk_kl") else {}
+        return lambda *args: getattr(functional, op)(*args, impl=impl, **options)
 
     return build
 
@@ -241,6 +250,7 @@ PEERS: dict[str, dict[str, Build]] = {
     "gist_linear_loss": _implementations("gist_linear_loss")
     | _both("log_softmax", _gist_linear(log_softmax_kl))
     | {"Liger fused linear JSD": _liger_linear_jsd, "flash-linear-attention KL": _fla_linear_kl},
+    "topk_kl": _implementations("topk_kl") | _both("log_softmax", pooled_kl),
     "cp_linear": _implementations("cp_linear")
     | _both("released", cp_released)
     | _both("factored", cp_factored)

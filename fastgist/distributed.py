@@ -1,15 +1,16 @@
-"""Sharding a model whose layers share factors, by FSDP2 (torch.distributed.fsdp.fully_shard)."""
+"""Several processes: sharding a model whose layers share factors by FSDP2, and means over the tokens of all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastgist.nn import CPFactors
 
-__all__ = ["fully_shard"]
+__all__ = ["fully_shard", "mean_divisor"]
 
 
 def fully_shard(model: nn.Module, blocks: Iterable[nn.Module] | None = None, **options: Any) -> nn.Module:
@@ -36,6 +37,44 @@ def fully_shard(model: nn.Module, blocks: Iterable[nn.Module] | None = None, **o
         shard(block, **options)
     shard(model, **options)
     return model
+
+
+def mean_divisor(count_or_mask: int | Tensor, group: Any = None) -> Tensor:
+    """What this process divides its sum of losses by, so that gradients averaged over the processes (DistributedDataParallel,
+    FSDP) are those of the mean over all tokens: all processes' tokens over the number of processes.
+
+    A mean of each process's own tokens gives those of a short batch more weight. With gradient accumulation, count the
+    tokens of all micro-batches first and use the result for each.
+
+    Args:
+        count_or_mask: this process's tokens that count, an int or a 0-dimensional int64 tensor; or their bool mask.
+        group: torch.distributed's process group; None: all processes. Without torch.distributed, one process.
+
+    Returns:
+        A 0-dimensional float32 tensor, > 0 (no tokens anywhere count as one), on the device of the mask or count; of an
+        int, where the group's backend communicates. No gradient; a collective call, but no look at its result.
+
+    Raises:
+        TypeError: neither a count nor a bool mask.
+    """
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if isinstance(count_or_mask, Tensor):
+        count = count_or_mask.sum() if count_or_mask.dtype == torch.bool else count_or_mask
+        if count.dim() or count.dtype != torch.int64:
+            raise TypeError(
+                "mean_divisor: expected an int, a 0-dimensional int64 tensor or a bool mask, got "
+                f"{count_or_mask.dtype} of shape {tuple(count_or_mask.shape)}"
+            )
+        count = count.clone()
+    elif isinstance(count_or_mask, int) and not isinstance(count_or_mask, bool):
+        on_gpu = together and "nccl" in torch.distributed.get_backend(group)
+        count = torch.tensor(count_or_mask, device="cuda" if on_gpu else "cpu")
+    else:
+        raise TypeError(f"mean_divisor: expected an int or a tensor, got {type(count_or_mask).__name__}")
+    if not together:
+        return count.clamp(min=1).float()
+    torch.distributed.all_reduce(count, group=group)
+    return count.clamp(min=1).float() / torch.distributed.get_world_size(group)
 
 
 def _items(module: nn.Module) -> Iterator[nn.Module]:

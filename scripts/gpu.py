@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = ("bidirectional_kl", "gist_loss", "gist_linear_loss", "cp_linear", "adapter", "gelu")
+OPS = ("bidirectional_kl", "gist_loss", "gist_linear_loss", "topk_kl", "cp_linear", "adapter", "gelu")
 STAGES = ("build", "parity", "hard", "bitwise", "sanitizer", "tune", "warm", "bench")
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=20")
 TABLE = ROOT / "kernels" / "fastgist_kernels" / "launch_tables.json"
@@ -241,6 +241,9 @@ def run_small(ops: list[str]) -> int:
                     out = F.bidirectional_kl(leaf(37, 131, dtype=dtype), leaf(37, 131, dtype=dtype), impl="triton")
                 elif op == "gist_loss":
                     out = F.gist_loss(leaf(37, 131, dtype=dtype), leaf(37, 131, dtype=dtype), target, impl="triton")
+                elif op == "topk_kl":
+                    known = leaf(37, 131, dtype=dtype).detach().float().log_softmax(-1).topk(9)
+                    out = F.topk_kl(leaf(37, 131, dtype=dtype), *known, impl="triton")
                 else:
                     hidden = [leaf(*s, dtype=dtype) for s in ((37, 24), (37, 24), (131, 24), (131,))]
                     out = F.gist_linear_loss(*hidden, target, impl="triton")

@@ -1,4 +1,4 @@
-"""What a mutant is. The lists are in mutants_of_losses.py, mutants_of_layers.py and mutants_of_petal.py."""
+"""What a mutant is. The lists are in the files mutants_of_*.py."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
     python scripts/mutants.py --sample 8         a sample, fixed for a given state of the sources
     python scripts/mutants.py --op adapter --list
 
-The mutants are in mutants_of_losses.py, mutants_of_layers.py and mutants_of_petal.py. Each is applied to a private copy
+The mutants are in the files mutants_of_*.py. Each is applied to a private copy
 of the tree, where the tests of its operation run until the first failure. A mutant is killed when a test fails on what
 was computed; one that does not even run (a name error, a compilation error) or whose text is no longer found is a fault
 of the list and fails the check as well.
@@ -37,9 +37,10 @@ from mutant_list import Mutant
 from mutants_of_layers import LAYERS
 from mutants_of_losses import LOSSES
 from mutants_of_petal import PETAL
+from mutants_of_topk import TOPK_KL
 
 T = TypeVar("T")
-MUTANTS: list[Mutant] = [*LOSSES, *LAYERS, *PETAL]
+MUTANTS: list[Mutant] = [*LOSSES, *TOPK_KL, *LAYERS, *PETAL]
 ROOT = Path(__file__).resolve().parents[1]
 #: What a copy needs: sources, tests, and the extension where it is built.
 COPIED = ("fastgist", "kernels", "tests", "csrc", "benchmarks", "pyproject.toml")

@@ -41,6 +41,8 @@ SPACES: dict[str, dict[str, tuple[int, ...]]] = {
     "gist_loss_fwd": _ROWS,
     "gist_loss_bwd": _ROWS,
     "gist_linear_loss_chunk": _ROWS,
+    "topk_kl_fwd": {name: values for name, values in _ROWS.items() if name != "BLOCK_M"},
+    "topk_kl_bwd_rest": _ROWS,
     "outer_partial": {"BLOCK_M": (32, 64, 128), "BLOCK_C": (64, 128, 256)} | _TILE,
     "cp_linear_form": {"form": (0, 1, 2)},
     "cp_linear_fwd": {"BLOCK_M": (64, 128), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64, 128), "GROUP_M": (8,)}

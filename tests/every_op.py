@@ -1,4 +1,4 @@
-"""Each operation at one small ragged shape, behind one interface: what tests of all six have in common."""
+"""Each operation at one small ragged shape, behind one interface: what tests of all have in common."""
 
 from __future__ import annotations
 
@@ -71,6 +71,9 @@ def make(op: str, dtype: torch.dtype = torch.float32, device: str = DEVICE, rows
     if op == "gist_loss":
         tensors = {"z": randn(rows, 131), "g": randn(rows, 131), "target": classes(131)}
         return Call(op, tensors, ("z", "g"))
+    if op == "topk_kl":
+        log_probs, indices = (randn(rows, 131) / 2.0).float().log_softmax(-1).topk(7)
+        return Call(op, {"z": randn(rows, 131), "t": log_probs.to(dtype), "i": indices}, ("z",), {"temperature": 2.0})
     if op == "gist_linear_loss":
         tensors = {"hidden": randn(rows, 24), "gist": randn(rows, 24), "weight": randn(37, 24, spread=0.2)}
         tensors |= {"bias": randn(37), "target": classes(37)}

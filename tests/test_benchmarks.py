@@ -20,6 +20,7 @@ SMALL = {
     "bidirectional_kl": case(torch.float32, M=40, V=65),
     "gist_loss": case(torch.float32, M=40, V=65),
     "gist_linear_loss": case(torch.float32, M=40, V=65, H=24),
+    "topk_kl": case(torch.float32, M=40, V=65, K=7),
     "cp_linear": case(torch.float32, M=600, d=48, R=5),
     "adapter": case(torch.float32, M=600, d=48, H=9),
     "gelu": case(torch.float32, M=600, d=48),
@@ -40,6 +41,7 @@ def test_every_operation_is_timed_everywhere():
     [
         ("bidirectional_kl", "fwd_bwd", {"M": 8192, "V": 32000}, 488),
         ("bidirectional_kl", "fwd_bwd", {"M": 8192, "V": 128256}, 1955),
+        ("topk_kl", "fwd_bwd", {"M": 8192, "V": 128256, "K": 64}, 981),
         ("cp_linear", "fwd", {"M": 16384, "d": 768, "R": 16}, 25.5),
         ("cp_linear", "bwd", {"M": 16384, "d": 4096, "R": 64}, 739),
         ("adapter", "fwd", {"M": 16384, "d": 768, "H": 64}, 11.8),

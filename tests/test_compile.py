@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True), autocast, checkpointing, deterministic mode and opcheck, for all six operations."""
+"""torch.compile(fullgraph=True), autocast, checkpointing, deterministic mode and opcheck, for all operations."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ NUMBERS = {
     "bidirectional_kl": ("temperature",),
     "gist_loss": ("temperature", "alpha", "beta"),
     "gist_linear_loss": ("temperature", "alpha", "beta"),
+    "topk_kl": ("temperature",),
     "cp_linear": ("scale",),
     "adapter": ("scale", "residual_scale"),
     "gelu": (),

@@ -21,6 +21,7 @@ from fastgist.nn import (
     GistLoss,
     GistToken,
     LoRALinear,
+    TopKKLLoss,
     TunerLinear,
     linear_slice,
 )
@@ -542,6 +543,25 @@ def test_bidirectional_kl_loss() -> None:
         functional.bidirectional_kl(z, g, temperature=2.0, reduction="none", t_squared=True),
     )
     assert "temperature=2.0" in repr(BidirectionalKLLoss(2.0))
+
+
+def test_topk_kl_loss() -> None:
+    z, other = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    t, i = other.div(2).log_softmax(-1).topk(5)
+    close(TopKKLLoss(2.0)(z, t, i), interaction("bkld", z, other, 2.0))
+    mask, divisor = torch.arange(6) != 3, torch.tensor(4.0)
+    close(
+        TopKKLLoss(2.0, "forward", t_squared=True)(z, t[:, :2], i[:, :2], mask, divisor),
+        functional.topk_kl(
+            z, t[:, :2], i[:, :2], temperature=2.0, direction="forward", mask=mask, t_squared=True, divisor=divisor
+        ),
+    )
+    assert TopKKLLoss(reduction="none")(z, t, i).shape == (6,)
+    assert (
+        repr(TopKKLLoss(2.0)) == "TopKKLLoss(temperature=2.0, direction='both', reduction='batchmean', t_squared=False)"
+    )
+    with pytest.raises(ValueError, match="TopKKLLoss: direction must be one of both, forward, reverse, got 'up'"):
+        TopKKLLoss(direction="up")
 
 
 @pytest.mark.parametrize("interaction", INTERACTIONS)

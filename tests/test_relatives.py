@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastgist.nn import Cosine, GistLoss, Linear
-from fastgist.recipes.mutual import mutual_learning, r_drop, self_distillation, two_passes
+from fastgist.recipes.mutual import (
+    mutual_learning,
+    r_drop,
+    self_distillation,
+    sparse_distillation,
+    topk_of,
+    two_passes,
+)
 
 
 def logits(rows=6, classes=5):
@@ -201,3 +208,43 @@ def test_recipes_train_a_small_network_on_digits(recipe) -> None:
     for model in models:
         accuracy = (model.eval()(x[1200:]).argmax(-1) == y[1200:]).float().mean()
         assert accuracy > 0.75, f"chance is 0.1, got {accuracy}"
+
+
+def test_topk_of() -> None:
+    z = torch.randn(2, 3, 20).bfloat16() * 4
+    t, i = topk_of(z, 5, temperature=2.0)
+    want = (z.double() / 2).log_softmax(-1)
+    assert t.dtype == torch.float32 and torch.equal(i[..., 0], z.argmax(-1))
+    torch.testing.assert_close(t.double(), want.gather(-1, i), rtol=1e-6, atol=1e-6)
+    sure = torch.tensor([[0.0, 25.0, 1.0, -3.0]])  # a float32 log_softmax says 0 here
+    t, i = topk_of(sure + 64.0, 1)
+    assert int(i) == 1 and float(sure.log_softmax(-1).amax()) == 0.0
+    others = (sure.double()[:, [0, 2, 3]] - 25).exp().sum(-1, keepdim=True)
+    torch.testing.assert_close(t.double(), -others.log1p(), rtol=1e-6, atol=0)
+    for k, temperature, message in (
+        (0, 1.0, "k must be 1 to 4"),
+        (5, 1.0, "got 5"),
+        (1, 0.0, "finite and > 0, got 0.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            topk_of(sure, k, temperature)
+    assert not topk_of(sure.requires_grad_(), 2)[0].requires_grad
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_sparse_distillation(ignored) -> None:
+    """Of all classes but the least likely it is the dense divergence; ignored rows leave both, whatever the teacher says."""
+    z, teacher = logits()
+    y = torch.tensor([0, 1, 2, 3, 4, 0])
+    kept = torch.ones(6, dtype=torch.bool)
+    if ignored:
+        y[2], kept[2] = -100, False
+    q = (teacher.detach() / 2).softmax(-1)
+    known = topk_of(teacher, 4, temperature=2.0)
+    if ignored:
+        known[0][2], known[1][2] = torch.nan, 1000
+    for divisor in (None, torch.tensor(11.0)):
+        n = int(kept.sum()) if divisor is None else 11
+        kl = (q * (q.log() - (z / 2).log_softmax(-1))).sum(-1)
+        ours = sparse_distillation(z, *known, y, 0.7, 2.0, divisor=divisor)
+        same(ours, (F.cross_entropy(z, y, reduction="sum") + 0.7 * 4 * kl[kept].sum()) / n, (z,))

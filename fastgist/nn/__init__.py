@@ -7,7 +7,7 @@ from fastgist.nn.bottleneck import InformationBottleneckLoss
 from fastgist.nn.cp import CPFactors, CPLinear, cp_together, joint_mode, update_thresholds
 from fastgist.nn.gist_token import GistToken
 from fastgist.nn.lora import LoRALinear
-from fastgist.nn.losses import BidirectionalKLLoss, GistLoss
+from fastgist.nn.losses import BidirectionalKLLoss, GistLoss, TopKKLLoss
 from fastgist.nn.moe import (
     Gate,
     InstructionMixer,
@@ -47,6 +47,7 @@ __all__ = [
     "PrefixedAttention",
     "PromptedBlock",
     "ScaleShift",
+    "TopKKLLoss",
     "TunerLinear",
     "channels",
     "cp_together",

@@ -1,4 +1,4 @@
-r"""The losses of GIST (arXiv 2312.07255) as modules.
+r"""The losses of GIST (arXiv 2312.07255) as modules, and the divergence from a sparse teacher.
 
 .. math::
     L = CE(z, y) + \alpha\, CE(z_g, y) + \beta\, J(z / T, z_g / T)
@@ -19,7 +19,7 @@ from fastgist import functional
 from fastgist.nn.interactions import INTERACTIONS, Interaction, bernoulli_kl, interact
 from fastgist.nn.schedule import Schedule, value_at
 
-__all__ = ["BidirectionalKLLoss", "GistLoss"]
+__all__ = ["BidirectionalKLLoss", "GistLoss", "TopKKLLoss"]
 
 #: What the outputs are, by Hugging Face's names.
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
@@ -57,6 +57,50 @@ class BidirectionalKLLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, reduction={self.reduction!r}, t_squared={self.t_squared}"
+
+
+class TopKKLLoss(nn.Module):
+    """Divergence from a teacher of whom k classes a row are known: :func:`fastgist.functional.topk_kl`.
+
+    Args: as the function's.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        direction: str = "both",
+        reduction: str = "batchmean",
+        t_squared: bool = False,
+    ) -> None:
+        super().__init__()
+        _one_of("direction", direction, ("both", "forward", "reverse"), "TopKKLLoss")
+        self.temperature, self.direction = _temperature(self, temperature), direction
+        self.reduction, self.t_squared = reduction, t_squared
+
+    def forward(
+        self,
+        logits: Tensor,
+        teacher_log_probs: Tensor,
+        teacher_indices: Tensor,
+        mask: Tensor | None = None,
+        divisor: float | Tensor | None = None,
+    ) -> Tensor:
+        """logits (..., V); teacher (..., k) twice; mask (...) bool. Returns a scalar, or (...) for reduction "none"."""
+        return functional.topk_kl(
+            logits,
+            teacher_log_probs,
+            teacher_indices,
+            temperature=self.temperature,
+            direction=self.direction,
+            reduction=self.reduction,
+            mask=mask,
+            t_squared=self.t_squared,
+            divisor=divisor,
+        )
+
+    def extra_repr(self) -> str:
+        names = ("temperature", "direction", "reduction", "t_squared")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 class GistLoss(nn.Module):
@@ -309,9 +353,9 @@ class GistLoss(nn.Module):
         return ", ".join(parts)
 
 
-def _one_of(name: str, value: object, allowed: tuple) -> None:
+def _one_of(name: str, value: object, allowed: tuple, owner: str = "GistLoss") -> None:
     if value not in allowed:
-        raise ValueError(f"GistLoss: {name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        raise ValueError(f"{owner}: {name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
 def _temperature(owner: nn.Module, temperature: float) -> float:

@@ -55,8 +55,13 @@ def _scale_on_device(grads: list[Tensor], factor: Tensor) -> bool:
         return False
     from fastgist_kernels.scale import scale_unless_one
 
-    for dtype in {g.dtype for g in grads}:  # a head's gradient may be wider than the hidden states'
-        scale_unless_one([g for g in grads if g.dtype == dtype], factor)
+    # One launch for two of a size and dtype: the two sides. A head's gradient has a size of its own, and may be wider.
+    kinds: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+    for g in grads:
+        kinds.setdefault((g.numel(), g.dtype), []).append(g)
+    for alike in kinds.values():
+        for first in range(0, len(alike), 2):
+            scale_unless_one(alike[first : first + 2], factor)
     return True
 
 

@@ -129,6 +129,8 @@ def _cases(
     yield "gist_loss", runner(F.gist_loss, logits, other, target)
     head, bias = make(classes, dim), make(classes)
     yield "gist_linear_loss", runner(F.gist_linear_loss, make(batch, dim), make(batch, dim), head, bias, target)
+    teacher = other.detach().float().log_softmax(-1).topk(min(64, classes))
+    yield "topk_kl", runner(F.topk_kl, logits, *teacher)
     x = make(batch, tokens, dim)
     qkv, qkv_bias = make(3 * dim, dim, trained=False), make(3 * dim, trained=False)
     u, v, gain = make(dim, rank), make(dim, rank), make(3, rank)

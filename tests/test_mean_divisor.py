@@ -1,0 +1,75 @@
+"""distributed.mean_divisor: gradients averaged over processes are those of the mean over the tokens of all of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import RANKS, on_two_ranks
+from torch import nn
+
+from fastgist.distributed import mean_divisor
+from fastgist.recipes.mutual import sparse_distillation, topk_of
+
+#: Tokens that count on each rank, of 24: very unequal, and none at all.
+COUNTS = {"unequal": (2, 19), "one rank has none": (0, 7), "none": (0, 0)}
+
+
+def batch(count: int, rank: int):
+    """(states (24, 8), the teacher's classes, targets of which ``count`` are not ignored)."""
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(24, 8, generator=generator)
+    y = torch.randint(11, (24,), generator=generator)
+    y[count:] = -100
+    return x, topk_of(torch.randn(24, 11, generator=generator), 3), y
+
+
+def model() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Linear(8, 11)
+
+
+def gradients(net: nn.Module, x, known, y, divisor) -> dict[str, torch.Tensor]:
+    loss = sparse_distillation(net(x), *known, y, 0.5, divisor=divisor)
+    loss.backward()
+    return {name.removeprefix("module."): p.grad for name, p in net.named_parameters()} | {"loss": loss.detach()}
+
+
+def work(rank: int, name: str) -> dict:
+    x, known, y = batch(COUNTS[name][rank], rank)
+    divisor = mean_divisor(y != -100)
+    same = mean_divisor(COUNTS[name][rank]), mean_divisor(torch.tensor(COUNTS[name][rank]))
+    found = gradients(nn.parallel.DistributedDataParallel(model()), x, known, y, divisor)
+    return found | {"divisor": divisor, "same": torch.stack(same)}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_two_processes_have_the_gradients_of_one(name, tmp_path):
+    parts = [batch(count, rank) for rank, count in enumerate(COUNTS[name])]
+    x, y = (torch.cat([part[n] for part in parts]) for n in (0, 2))
+    known = [torch.cat([part[1][n] for part in parts]) for n in (0, 1)]
+    want = gradients(model(), x, known, y, None) if sum(COUNTS[name]) else None
+    ranks = on_two_ranks(work, tmp_path, name)
+    for found in ranks:
+        assert found["divisor"].dtype == torch.float32 and found["divisor"].dim() == 0
+        assert float(found["divisor"]) == max(sum(COUNTS[name]), 1) / RANKS
+        assert bool((found["same"] == found["divisor"]).all())
+        for parameter in ("weight", "bias"):
+            exact = torch.zeros_like(found[parameter]) if want is None else want[parameter]
+            torch.testing.assert_close(found[parameter], exact, msg=parameter)
+    if want is not None:
+        torch.testing.assert_close(torch.stack([f["loss"] for f in ranks]).mean(), want["loss"])
+
+
+def test_one_process():
+    assert float(mean_divisor(torch.tensor([[True, False], [True, True]]))) == 3.0
+    assert float(mean_divisor(0)) == 1.0 and mean_divisor(5).dtype == torch.float32
+    count = torch.tensor(7)
+    assert float(mean_divisor(count)) == 7.0 and int(count) == 7
+    for wrong, message in (
+        (2.5, "expected an int or a tensor, got float"),
+        (True, "got bool"),
+        (torch.tensor([3, 4]), r"torch.int64 of shape \(2,\)"),
+        (torch.tensor(3.0), "torch.float32"),
+    ):
+        with pytest.raises(TypeError, match=f"mean_divisor: .*{message}"):
+            mean_divisor(wrong)
