@@ -33,7 +33,10 @@ TORCH_TARGET = (2, 11)
 CUDA_ARCHS = "80,90a,100a"
 
 CPU_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/bidirectional_kl.cpp", "csrc/cpu/gist_loss.cpp"]
-CUDA_SOURCES = ["csrc/bindings_cuda.cpp", "csrc/cuda/bidirectional_kl.cu"]
+CUDA_SOURCES = ["csrc/bindings_cuda.cpp"] + [
+    f"csrc/cuda/{name}.cu"
+    for name in ("bidirectional_kl", "bidirectional_kl_fwd_bwd", "gist_loss", "gist_loss_cubed", "total")
+]
 
 
 def say(line: str) -> None:

@@ -6,112 +6,14 @@
 // Backward reads and writes each element once, 4 M V b.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
 #include "../bidirectional_kl.h"
+#include "pair_sums.cuh"
 
 namespace fastgist::cuda {
-
-constexpr int kWarpSize = 32;
-constexpr int kVectorBytes = 16;
-
-template <typename T>
-struct Accumulate {
-  using type = float;
-};
-template <>
-struct Accumulate<double> {
-  using type = double;
-};
-
-__device__ __forceinline__ float load(float x) { return x; }
-__device__ __forceinline__ double load(double x) { return x; }
-__device__ __forceinline__ float load(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float load(__half x) { return __half2float(x); }
-
-__device__ __forceinline__ void store(float x, float& out) { out = x; }
-__device__ __forceinline__ void store(double x, double& out) { out = x; }
-__device__ __forceinline__ void store(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void store(float x, __half& out) { out = __float2half_rn(x); }
-
-// A product that the compiler does not fuse into what follows: p - q of equal logits must be zero.
-__device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
-__device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
-
-template <typename T, int kVec>
-struct alignas(sizeof(T) * kVec) Vector {
-  T lane[kVec];
-};
-
-// -- the online sums; host code too, so that a test can run them without a GPU ----------------------------------------
-
-__host__ __device__ __forceinline__ float minus_infinity(float) { return -INFINITY; }
-__host__ __device__ __forceinline__ double minus_infinity(double) { return -static_cast<double>(INFINITY); }
-__host__ __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }  // drops NaN
-__host__ __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
-__host__ __device__ __forceinline__ float power_of_two(float x) { return exp2f(x); }
-__host__ __device__ __forceinline__ double power_of_two(double x) { return exp2(x); }
-
-// The point to centre on: 0 while a side has shown nothing but -inf.
-template <typename A>
-__host__ __device__ __forceinline__ A centre(A max) {
-  return max == minus_infinity(A()) ? A(0) : max;
-}
-
-// Sums over a set of classes, about that set's maxima: s = sum p^ (q^), w = sum p^ d (q^ d), d not yet over T.
-// Disjoint sets merge in any fixed order. `to_exp2` is log2(e) / T.
-template <typename A>
-struct OnlinePair {
-  A m_z, m_o, s_p, s_q, w_p, w_q;
-  int lone;  // classes that are -inf on one side only
-
-  static __host__ __device__ __forceinline__ OnlinePair empty() {
-    return {minus_infinity(A()), minus_infinity(A()), A(0), A(0), A(0), A(0), 0};
-  }
-
-  // Move the sums to maxima of at least (z, o). Maxima that rise by (a, b) shrink p^ by exp(-a / T) and d by a - b.
-  __host__ __device__ __forceinline__ void raise(A z, A o, A to_exp2) {
-    const A old_z = centre(m_z), old_o = centre(m_o);
-    m_z = larger(m_z, z);
-    m_o = larger(m_o, o);
-    const A rise_z = old_z - centre(m_z), rise_o = old_o - centre(m_o);
-    // Where the old centre 0 stood for -inf the rise may be positive; the sums are 0 there and must stay 0.
-    const A alpha_p = power_of_two((rise_z > A(0) ? A(0) : rise_z) * to_exp2);
-    const A alpha_q = power_of_two((rise_o > A(0) ? A(0) : rise_o) * to_exp2);
-    const A shift = rise_z - rise_o;
-    w_p = alpha_p * (w_p + shift * s_p);
-    w_q = alpha_q * (w_q + shift * s_q);
-    s_p *= alpha_p;
-    s_q *= alpha_q;
-  }
-
-  // Add one class; its logits must not exceed the maxima. A class at -inf on either side has d = 0.
-  __host__ __device__ __forceinline__ void add(A z, A o, A to_exp2) {
-    const bool no_z = z == minus_infinity(A()), no_o = o == minus_infinity(A());
-    const A zc = z - centre(m_z), oc = o - centre(m_o);
-    const A d = (no_z || no_o) ? A(0) : zc - oc;
-    const A p = power_of_two(zc * to_exp2), q = power_of_two(oc * to_exp2);
-    s_p += p;
-    s_q += q;
-    w_p += p * d;
-    w_q += q * d;
-    lone += no_z != no_o;
-  }
-
-  __host__ __device__ __forceinline__ void merge(OnlinePair other, A to_exp2) {
-    raise(other.m_z, other.m_o, to_exp2);
-    other.raise(m_z, m_o, to_exp2);
-    s_p += other.s_p;
-    s_q += other.s_q;
-    w_p += other.w_p;
-    w_q += other.w_q;
-    lone += other.lone;
-  }
-};
 
 template <typename A>
 __device__ __forceinline__ OnlinePair<A> shuffle_xor(const OnlinePair<A>& x, int lane_mask) {

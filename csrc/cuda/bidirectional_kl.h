@@ -8,5 +8,6 @@ namespace fastgist::cuda {
 
 const char* bidirectional_kl_fwd(const LogitPair& in, const ForwardOutputs& out, void* stream);
 const char* bidirectional_kl_bwd(const LogitPair& in, const BackwardArguments& args, void* stream);
+const char* bidirectional_kl_fwd_bwd(const LogitPair& in, const FinishedOutputs& out, void* stream);
 
 }  // namespace fastgist::cuda
