@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from fastgist_kernels.aot import Spec
-from fastgist_kernels.bidirectional_kl import finite_max, rows_config
 from fastgist_kernels.common import LOG2E, cdiv, device_arch, launch, launch_config, next_power_of_2
+from fastgist_kernels.pair_rows import finite_max
 
 __all__ = ["SPECS", "topk_kl_bwd", "topk_kl_fwd"]
 
@@ -220,7 +220,10 @@ def topk_kl_bwd(logits, indices, stats, pull, row_grad, temperature, grad) -> No
     """Write the gradient (M, V), contiguous; row_grad (M,) float32 of any stride."""
     rows, classes = logits.shape
     known = indices.shape[1]
-    config = rows_config("topk_kl_bwd_rest", logits.device, classes, elements=2048)
+    block_v = min(next_power_of_2(classes), 2048)
+    config = {"BLOCK_V": block_v, "BLOCK_M": max(1, min(8, 512 // block_v)), "num_stages": 1}
+    config |= {"num_warps": 8 if block_v >= 2048 else 4}
+    config |= launch_config("topk_kl_bwd_rest", device_arch(logits.device), f"v{next_power_of_2(classes)}")
     launch(
         _topk_kl_bwd_rest_kernel,
         lambda c: (cdiv(rows, c["BLOCK_M"]), cdiv(classes, c["BLOCK_V"])),
