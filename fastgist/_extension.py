@@ -18,7 +18,7 @@ _logger = logging.getLogger("fastgist")
 _lock = threading.Lock()
 _FOLDER = Path(__file__).resolve().parent
 _PROBE = "fastgist_native::bidirectional_kl_fwd"
-#: What this version's extension holds, by the names of its forwards; one left over from an older version may not.
+#: What this version's extension holds for CPUs at least; one left over from an older version may not.
 _HOLDS = ("bidirectional_kl_fwd_bwd", "gist_loss_fwd_bwd")
 
 
@@ -32,10 +32,17 @@ def _load() -> str | None:
         torch.ops.load_library(str(libraries[0]))
     except (OSError, RuntimeError) as error:
         return f"{libraries[0].name} could not be loaded: {str(error).strip().splitlines()[0]}"
-    absent = [name for name in _HOLDS if not hasattr(torch.ops.fastgist_native, name)]
+    absent = [name for name in _HOLDS if not _runs(name)]
     if absent:
         return f"{libraries[0].name} was built from an older version, without {', '.join(absent)}"
     return None
+
+
+def _runs(name: str) -> bool:
+    import torch
+
+    known = hasattr(torch.ops.fastgist_native, name)  # torch's next question raises where there is no such operator
+    return known and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgist_native::{name}", "CPU")
 
 
 @functools.cache

@@ -479,7 +479,7 @@ def guarded(x):
 native = torch.ops.fastgist_native
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    for classes in (1, 7, 16, 1000, 1025):
+    for classes in (1, 7, 16, 17, 1000, 1025):
         z, o = (guarded(torch.randn(2, classes).to(dtype)) for _ in range(2))
         mask, row_grad = guarded(torch.ones(2, dtype=torch.bool)), guarded(torch.ones(2, dtype=acc))
         row_loss, stats = guarded(torch.zeros(2, dtype=acc)), guarded(torch.zeros(6, 2, dtype=acc))
@@ -487,6 +487,14 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         native.bidirectional_kl_fwd(z, o, mask, 3.0, row_loss, stats)
         native.bidirectional_kl_bwd(z, o, mask, stats, row_grad, 3.0, grad_z, grad_o)
         assert row_loss.isfinite().all()
+        loss, divisor, options = guarded(torch.zeros((), dtype=acc)), guarded(torch.ones((), dtype=acc)), (1.0,) * 4
+        target, wide = guarded(torch.zeros(2, dtype=torch.int64)), guarded(torch.zeros(9, 2, dtype=acc))
+        native.bidirectional_kl_fwd_bwd(z, o, mask, divisor, 3.0, 1.0, row_loss, loss, grad_z, grad_o)
+        for third in (target, guarded(z.softmax(-1))):
+            native.gist_loss_fwd(z, o, third, *options, 3.0, 0.1, -100, row_loss, wide)
+            native.gist_loss_bwd(z, o, third, wide, row_grad, *options, 3.0, 0.1, -100, grad_z, grad_o)
+            native.gist_loss_fwd_bwd(z, o, third, divisor, *options, 3.0, 0.1, -100, 1.0, row_loss, loss, grad_z, grad_o)
+            assert row_loss.isfinite().all() and loss.isfinite()
 child = os.fork()
 if child == 0:  # the guard itself must bite
     ctypes.string_at(z.data_ptr() + z.numel() * z.element_size(), 1)

@@ -47,6 +47,13 @@ def exact(op: str, leaves: list[Tensor], rest: tuple, dtype: torch.dtype, factor
     return loss.detach(), gradients(loss, leaves, factor)
 
 
+def terms(op: str, leaves: list[Tensor]) -> float:
+    """The terms of a row's gradient, which are larger than their sum where they cancel. (The softmaxes of gist_loss's
+    cross-entropies are 1 at most.)"""
+    of_divergence = gradient_terms(*(x.detach() for x in leaves), 3.0)
+    return of_divergence if op == "bidirectional_kl" else 2 + 0.75 * of_divergence
+
+
 @each
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("factor", [1.0, 0.3, 0.0, -2.0, 65536.0])
@@ -60,11 +67,10 @@ def test_the_incoming_gradient_is_applied(op, by, reduction, factor, dtype):
     ours = gradients(loss, leaves, factor)
     _, plain = exact(op, leaves, rest, dtype, factor, **options)
     _, true = exact(op, leaves, rest, torch.float64, factor, **options)
-    terms = abs(factor) * (gradient_terms(*(x.detach() for x in leaves), 3.0) + (2.0 if op == "gist_loss" else 0.0))
-    terms /= 4 if reduction == "mean" else 1  # the rows that count
+    scale = abs(factor) * terms(op, leaves) / (4 if reduction == "mean" else 1)  # 4 of the 6 rows count
     for a, p, t in zip(ours, plain, true, strict=True):
         assert a.dtype == dtype
-        assert_within_budget(a, p, t, what=f"{factor} times the gradient", scale=terms or None)
+        assert_within_budget(a, p, t, what=f"{factor} times the gradient", scale=scale)
 
 
 @each
@@ -130,7 +136,7 @@ def test_a_mean_divides_by_what_the_caller_gives(op, by, divisor):
     plain = exact(op, leaves, rest, torch.float32, 1 / 7.5, reduction="sum", **options)
     assert_within_budget(loss.detach(), plain[0] / 7.5, total[0] / 7.5, what="loss")
     for a, p, t in zip(ours, plain[1], total[1], strict=True):
-        assert_within_budget(a, p, t, what="gradient")
+        assert_within_budget(a, p, t, what="gradient", scale=terms(op, leaves) / 7.5)
 
 
 @each

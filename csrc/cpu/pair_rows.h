@@ -19,24 +19,39 @@ FASTGIST_INLINE A centre(A max) {
   return max == -kInf<A> ? A(0) : max;
 }
 
+// Lanes of the widest vectors of floats. A block whose length is no multiple ends in kLanes classes that are looked at
+// once more where they have been already, and not in a loop over single ones: those took a sixth of the time at 1000.
+constexpr int64_t kLanes = 16;
+
 // The maxima of a block's two sides, and the least of all its logits.
 template <typename A>
 struct Extremes {
   A m_z = -kInf<A>, m_o = -kInf<A>, least = kInf<A>;
+
+  FASTGIST_INLINE void look(const A* z, const A* o, int64_t n) {
+    // NaN never wins a comparison, so it stays out of these and shows in the sums.
+    A max_z = m_z, max_o = m_o, min = least;
+#pragma omp simd reduction(max : max_z, max_o) reduction(min : min)
+    for (int64_t i = 0; i < n; ++i) {
+      max_z = z[i] > max_z ? z[i] : max_z;
+      max_o = o[i] > max_o ? o[i] : max_o;
+      const A lower = z[i] < o[i] ? z[i] : o[i];
+      min = lower < min ? lower : min;
+    }
+    m_z = max_z, m_o = max_o, least = min;
+  }
 };
 
 template <typename A>
 FASTGIST_INLINE Extremes<A> extremes(const A* z, const A* o, int64_t n) {
-  // NaN never wins a comparison, so it stays out of these and shows in the sums.
-  A m_z = -kInf<A>, m_o = -kInf<A>, least = kInf<A>;
-#pragma omp simd reduction(max : m_z, m_o) reduction(min : least)
-  for (int64_t i = 0; i < n; ++i) {
-    m_z = z[i] > m_z ? z[i] : m_z;
-    m_o = o[i] > m_o ? o[i] : m_o;
-    const A lower = z[i] < o[i] ? z[i] : o[i];
-    least = lower < least ? lower : least;
+  Extremes<A> seen;
+  if (n < kLanes) {
+    seen.look(z, o, n);
+    return seen;
   }
-  return {m_z, m_o, least};
+  seen.look(z, o, n & -kLanes);
+  if (n % kLanes != 0) seen.look(z + n - kLanes, o + n - kLanes, kLanes);
+  return seen;
 }
 
 // How exponentials at temperature 1 follow from those at temperature T: taken anew, or as the T-th power.
@@ -113,10 +128,11 @@ struct OnlinePair {
     return {rise_z, rise_o};
   }
 
-  // Add a block whose maxima are in already, and leave p^ and q^. kScreen: the block holds -inf, where d is 0 by
-  // definition.
-  template <bool kScreen, bool kFma>
-  FASTGIST_INLINE void add(const A* z, const A* o, int64_t n, const ExpScale<A>& over_t, A* p_hat, A* q_hat) {
+  // Add classes whose maxima are in already, and leave p^ and q^. kScreen: some are -inf, where d is 0 by definition.
+  // kPart: the first `before` have been added already.
+  template <bool kScreen, bool kPart, bool kFma>
+  FASTGIST_INLINE void add_lanes(const A* z, const A* o, int64_t n, int64_t before, const ExpScale<A>& over_t, A* p_hat,
+                                 A* q_hat) {
     const A c_z = centre(m_z), c_o = centre(m_o);
     A sum_p = 0, sum_q = 0, sum_pd = 0, sum_qd = 0;
     int lone_classes = 0;
@@ -134,16 +150,26 @@ struct OnlinePair {
       const A q = exp_scaled<kFma>(oc, over_t);
       p_hat[i] = p;
       q_hat[i] = q;
-      sum_p += p;
-      sum_q += q;
-      sum_pd = multiply_add<kFma>(p, d, sum_pd);
-      sum_qd = multiply_add<kFma>(q, d, sum_qd);
+      const bool added = kPart && i < before;
+      sum_p += added ? A(0) : p;
+      sum_q += added ? A(0) : q;
+      sum_pd = added ? sum_pd : multiply_add<kFma>(p, d, sum_pd);
+      sum_qd = added ? sum_qd : multiply_add<kFma>(q, d, sum_qd);
     }
     s_p += sum_p;
     s_q += sum_q;
     w_p += sum_pd;
     w_q += sum_qd;
     lone = lone || lone_classes != 0;
+  }
+
+  template <bool kScreen, bool kFma>
+  FASTGIST_INLINE void add(const A* z, const A* o, int64_t n, const ExpScale<A>& over_t, A* p_hat, A* q_hat) {
+    if (n < kLanes) return add_lanes<kScreen, false, kFma>(z, o, n, 0, over_t, p_hat, q_hat);
+    const int64_t whole = n & -kLanes, last = n - kLanes;
+    add_lanes<kScreen, false, kFma>(z, o, whole, 0, over_t, p_hat, q_hat);
+    if (whole == n) return;
+    add_lanes<kScreen, true, kFma>(z + last, o + last, kLanes, whole - last, over_t, p_hat + last, q_hat + last);
   }
 
   // The same, screened or not as the block's least logit asks.

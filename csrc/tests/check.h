@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../bidirectional_kl.h"
+#include "../cpu/parallel.h"
 #include "../cpu/simd.h"
 
 namespace fastgist::check {
@@ -24,6 +25,13 @@ inline void expect(bool ok, const char* what, const char* type, int64_t classes,
     std::printf("%s (%s, %lld classes): got %.9g, want %.9g\n", what, type, static_cast<long long>(classes), got,
                 wanted);
   }
+}
+
+// Calls as a number of threads would make them, one after the other and the last one first.
+inline cpu::Parallel threads(int64_t count) {
+  return {count, [](int64_t tasks, int64_t, const cpu::Range& body) {
+            for (int64_t end = tasks; end > 0; end = end * 2 / 3) body(end * 2 / 3, end);
+          }};
 }
 
 // A (rows, classes) matrix in a buffer of its own that ends with its last element.
@@ -55,6 +63,9 @@ void everywhere(const Check& check) {
       check.template operator()<Half>("half", DType::kFloat16, 0x1p-11, classes, stride[0], stride[1]);
     }
   }
+  // Several stretches, the last one short.
+  check.template operator()<float>("float", DType::kFloat32, 0.0, 33001, 33001, 1);
+  check.template operator()<Half>("half", DType::kFloat16, 0x1p-11, 33001, 33001, 1);
 }
 
 }  // namespace fastgist::check

@@ -74,12 +74,33 @@ void check_bidirectional_kl(const char* type, DType dtype, double storage_eps, i
 
   const LogitPair in = {dtype,    kRows,          classes,  temperature, z.buffer.get(), stride_m,
                         stride_v, o.buffer.get(), stride_m, stride_v,    mask.get(),     1};
-  // In two calls, as two threads would make them.
-  cpu::bidirectional_kl_fwd(in, {row_loss.get(), stats.get()}, 0, 1);
-  cpu::bidirectional_kl_fwd(in, {row_loss.get(), stats.get()}, 1, kRows);
+  cpu::bidirectional_kl_fwd(in, {row_loss.get(), stats.get()}, threads(3));
   const BackwardArguments args = {stats.get(), row_grad.get(), 1, grad_z.buffer.get(), grad_o.buffer.get()};
-  cpu::bidirectional_kl_bwd(in, args, 0, 3);
-  cpu::bidirectional_kl_bwd(in, args, 3, kRows);
+  cpu::bidirectional_kl_bwd(in, args, threads(3));
+
+  // Finished in the forward, by one thread and by three, and for one side alone: the same numbers.
+  const double scale = 0.75;
+  const A divisor = 2.5;
+  const A factor = static_cast<A>(scale / divisor);
+  A loss_of_one = nan, loss_of_three = nan;
+  std::unique_ptr<A[]> finished_loss(new A[kRows]);
+  Matrix<T> finished_z(kRows, classes, classes, 1), finished_o(kRows, classes, classes, 1);
+  Matrix<T> again_z(kRows, classes, classes, 1), again_o(kRows, classes, classes, 1);
+  const auto finish = [&](int64_t count, A* loss, T* to_z, T* to_o) {
+    cpu::bidirectional_kl_fwd_bwd(in, {scale, &divisor, finished_loss.get(), loss, to_z, to_o}, threads(count));
+  };
+  finish(1, &loss_of_one, finished_z.buffer.get(), finished_o.buffer.get());
+  finish(3, &loss_of_three, again_z.buffer.get(), nullptr);
+  finish(3, &loss_of_three, nullptr, again_o.buffer.get());
+  expect(loss_of_one == loss_of_three, "loss by three threads", type, classes, loss_of_three, loss_of_one);
+  double sum = 0;
+  for (int64_t row = 0; row < kRows; ++row) {
+    sum += finished_loss[row];
+    const double wanted = static_cast<double>(row_loss[row]) * factor;
+    expect(std::fabs(finished_loss[row] - wanted) <= 2 * eps * std::fabs(wanted), "finished row loss", type, classes,
+           finished_loss[row], wanted);
+  }
+  expect(std::fabs(loss_of_one - sum) <= 2 * eps * std::fabs(sum), "finished loss", type, classes, loss_of_one, sum);
 
   for (int64_t row = 0; row < kRows; ++row) {
     if (row == kMasked) {
@@ -87,6 +108,8 @@ void check_bidirectional_kl(const char* type, DType dtype, double storage_eps, i
       for (int64_t v = 0; v < classes; ++v) {
         expect(cpu::load(grad_z.at(row, v)) == 0, "masked grad_z", type, classes, cpu::load(grad_z.at(row, v)), 0);
         expect(cpu::load(grad_o.at(row, v)) == 0, "masked grad_o", type, classes, cpu::load(grad_o.at(row, v)), 0);
+        expect(cpu::load(finished_z.at(row, v)) == 0 && cpu::load(finished_o.at(row, v)) == 0, "masked finished", type,
+               classes, cpu::load(finished_z.at(row, v)), 0);
       }
       continue;
     }
@@ -110,16 +133,23 @@ void check_bidirectional_kl(const char* type, DType dtype, double storage_eps, i
     const double loss = static_cast<double>(e_p - e_q);
     expect(std::fabs(row_loss[row] - loss) <= 16 * eps * static_cast<double>(terms), "loss", type, classes,
            row_loss[row], loss);
-    const Real scale = row_grad[row] / temperature;
+    const Real of_row = row_grad[row] / temperature;
     for (int64_t v = 0; v < classes; ++v) {
-      const double g_z = static_cast<double>(scale * (p[v] * (d[v] - e_p) + p[v] - q[v]));
-      const double g_o = static_cast<double>(scale * (q[v] * (e_q - d[v]) + q[v] - p[v]));
-      const Real size = scale * ((p[v] + q[v]) * (1 + std::fabs(d[v]) + terms));
-      const double bound = static_cast<double>(size) * (16 * eps + storage_eps) + 1e-7 * (storage_eps > eps);
-      expect(std::fabs(cpu::load(grad_z.at(row, v)) - g_z) <= bound, "grad_z", type, classes,
-             cpu::load(grad_z.at(row, v)), g_z);
-      expect(std::fabs(cpu::load(grad_o.at(row, v)) - g_o) <= bound, "grad_o", type, classes,
-             cpu::load(grad_o.at(row, v)), g_o);
+      const double g_z = static_cast<double>(of_row * (p[v] * (d[v] - e_p) + p[v] - q[v]));
+      const double g_o = static_cast<double>(of_row * (q[v] * (e_q - d[v]) + q[v] - p[v]));
+      const Real size = of_row * ((p[v] + q[v]) * (1 + std::fabs(d[v]) + terms));
+      const auto within = [&](const char* what, T got, Real wanted, Real size) {
+        const double bound = static_cast<double>(size) * (16 * eps + storage_eps) + 1e-7 * (storage_eps > eps);
+        expect(std::fabs(cpu::load(got) - static_cast<double>(wanted)) <= bound, what, type, classes, cpu::load(got),
+               static_cast<double>(wanted));
+      };
+      within("grad_z", grad_z.at(row, v), g_z, size);
+      within("grad_o", grad_o.at(row, v), g_o, size);
+      const Real other = factor / row_grad[row];
+      within("finished grad_z", finished_z.at(row, v), g_z * other, size * other);
+      within("finished grad_o", finished_o.at(row, v), g_o * other, size * other);
+      within("finished grad_z alone", again_z.at(row, v), cpu::load(finished_z.at(row, v)), 0);
+      within("finished grad_o alone", again_o.at(row, v), cpu::load(finished_o.at(row, v)), 0);
     }
   }
 }

@@ -78,13 +78,30 @@ void check(Kind kind, double temperature, const char* type, DType dtype, double 
                stride_v, o.buffer.get(), stride_m, stride_v,    nullptr,        0};
   in.target = {soft ? nullptr : labels.get(), weights.buffer.get(), dtype, soft ? stride_m : 1, stride_v};
   in.alpha = alpha, in.beta = in.beta_z = in.beta_o = beta, in.label_smoothing = smoothing, in.ignore_index = -100;
-  // In two calls, as two threads would make them.
-  cpu::gist_loss_fwd(in, {row_loss.get(), stats.get()}, 0, 1);
-  cpu::gist_loss_fwd(in, {row_loss.get(), stats.get()}, 1, kRows);
+  cpu::gist_loss_fwd(in, {row_loss.get(), stats.get()}, threads(3));
   const BackwardArguments both = {stats.get(), row_grad.get(), 1, grad_z.buffer.get(), grad_o.buffer.get()};
-  cpu::gist_loss_bwd(in, both, 0, 3);
-  cpu::gist_loss_bwd(in, both, 3, kRows);
-  cpu::gist_loss_bwd(in, {stats.get(), row_grad.get(), 1, nullptr, alone.buffer.get()}, 0, kRows);
+  cpu::gist_loss_bwd(in, both, threads(3));
+  cpu::gist_loss_bwd(in, {stats.get(), row_grad.get(), 1, nullptr, alone.buffer.get()}, threads(1));
+
+  // Finished in the forward, by one thread and by three, and for one side alone: the same numbers.
+  const double scale = 0.75;
+  const A divisor = 2.5;
+  const A factor = static_cast<A>(scale / divisor);
+  A loss_of_one = nan, loss_of_three = nan;
+  std::unique_ptr<A[]> finished_loss(new A[kRows]);
+  Matrix<T> finished_z(kRows, classes, classes, 1), finished_o(kRows, classes, classes, 1);
+  Matrix<T> again_z(kRows, classes, classes, 1), again_o(kRows, classes, classes, 1);
+  const auto finish = [&](int64_t count, A* loss, T* to_z, T* to_o) {
+    cpu::gist_loss_fwd_bwd(in, {scale, &divisor, finished_loss.get(), loss, to_z, to_o}, threads(count));
+  };
+  finish(1, &loss_of_one, finished_z.buffer.get(), finished_o.buffer.get());
+  finish(3, &loss_of_three, again_z.buffer.get(), nullptr);
+  finish(3, &loss_of_three, nullptr, again_o.buffer.get());
+  expect(loss_of_one == loss_of_three, "gist loss by three threads", type, classes, loss_of_three, loss_of_one);
+  // The gist's side detached from the divergence: its cross-entropy alone. The other side's gradient is as it was.
+  in.beta_o = 0;
+  Matrix<T> attached(kRows, classes, classes, 1), detached(kRows, classes, classes, 1);
+  finish(3, &loss_of_three, attached.buffer.get(), detached.buffer.get());
 
   const auto within = [&](const char* what, T got, Real wanted, Real size) {
     const double bound = static_cast<double>(size) * (16 * eps + storage_eps) + 1e-7 * (storage_eps > eps);
@@ -97,6 +114,8 @@ void check(Kind kind, double temperature, const char* type, DType dtype, double 
       for (int64_t v = 0; v < classes; ++v) {
         within("ignored grad_z", grad_z.at(row, v), 0, 0);
         within("ignored grad_o", grad_o.at(row, v), 0, 0);
+        within("ignored finished grad_z", finished_z.at(row, v), 0, 0);
+        within("ignored finished grad_o", finished_o.at(row, v), 0, 0);
       }
       continue;
     }
@@ -108,6 +127,9 @@ void check(Kind kind, double temperature, const char* type, DType dtype, double 
       exact.t.push_back(soft ? static_cast<Real>(cpu::load(weights.at(row, v))) : hard + Real(smoothing) / classes);
     }
     exact.evaluate(alpha, beta, temperature);
+    const double finished = row_loss[row] * static_cast<double>(factor);
+    expect(std::fabs(finished_loss[row] - finished) <= 2 * eps * std::fabs(finished), "finished gist loss", type,
+           classes, finished_loss[row], finished);
     const double loss = static_cast<double>(exact.loss);
     expect(std::fabs(row_loss[row] - loss) <= 16 * eps * (1 + static_cast<double>(exact.terms)), "gist loss", type,
            classes, row_loss[row], loss);
@@ -120,6 +142,13 @@ void check(Kind kind, double temperature, const char* type, DType dtype, double 
       within("gist grad_z", grad_z.at(row, v), row_grad[row] * exact.grad_z(v, beta_t), size);
       within("gist grad_o", grad_o.at(row, v), row_grad[row] * exact.grad_o(v, alpha, beta_t), size);
       within("gist grad_o alone", alone.at(row, v), cpu::load(grad_o.at(row, v)), 0);
+      const Real other = factor / row_grad[row];
+      within("gist finished grad_z", finished_z.at(row, v), factor * exact.grad_z(v, beta_t), size * other);
+      within("gist finished grad_o", finished_o.at(row, v), factor * exact.grad_o(v, alpha, beta_t), size * other);
+      within("gist finished grad_z alone", again_z.at(row, v), cpu::load(finished_z.at(row, v)), 0);
+      within("gist finished grad_o alone", again_o.at(row, v), cpu::load(finished_o.at(row, v)), 0);
+      within("gist attached grad_z", attached.at(row, v), cpu::load(finished_z.at(row, v)), 0);
+      within("gist detached grad_o", detached.at(row, v), factor * exact.grad_o(v, alpha, 0), size * other);
     }
   }
 }
