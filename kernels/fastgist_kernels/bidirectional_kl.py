@@ -20,6 +20,7 @@ from fastgist_kernels.bidirectional_kl_once import (
 )
 from fastgist_kernels.common import LOG2E, cdiv, launch
 from fastgist_kernels.pair_rows import (
+    SIZES,
     centred_pair,
     exponential,
     few_rows,
@@ -34,7 +35,7 @@ from fastgist_kernels.pair_rows import (
 __all__ = ["SPECS", "bidirectional_kl_bwd", "bidirectional_kl_fwd", "bidirectional_kl_fwd_bwd"]
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def _bidirectional_kl_fwd_kernel(
     z_ptr,
     o_ptr,
@@ -77,7 +78,7 @@ def _bidirectional_kl_fwd_kernel(
     kl_stats(stats_ptr, offs_m, M, mask_m, counts, m_z, m_o, s_p, s_q, e_p, e_q)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def _bidirectional_kl_bwd_kernel(
     z_ptr,
     o_ptr,
@@ -115,7 +116,7 @@ def _bidirectional_kl_bwd_kernel(
     mask = tile_mask(counts, start, V, BLOCK_V, VEC)
     z = load_tile(z_ptr, offs_m, start, stride_zm, stride_zv, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
     o = load_tile(o_ptr, offs_m, start, stride_om, stride_ov, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
-    zc, oc, d = centred_pair(z, o, over_row(m_z), over_row(m_o))
+    zc, oc, d = centred_pair(z, o, over_row(m_z, VEC), over_row(m_o, VEC))
     to_exp2 = inv_t * LOG2E
     # exp / S, not exp(. - log S): the argument's rounding grows with log S, the quotient's does not.
     kl_store_gradients(
@@ -217,6 +218,7 @@ def _specs() -> list[Spec]:
                     pair | {"loss_ptr": "*fp32", "stats_ptr": "*fp32"} | sizes | strides | {"inv_t": "fp32"},
                     unit | {"HAS_MASK": True} | tile,
                     num_stages=1,
+                    unaligned=SIZES,
                 )
             )
             out.append(
@@ -231,6 +233,7 @@ def _specs() -> list[Spec]:
                     | {"stride_grad": "i64", "inv_t": "fp32"},
                     unit | {"HAS_MASK": True, "NEED_Z": True, "NEED_O": True} | tile,
                     num_stages=1,
+                    unaligned=SIZES,
                 )
             )
     return out

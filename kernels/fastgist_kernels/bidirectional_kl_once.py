@@ -14,6 +14,7 @@ import triton.language as tl
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import LOG2E, cdiv, launch, next_power_of_2
 from fastgist_kernels.pair_rows import (
+    SIZES,
     alone_config,
     centred_pair,
     choose_form,
@@ -54,13 +55,20 @@ PARTIAL = 7
 
 
 @triton.jit
-def counted_rows(mask_ptr, stride_mask, M, BLOCK_M: tl.constexpr, HAS_MASK: tl.constexpr):
-    """A program's rows (int64), which of them there are, and which of those count."""
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+def counted(mask_ptr, offs_m, stride_mask, M, HAS_MASK: tl.constexpr):
+    """Which of the rows there are, and which of those count."""
     mask_m = offs_m < M
     counts = mask_m
     if HAS_MASK:
         counts = mask_m & (tl.load(mask_ptr + offs_m * stride_mask, mask=mask_m, other=0) != 0)
+    return mask_m, counts
+
+
+@triton.jit
+def counted_rows(mask_ptr, stride_mask, M, BLOCK_M: tl.constexpr, HAS_MASK: tl.constexpr):
+    """A program's rows (int64), which of them there are, and which of those count."""
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m, counts = counted(mask_ptr, offs_m, stride_mask, M, HAS_MASK)
     return offs_m, mask_m, counts
 
 
@@ -140,17 +148,17 @@ def kl_store_gradients(
     BLOCK_V: tl.constexpr,
 ):
     """Write a tile of the gradients asked for from d and the exponentials; over_p, over_q: what the row is times / (T S)."""
-    p = p * over_row(over_p)
-    q = q * over_row(over_q)
+    p = p * over_row(over_p, VEC)
+    q = q * over_row(over_q, VEC)
     mask = tile_mask(mask_m, start, stop, BLOCK_V, VEC)
     if NEED_Z:
         # (d - e) / T, not d / T - e / T: a fused multiply-add would round the two apart where they must cancel.
-        grad_z = p * ((d - over_row(e_p)) * inv_t) + (p - q)
-        grad_z = tl.where(over_row(counts), grad_z, 0.0)
+        grad_z = p * ((d - over_row(e_p, VEC)) * inv_t) + (p - q)
+        grad_z = tl.where(over_row(counts, VEC), grad_z, 0.0)
         store_tile(grad_z_ptr, offs_m, start, V, grad_z, mask, BLOCK_V, VEC)
     if NEED_O:
-        grad_o = q * ((over_row(e_q) - d) * inv_t) + (q - p)
-        grad_o = tl.where(over_row(counts), grad_o, 0.0)
+        grad_o = q * ((over_row(e_q, VEC) - d) * inv_t) + (q - p)
+        grad_o = tl.where(over_row(counts, VEC), grad_o, 0.0)
         store_tile(grad_o_ptr, offs_m, start, V, grad_o, mask, BLOCK_V, VEC)
 
 
@@ -188,7 +196,7 @@ def kl_finish_columns(
         mask = tile_mask(counts, at, stop, BLOCK_V, VEC)
         z = load_tile(z_ptr, offs_m, at, stride_zm, stride_zv, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
         o = load_tile(o_ptr, offs_m, at, stride_om, stride_ov, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
-        zc, oc, d = centred_pair(z, o, over_row(m_z), over_row(m_o))
+        zc, oc, d = centred_pair(z, o, over_row(m_z, VEC), over_row(m_o, VEC))
         kl_store_gradients(
             grad_z_ptr,
             grad_o_ptr,
@@ -213,7 +221,77 @@ def kl_finish_columns(
         )
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
+def kl_whole_rows(
+    z_ptr,
+    o_ptr,
+    mask_ptr,
+    divisor_ptr,
+    row_loss_ptr,
+    grad_z_ptr,
+    grad_o_ptr,
+    offs_m,
+    M,
+    V,
+    stride_zm,
+    stride_zv,
+    stride_om,
+    stride_ov,
+    stride_mask,
+    inv_t,
+    scale,
+    HAS_MASK: tl.constexpr,
+    HAS_DIVISOR: tl.constexpr,
+    NEED_Z: tl.constexpr,
+    NEED_O: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Finish rows ``offs_m``, each in one tile (BLOCK_V >= V), and return their losses as they are summed."""
+    mask_m, counts = counted(mask_ptr, offs_m, stride_mask, M, HAS_MASK)
+    mask = tile_mask(counts, 0, V, BLOCK_V, VEC)
+    z = load_tile(z_ptr, offs_m, 0, stride_zm, stride_zv, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
+    o = load_tile(o_ptr, offs_m, 0, stride_om, stride_ov, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
+    m_z = finite_max(row_max(z, VEC))
+    m_o = finite_max(row_max(o, VEC))
+    zc, oc, d = centred_pair(z, o, over_row(m_z, VEC), over_row(m_o, VEC))
+    to_exp2 = inv_t * LOG2E
+    p = exponential(zc * to_exp2)
+    q = exponential(oc * to_exp2)
+    s_p = row_sum(p, VEC)
+    s_q = row_sum(q, VEC)
+    lone = row_sum(lone_classes(z, o), VEC)
+    loss, e_p, e_q = pair_means(s_p, s_q, row_sum(p * d, VEC), row_sum(q * d, VEC), lone, inv_t)
+    factor = finished_factor(scale, divisor_ptr, HAS_DIVISOR)
+    loss = tl.where(counts, loss * factor, 0.0)
+    tl.store(row_loss_ptr + offs_m, loss, mask=mask_m)
+    kl_store_gradients(
+        grad_z_ptr,
+        grad_o_ptr,
+        d,
+        p,
+        q,
+        factor * inv_t / s_p,
+        factor * inv_t / s_q,
+        e_p,
+        e_q,
+        inv_t,
+        offs_m,
+        mask_m,
+        counts,
+        0,
+        V,
+        V,
+        NEED_Z,
+        NEED_O,
+        VEC,
+        BLOCK_V,
+    )
+    return loss
+
+
+@triton.jit(do_not_specialize=SIZES)
 def _bidirectional_kl_whole_kernel(
     z_ptr,
     o_ptr,
@@ -241,51 +319,68 @@ def _bidirectional_kl_whole_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """BLOCK_V >= V. ALONE: BLOCK_M >= M too, and the loss is this program's."""
-    offs_m, mask_m, counts = counted_rows(mask_ptr, stride_mask, M, BLOCK_M, HAS_MASK)
-    mask = tile_mask(counts, 0, V, BLOCK_V, VEC)
-    z = load_tile(z_ptr, offs_m, 0, stride_zm, stride_zv, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
-    o = load_tile(o_ptr, offs_m, 0, stride_om, stride_ov, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
-    m_z = finite_max(row_max(z, VEC))
-    m_o = finite_max(row_max(o, VEC))
-    zc, oc, d = centred_pair(z, o, over_row(m_z), over_row(m_o))
-    to_exp2 = inv_t * LOG2E
-    p = exponential(zc * to_exp2)
-    q = exponential(oc * to_exp2)
-    s_p = row_sum(p, VEC)
-    s_q = row_sum(q, VEC)
-    lone = row_sum(lone_classes(z, o), VEC)
-    loss, e_p, e_q = pair_means(s_p, s_q, row_sum(p * d, VEC), row_sum(q * d, VEC), lone, inv_t)
-    factor = finished_factor(scale, divisor_ptr, HAS_DIVISOR)
-    loss = tl.where(counts, loss * factor, 0.0)
-    tl.store(row_loss_ptr + offs_m, loss, mask=mask_m)
+    """BLOCK_V >= V. ALONE: the one program takes all rows, and the loss is its own."""
+    here = tl.arange(0, BLOCK_M).to(tl.int64)
     if ALONE:
-        tl.store(loss_ptr, tl.sum(loss, 0))
-    kl_store_gradients(
-        grad_z_ptr,
-        grad_o_ptr,
-        d,
-        p,
-        q,
-        factor * inv_t / s_p,
-        factor * inv_t / s_q,
-        e_p,
-        e_q,
-        inv_t,
-        offs_m,
-        mask_m,
-        counts,
-        0,
-        V,
-        V,
-        NEED_Z,
-        NEED_O,
-        VEC,
-        BLOCK_V,
-    )
+        total = tl.zeros([BLOCK_M], tl.float32)
+        for first in range(0, M, BLOCK_M):
+            total += kl_whole_rows(
+                z_ptr,
+                o_ptr,
+                mask_ptr,
+                divisor_ptr,
+                row_loss_ptr,
+                grad_z_ptr,
+                grad_o_ptr,
+                here + first,
+                M,
+                V,
+                stride_zm,
+                stride_zv,
+                stride_om,
+                stride_ov,
+                stride_mask,
+                inv_t,
+                scale,
+                HAS_MASK,
+                HAS_DIVISOR,
+                NEED_Z,
+                NEED_O,
+                VEC,
+                BLOCK_M,
+                BLOCK_V,
+            )
+        tl.store(loss_ptr, tl.sum(total, 0))
+    else:
+        kl_whole_rows(
+            z_ptr,
+            o_ptr,
+            mask_ptr,
+            divisor_ptr,
+            row_loss_ptr,
+            grad_z_ptr,
+            grad_o_ptr,
+            here + tl.program_id(0).to(tl.int64) * BLOCK_M,
+            M,
+            V,
+            stride_zm,
+            stride_zv,
+            stride_om,
+            stride_ov,
+            stride_mask,
+            inv_t,
+            scale,
+            HAS_MASK,
+            HAS_DIVISOR,
+            NEED_Z,
+            NEED_O,
+            VEC,
+            BLOCK_M,
+            BLOCK_V,
+        )
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def _bidirectional_kl_rows_kernel(
     z_ptr,
     o_ptr,
@@ -361,7 +456,7 @@ def _bidirectional_kl_rows_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def _bidirectional_kl_split_kernel(
     z_ptr,
     o_ptr,
@@ -414,7 +509,7 @@ def part_of(part_ptr, i: tl.constexpr, empty, offs_m, M, parts, NUMBERS: tl.cons
     return tl.load(part_ptr + (part * NUMBERS + i) * M + offs_m[:, None], mask=here, other=empty)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def _bidirectional_kl_merge_kernel(
     z_ptr,
     o_ptr,
@@ -574,7 +669,7 @@ def bidirectional_kl_fwd_bwd(
     scalars = 1.0 / temperature, scale
     flags = {"HAS_MASK": mask is not None, "HAS_DIVISOR": divisor is not None, "VEC": vec}
     flags |= {"NEED_Z": grad_logits is not None, "NEED_O": grad_other is not None}
-    grid = lambda c: (cdiv(rows, c["BLOCK_M"]),)  # noqa: E731
+    grid = lambda c: (1 if form == "alone" else cdiv(rows, c["BLOCK_M"]),)  # noqa: E731
     if form == "rows":
         config = twice_config("bidirectional_kl_rows", logits, vec)
         launch(_bidirectional_kl_rows_kernel, grid, config, *inputs, grad_logits, grad_other, *sizes, *scalars, **flags)
@@ -606,7 +701,8 @@ def _specs() -> list[Spec]:
         pair = {"z_ptr": f"*{dtype}", "o_ptr": f"*{dtype}", "mask_ptr": "*i1"}
         grads = {"grad_z_ptr": f"*{dtype}", "grad_o_ptr": f"*{dtype}"}
         for label, vec, block_m, block_v, warps, alone in (
-            ("alone", 1, 64, 128, 16, True),
+            ("alone", 4, 32, 128, 16, True),
+            ("alone_ragged", 1, 32, 128, 16, True),
             ("v128", width, 16, 128, 4, False),
             ("v1024", width, 2, 1024, 4, False),
             ("v4096", width, 1, 4096, 8, False),
@@ -622,6 +718,7 @@ def _specs() -> list[Spec]:
                     unit | wanted | tile,
                     num_warps=warps,
                     num_stages=1,
+                    unaligned=SIZES,
                 )
             )
         for label, vec, warps in (("few_warps", width, 4), ("many_warps", width, 16), ("ragged", 1, 16)):
@@ -634,6 +731,7 @@ def _specs() -> list[Spec]:
                     unit | wanted | tile,
                     num_warps=warps,
                     num_stages=1,
+                    unaligned=SIZES,
                 )
             )
         tile = {"VEC": width, "BLOCK_M": 1, "BLOCK_V": 128 * width}
@@ -644,6 +742,8 @@ def _specs() -> list[Spec]:
                 pair | split | sizes | scalars,
                 unit | {"HAS_MASK": True} | tile,
                 num_stages=1,
+                unaligned=SIZES,
+                aligned=("stretch",),
             )
         )
         out.append(
@@ -653,6 +753,8 @@ def _specs() -> list[Spec]:
                 pair | split | outputs | {"stats_ptr": "*fp32"} | grads | sizes | scalars,
                 unit | wanted | {"STATS": False, "PARTS": 8} | tile,
                 num_stages=1,
+                unaligned=SIZES,
+                aligned=("stretch",),
             )
         )
     return out

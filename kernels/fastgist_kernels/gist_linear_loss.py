@@ -20,12 +20,12 @@ from fastgist_kernels.gist_rows import (
     loss_arguments,
     target_rows,
 )
-from fastgist_kernels.pair_rows import rows_config, vector_width
+from fastgist_kernels.pair_rows import SIZES, rows_config, vector_width
 
 __all__ = ["SPECS", "gist_linear_loss_chunk"]
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def _gist_linear_loss_chunk_kernel(
     logits_ptr,
     target_ptr,
@@ -182,6 +182,7 @@ SPECS = [
         | {"ALPHA": True, "KL_Z": True, "KL_G": True, "NEED_GRAD": True}
         | {"VEC": vec, "BLOCK_M": 128 * vec // block_v, "BLOCK_V": block_v},
         num_stages=1,
+        unaligned=SIZES,
     )
     for dtype, vec in (("bf16", 8), ("fp32", 4))
     for label, block_v in (("small_v", 128), ("long_v", 128 * vec))

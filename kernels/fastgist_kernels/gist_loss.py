@@ -21,12 +21,12 @@ from fastgist_kernels.gist_rows import (
     pair_and_target,
     target_rows,
 )
-from fastgist_kernels.pair_rows import few_rows, rows_config, vector_width
+from fastgist_kernels.pair_rows import SIZES, few_rows, rows_config, vector_width
 
 __all__ = ["SPECS", "gist_loss_bwd", "gist_loss_fwd", "gist_loss_fwd_bwd"]
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def _gist_loss_fwd_kernel(
     z_ptr,
     g_ptr,
@@ -88,7 +88,7 @@ def _gist_loss_fwd_kernel(
     gist_stats(stats_ptr, offs_m, M, mask_m, counts, m_z, m_g, s_p, s_q, e_p, e_q, sum_z, sum_g, weight)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def _gist_loss_bwd_kernel(
     z_ptr,
     g_ptr,
@@ -310,6 +310,7 @@ def _specs() -> list[Spec]:
                 pair | {"loss_ptr": "*fp32", "stats_ptr": "*fp32"} | common,
                 flags | tile,
                 num_stages=1,
+                unaligned=SIZES,
             )
         )
         grads = {"grad_z_ptr": f"*{dtype}", "grad_g_ptr": f"*{dtype}", "stride_grad": "i64"}
@@ -320,6 +321,7 @@ def _specs() -> list[Spec]:
                 pair | {"stats_ptr": "*fp32", "row_grad_ptr": "*fp32"} | grads | common,
                 flags | wanted | tile,
                 num_stages=1,
+                unaligned=SIZES,
             )
         )
     return out

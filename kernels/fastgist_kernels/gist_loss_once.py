@@ -30,6 +30,7 @@ from fastgist_kernels.gist_rows import (
     with_label,
 )
 from fastgist_kernels.pair_rows import (
+    SIZES,
     alone_config,
     centred_pair,
     choose_form,
@@ -133,14 +134,14 @@ def gist_finish_columns(
             label,
             stride_tm,
             stride_tv,
-            over_row(scale * keep),
-            over_row(scale * smooth),
+            over_row(scale * keep, VEC),
+            over_row(scale * smooth, VEC),
             SOFT,
             SMOOTH,
             VEC,
             BLOCK_V,
         )
-        zc, gc, d = centred_pair(z, g, over_row(m_z), over_row(m_g))
+        zc, gc, d = centred_pair(z, g, over_row(m_z, VEC), over_row(m_g, VEC))
         grad_z, grad_g = gist_gradients(
             zc,
             gc,
@@ -164,17 +165,154 @@ def gist_finish_columns(
             ALPHA,
             KL_Z,
             KL_G,
+            VEC,
         )
         mask = tile_mask(mask_m, at, stop, BLOCK_V, VEC)
         if NEED_Z:
-            grad_z = tl.where(over_row(counts), grad_z, 0.0)
+            grad_z = tl.where(over_row(counts, VEC), grad_z, 0.0)
             store_tile(grad_z_ptr, offs_m, at, stride_grad_m, grad_z, mask, BLOCK_V, VEC)
         if NEED_G:
-            grad_g = tl.where(over_row(counts), grad_g, 0.0)
+            grad_g = tl.where(over_row(counts, VEC), grad_g, 0.0)
             store_tile(grad_g_ptr, offs_m, at, stride_grad_m, grad_g, mask, BLOCK_V, VEC)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
+def gist_whole_rows(
+    z_ptr,
+    g_ptr,
+    target_ptr,
+    divisor_ptr,
+    row_loss_ptr,
+    grad_z_ptr,
+    grad_g_ptr,
+    offs_m,
+    M,
+    V,
+    stride_zm,
+    stride_zv,
+    stride_gm,
+    stride_gv,
+    stride_tm,
+    stride_tv,
+    ignore_index,
+    alpha,
+    beta,
+    beta_z,
+    beta_g,
+    inv_t,
+    keep,
+    smooth,
+    scale,
+    SOFT: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    POWER: tl.constexpr,
+    ALPHA: tl.constexpr,
+    KL_Z: tl.constexpr,
+    KL_G: tl.constexpr,
+    HAS_DIVISOR: tl.constexpr,
+    NEED_Z: tl.constexpr,
+    NEED_G: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Finish rows ``offs_m``, each in one tile (BLOCK_V >= V), and return their losses as they are summed."""
+    mask_m = offs_m < M
+    counts, invalid, label = target_rows(target_ptr, offs_m, mask_m, stride_tm, V, ignore_index, SOFT)
+    z_label = label_logit(z_ptr, offs_m, label, stride_zm, stride_zv)
+    g_label = label_logit(g_ptr, offs_m, label, stride_gm, stride_gv)
+    mask = tile_mask(counts, 0, V, BLOCK_V, VEC)
+    z = load_tile(z_ptr, offs_m, 0, stride_zm, stride_zv, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
+    g = load_tile(g_ptr, offs_m, 0, stride_gm, stride_gv, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
+    m_z = finite_max(row_max(z, VEC))
+    m_g = finite_max(row_max(g, VEC))
+    zc, gc, d = centred_pair(z, g, over_row(m_z, VEC), over_row(m_g, VEC))
+    to_exp2 = inv_t * LOG2E
+    p = exponential(zc * to_exp2)
+    q = exponential(gc * to_exp2)
+    s_p = row_sum(p, VEC)
+    s_q = row_sum(q, VEC)
+    sum_z = row_sum(exp_unit(zc, p, POWER), VEC)
+    sum_g = row_sum(exp_unit(gc, q, POWER), VEC)
+    dot_z = tl.zeros([BLOCK_M], tl.float32)
+    dot_g, weight = dot_z, dot_z
+    if SOFT or SMOOTH:
+        weights = spread_weights(
+            target_ptr, offs_m, 0, mask, stride_tm, stride_tv, keep, smooth, SOFT, SMOOTH, VEC, BLOCK_V
+        )
+        dot_z = row_sum(tl.where(weights == 0.0, 0.0, weights * zc), VEC)
+        dot_g = row_sum(tl.where(weights == 0.0, 0.0, weights * gc), VEC)
+        weight = row_sum(weights, VEC)
+    dot_z, dot_g, weight = with_label(dot_z, dot_g, weight, z_label, g_label, m_z, m_g, label, keep, SOFT)
+    loss, e_p, e_q = gist_row_loss(
+        s_p,
+        s_q,
+        row_sum(p * d, VEC),
+        row_sum(q * d, VEC),
+        row_sum(lone_classes(z, g), VEC),
+        sum_z,
+        sum_g,
+        dot_z,
+        dot_g,
+        weight,
+        alpha,
+        beta,
+        inv_t,
+    )
+    factor = tl.where(invalid, float("nan"), finished_factor(scale, divisor_ptr, HAS_DIVISOR))
+    loss = tl.where(counts, loss * factor, 0.0)
+    tl.store(row_loss_ptr + offs_m, loss, mask=mask_m)
+    weights = class_weights(
+        target_ptr,
+        offs_m,
+        0,
+        mask,
+        label,
+        stride_tm,
+        stride_tv,
+        over_row(factor * keep, VEC),
+        over_row(factor * smooth, VEC),
+        SOFT,
+        SMOOTH,
+        VEC,
+        BLOCK_V,
+    )
+    grad_z, grad_g = gist_gradients(
+        zc,
+        gc,
+        d,
+        p,
+        q,
+        s_p,
+        s_q,
+        e_p,
+        e_q,
+        sum_z,
+        sum_g,
+        weight,
+        weights,
+        factor,
+        alpha,
+        beta_z,
+        beta_g,
+        inv_t,
+        POWER,
+        ALPHA,
+        KL_Z,
+        KL_G,
+        VEC,
+    )
+    mask = tile_mask(mask_m, 0, V, BLOCK_V, VEC)
+    if NEED_Z:
+        grad_z = tl.where(over_row(counts, VEC), grad_z, 0.0)
+        store_tile(grad_z_ptr, offs_m, 0, V, grad_z, mask, BLOCK_V, VEC)
+    if NEED_G:
+        grad_g = tl.where(over_row(counts, VEC), grad_g, 0.0)
+        store_tile(grad_g_ptr, offs_m, 0, V, grad_g, mask, BLOCK_V, VEC)
+    return loss
+
+
+@triton.jit(do_not_specialize=SIZES)
 def _gist_loss_whole_kernel(
     z_ptr,
     g_ptr,
@@ -215,104 +353,94 @@ def _gist_loss_whole_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """BLOCK_V >= V. ALONE: BLOCK_M >= M too, and the loss is this program's."""
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < M
-    counts, invalid, label = target_rows(target_ptr, offs_m, mask_m, stride_tm, V, ignore_index, SOFT)
-    z_label = label_logit(z_ptr, offs_m, label, stride_zm, stride_zv)
-    g_label = label_logit(g_ptr, offs_m, label, stride_gm, stride_gv)
-    mask = tile_mask(counts, 0, V, BLOCK_V, VEC)
-    z = load_tile(z_ptr, offs_m, 0, stride_zm, stride_zv, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
-    g = load_tile(g_ptr, offs_m, 0, stride_gm, stride_gv, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
-    m_z = finite_max(row_max(z, VEC))
-    m_g = finite_max(row_max(g, VEC))
-    zc, gc, d = centred_pair(z, g, over_row(m_z), over_row(m_g))
-    to_exp2 = inv_t * LOG2E
-    p = exponential(zc * to_exp2)
-    q = exponential(gc * to_exp2)
-    s_p = row_sum(p, VEC)
-    s_q = row_sum(q, VEC)
-    sum_z = row_sum(exp_unit(zc, p, POWER), VEC)
-    sum_g = row_sum(exp_unit(gc, q, POWER), VEC)
-    dot_z = tl.zeros([BLOCK_M], tl.float32)
-    dot_g, weight = dot_z, dot_z
-    if SOFT or SMOOTH:
-        weights = spread_weights(
-            target_ptr, offs_m, 0, mask, stride_tm, stride_tv, keep, smooth, SOFT, SMOOTH, VEC, BLOCK_V
-        )
-        dot_z = row_sum(tl.where(weights == 0.0, 0.0, weights * zc), VEC)
-        dot_g = row_sum(tl.where(weights == 0.0, 0.0, weights * gc), VEC)
-        weight = row_sum(weights, VEC)
-    dot_z, dot_g, weight = with_label(dot_z, dot_g, weight, z_label, g_label, m_z, m_g, label, keep, SOFT)
-    loss, e_p, e_q = gist_row_loss(
-        s_p,
-        s_q,
-        row_sum(p * d, VEC),
-        row_sum(q * d, VEC),
-        row_sum(lone_classes(z, g), VEC),
-        sum_z,
-        sum_g,
-        dot_z,
-        dot_g,
-        weight,
-        alpha,
-        beta,
-        inv_t,
-    )
-    factor = tl.where(invalid, float("nan"), finished_factor(scale, divisor_ptr, HAS_DIVISOR))
-    loss = tl.where(counts, loss * factor, 0.0)
-    tl.store(row_loss_ptr + offs_m, loss, mask=mask_m)
+    """BLOCK_V >= V. ALONE: the one program takes all rows, and the loss is its own."""
+    here = tl.arange(0, BLOCK_M).to(tl.int64)
     if ALONE:
-        tl.store(loss_ptr, tl.sum(loss, 0))
-    weights = class_weights(
-        target_ptr,
-        offs_m,
-        0,
-        mask,
-        label,
-        stride_tm,
-        stride_tv,
-        over_row(factor * keep),
-        over_row(factor * smooth),
-        SOFT,
-        SMOOTH,
-        VEC,
-        BLOCK_V,
-    )
-    grad_z, grad_g = gist_gradients(
-        zc,
-        gc,
-        d,
-        p,
-        q,
-        s_p,
-        s_q,
-        e_p,
-        e_q,
-        sum_z,
-        sum_g,
-        weight,
-        weights,
-        factor,
-        alpha,
-        beta_z,
-        beta_g,
-        inv_t,
-        POWER,
-        ALPHA,
-        KL_Z,
-        KL_G,
-    )
-    mask = tile_mask(mask_m, 0, V, BLOCK_V, VEC)
-    if NEED_Z:
-        grad_z = tl.where(over_row(counts), grad_z, 0.0)
-        store_tile(grad_z_ptr, offs_m, 0, V, grad_z, mask, BLOCK_V, VEC)
-    if NEED_G:
-        grad_g = tl.where(over_row(counts), grad_g, 0.0)
-        store_tile(grad_g_ptr, offs_m, 0, V, grad_g, mask, BLOCK_V, VEC)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        for first in range(0, M, BLOCK_M):
+            total += gist_whole_rows(
+                z_ptr,
+                g_ptr,
+                target_ptr,
+                divisor_ptr,
+                row_loss_ptr,
+                grad_z_ptr,
+                grad_g_ptr,
+                here + first,
+                M,
+                V,
+                stride_zm,
+                stride_zv,
+                stride_gm,
+                stride_gv,
+                stride_tm,
+                stride_tv,
+                ignore_index,
+                alpha,
+                beta,
+                beta_z,
+                beta_g,
+                inv_t,
+                keep,
+                smooth,
+                scale,
+                SOFT,
+                SMOOTH,
+                POWER,
+                ALPHA,
+                KL_Z,
+                KL_G,
+                HAS_DIVISOR,
+                NEED_Z,
+                NEED_G,
+                VEC,
+                BLOCK_M,
+                BLOCK_V,
+            )
+        tl.store(loss_ptr, tl.sum(total, 0))
+    else:
+        gist_whole_rows(
+            z_ptr,
+            g_ptr,
+            target_ptr,
+            divisor_ptr,
+            row_loss_ptr,
+            grad_z_ptr,
+            grad_g_ptr,
+            here + tl.program_id(0).to(tl.int64) * BLOCK_M,
+            M,
+            V,
+            stride_zm,
+            stride_zv,
+            stride_gm,
+            stride_gv,
+            stride_tm,
+            stride_tv,
+            ignore_index,
+            alpha,
+            beta,
+            beta_z,
+            beta_g,
+            inv_t,
+            keep,
+            smooth,
+            scale,
+            SOFT,
+            SMOOTH,
+            POWER,
+            ALPHA,
+            KL_Z,
+            KL_G,
+            HAS_DIVISOR,
+            NEED_Z,
+            NEED_G,
+            VEC,
+            BLOCK_M,
+            BLOCK_V,
+        )
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def _gist_loss_rows_kernel(
     z_ptr,
     g_ptr,
@@ -430,7 +558,7 @@ def _gist_loss_rows_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def _gist_loss_split_kernel(
     z_ptr,
     g_ptr,
@@ -491,7 +619,7 @@ def _gist_loss_split_kernel(
         tl.store(place + i * M.to(tl.int64), state[i], mask=mask_m)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def _gist_loss_merge_kernel(
     z_ptr,
     g_ptr,
@@ -557,6 +685,7 @@ def _gist_loss_merge_kernel(
         part_of(part_ptr, 10, 0.0, offs_m, M, parts, 12, PARTS),
         part_of(part_ptr, 11, 0.0, offs_m, M, parts, 12, PARTS),
         inv_t * LOG2E,
+        SOFT or SMOOTH,
         POWER,
     )
     dot_z, dot_g, weight = with_label(dot_z, dot_g, weight, z_label, g_label, m_z, m_g, label, keep, SOFT)
@@ -708,7 +837,7 @@ def gist_loss_fwd_bwd(logits, gist_logits, target, divisor, *rest, form=None) ->
     flags |= {"NEED_Z": grad_logits is not None, "NEED_G": grad_gist is not None}
     inputs = logits, gist_logits, target, divisor, row_loss
     rest = grad_logits, grad_gist, *_sizes(logits, gist_logits, target), *scalars, scale
-    grid = lambda c: (cdiv(rows, c["BLOCK_M"]),)  # noqa: E731
+    grid = lambda c: (1 if form == "alone" else cdiv(rows, c["BLOCK_M"]),)  # noqa: E731
     if form == "rows":
         launch(_gist_loss_rows_kernel, grid, twice_config("gist_loss_rows", logits, vec), *inputs, *rest, **flags)
     else:
@@ -736,7 +865,8 @@ def _specs() -> list[Spec]:
         flags = unit | {"SOFT": soft, "SMOOTH": soft, "stride_tv": 1 if soft else 0}
         grads = {"grad_z_ptr": f"*{element}", "grad_g_ptr": f"*{element}"}
         for label, vec, block_m, block_v, warps, alone in (
-            ("alone", 1, 64, 128, 16, True),
+            ("alone", 4, 32, 128, 16, True),
+            ("alone_ragged", 1, 32, 128, 16, True),
             ("v128", width, 16, 128, 4, False),
             ("v1024", width, 2, 1024, 4, False),
             ("v4096", width, 1, 4096, 8, False),
@@ -752,6 +882,7 @@ def _specs() -> list[Spec]:
                     flags | wanted | tile,
                     num_warps=warps,
                     num_stages=1,
+                    unaligned=SIZES,
                 )
             )
         for label, vec, warps in (("few_warps", width, 4), ("many_warps", width, 16), ("ragged", 1, 16)):
@@ -764,10 +895,21 @@ def _specs() -> list[Spec]:
                     flags | wanted | tile,
                     num_warps=warps,
                     num_stages=1,
+                    unaligned=SIZES,
                 )
             )
         tile = {"VEC": width, "BLOCK_M": 1, "BLOCK_V": 128 * width}
-        out.append(Spec(_gist_loss_split_kernel, dtype, inputs | split | sizes | scalars, flags | tile, num_stages=1))
+        out.append(
+            Spec(
+                _gist_loss_split_kernel,
+                dtype,
+                inputs | split | sizes | scalars,
+                flags | tile,
+                num_stages=1,
+                unaligned=SIZES,
+                aligned=("stretch",),
+            )
+        )
         out.append(
             Spec(
                 _gist_loss_merge_kernel,
@@ -775,6 +917,8 @@ def _specs() -> list[Spec]:
                 inputs | split | outputs | {"stats_ptr": "*fp32"} | grads | sizes | scalars,
                 flags | wanted | {"STATS": False, "PARTS": 8} | tile,
                 num_stages=1,
+                unaligned=SIZES,
+                aligned=("stretch",),
             )
         )
     return out

@@ -136,7 +136,7 @@ def class_weights(
         )
     else:
         place = tl.maximum(tl.minimum(label - start, BLOCK_V), -1).to(tl.int32)
-        weights = tl.where(tile_columns(BLOCK_V, VEC) == over_row(place), keep, 0.0)
+        weights = tl.where(tile_columns(BLOCK_V, VEC) == over_row(place, VEC), keep, 0.0)
         if SMOOTH:
             weights += smooth
         return weights
@@ -157,16 +157,38 @@ def with_label(dot_z, dot_g, weight, z_label, g_label, m_z, m_g, label, keep, SO
 
 
 @triton.jit
-def merge_gist(m_z, m_g, s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight, to_exp2, POWER: tl.constexpr):
-    """Lanes, or parts of a row, [BLOCK_M, lanes] -> the state of rows [BLOCK_M] about finite maxima."""
+def merge_gist(
+    m_z,
+    m_g,
+    s_p,
+    s_q,
+    w_p,
+    w_q,
+    lone,
+    sum_z,
+    sum_g,
+    dot_z,
+    dot_g,
+    weight,
+    to_exp2,
+    WEIGHED: tl.constexpr,
+    POWER: tl.constexpr,
+):
+    """Lanes, or parts of a row, [BLOCK_M, lanes] -> the state of rows [BLOCK_M] about finite maxima. Unless
+    WEIGHED the weighted sums hold nothing."""
     m_z, m_g, s_p, s_q, w_p, w_q, lone, rise_z, rise_g, alpha_p, alpha_q = merge_pair(
         m_z, m_g, s_p, s_q, w_p, w_q, lone, to_exp2
     )
     sum_z = tl.sum(exp_unit(tl.minimum(rise_z, 0.0), alpha_p, POWER) * sum_z, 1)
     sum_g = tl.sum(exp_unit(tl.minimum(rise_g, 0.0), alpha_q, POWER) * sum_g, 1)
-    dot_z = tl.sum(weight * rise_z + dot_z, 1)
-    dot_g = tl.sum(weight * rise_g + dot_g, 1)
-    return m_z, m_g, s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, tl.sum(weight, 1)
+    if WEIGHED:
+        dot_z = tl.sum(weight * rise_z + dot_z, 1)
+        dot_g = tl.sum(weight * rise_g + dot_g, 1)
+        weight = tl.sum(weight, 1)
+    else:
+        dot_z = tl.zeros_like(m_z)
+        dot_g, weight = dot_z, dot_z
+    return m_z, m_g, s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight
 
 
 @triton.jit
@@ -222,7 +244,9 @@ def gist_part_state(
             dot_z += weight * rise_z + lane_sum(tl.where(weights == 0.0, 0.0, weights * zc), VEC)
             dot_g += weight * rise_g + lane_sum(tl.where(weights == 0.0, 0.0, weights * gc), VEC)
             weight += lane_sum(weights, VEC)
-    return merge_gist(m_z, m_g, s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight, to_exp2, POWER)
+    return merge_gist(
+        m_z, m_g, s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight, to_exp2, SOFT or SMOOTH, POWER
+    )
 
 
 @triton.jit
@@ -317,24 +341,25 @@ def gist_gradients(
     ALPHA: tl.constexpr,
     KL_Z: tl.constexpr,
     KL_G: tl.constexpr,
+    VEC: tl.constexpr,
 ):
     """Gradients at a tile of ``scale`` [BLOCK_M] times the row losses, from d, the exponentials p and q, and the row state.
 
     ``weights`` come times scale. ALPHA, KL_Z, KL_G: whether alpha, beta_z and beta_g, the divergence's weight in each
     side's gradient, are not 0; a side takes nothing of a term of weight 0, not even NaN.
     """
-    grad_z = exp_unit(zc, p, POWER) * over_row(scale * weight / sum_z) - weights
-    grad_g = (exp_unit(gc, q, POWER) * over_row(scale * weight / sum_g) - weights) * alpha
+    grad_z = exp_unit(zc, p, POWER) * over_row(scale * weight / sum_z, VEC) - weights
+    grad_g = (exp_unit(gc, q, POWER) * over_row(scale * weight / sum_g, VEC) - weights) * alpha
     if not ALPHA:
         grad_g = tl.zeros_like(grad_g)
     # exp / S, not exp(. - log S): the argument's rounding grows with log S, the quotient's does not.
-    p = p * over_row(1.0 / s_p)
-    q = q * over_row(1.0 / s_q)
+    p = p * over_row(1.0 / s_p, VEC)
+    q = q * over_row(1.0 / s_q, VEC)
     # (d - e) / T, not d / T - e / T: a fused multiply-add would round the two apart where they must cancel.
     if KL_Z:
-        grad_z += over_row(scale * (beta_z * inv_t)) * (p * ((d - over_row(e_p)) * inv_t) + (p - q))
+        grad_z += over_row(scale * (beta_z * inv_t), VEC) * (p * ((d - over_row(e_p, VEC)) * inv_t) + (p - q))
     if KL_G:
-        grad_g += over_row(scale * (beta_g * inv_t)) * (q * ((over_row(e_q) - d) * inv_t) + (q - p))
+        grad_g += over_row(scale * (beta_g * inv_t), VEC) * (q * ((over_row(e_q, VEC) - d) * inv_t) + (q - p))
     return grad_z, grad_g
 
 
