@@ -10,15 +10,10 @@ import triton
 import triton.language as tl
 
 from fastgist_kernels.aot import Spec
-from fastgist_kernels.bidirectional_kl_once import (
-    bidirectional_kl_fwd_bwd,
-    counted_rows,
-    forward_by_parts,
-    kl_row_state,
-    kl_stats,
-    kl_store_gradients,
-)
+from fastgist_kernels.bidirectional_kl_once import bidirectional_kl_fwd_bwd
+from fastgist_kernels.bidirectional_kl_parts import bidirectional_kl_by_parts
 from fastgist_kernels.common import LOG2E, cdiv, launch
+from fastgist_kernels.kl_rows import counted_rows, kl_row_state, kl_stats, kl_store_gradients
 from fastgist_kernels.pair_rows import (
     SIZES,
     centred_pair,
@@ -146,7 +141,7 @@ def _bidirectional_kl_bwd_kernel(
 def bidirectional_kl_fwd(logits, other_logits, mask, temperature, row_loss, stats) -> None:
     """Write row_loss (M,) and stats (6, M), float32, from logits (M, V) of any strides and mask (M,) or None."""
     if few_rows(logits):
-        forward_by_parts(logits, other_logits, mask, None, temperature, 1.0, row_loss, stats, None, None)
+        bidirectional_kl_by_parts(logits, other_logits, mask, None, temperature, 1.0, row_loss, stats, None, None)
         return
     rows, classes = logits.shape
     vec = vector_width(logits, other_logits)

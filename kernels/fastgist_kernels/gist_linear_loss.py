@@ -11,9 +11,9 @@ import triton.language as tl
 
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import LOG2E, cdiv, launch
-from fastgist_kernels.gist_loss_once import gist_finish_columns
 from fastgist_kernels.gist_rows import (
     SCALAR_TYPES,
+    gist_finish_columns,
     gist_row_loss,
     gist_row_state,
     gradient_flags,
@@ -89,6 +89,7 @@ def _gist_linear_loss_chunk_kernel(
     loss = tl.where(invalid, float("nan"), loss)
     tl.store(loss_ptr + offs_m, tl.where(counts, loss, 0.0), mask=mask_m)
     if NEED_GRAD:
+        tl.debug_barrier()  # the label's logits have been read by every thread before one of them overwrites them
         scale = tl.load(scale_ptr + offs_m * stride_scale, mask=mask_m, other=0.0)
         gist_finish_columns(
             logits_ptr,

@@ -11,11 +11,14 @@ import triton.language as tl
 
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import LOG2E, cdiv, launch
-from fastgist_kernels.gist_loss_once import forward_by_parts, gist_finish_columns, gist_loss_fwd_bwd, gist_stats
+from fastgist_kernels.gist_loss_once import gist_loss_fwd_bwd
+from fastgist_kernels.gist_loss_parts import gist_loss_by_parts
 from fastgist_kernels.gist_rows import (
     SCALAR_TYPES,
+    gist_finish_columns,
     gist_row_loss,
     gist_row_state,
+    gist_stats,
     gradient_flags,
     loss_arguments,
     pair_and_target,
@@ -206,7 +209,7 @@ def gist_loss_fwd(
     ``beta`` includes any T^2."""
     options = alpha, beta, beta_logits, beta_gist, temperature, label_smoothing, ignore_index
     if few_rows(logits):
-        forward_by_parts(logits, gist_logits, target, None, *options, 1.0, row_loss, stats, None, None)
+        gist_loss_by_parts(logits, gist_logits, target, None, *options, 1.0, row_loss, stats, None, None)
         return
     rows, classes = logits.shape
     vec = vector_width(*pair_and_target(logits, gist_logits, target))
