@@ -106,8 +106,7 @@ def spread_weights(
     VEC: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The weights of a tile's classes but for the label's share ``keep``; 0 outside ``mask``. keep and smooth: numbers, or
-    [BLOCK_M, 1, 1]."""
+    """The weights of a tile's classes but for the label's share ``keep``; 0 outside ``mask``."""
     if SOFT:
         offsets = tile_offsets(offs_m, start, stride_tm, stride_tv, BLOCK_V, VEC)
         weights = tl.load(target_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * keep
@@ -350,11 +349,12 @@ def gist_gradients(
 ):
     """Gradients at a tile of ``scale`` [BLOCK_M] times the row losses, from d, the exponentials p and q, and the row state.
 
-    ``weights`` come times scale. ALPHA, KL_Z, KL_G: whether alpha, beta_z and beta_g, the divergence's weight in each
+    ALPHA, KL_Z, KL_G: whether alpha, beta_z and beta_g, the divergence's weight in each
     side's gradient, are not 0; a side takes nothing of a term of weight 0, not even NaN.
     """
-    grad_z = exp_unit(zc, p, POWER) * over_row(scale * weight / sum_z, VEC) - weights
-    grad_g = (exp_unit(gc, q, POWER) * over_row(scale * weight / sum_g, VEC) - weights) * alpha
+    # The difference first, then what it is times: where a probability is near 1 that keeps a digit.
+    grad_z = (exp_unit(zc, p, POWER) * over_row(weight / sum_z, VEC) - weights) * over_row(scale, VEC)
+    grad_g = (exp_unit(gc, q, POWER) * over_row(weight / sum_g, VEC) - weights) * over_row(scale * alpha, VEC)
     if not ALPHA:
         grad_g = tl.zeros_like(grad_g)
     # exp / S, not exp(. - log S): the argument's rounding grows with log S, the quotient's does not.
@@ -445,8 +445,8 @@ def gist_finish_columns(
             label,
             stride_tm,
             stride_tv,
-            over_row(scale * keep, VEC),
-            over_row(scale * smooth, VEC),
+            keep,
+            smooth,
             SOFT,
             SMOOTH,
             VEC,
