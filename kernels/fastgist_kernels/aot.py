@@ -44,7 +44,7 @@ class Spec:
     tensors, but for those named in ``unaligned``; so do the sizes named in ``aligned``. ``archs``:
     the architectures whose launches use this tile. ``matrix``: the kernel
     multiplies tiles of >= 64 rows, so Hopper's SASS must show HGMMA. ``wide``: it only streams, so all its accesses to
-    global memory must be of 16 bytes.
+    global memory must be of 16 bytes, but for as many loads as it reads ``numbers``.
     """
 
     kernel: Any
@@ -55,6 +55,7 @@ class Spec:
     num_stages: int = 2
     matrix: bool = False
     wide: bool = False
+    numbers: int = 0
     unaligned: tuple[str, ...] = field(default=())
     aligned: tuple[str, ...] = field(default=())
     archs: tuple[int, ...] = ARCHITECTURES
@@ -241,7 +242,9 @@ def _row(task: tuple[bool, int, int]) -> dict[str, Any]:
     found, sass = resources(compile_spec(spec, arch))
     row |= asdict(found) | {"undefined": undefined_uniform(sass) if arch == 90 else []}  # Blackwell's reads otherwise
     if spec.wide:
-        row["narrow_accesses"] = narrow_accesses(sass)
+        narrow = narrow_accesses(sass)
+        loads = [access for access in narrow if access.startswith("LDG")]
+        row["narrow_accesses"] = loads[spec.numbers :] + [access for access in narrow if access not in loads]
     if arch == spec.archs[0]:
         row["narrow"] = narrow_offsets(written_ir(spec))
     return row

@@ -10,16 +10,12 @@ import triton
 import triton.language as tl
 
 from fastgist_kernels.aot import Spec
-from fastgist_kernels.bidirectional_kl_once import (
-    bidirectional_kl_fwd_bwd,
-    counted_rows,
-    forward_by_parts,
-    kl_row_state,
-    kl_stats,
-    kl_store_gradients,
-)
+from fastgist_kernels.bidirectional_kl_once import bidirectional_kl_fwd_bwd
+from fastgist_kernels.bidirectional_kl_parts import bidirectional_kl_by_parts
 from fastgist_kernels.common import LOG2E, cdiv, launch
+from fastgist_kernels.kl_rows import counted_rows, kl_row_state, kl_stats, kl_store_gradients
 from fastgist_kernels.pair_rows import (
+    SIZES,
     centred_pair,
     exponential,
     few_rows,
@@ -34,7 +30,7 @@ from fastgist_kernels.pair_rows import (
 __all__ = ["SPECS", "bidirectional_kl_bwd", "bidirectional_kl_fwd", "bidirectional_kl_fwd_bwd"]
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def _bidirectional_kl_fwd_kernel(
     z_ptr,
     o_ptr,
@@ -77,7 +73,7 @@ def _bidirectional_kl_fwd_kernel(
     kl_stats(stats_ptr, offs_m, M, mask_m, counts, m_z, m_o, s_p, s_q, e_p, e_q)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def _bidirectional_kl_bwd_kernel(
     z_ptr,
     o_ptr,
@@ -115,7 +111,7 @@ def _bidirectional_kl_bwd_kernel(
     mask = tile_mask(counts, start, V, BLOCK_V, VEC)
     z = load_tile(z_ptr, offs_m, start, stride_zm, stride_zv, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
     o = load_tile(o_ptr, offs_m, start, stride_om, stride_ov, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
-    zc, oc, d = centred_pair(z, o, over_row(m_z), over_row(m_o))
+    zc, oc, d = centred_pair(z, o, over_row(m_z, VEC), over_row(m_o, VEC))
     to_exp2 = inv_t * LOG2E
     # exp / S, not exp(. - log S): the argument's rounding grows with log S, the quotient's does not.
     kl_store_gradients(
@@ -145,7 +141,7 @@ def _bidirectional_kl_bwd_kernel(
 def bidirectional_kl_fwd(logits, other_logits, mask, temperature, row_loss, stats) -> None:
     """Write row_loss (M,) and stats (6, M), float32, from logits (M, V) of any strides and mask (M,) or None."""
     if few_rows(logits):
-        forward_by_parts(logits, other_logits, mask, None, temperature, 1.0, row_loss, stats, None, None)
+        bidirectional_kl_by_parts(logits, other_logits, mask, None, temperature, 1.0, row_loss, stats, None, None)
         return
     rows, classes = logits.shape
     vec = vector_width(logits, other_logits)
@@ -217,6 +213,7 @@ def _specs() -> list[Spec]:
                     pair | {"loss_ptr": "*fp32", "stats_ptr": "*fp32"} | sizes | strides | {"inv_t": "fp32"},
                     unit | {"HAS_MASK": True} | tile,
                     num_stages=1,
+                    unaligned=SIZES,
                 )
             )
             out.append(
@@ -231,6 +228,7 @@ def _specs() -> list[Spec]:
                     | {"stride_grad": "i64", "inv_t": "fp32"},
                     unit | {"HAS_MASK": True, "NEED_Z": True, "NEED_O": True} | tile,
                     num_stages=1,
+                    unaligned=SIZES,
                 )
             )
     return out

@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 
 from fastgist_kernels.aot import Spec
-from fastgist_kernels.common import LOG2E, cdiv, launch, next_power_of_2
+from fastgist_kernels.bidirectional_kl_parts import bidirectional_kl_by_parts
+from fastgist_kernels.common import LOG2E, cdiv, launch
+from fastgist_kernels.kl_rows import counted, counted_rows, kl_finish_columns, kl_row_state, kl_store_gradients
 from fastgist_kernels.pair_rows import (
+    SIZES,
     alone_config,
     centred_pair,
     choose_form,
@@ -22,198 +25,90 @@ from fastgist_kernels.pair_rows import (
     finite_max,
     load_tile,
     lone_classes,
-    merge_pair,
-    no_lanes,
-    online_pair,
     over_row,
     pair_means,
     row_max,
     row_sum,
-    rows_config,
-    split_classes,
-    store_tile,
     tile_mask,
     twice_config,
     vector_width,
     whole_config,
 )
 
-__all__ = [
-    "SPECS",
-    "bidirectional_kl_fwd_bwd",
-    "counted_rows",
-    "forward_by_parts",
-    "kl_row_state",
-    "kl_stats",
-    "kl_store_gradients",
-    "part_of",
-]
-
-#: Numbers that a part of a row leaves for the merge: maxima, sums, weighted sums, lone classes.
-PARTIAL = 7
+__all__ = ["SPECS", "bidirectional_kl_fwd_bwd"]
 
 
 @triton.jit
-def counted_rows(mask_ptr, stride_mask, M, BLOCK_M: tl.constexpr, HAS_MASK: tl.constexpr):
-    """A program's rows (int64), which of them there are, and which of those count."""
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < M
-    counts = mask_m
-    if HAS_MASK:
-        counts = mask_m & (tl.load(mask_ptr + offs_m * stride_mask, mask=mask_m, other=0) != 0)
-    return offs_m, mask_m, counts
-
-
-@triton.jit
-def kl_row_state(
+def kl_whole_rows(
     z_ptr,
     o_ptr,
+    mask_ptr,
+    divisor_ptr,
+    row_loss_ptr,
+    grad_z_ptr,
+    grad_o_ptr,
     offs_m,
-    counts,
-    start,
-    stop,
+    M,
+    V,
     stride_zm,
     stride_zv,
     stride_om,
     stride_ov,
-    to_exp2,
-    POLICY: tl.constexpr,
+    stride_mask,
+    inv_t,
+    scale,
+    HAS_MASK: tl.constexpr,
+    HAS_DIVISOR: tl.constexpr,
+    NEED_Z: tl.constexpr,
+    NEED_O: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The merged state of columns ``start`` to ``stop`` of both sides, each read once; the next tile is on its way while one
-    is worked on."""
-    m_z = no_lanes(float("-inf"), BLOCK_M, BLOCK_V, VEC)
-    m_o = m_z
-    s_p = no_lanes(0.0, BLOCK_M, BLOCK_V, VEC)
-    s_q, w_p, w_q, lone = s_p, s_p, s_p, s_p
-    mask = tile_mask(counts, start, stop, BLOCK_V, VEC)
-    z_next = load_tile(z_ptr, offs_m, start, stride_zm, stride_zv, mask, BLOCK_V, VEC, POLICY)
-    o_next = load_tile(o_ptr, offs_m, start, stride_om, stride_ov, mask, BLOCK_V, VEC, POLICY)
-    for at in range(start, stop, BLOCK_V):
-        z = z_next.to(tl.float32)
-        o = o_next.to(tl.float32)
-        mask = tile_mask(counts, at + BLOCK_V, stop, BLOCK_V, VEC)
-        z_next = load_tile(z_ptr, offs_m, at + BLOCK_V, stride_zm, stride_zv, mask, BLOCK_V, VEC, POLICY)
-        o_next = load_tile(o_ptr, offs_m, at + BLOCK_V, stride_om, stride_ov, mask, BLOCK_V, VEC, POLICY)
-        m_z, m_o, s_p, s_q, w_p, w_q, lone, _, _, _, _, _, _, _, _ = online_pair(
-            z, o, m_z, m_o, s_p, s_q, w_p, w_q, lone, to_exp2, VEC
-        )
-    m_z, m_o, s_p, s_q, w_p, w_q, lone, _, _, _, _ = merge_pair(m_z, m_o, s_p, s_q, w_p, w_q, lone, to_exp2)
-    return m_z, m_o, s_p, s_q, w_p, w_q, lone
-
-
-@triton.jit
-def kl_stats(stats_ptr, offs_m, M, mask_m, counts, m_z, m_o, s_p, s_q, e_p, e_q):
-    """Leave a row's statistics for a backward, (6, M); 0 in a row that does not count."""
-    rows = M.to(tl.int64)
-    tl.store(stats_ptr + offs_m, tl.where(counts, m_z, 0.0), mask=mask_m)
-    tl.store(stats_ptr + rows + offs_m, tl.where(counts, m_o, 0.0), mask=mask_m)
-    tl.store(stats_ptr + 2 * rows + offs_m, tl.where(counts, s_p, 0.0), mask=mask_m)
-    tl.store(stats_ptr + 3 * rows + offs_m, tl.where(counts, s_q, 0.0), mask=mask_m)
-    tl.store(stats_ptr + 4 * rows + offs_m, tl.where(counts, e_p, 0.0), mask=mask_m)
-    tl.store(stats_ptr + 5 * rows + offs_m, tl.where(counts, e_q, 0.0), mask=mask_m)
-
-
-@triton.jit
-def kl_store_gradients(
-    grad_z_ptr,
-    grad_o_ptr,
-    d,
-    p,
-    q,
-    over_p,
-    over_q,
-    e_p,
-    e_q,
-    inv_t,
-    offs_m,
-    mask_m,
-    counts,
-    start,
-    stop,
-    V,
-    NEED_Z: tl.constexpr,
-    NEED_O: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Write a tile of the gradients asked for from d and the exponentials; over_p, over_q: what the row is times / (T S)."""
-    p = p * over_row(over_p)
-    q = q * over_row(over_q)
-    mask = tile_mask(mask_m, start, stop, BLOCK_V, VEC)
-    if NEED_Z:
-        # (d - e) / T, not d / T - e / T: a fused multiply-add would round the two apart where they must cancel.
-        grad_z = p * ((d - over_row(e_p)) * inv_t) + (p - q)
-        grad_z = tl.where(over_row(counts), grad_z, 0.0)
-        store_tile(grad_z_ptr, offs_m, start, V, grad_z, mask, BLOCK_V, VEC)
-    if NEED_O:
-        grad_o = q * ((over_row(e_q) - d) * inv_t) + (q - p)
-        grad_o = tl.where(over_row(counts), grad_o, 0.0)
-        store_tile(grad_o_ptr, offs_m, start, V, grad_o, mask, BLOCK_V, VEC)
-
-
-@triton.jit
-def kl_finish_columns(
-    z_ptr,
-    o_ptr,
-    grad_z_ptr,
-    grad_o_ptr,
-    m_z,
-    m_o,
-    over_p,
-    over_q,
-    e_p,
-    e_q,
-    offs_m,
-    mask_m,
-    counts,
-    start,
-    stop,
-    V,
-    stride_zm,
-    stride_zv,
-    stride_om,
-    stride_ov,
-    inv_t,
-    NEED_Z: tl.constexpr,
-    NEED_O: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Read columns ``start`` to ``stop`` once more and write their gradients."""
+    """Finish rows ``offs_m``, each in one tile (BLOCK_V >= V), and return their losses as they are summed."""
+    mask_m, counts = counted(mask_ptr, offs_m, stride_mask, M, HAS_MASK)
+    mask = tile_mask(counts, 0, V, BLOCK_V, VEC)
+    z = load_tile(z_ptr, offs_m, 0, stride_zm, stride_zv, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
+    o = load_tile(o_ptr, offs_m, 0, stride_om, stride_ov, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
+    m_z = finite_max(row_max(z, VEC))
+    m_o = finite_max(row_max(o, VEC))
+    zc, oc, d = centred_pair(z, o, over_row(m_z, VEC), over_row(m_o, VEC))
     to_exp2 = inv_t * LOG2E
-    for at in range(start, stop, BLOCK_V):
-        mask = tile_mask(counts, at, stop, BLOCK_V, VEC)
-        z = load_tile(z_ptr, offs_m, at, stride_zm, stride_zv, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
-        o = load_tile(o_ptr, offs_m, at, stride_om, stride_ov, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
-        zc, oc, d = centred_pair(z, o, over_row(m_z), over_row(m_o))
-        kl_store_gradients(
-            grad_z_ptr,
-            grad_o_ptr,
-            d,
-            exponential(zc * to_exp2),
-            exponential(oc * to_exp2),
-            over_p,
-            over_q,
-            e_p,
-            e_q,
-            inv_t,
-            offs_m,
-            mask_m,
-            counts,
-            at,
-            stop,
-            V,
-            NEED_Z,
-            NEED_O,
-            VEC,
-            BLOCK_V,
-        )
+    p = exponential(zc * to_exp2)
+    q = exponential(oc * to_exp2)
+    s_p = row_sum(p, VEC)
+    s_q = row_sum(q, VEC)
+    lone = row_sum(lone_classes(z, o), VEC)
+    loss, e_p, e_q = pair_means(s_p, s_q, row_sum(p * d, VEC), row_sum(q * d, VEC), lone, inv_t)
+    factor = finished_factor(scale, divisor_ptr, HAS_DIVISOR)
+    loss = tl.where(counts, loss * factor, 0.0)
+    tl.store(row_loss_ptr + offs_m, loss, mask=mask_m)
+    kl_store_gradients(
+        grad_z_ptr,
+        grad_o_ptr,
+        d,
+        p,
+        q,
+        factor * inv_t / s_p,
+        factor * inv_t / s_q,
+        e_p,
+        e_q,
+        inv_t,
+        offs_m,
+        mask_m,
+        counts,
+        0,
+        V,
+        V,
+        NEED_Z,
+        NEED_O,
+        VEC,
+        BLOCK_V,
+    )
+    return loss
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def _bidirectional_kl_whole_kernel(
     z_ptr,
     o_ptr,
@@ -241,51 +136,68 @@ def _bidirectional_kl_whole_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """BLOCK_V >= V. ALONE: BLOCK_M >= M too, and the loss is this program's."""
-    offs_m, mask_m, counts = counted_rows(mask_ptr, stride_mask, M, BLOCK_M, HAS_MASK)
-    mask = tile_mask(counts, 0, V, BLOCK_V, VEC)
-    z = load_tile(z_ptr, offs_m, 0, stride_zm, stride_zv, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
-    o = load_tile(o_ptr, offs_m, 0, stride_om, stride_ov, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
-    m_z = finite_max(row_max(z, VEC))
-    m_o = finite_max(row_max(o, VEC))
-    zc, oc, d = centred_pair(z, o, over_row(m_z), over_row(m_o))
-    to_exp2 = inv_t * LOG2E
-    p = exponential(zc * to_exp2)
-    q = exponential(oc * to_exp2)
-    s_p = row_sum(p, VEC)
-    s_q = row_sum(q, VEC)
-    lone = row_sum(lone_classes(z, o), VEC)
-    loss, e_p, e_q = pair_means(s_p, s_q, row_sum(p * d, VEC), row_sum(q * d, VEC), lone, inv_t)
-    factor = finished_factor(scale, divisor_ptr, HAS_DIVISOR)
-    loss = tl.where(counts, loss * factor, 0.0)
-    tl.store(row_loss_ptr + offs_m, loss, mask=mask_m)
+    """BLOCK_V >= V. ALONE: the one program takes all rows, and the loss is its own."""
+    here = tl.arange(0, BLOCK_M).to(tl.int64)
     if ALONE:
-        tl.store(loss_ptr, tl.sum(loss, 0))
-    kl_store_gradients(
-        grad_z_ptr,
-        grad_o_ptr,
-        d,
-        p,
-        q,
-        factor * inv_t / s_p,
-        factor * inv_t / s_q,
-        e_p,
-        e_q,
-        inv_t,
-        offs_m,
-        mask_m,
-        counts,
-        0,
-        V,
-        V,
-        NEED_Z,
-        NEED_O,
-        VEC,
-        BLOCK_V,
-    )
+        total = tl.zeros([BLOCK_M], tl.float32)
+        for first in range(0, M, BLOCK_M):
+            total += kl_whole_rows(
+                z_ptr,
+                o_ptr,
+                mask_ptr,
+                divisor_ptr,
+                row_loss_ptr,
+                grad_z_ptr,
+                grad_o_ptr,
+                here + first,
+                M,
+                V,
+                stride_zm,
+                stride_zv,
+                stride_om,
+                stride_ov,
+                stride_mask,
+                inv_t,
+                scale,
+                HAS_MASK,
+                HAS_DIVISOR,
+                NEED_Z,
+                NEED_O,
+                VEC,
+                BLOCK_M,
+                BLOCK_V,
+            )
+        tl.store(loss_ptr, tl.sum(total, 0))
+    else:
+        kl_whole_rows(
+            z_ptr,
+            o_ptr,
+            mask_ptr,
+            divisor_ptr,
+            row_loss_ptr,
+            grad_z_ptr,
+            grad_o_ptr,
+            here + tl.program_id(0).to(tl.int64) * BLOCK_M,
+            M,
+            V,
+            stride_zm,
+            stride_zv,
+            stride_om,
+            stride_ov,
+            stride_mask,
+            inv_t,
+            scale,
+            HAS_MASK,
+            HAS_DIVISOR,
+            NEED_Z,
+            NEED_O,
+            VEC,
+            BLOCK_M,
+            BLOCK_V,
+        )
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def _bidirectional_kl_rows_kernel(
     z_ptr,
     o_ptr,
@@ -361,197 +273,7 @@ def _bidirectional_kl_rows_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["M"])
-def _bidirectional_kl_split_kernel(
-    z_ptr,
-    o_ptr,
-    mask_ptr,
-    part_ptr,
-    M,
-    V,
-    stretch,
-    stride_zm,
-    stride_zv,
-    stride_om,
-    stride_ov,
-    stride_mask,
-    inv_t,
-    HAS_MASK: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Program (m, s) leaves the state of stretch s of its rows in part (S, PARTIAL, M)."""
-    offs_m, mask_m, counts = counted_rows(mask_ptr, stride_mask, M, BLOCK_M, HAS_MASK)
-    start = tl.program_id(1) * stretch
-    state = kl_row_state(
-        z_ptr,
-        o_ptr,
-        offs_m,
-        counts,
-        start,
-        tl.minimum(start + stretch, V),
-        stride_zm,
-        stride_zv,
-        stride_om,
-        stride_ov,
-        inv_t * LOG2E,
-        "evict_last",
-        VEC,
-        BLOCK_M,
-        BLOCK_V,
-    )
-    place = part_ptr + tl.program_id(1).to(tl.int64) * 7 * M + offs_m
-    for i in tl.static_range(7):
-        tl.store(place + i * M.to(tl.int64), state[i], mask=mask_m)
-
-
-@triton.jit
-def part_of(part_ptr, i: tl.constexpr, empty, offs_m, M, parts, NUMBERS: tl.constexpr, PARTS: tl.constexpr):
-    """Number ``i`` of every part of the rows, [BLOCK_M, PARTS]; ``empty`` where there is no part."""
-    part = tl.arange(0, PARTS).to(tl.int64)[None, :]
-    here = (offs_m[:, None] < M) & (part < parts)
-    return tl.load(part_ptr + (part * NUMBERS + i) * M + offs_m[:, None], mask=here, other=empty)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _bidirectional_kl_merge_kernel(
-    z_ptr,
-    o_ptr,
-    mask_ptr,
-    part_ptr,
-    divisor_ptr,
-    row_loss_ptr,
-    stats_ptr,
-    grad_z_ptr,
-    grad_o_ptr,
-    M,
-    V,
-    parts,
-    stretch,
-    stride_zm,
-    stride_zv,
-    stride_om,
-    stride_ov,
-    stride_mask,
-    inv_t,
-    scale,
-    HAS_MASK: tl.constexpr,
-    HAS_DIVISOR: tl.constexpr,
-    STATS: tl.constexpr,
-    NEED_Z: tl.constexpr,
-    NEED_O: tl.constexpr,
-    PARTS: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Program (m, s) merges the parts of its rows and finishes stretch s; the first one writes the loss and, for STATS, the
-    statistics in place of gradients."""
-    offs_m, mask_m, counts = counted_rows(mask_ptr, stride_mask, M, BLOCK_M, HAS_MASK)
-    m_z, m_o, s_p, s_q, w_p, w_q, lone, _, _, _, _ = merge_pair(
-        part_of(part_ptr, 0, float("-inf"), offs_m, M, parts, 7, PARTS),
-        part_of(part_ptr, 1, float("-inf"), offs_m, M, parts, 7, PARTS),
-        part_of(part_ptr, 2, 0.0, offs_m, M, parts, 7, PARTS),
-        part_of(part_ptr, 3, 0.0, offs_m, M, parts, 7, PARTS),
-        part_of(part_ptr, 4, 0.0, offs_m, M, parts, 7, PARTS),
-        part_of(part_ptr, 5, 0.0, offs_m, M, parts, 7, PARTS),
-        part_of(part_ptr, 6, 0.0, offs_m, M, parts, 7, PARTS),
-        inv_t * LOG2E,
-    )
-    loss, e_p, e_q = pair_means(s_p, s_q, w_p, w_q, lone, inv_t)
-    factor = finished_factor(scale, divisor_ptr, HAS_DIVISOR)
-    start = tl.program_id(1) * stretch
-    if tl.program_id(1) == 0:
-        tl.store(row_loss_ptr + offs_m, tl.where(counts, loss * factor, 0.0), mask=mask_m)
-    if STATS:
-        kl_stats(stats_ptr, offs_m, M, mask_m, counts, m_z, m_o, s_p, s_q, e_p, e_q)
-    else:
-        kl_finish_columns(
-            z_ptr,
-            o_ptr,
-            grad_z_ptr,
-            grad_o_ptr,
-            m_z,
-            m_o,
-            factor * inv_t / s_p,
-            factor * inv_t / s_q,
-            e_p,
-            e_q,
-            offs_m,
-            mask_m,
-            counts,
-            start,
-            tl.minimum(start + stretch, V),
-            V,
-            stride_zm,
-            stride_zv,
-            stride_om,
-            stride_ov,
-            inv_t,
-            NEED_Z,
-            NEED_O,
-            VEC,
-            BLOCK_V,
-        )
-
-
 # -- launching -------------------------------------------------------------------------------------------------------
-
-
-def forward_by_parts(
-    logits, other_logits, mask, divisor, temperature, scale, row_loss, stats, grad_logits, grad_other
-) -> None:
-    """Each row by several programs: row_loss (M,) times scale / divisor, and statistics (6, M) or else gradients."""
-    rows, classes = logits.shape
-    vec = vector_width(logits, other_logits)
-    config = rows_config("bidirectional_kl_split", logits.device, classes, vec)
-    parts, stretch = split_classes(logits, config["BLOCK_V"])
-    part = torch.empty(parts, PARTIAL, rows, dtype=torch.float32, device=logits.device)
-    strides = *logits.stride(), *other_logits.stride(), 0 if mask is None else mask.stride(0)
-    flags = {"HAS_MASK": mask is not None, "VEC": vec}
-    launch(
-        _bidirectional_kl_split_kernel,
-        lambda c: (cdiv(rows, c["BLOCK_M"]), parts),
-        config,
-        logits,
-        other_logits,
-        mask,
-        part,
-        rows,
-        classes,
-        stretch,
-        *strides,
-        1.0 / temperature,
-        **flags,
-    )
-    launch(
-        _bidirectional_kl_merge_kernel,
-        lambda c: (cdiv(rows, c["BLOCK_M"]), parts if stats is None else 1),
-        config,
-        logits,
-        other_logits,
-        mask,
-        part,
-        divisor,
-        row_loss,
-        stats,
-        grad_logits,
-        grad_other,
-        rows,
-        classes,
-        parts,
-        stretch,
-        *strides,
-        1.0 / temperature,
-        scale,
-        HAS_DIVISOR=divisor is not None,
-        STATS=stats is not None,
-        NEED_Z=grad_logits is not None,
-        NEED_O=grad_other is not None,
-        PARTS=next_power_of_2(parts),
-        **flags,
-    )
 
 
 def bidirectional_kl_fwd_bwd(
@@ -563,7 +285,7 @@ def bidirectional_kl_fwd_bwd(
     rows, classes = logits.shape
     form = form or choose_form(logits)
     if form == "split":
-        forward_by_parts(
+        bidirectional_kl_by_parts(
             logits, other_logits, mask, divisor, temperature, scale, row_loss, None, grad_logits, grad_other
         )
         torch.sum(row_loss, 0, out=loss)
@@ -574,7 +296,7 @@ def bidirectional_kl_fwd_bwd(
     scalars = 1.0 / temperature, scale
     flags = {"HAS_MASK": mask is not None, "HAS_DIVISOR": divisor is not None, "VEC": vec}
     flags |= {"NEED_Z": grad_logits is not None, "NEED_O": grad_other is not None}
-    grid = lambda c: (cdiv(rows, c["BLOCK_M"]),)  # noqa: E731
+    grid = lambda c: (1 if form == "alone" else cdiv(rows, c["BLOCK_M"]),)  # noqa: E731
     if form == "rows":
         config = twice_config("bidirectional_kl_rows", logits, vec)
         launch(_bidirectional_kl_rows_kernel, grid, config, *inputs, grad_logits, grad_other, *sizes, *scalars, **flags)
@@ -600,13 +322,13 @@ def _specs() -> list[Spec]:
     wanted = {"HAS_MASK": True, "HAS_DIVISOR": True, "NEED_Z": True, "NEED_O": True}
     outputs = {"divisor_ptr": "*fp32", "row_loss_ptr": "*fp32"}
     scalars = {"inv_t": "fp32", "scale": "fp32"}
-    split = {"part_ptr": "*fp32", "stretch": "i32", "parts": "i32"}
     out = []
     for dtype, width in (("bf16", 8), ("fp32", 4)):
         pair = {"z_ptr": f"*{dtype}", "o_ptr": f"*{dtype}", "mask_ptr": "*i1"}
         grads = {"grad_z_ptr": f"*{dtype}", "grad_o_ptr": f"*{dtype}"}
         for label, vec, block_m, block_v, warps, alone in (
-            ("alone", 1, 64, 128, 16, True),
+            ("alone", 4, 32, 128, 16, True),
+            ("alone_ragged", 1, 32, 128, 16, True),
             ("v128", width, 16, 128, 4, False),
             ("v1024", width, 2, 1024, 4, False),
             ("v4096", width, 1, 4096, 8, False),
@@ -622,6 +344,7 @@ def _specs() -> list[Spec]:
                     unit | wanted | tile,
                     num_warps=warps,
                     num_stages=1,
+                    unaligned=SIZES,
                 )
             )
         for label, vec, warps in (("few_warps", width, 4), ("many_warps", width, 16), ("ragged", 1, 16)):
@@ -634,27 +357,9 @@ def _specs() -> list[Spec]:
                     unit | wanted | tile,
                     num_warps=warps,
                     num_stages=1,
+                    unaligned=SIZES,
                 )
             )
-        tile = {"VEC": width, "BLOCK_M": 1, "BLOCK_V": 128 * width}
-        out.append(
-            Spec(
-                _bidirectional_kl_split_kernel,
-                dtype,
-                pair | split | sizes | scalars,
-                unit | {"HAS_MASK": True} | tile,
-                num_stages=1,
-            )
-        )
-        out.append(
-            Spec(
-                _bidirectional_kl_merge_kernel,
-                dtype,
-                pair | split | outputs | {"stats_ptr": "*fp32"} | grads | sizes | scalars,
-                unit | wanted | {"STATS": False, "PARTS": 8} | tile,
-                num_stages=1,
-            )
-        )
     return out
 
 

@@ -11,21 +11,21 @@ import triton.language as tl
 
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import LOG2E, cdiv, launch
-from fastgist_kernels.gist_loss_once import gist_finish_columns
 from fastgist_kernels.gist_rows import (
     SCALAR_TYPES,
+    gist_finish_columns,
     gist_row_loss,
     gist_row_state,
     gradient_flags,
     loss_arguments,
     target_rows,
 )
-from fastgist_kernels.pair_rows import rows_config, vector_width
+from fastgist_kernels.pair_rows import SIZES, rows_config, vector_width
 
 __all__ = ["SPECS", "gist_linear_loss_chunk"]
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def _gist_linear_loss_chunk_kernel(
     logits_ptr,
     target_ptr,
@@ -89,6 +89,7 @@ def _gist_linear_loss_chunk_kernel(
     loss = tl.where(invalid, float("nan"), loss)
     tl.store(loss_ptr + offs_m, tl.where(counts, loss, 0.0), mask=mask_m)
     if NEED_GRAD:
+        tl.debug_barrier()  # the label's logits have been read by every thread before one of them overwrites them
         scale = tl.load(scale_ptr + offs_m * stride_scale, mask=mask_m, other=0.0)
         gist_finish_columns(
             logits_ptr,
@@ -193,6 +194,7 @@ SPECS = [
         | {"ALPHA": True, "KL_Z": True, "KL_G": True, "NEED_GRAD": True}
         | {"VEC": vec, "BLOCK_M": 128 * vec // block_v, "BLOCK_V": block_v},
         num_stages=1,
+        unaligned=SIZES,
     )
     for dtype, vec in (("bf16", 8), ("fp32", 4))
     for label, block_v in (("small_v", 128), ("long_v", 128 * vec))

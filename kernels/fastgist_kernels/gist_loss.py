@@ -11,22 +11,25 @@ import triton.language as tl
 
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import LOG2E, cdiv, launch
-from fastgist_kernels.gist_loss_once import forward_by_parts, gist_finish_columns, gist_loss_fwd_bwd, gist_stats
+from fastgist_kernels.gist_loss_once import gist_loss_fwd_bwd
+from fastgist_kernels.gist_loss_parts import gist_loss_by_parts
 from fastgist_kernels.gist_rows import (
     SCALAR_TYPES,
+    gist_finish_columns,
     gist_row_loss,
     gist_row_state,
+    gist_stats,
     gradient_flags,
     loss_arguments,
     pair_and_target,
     target_rows,
 )
-from fastgist_kernels.pair_rows import few_rows, rows_config, vector_width
+from fastgist_kernels.pair_rows import SIZES, few_rows, rows_config, vector_width
 
 __all__ = ["SPECS", "gist_loss_bwd", "gist_loss_fwd", "gist_loss_fwd_bwd"]
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def _gist_loss_fwd_kernel(
     z_ptr,
     g_ptr,
@@ -88,7 +91,7 @@ def _gist_loss_fwd_kernel(
     gist_stats(stats_ptr, offs_m, M, mask_m, counts, m_z, m_g, s_p, s_q, e_p, e_q, sum_z, sum_g, weight)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def _gist_loss_bwd_kernel(
     z_ptr,
     g_ptr,
@@ -206,7 +209,7 @@ def gist_loss_fwd(
     ``beta`` includes any T^2."""
     options = alpha, beta, beta_logits, beta_gist, temperature, label_smoothing, ignore_index
     if few_rows(logits):
-        forward_by_parts(logits, gist_logits, target, None, *options, 1.0, row_loss, stats, None, None)
+        gist_loss_by_parts(logits, gist_logits, target, None, *options, 1.0, row_loss, stats, None, None)
         return
     rows, classes = logits.shape
     vec = vector_width(*pair_and_target(logits, gist_logits, target))
@@ -310,6 +313,7 @@ def _specs() -> list[Spec]:
                 pair | {"loss_ptr": "*fp32", "stats_ptr": "*fp32"} | common,
                 flags | tile,
                 num_stages=1,
+                unaligned=SIZES,
             )
         )
         grads = {"grad_z_ptr": f"*{dtype}", "grad_g_ptr": f"*{dtype}", "stride_grad": "i64"}
@@ -320,6 +324,7 @@ def _specs() -> list[Spec]:
                 pair | {"stats_ptr": "*fp32", "row_grad_ptr": "*fp32"} | grads | common,
                 flags | wanted | tile,
                 num_stages=1,
+                unaligned=SIZES,
             )
         )
     return out

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from fastgist_kernels.common import LOG2E
 from fastgist_kernels.pair_rows import (
+    centred_pair,
     exponential,
     lane_sum,
     load_tile,
@@ -21,6 +22,7 @@ from fastgist_kernels.pair_rows import (
     online_pair,
     over_row,
     pair_means,
+    store_tile,
     tile_columns,
     tile_mask,
     tile_offsets,
@@ -30,15 +32,18 @@ __all__ = [
     "SCALAR_TYPES",
     "class_weights",
     "exp_unit",
+    "gist_finish_columns",
     "gist_gradients",
     "gist_part_state",
     "gist_row_loss",
     "gist_row_state",
+    "gist_stats",
     "gradient_flags",
     "label_logit",
     "loss_arguments",
     "merge_gist",
     "pair_and_target",
+    "sizes_of",
     "spread_weights",
     "target_rows",
     "with_label",
@@ -101,8 +106,7 @@ def spread_weights(
     VEC: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The weights of a tile's classes but for the label's share ``keep``; 0 outside ``mask``. keep and smooth: numbers, or
-    [BLOCK_M, 1, 1]."""
+    """The weights of a tile's classes but for the label's share ``keep``; 0 outside ``mask``."""
     if SOFT:
         offsets = tile_offsets(offs_m, start, stride_tm, stride_tv, BLOCK_V, VEC)
         weights = tl.load(target_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * keep
@@ -136,7 +140,7 @@ def class_weights(
         )
     else:
         place = tl.maximum(tl.minimum(label - start, BLOCK_V), -1).to(tl.int32)
-        weights = tl.where(tile_columns(BLOCK_V, VEC) == over_row(place), keep, 0.0)
+        weights = tl.where(tile_columns(BLOCK_V, VEC) == over_row(place, VEC), keep, 0.0)
         if SMOOTH:
             weights += smooth
         return weights
@@ -157,16 +161,38 @@ def with_label(dot_z, dot_g, weight, z_label, g_label, m_z, m_g, label, keep, SO
 
 
 @triton.jit
-def merge_gist(m_z, m_g, s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight, to_exp2, POWER: tl.constexpr):
-    """Lanes, or parts of a row, [BLOCK_M, lanes] -> the state of rows [BLOCK_M] about finite maxima."""
+def merge_gist(
+    m_z,
+    m_g,
+    s_p,
+    s_q,
+    w_p,
+    w_q,
+    lone,
+    sum_z,
+    sum_g,
+    dot_z,
+    dot_g,
+    weight,
+    to_exp2,
+    WEIGHED: tl.constexpr,
+    POWER: tl.constexpr,
+):
+    """Lanes, or parts of a row, [BLOCK_M, lanes] -> the state of rows [BLOCK_M] about finite maxima. Unless
+    WEIGHED the weighted sums hold nothing."""
     m_z, m_g, s_p, s_q, w_p, w_q, lone, rise_z, rise_g, alpha_p, alpha_q = merge_pair(
         m_z, m_g, s_p, s_q, w_p, w_q, lone, to_exp2
     )
     sum_z = tl.sum(exp_unit(tl.minimum(rise_z, 0.0), alpha_p, POWER) * sum_z, 1)
     sum_g = tl.sum(exp_unit(tl.minimum(rise_g, 0.0), alpha_q, POWER) * sum_g, 1)
-    dot_z = tl.sum(weight * rise_z + dot_z, 1)
-    dot_g = tl.sum(weight * rise_g + dot_g, 1)
-    return m_z, m_g, s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, tl.sum(weight, 1)
+    if WEIGHED:
+        dot_z = tl.sum(weight * rise_z + dot_z, 1)
+        dot_g = tl.sum(weight * rise_g + dot_g, 1)
+        weight = tl.sum(weight, 1)
+    else:
+        dot_z = tl.zeros_like(m_z)
+        dot_g, weight = dot_z, dot_z
+    return m_z, m_g, s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight
 
 
 @triton.jit
@@ -222,7 +248,9 @@ def gist_part_state(
             dot_z += weight * rise_z + lane_sum(tl.where(weights == 0.0, 0.0, weights * zc), VEC)
             dot_g += weight * rise_g + lane_sum(tl.where(weights == 0.0, 0.0, weights * gc), VEC)
             weight += lane_sum(weights, VEC)
-    return merge_gist(m_z, m_g, s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight, to_exp2, POWER)
+    return merge_gist(
+        m_z, m_g, s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight, to_exp2, SOFT or SMOOTH, POWER
+    )
 
 
 @triton.jit
@@ -252,8 +280,6 @@ def gist_row_state(
     BLOCK_V: tl.constexpr,
 ):
     """Everything the loss and its gradients need of a row, from one read of both sides; the maxima are finite."""
-    z_label = label_logit(z_ptr, offs_m, label, stride_zm, stride_zv)
-    g_label = label_logit(g_ptr, offs_m, label, stride_gm, stride_gv)
     m_z, m_g, s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight = gist_part_state(
         z_ptr,
         g_ptr,
@@ -279,6 +305,8 @@ def gist_row_state(
         BLOCK_M,
         BLOCK_V,
     )
+    z_label = label_logit(z_ptr, offs_m, label, stride_zm, stride_zv)
+    g_label = label_logit(g_ptr, offs_m, label, stride_gm, stride_gv)
     dot_z, dot_g, weight = with_label(dot_z, dot_g, weight, z_label, g_label, m_z, m_g, label, keep, SOFT)
     return m_z, m_g, s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight
 
@@ -317,25 +345,146 @@ def gist_gradients(
     ALPHA: tl.constexpr,
     KL_Z: tl.constexpr,
     KL_G: tl.constexpr,
+    VEC: tl.constexpr,
 ):
     """Gradients at a tile of ``scale`` [BLOCK_M] times the row losses, from d, the exponentials p and q, and the row state.
 
-    ``weights`` come times scale. ALPHA, KL_Z, KL_G: whether alpha, beta_z and beta_g, the divergence's weight in each
+    ALPHA, KL_Z, KL_G: whether alpha, beta_z and beta_g, the divergence's weight in each
     side's gradient, are not 0; a side takes nothing of a term of weight 0, not even NaN.
     """
-    grad_z = exp_unit(zc, p, POWER) * over_row(scale * weight / sum_z) - weights
-    grad_g = (exp_unit(gc, q, POWER) * over_row(scale * weight / sum_g) - weights) * alpha
+    # The difference first, then what it is times: where a probability is near 1 that keeps a digit.
+    grad_z = (exp_unit(zc, p, POWER) * over_row(weight / sum_z, VEC) - weights) * over_row(scale, VEC)
+    grad_g = (exp_unit(gc, q, POWER) * over_row(weight / sum_g, VEC) - weights) * over_row(scale * alpha, VEC)
     if not ALPHA:
         grad_g = tl.zeros_like(grad_g)
     # exp / S, not exp(. - log S): the argument's rounding grows with log S, the quotient's does not.
-    p = p * over_row(1.0 / s_p)
-    q = q * over_row(1.0 / s_q)
+    p = p * over_row(1.0 / s_p, VEC)
+    q = q * over_row(1.0 / s_q, VEC)
     # (d - e) / T, not d / T - e / T: a fused multiply-add would round the two apart where they must cancel.
     if KL_Z:
-        grad_z += over_row(scale * (beta_z * inv_t)) * (p * ((d - over_row(e_p)) * inv_t) + (p - q))
+        grad_z += over_row(scale * (beta_z * inv_t), VEC) * (p * ((d - over_row(e_p, VEC)) * inv_t) + (p - q))
     if KL_G:
-        grad_g += over_row(scale * (beta_g * inv_t)) * (q * ((over_row(e_q) - d) * inv_t) + (q - p))
+        grad_g += over_row(scale * (beta_g * inv_t), VEC) * (q * ((over_row(e_q, VEC) - d) * inv_t) + (q - p))
     return grad_z, grad_g
+
+
+@triton.jit
+def gist_stats(stats_ptr, offs_m, M, mask_m, counts, m_z, m_g, s_p, s_q, e_p, e_q, sum_z, sum_g, weight):
+    """Leave a row's statistics for a backward, (9, M); 0 in a row that does not count."""
+    rows = M.to(tl.int64)
+    tl.store(stats_ptr + offs_m, tl.where(counts, m_z, 0.0), mask=mask_m)
+    tl.store(stats_ptr + rows + offs_m, tl.where(counts, m_g, 0.0), mask=mask_m)
+    tl.store(stats_ptr + 2 * rows + offs_m, tl.where(counts, s_p, 0.0), mask=mask_m)
+    tl.store(stats_ptr + 3 * rows + offs_m, tl.where(counts, s_q, 0.0), mask=mask_m)
+    tl.store(stats_ptr + 4 * rows + offs_m, tl.where(counts, e_p, 0.0), mask=mask_m)
+    tl.store(stats_ptr + 5 * rows + offs_m, tl.where(counts, e_q, 0.0), mask=mask_m)
+    tl.store(stats_ptr + 6 * rows + offs_m, tl.where(counts, sum_z, 0.0), mask=mask_m)
+    tl.store(stats_ptr + 7 * rows + offs_m, tl.where(counts, sum_g, 0.0), mask=mask_m)
+    tl.store(stats_ptr + 8 * rows + offs_m, tl.where(counts, weight, 0.0), mask=mask_m)
+
+
+@triton.jit
+def gist_finish_columns(
+    z_ptr,
+    g_ptr,
+    target_ptr,
+    grad_z_ptr,
+    grad_g_ptr,
+    m_z,
+    m_g,
+    s_p,
+    s_q,
+    e_p,
+    e_q,
+    sum_z,
+    sum_g,
+    weight,
+    label,
+    scale,
+    offs_m,
+    mask_m,
+    counts,
+    start,
+    stop,
+    stride_zm,
+    stride_zv,
+    stride_gm,
+    stride_gv,
+    stride_tm,
+    stride_tv,
+    stride_grad_m,
+    alpha,
+    beta_z,
+    beta_g,
+    inv_t,
+    keep,
+    smooth,
+    SOFT: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    POWER: tl.constexpr,
+    ALPHA: tl.constexpr,
+    KL_Z: tl.constexpr,
+    KL_G: tl.constexpr,
+    NEED_Z: tl.constexpr,
+    NEED_G: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Read columns ``start`` to ``stop`` (once more) and write the gradients of scale [BLOCK_M] times the row losses, into
+    rows stride_grad_m apart."""
+    to_exp2 = inv_t * LOG2E
+    for at in range(start, stop, BLOCK_V):
+        mask = tile_mask(counts, at, stop, BLOCK_V, VEC)
+        z = load_tile(z_ptr, offs_m, at, stride_zm, stride_zv, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
+        g = load_tile(g_ptr, offs_m, at, stride_gm, stride_gv, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
+        weights = class_weights(
+            target_ptr,
+            offs_m,
+            at,
+            mask,
+            label,
+            stride_tm,
+            stride_tv,
+            keep,
+            smooth,
+            SOFT,
+            SMOOTH,
+            VEC,
+            BLOCK_V,
+        )
+        zc, gc, d = centred_pair(z, g, over_row(m_z, VEC), over_row(m_g, VEC))
+        grad_z, grad_g = gist_gradients(
+            zc,
+            gc,
+            d,
+            exponential(zc * to_exp2),
+            exponential(gc * to_exp2),
+            s_p,
+            s_q,
+            e_p,
+            e_q,
+            sum_z,
+            sum_g,
+            weight,
+            weights,
+            scale,
+            alpha,
+            beta_z,
+            beta_g,
+            inv_t,
+            POWER,
+            ALPHA,
+            KL_Z,
+            KL_G,
+            VEC,
+        )
+        mask = tile_mask(mask_m, at, stop, BLOCK_V, VEC)
+        if NEED_Z:
+            grad_z = tl.where(over_row(counts, VEC), grad_z, 0.0)
+            store_tile(grad_z_ptr, offs_m, at, stride_grad_m, grad_z, mask, BLOCK_V, VEC)
+        if NEED_G:
+            grad_g = tl.where(over_row(counts, VEC), grad_g, 0.0)
+            store_tile(grad_g_ptr, offs_m, at, stride_grad_m, grad_g, mask, BLOCK_V, VEC)
 
 
 # -- host ------------------------------------------------------------------------------------------------------------
@@ -359,6 +508,12 @@ def gradient_flags(alpha: float, beta: float, beta_logits: float, beta_gist: flo
 def pair_and_target(logits, gist_logits, target) -> tuple:
     """The tensors that a tile is read from: what :func:`vector_width` asks about."""
     return (logits, gist_logits, target) if target.dim() == 2 else (logits, gist_logits)
+
+
+def sizes_of(logits, gist_logits, target) -> tuple:
+    """M, V and the strides, in kernel order."""
+    columns = target.stride(1) if target.dim() == 2 else 0
+    return *logits.shape, *logits.stride(), *gist_logits.stride(), target.stride(0), columns
 
 
 SCALAR_TYPES = {"ignore_index": "i32"} | dict.fromkeys(

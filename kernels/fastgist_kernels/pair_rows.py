@@ -1,9 +1,9 @@
 """Rows of two logits tensors in Triton, for the losses on them: how a tile lies on the threads, and the row state.
 
-A tile is [BLOCK_M, D1, D2], its columns row by row. Where rows begin and end on 16 bytes D2 is VEC, as many columns as one
-access takes; else D1 is up to 8 and neighbouring threads take neighbouring columns. Either way what one thread holds of a row
-lies along one axis (AXIS): sums and maxima over it are a thread's own, and a row state is kept for each thread ("lane",
-[BLOCK_M, lanes]) without a word to its neighbours until the row has ended.
+A tile is BLOCK_M rows of BLOCK_V columns, laid out so that what one thread holds of a row lies along one axis. Where rows
+begin and end on whole accesses of VEC elements it is [BLOCK_M, lanes, VEC]; else [DEEP, BLOCK_M, lanes], and neighbouring
+threads take neighbouring columns. Sums and maxima along that axis are a thread's own, so a row state is kept for each thread
+("lane", [BLOCK_M, lanes]) without a word to its neighbours until the row has ended.
 
 The state of bidirectional_kl: the maxima m, the sums S of the exponentials about them, and the weighted sums
 W = sum exp((z - m) / T) d with d = (z - m_z) - (o - m_o). Where the maxima rise by (a, b), d shrinks by a - b, so
@@ -24,6 +24,7 @@ from fastgist_kernels.gelu import exponential
 from fastgist_kernels.outer import processors
 
 __all__ = [
+    "SIZES",
     "alone_config",
     "centred_pair",
     "choose_form",
@@ -52,6 +53,9 @@ __all__ = [
     "whole_config",
 ]
 
+#: Arguments that Triton is not to look at: what a row is aligned to VEC says alone, as a compiler that knows more than VEC
+#: lays tiles out so that threads must exchange them.
+SIZES = ("M", "V", "stride_zm", "stride_om", "stride_gm", "stride_tm", "stride_lm")
 #: A row of at most this many classes is held in registers whole.
 WHOLE_CLASSES = 4096
 #: A problem of at most this many (padded) elements a tensor is one program's.
@@ -63,33 +67,42 @@ ALONE_ELEMENTS = 8192
 
 @triton.jit
 def tile_columns(BLOCK_V: tl.constexpr, VEC: tl.constexpr):
-    """int32 [1, D1, D2]: the columns of a tile, from 0."""
+    """int32 [1, lanes, VEC] or [DEEP, 1, lanes]: the columns of a tile, from 0."""
     if VEC > 1:
         return tl.arange(0, BLOCK_V // VEC)[None, :, None] * VEC + tl.arange(0, VEC)[None, None, :]
     else:
-        DEEP: tl.constexpr = 8 if BLOCK_V >= 256 else 1
-        return tl.arange(0, DEEP)[None, :, None] * (BLOCK_V // DEEP) + tl.arange(0, BLOCK_V // DEEP)[None, None, :]
+        DEEP: tl.constexpr = 8 if BLOCK_V >= 256 else (BLOCK_V + 31) // 32
+        return tl.arange(0, DEEP)[:, None, None] * (BLOCK_V // DEEP) + tl.arange(0, BLOCK_V // DEEP)[None, None, :]
+
+
+@triton.jit
+def over_row(x, VEC: tl.constexpr):
+    """[BLOCK_M] beside a tile."""
+    if VEC > 1:
+        return x[:, None, None]
+    else:
+        return x[None, :, None]
 
 
 @triton.jit
 def tile_mask(rows, start, stop, BLOCK_V: tl.constexpr, VEC: tl.constexpr):
     """Which elements of the tile at ``start`` are before column ``stop`` in rows [BLOCK_M] that count; whole vectors are or
-    are not, which [BLOCK_M, D1, 1] says."""
+    are not, which [BLOCK_M, lanes, 1] says."""
     left = tl.minimum(stop - start, BLOCK_V).to(tl.int32)
     if VEC > 1:
         columns = tl.arange(0, BLOCK_V // VEC)[None, :, None] * VEC
     else:
         columns = tile_columns(BLOCK_V, VEC)
-    return rows[:, None, None] & (columns < left)
+    return over_row(rows, VEC) & (columns < left)
 
 
 @triton.jit
 def tile_offsets(offs_m, start, stride_m, stride_v, BLOCK_V: tl.constexpr, VEC: tl.constexpr):
-    """int64 [BLOCK_M, D1, D2] offsets of the tile at column ``start`` of rows ``offs_m`` (int64)."""
+    """int64 offsets of the tile at column ``start`` of rows ``offs_m`` (int64)."""
     rows = offs_m * stride_m
     if VEC > 1:
         rows = tl.multiple_of(rows, VEC)
-    return rows[:, None, None] + (start + tile_columns(BLOCK_V, VEC).to(tl.int64)) * stride_v
+    return over_row(rows, VEC) + (start + tile_columns(BLOCK_V, VEC).to(tl.int64)) * stride_v
 
 
 @triton.jit
@@ -109,29 +122,12 @@ def store_tile(ptr, offs_m, start, stride_m, values, mask, BLOCK_V: tl.constexpr
 
 
 @triton.jit
-def row_sum(x, VEC: tl.constexpr):
-    """[BLOCK_M, D1, D2] -> [BLOCK_M], each thread's own first."""
-    if VEC > 1:
-        return tl.sum(tl.sum(x, 2), 1)
-    else:
-        return tl.sum(tl.sum(x, 1), 1)
-
-
-@triton.jit
-def row_max(x, VEC: tl.constexpr):
-    if VEC > 1:
-        return tl.max(tl.max(x, 2), 1)
-    else:
-        return tl.max(tl.max(x, 1), 1)
-
-
-@triton.jit
 def lane_sum(x, VEC: tl.constexpr):
-    """[BLOCK_M, D1, D2] -> [BLOCK_M, lanes]."""
+    """Tile -> [BLOCK_M, lanes]: each thread's own."""
     if VEC > 1:
         return tl.sum(x, 2)
     else:
-        return tl.sum(x, 1)
+        return tl.sum(x, 0)
 
 
 @triton.jit
@@ -139,7 +135,7 @@ def lane_max(x, VEC: tl.constexpr):
     if VEC > 1:
         return tl.max(x, 2)
     else:
-        return tl.max(x, 1)
+        return tl.max(x, 0)
 
 
 @triton.jit
@@ -148,13 +144,18 @@ def over_lanes(x, VEC: tl.constexpr):
     if VEC > 1:
         return x[:, :, None]
     else:
-        return x[:, None, :]
+        return x[None, :, :]
 
 
 @triton.jit
-def over_row(x):
-    """[BLOCK_M] beside a tile."""
-    return x[:, None, None]
+def row_sum(x, VEC: tl.constexpr):
+    """Tile -> [BLOCK_M]."""
+    return tl.sum(lane_sum(x, VEC), 1)
+
+
+@triton.jit
+def row_max(x, VEC: tl.constexpr):
+    return tl.max(lane_max(x, VEC), 1)
 
 
 @triton.jit
@@ -163,7 +164,7 @@ def no_lanes(fill, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constex
     if VEC > 1:
         return tl.full([BLOCK_M, BLOCK_V // VEC], fill, tl.float32)
     else:
-        DEEP: tl.constexpr = 8 if BLOCK_V >= 256 else 1
+        DEEP: tl.constexpr = 8 if BLOCK_V >= 256 else (BLOCK_V + 31) // 32
         return tl.full([BLOCK_M, BLOCK_V // DEEP], fill, tl.float32)
 
 
@@ -270,12 +271,13 @@ def finished_factor(scale, divisor_ptr, HAS_DIVISOR: tl.constexpr):
 
 
 def vector_width(*tensors: torch.Tensor) -> int:
-    """Elements a thread takes at once from (M, V) tensors: 16 bytes of the first, or 1 where a row of one begins or ends
-    elsewhere."""
-    width = 16 // tensors[0].element_size()
-    classes = tensors[0].shape[1]
-    aligned = all(t.stride(1) == 1 and t.stride(0) % width == 0 and t.data_ptr() % 16 == 0 for t in tensors)
-    return width if aligned and classes % width == 0 else 1
+    """Elements a thread takes at once from (M, V) tensors: 16 bytes of the first, or half of it for half precision, where
+    every row begins and ends on that many; else 1."""
+    widest = 16 // tensors[0].element_size()
+    for width in (widest, 4):
+        if tensors[0].shape[1] % width == 0 and all(t.stride(1) == 1 and t.stride(0) % width == 0 for t in tensors):
+            return width
+    return 1
 
 
 def rows_config(kernel: str, device: torch.device, classes: int, vec: int, num_warps: int = 4) -> dict[str, int]:
@@ -292,18 +294,19 @@ def whole_config(kernel: str, device: torch.device, rows: int, classes: int) -> 
     block_v = next_power_of_2(classes)
     share = next_power_of_2(cdiv(rows, 2 * processors(device)))
     block_m = max(1, min(2048 // block_v, share))
-    default = {"BLOCK_V": block_v, "BLOCK_M": block_m, "num_warps": _warps(block_m * block_v), "num_stages": 1}
+    default = {"BLOCK_V": block_v, "BLOCK_M": block_m, "num_warps": _warps(block_m * block_v, 512), "num_stages": 1}
     return default | launch_config(kernel, device_arch(device), f"v{block_v}")
 
 
 def alone_config(rows: int, classes: int) -> dict[str, int]:
-    """The one tile of a problem that one program does."""
-    block_m, block_v = next_power_of_2(rows), next_power_of_2(classes)
-    return {"BLOCK_V": block_v, "BLOCK_M": block_m, "num_warps": _warps(block_m * block_v), "num_stages": 1}
+    """Tile of a problem whose rows one program takes, some at a time."""
+    block_v = next_power_of_2(classes)
+    block_m = max(1, min(next_power_of_2(rows), 4096 // block_v))
+    return {"BLOCK_V": block_v, "BLOCK_M": block_m, "num_warps": _warps(block_m * block_v, 256), "num_stages": 1}
 
 
-def _warps(elements: int) -> int:
-    return max(1, min(16, elements // 512))
+def _warps(elements: int, each: int) -> int:
+    return max(1, min(16, elements // each))
 
 
 def twice_config(kernel: str, logits: torch.Tensor, vec: int) -> dict[str, int]:

@@ -56,6 +56,8 @@ SPECS = [
         {"PAIR": True, "BLOCK": 2048 if dtype == "fp32" else 4096},
         num_warps=4,
         num_stages=1,
+        wide=True,
+        numbers=1,
         aligned=("n",),
     )
     for dtype in ("bf16", "fp16", "fp32")
