@@ -242,7 +242,7 @@ def gist_linear_loss(
             :func:`fastgist.functional.gist_loss`, with the same objective and the same divisor.
         chunk_rows: rows whose logits exist at a time; default: as many as ``memory_budget`` holds.
         memory_budget: bytes for a chunk's logits and stacked hidden states. Default: a sixteenth of what whole logits and
-            their gradients would take, at least 16 MiB and at most 1 GiB. The head's gradient, and for a half-precision
+            their gradients would take, at least 32 MiB and at most 1 GiB. The head's gradient, and for a half-precision
             head of more than one chunk its float32 sum, come on top.
         group: a torch.distributed group whose ranks share the head: weight (V_local, H) and bias are this rank's
             consecutive rows of it, in the ranks' order. Hidden states, class targets and options must be the same on all
