@@ -103,6 +103,7 @@ def _run(
     grad_bias = torch.zeros(classes, dtype=row_scale.dtype, device=weight.device) if need_bias else None
     most = 2 * min(chunk_rows, rows)
     buffer = torch.empty(most, _linear_chunks.padded(classes), dtype=hidden.dtype, device=hidden.device)
+    logits = both = buffer
     for first in range(0, rows, chunk_rows):
         part = slice(first, min(first + chunk_rows, rows))
         pairs = part.stop - part.start
@@ -131,6 +132,7 @@ def _run(
             torch.mm(logits[pairs:], weight, out=grad_gist[part])
     if group is not None and reduce:
         _vocab_parallel.sum_over_ranks(group, grad_hidden, None if silent else grad_gist)
+    del buffer, logits, both  # before the head's gradient is there twice
     grad_weight = None if head is None else head.result()
     grad_bias = grad_bias.to(weight.dtype) if narrow and grad_bias is not None else grad_bias
     return row_loss, *_common.filled((grad_hidden, grad_gist, grad_weight, grad_bias), hidden)
@@ -169,8 +171,7 @@ class _GistLinearLoss(torch.autograd.Function):
     def forward(ctx, hidden, gist_hidden, weight, bias, target, divisor, options, scale, reduce, record, impl):
         ctx.needs = needs = _common.needs(ctx, 4, record)
         ctx.options, ctx.impl, ctx.reduce = options, impl, reduce
-        given = (None if x is None else x.dtype for x in (hidden, gist_hidden, weight, bias))
-        ctx.dtypes, ctx.whole = tuple(given), None
+        ctx.dtypes = tuple(None if x is None else x.dtype for x in (hidden, gist_hidden, weight, bias))
         # Under autocast the head is narrowed here, not by autograd: its gradient stays as wide as its sum.
         narrow_weight, narrow_bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         tensors = hidden, gist_hidden, narrow_weight, narrow_bias, target
