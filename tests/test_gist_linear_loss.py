@@ -153,14 +153,6 @@ def test_evaluation_computes_no_gradient(impl, device, monkeypatch):
     assert len(products) == 2
 
 
-def test_default_chunks():
-    from fastgist.ops.gist_linear_loss import default_chunk_rows
-
-    assert default_chunk_rows(8192, 4096, 128256) == 256
-    assert default_chunk_rows(64, 768, 100) == 64
-    assert default_chunk_rows(10_000, 64, 50_000) == 128
-
-
 def test_hard_01_zero_rows(impl, device):
     hidden, gist, weight, bias, y = case(device=device)
     loss, grads = evaluate(

@@ -157,7 +157,7 @@ def test_fused_with_the_head_the_loss_is_the_same(make, gist, autocast, calls, m
     for logits in (True, False, None):
         if logits is None:
             monkeypatch.setattr(gist_loss_module, "FUSED_CLASSES", 40)
-            monkeypatch.setattr(gist_loss_module, "FUSED_ROWS_PER_WIDTH", 3 / 32)
+            monkeypatch.setattr(gist_loss_module, "FUSED_BYTES", 0)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = model(**inputs, labels=target, return_logits=logits, num_items_in_batch=torch.tensor(5))
         assert list(output) == (["loss", "logits", "gist_logits"] if logits else ["loss"])
@@ -173,7 +173,7 @@ def test_fused_with_the_head_the_loss_is_the_same(make, gist, autocast, calls, m
 
 def test_what_is_not_fused(calls, monkeypatch) -> None:
     monkeypatch.setattr(gist_loss_module, "FUSED_CLASSES", 2)
-    monkeypatch.setattr(gist_loss_module, "FUSED_ROWS_PER_WIDTH", 0.0)
+    monkeypatch.setattr(gist_loss_module, "FUSED_BYTES", 0)
     model, inputs = still(llama()), texts()
     assert list(model(**inputs, labels=TARGET)) == ["loss"] and len(calls) == 1
 
@@ -213,8 +213,10 @@ def test_what_is_not_fused(calls, monkeypatch) -> None:
 
 def test_where_fusing_pays() -> None:
     """DESIGN.md's measurement, at a head of 768: neither small batches nor few classes."""
-    assert not gist_loss_module.fuses(128, 768, 131072) and not gist_loss_module.fuses(512, 768, 1000)
-    assert gist_loss_module.fuses(384, 768, 4096)
+    fuses = gist_loss_module.fuses
+    assert not fuses(64, 768, 21843) and not fuses(1_000_000, 768, 1000)
+    assert fuses(256, 768, 21843) and fuses(64, 768, 131072)
+    assert not fuses(256, 768, 131072, torch.bfloat16) and fuses(768, 768, 21843, torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", ["single", "ignored", "soft", "several", "regression"])

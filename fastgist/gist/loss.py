@@ -12,14 +12,11 @@ from fastgist.nn import GistLoss
 
 __all__ = ["WITHOUT_GIST", "default_loss", "divided", "fuses", "hooked_everywhere", "loss_of", "shaped"]
 
-#: Head and loss are one operation from this many classes, where the batch has at least half as many rows as the head is
-#: wide. Measured on a CPU (float32, a head of 768, forward and backward, peak memory beyond parameters and their
-#: gradients): the operation holds the head's gradient twice, the way of logits holds logits and their gradients. With 32
-#: and 128 rows it takes 1.2 to 1.8 times the memory at every class count from 1,000 to 131,072, with 256 about the same,
-#: with 384 0.75 to 0.85, with 512 0.67 at 4,096 classes and about half from 10,000, in 0.85 to 1.25 of the time: it saves
-#: memory, not time. DESIGN.md has the numbers.
+#: Head and loss are one operation from this many classes, where the logits and hidden states of both heads take more bytes
+#: than the operation has in hand by itself. Measured on a CPU (float32, a head of 768, forward and backward): from there on
+#: it takes less memory, 0.16 of it at 512 rows and 21,843 classes, in 0.83 to 1.05 of the time. DESIGN.md has the numbers.
 FUSED_CLASSES = 4096
-FUSED_ROWS_PER_WIDTH = 0.5
+FUSED_BYTES = 2**25
 
 #: What is said where transformers' Trainer takes a loss that does not read the gist logits.
 WITHOUT_GIST = (
@@ -31,10 +28,12 @@ WITHOUT_GIST = (
 _SINGLE, _MULTI, _REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
 
-def fuses(rows: int, width: int, classes: int) -> bool:
-    """Whether a gist model takes its head (width -> classes) and its loss in one operation for a batch of ``rows``, unless
-    it is told: :func:`fastgist.functional.gist_linear_loss`, which makes no whole logits."""
-    return classes >= FUSED_CLASSES and rows >= FUSED_ROWS_PER_WIDTH * width
+def fuses(rows: int, width: int, classes: int, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether a gist model takes its head (width -> classes, of ``dtype``) and its loss in one operation for a batch of
+    ``rows``, unless it is told: :func:`fastgist.functional.gist_linear_loss`, which makes no whole logits."""
+    if dtype.itemsize < 4 and rows < width:  # the gradient of such a head is summed in float32: that takes as much
+        return False
+    return classes >= FUSED_CLASSES and 2 * rows * (classes + width) * dtype.itemsize > FUSED_BYTES
 
 
 def hooked_everywhere() -> bool:

@@ -331,7 +331,8 @@ class GistModel(_state.Front):
         head = self.model.get_submodule(self.host.last)
         if not is_plain(head) or is_hooked(head) or hooked_everywhere():
             return False
-        if return_logits is None and not fuses(labels.shape[0], head.in_features, head.out_features):
+        shape = labels.shape[0], head.in_features, head.out_features
+        if return_logits is None and not fuses(*shape, head.weight.dtype):
             return False
         loss = self._loss(labels, head.out_features)
         return type(loss) is GistLoss and not is_hooked(loss) and loss.has_linear

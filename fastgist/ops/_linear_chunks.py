@@ -21,7 +21,7 @@ RowWork = Callable[[Tensor, Tensor, Tensor, Tensor, bool, bool], None]
 TILE = 64
 #: Between these the default budget is a sixteenth of what whole logits and their gradients take. Less saves nothing to speak
 #: of; more makes no product faster.
-LEAST_BUDGET, MOST_BUDGET = 2**24, 2**30
+LEAST_BUDGET, MOST_BUDGET = 2**25, 2**30
 
 
 def padded(classes: int) -> int:

@@ -82,9 +82,7 @@ def _agree(op: str, group: ProcessGroup, tensors: tuple[Tensor, ...], options: t
         "an option": hash_of(options),
     }
     told = torch.tensor([weight.shape[0], *named.values()], dtype=torch.int64, device=hidden.device)
-    heard = told.new_empty(group.size(), len(told))
-    torch.distributed.all_gather_into_tensor(heard, told, group)
-    shares, *others = heard.t().tolist()
+    shares, *others = _gathered(told, group).t().tolist()
     for name, values in zip(named, others, strict=True):
         if len(set(values)) > 1:
             which = f": {values}" if name in ("the number of rows", "the width") else ""
@@ -106,6 +104,13 @@ def group_named(name: str) -> ProcessGroup | None:
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def _gathered(own: Tensor, group: ProcessGroup) -> Tensor:
+    """Every rank's ``own``, in the ranks' order: (ranks, ...)."""
+    every = own.new_empty(group.size() * own.shape[0], *own.shape[1:])
+    torch.distributed.all_gather_into_tensor(every, own, group)
+    return every.view(group.size(), *own.shape)
 
 
 def sum_over_ranks(group: ProcessGroup, *shares: Tensor | None) -> None:
@@ -146,9 +151,7 @@ def row_work(group: ProcessGroup, options: tuple, first: int, classes: int) -> R
         blocks = row_blocks(z)
         about = [Rows(target[rows], first, classes, z.shape[1], label_smoothing, ignore_index) for rows in blocks]
         own = torch.cat([state(z[r], gist[r], a, temperature) for r, a in zip(blocks, about, strict=True)], dim=1)
-        every = own.new_empty(group.size(), *own.shape)
-        torch.distributed.all_gather_into_tensor(every, own, group)
-        whole = merge(every, temperature)
+        whole = merge(_gathered(own, group), temperature)
         for rows, rest in zip(blocks, about, strict=True):
             here = State(*(x[rows] for x in whole))
             row_losses[rows], e_p, e_q = row_loss(here, rest, alpha, beta, temperature)

@@ -103,6 +103,7 @@ def _run(
     grad_bias = torch.zeros(classes, dtype=row_scale.dtype, device=weight.device) if need_bias else None
     most = 2 * min(chunk_rows, rows)
     buffer = torch.empty(most, _linear_chunks.padded(classes), dtype=hidden.dtype, device=hidden.device)
+    logits = both = buffer
     for first in range(0, rows, chunk_rows):
         part = slice(first, min(first + chunk_rows, rows))
         pairs = part.stop - part.start
@@ -131,6 +132,7 @@ def _run(
             torch.mm(logits[pairs:], weight, out=grad_gist[part])
     if group is not None and reduce:
         _vocab_parallel.sum_over_ranks(group, grad_hidden, None if silent else grad_gist)
+    del buffer, logits, both  # before the head's gradient is there twice
     grad_weight = None if head is None else head.result()
     grad_bias = grad_bias.to(weight.dtype) if narrow and grad_bias is not None else grad_bias
     return row_loss, *_common.filled((grad_hidden, grad_gist, grad_weight, grad_bias), hidden)
@@ -169,8 +171,7 @@ class _GistLinearLoss(torch.autograd.Function):
     def forward(ctx, hidden, gist_hidden, weight, bias, target, divisor, options, scale, reduce, record, impl):
         ctx.needs = needs = _common.needs(ctx, 4, record)
         ctx.options, ctx.impl, ctx.reduce = options, impl, reduce
-        given = (None if x is None else x.dtype for x in (hidden, gist_hidden, weight, bias))
-        ctx.dtypes, ctx.whole = tuple(given), None
+        ctx.dtypes = tuple(None if x is None else x.dtype for x in (hidden, gist_hidden, weight, bias))
         # Under autocast the head is narrowed here, not by autograd: its gradient stays as wide as its sum.
         narrow_weight, narrow_bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         tensors = hidden, gist_hidden, narrow_weight, narrow_bias, target
@@ -242,7 +243,7 @@ def gist_linear_loss(
             :func:`fastgist.functional.gist_loss`, with the same objective and the same divisor.
         chunk_rows: rows whose logits exist at a time; default: as many as ``memory_budget`` holds.
         memory_budget: bytes for a chunk's logits and stacked hidden states. Default: a sixteenth of what whole logits and
-            their gradients would take, at least 16 MiB and at most 1 GiB. The head's gradient, and for a half-precision
+            their gradients would take, at least 32 MiB and at most 1 GiB. The head's gradient, and for a half-precision
             head of more than one chunk its float32 sum, come on top.
         group: a torch.distributed group whose ranks share the head: weight (V_local, H) and bias are this rank's
             consecutive rows of it, in the ranks' order. Hidden states, class targets and options must be the same on all
