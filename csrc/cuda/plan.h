@@ -86,7 +86,7 @@ inline Plan choose(const Rows& in, const Device& device, bool finish) {
   if (kept) {
     // The fewest blocks that keep the row and leave a processor room for two, that one may read while another waits; or
     // else the fewest that keep it at all. Past 8 a cluster is not portable: only then is 16 asked for.
-    for (const int at_once : {2, 1}) {
+    for (int at_once = 2; at_once >= 1; --at_once) {
       const int room = std::min(device.shared_a_block, device.shared_a_processor / at_once - kSharedReserved);
       for (int cluster = 1; cluster <= std::min(device.largest_cluster, at_once == 2 ? 8 : 16); cluster *= 2) {
         const int64_t slice = ceil_div(chunks, cluster);
