@@ -62,7 +62,8 @@ Arguments<A> arguments_of(const GistLossInputs& in) {
   args.kl_o = in.beta_o != 0;
   args.dense = soft || in.label_smoothing != 0;
   const int bytes = element_bytes(in.logits.dtype);
-  args.soft_chunks = soft && in.target.dtype == in.logits.dtype && (in.target.stride_v == 1 || in.logits.classes <= 1) &&
+  args.soft_chunks = soft && in.target.dtype == in.logits.dtype &&
+                     (in.target.stride_v == 1 || in.logits.classes <= 1) &&
                      Beginning(in.target.weights, in.target.stride_m, bytes, in.logits.rows) ==
                          Beginning(in.logits.z, in.logits.z_stride_m, bytes, in.logits.rows);
   return args;

@@ -13,16 +13,12 @@ namespace fastgist::cuda {
 
 static_assert(sizeof(RowSums<float, kKl>) == kPartialBytes && sizeof(RowSums<float, kGistAny>) == kPartialBytes,
               "plan.h counts the sums' bytes");
-static_assert(Kept<1>::kRows == kWarpRows && Kept<kBlockWarps>::kRows == 1 && Again<float, kGistAny, true, 1>::kRows == kWarpRows,
+static_assert(Kept<1>::kRows == kWarpRows && Kept<kBlockWarps>::kRows == 1 &&
+                  Again<float, kGistAny, true, 1>::kRows == kWarpRows,
               "plan.h counts a block's rows");
 static_assert(kWarpRows * 2 * 16 * ((kWarpClasses + 3 + 3) / 4) <= 48 * 1024, "shared memory that needs no asking");
 
-inline const char* error_text(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-// The sum of `rows` row losses of type double or float, into one number (total.cu).
-const char* total(bool in_double, const void* row_loss, int64_t rows, void* loss, cudaStream_t stream);
+inline const char* error_text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 // -- the device -------------------------------------------------------------------------------------------------------
 

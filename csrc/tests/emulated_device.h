@@ -1,14 +1,15 @@
-// csrc/cuda/device.cuh in plain C++: the row kernels run on a CPU, each CUDA thread a fiber of its own, so that barriers,
-// shuffles, copies and clusters mean what they mean on a device. Included before a kernel's header, it takes the place of
-// device.cuh.
+// csrc/cuda/device.cuh in plain C++: the row kernels run on a CPU, each CUDA thread a fiber of its own, so that
+// barriers, shuffles, copies and clusters mean what they mean on a device. Included before a kernel's header, it takes
+// the place of device.cuh.
 //
 // It is unkind on purpose. A chunk that is being copied reads as NaN until its thread has waited for it; shared memory
-// begins as NaN, and so does that of a block that has ended; a fiber that waits at another place than the rest of its warp
-// or block stops the program.
+// begins as NaN, and so does that of a block that has ended; a fiber that waits at another place than the rest of its
+// warp or block stops the program.
 #pragma once
 #define FASTGIST_DEVICE
 
 #include <cuda_runtime.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -36,7 +37,9 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it begins
+  jmp_buf point;       // where it waits
+  bool begun = false;
   std::vector<char> stack;
   int x, y, block;  // block of the cluster
   bool done = false;
@@ -53,7 +56,8 @@ struct Machine {
   int64_t cluster, grid_x, block_y, grid_y;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<std::vector<uint4>> shared;  // of each block
-  ucontext_t scheduler;
+  ucontext_t scheduler;                    // only ever left, to begin a fiber
+  jmp_buf point;
   Fiber* running = nullptr;
   std::function<void()> body;
 };
@@ -65,20 +69,30 @@ inline void stop(const char* what) {
   std::exit(2);
 }
 
+// Fibers begin by swapcontext and then change by _longjmp, which makes no system call.
+inline void resume(Fiber* fiber) {
+  machine->running = fiber;
+  if (_setjmp(machine->point) != 0) return;
+  if (fiber->begun) _longjmp(fiber->point, 1);
+  fiber->begun = true;
+  swapcontext(&machine->scheduler, &fiber->context);
+}
+
 inline void wait_at(Fiber::Wait wait) {
   Fiber* self = machine->running;
   self->wait = wait;
-  swapcontext(&self->context, &machine->scheduler);
+  if (_setjmp(self->point) == 0) _longjmp(machine->point, 1);
 }
 
 inline void enter() {
   machine->body();
   Fiber* self = machine->running;
-  if (!self->started.empty() || std::any_of(self->groups.begin(), self->groups.end(), [](auto& g) { return !g.empty(); })) {
+  if (!self->started.empty() ||
+      std::any_of(self->groups.begin(), self->groups.end(), [](auto& g) { return !g.empty(); })) {
     stop("a thread ended with copies under way");
   }
   self->done = true;
-  swapcontext(&self->context, &machine->scheduler);
+  _longjmp(machine->point, 1);
 }
 
 inline void poison(uint4* at, int64_t count) { std::memset(static_cast<void*>(at), 0xFF, count * sizeof(uint4)); }
@@ -135,8 +149,7 @@ inline void run_cluster(Machine& m, int64_t bytes) {
     bool ran = false, all_done = true;
     for (auto& fiber : m.fibers) {
       if (fiber->done || fiber->wait != Fiber::kNone) continue;
-      m.running = fiber.get();
-      swapcontext(&m.scheduler, &fiber->context);
+      resume(fiber.get());
       ran = true;
     }
     for (auto& fiber : m.fibers) all_done = all_done && fiber->done;
@@ -215,8 +228,9 @@ inline void sync_cluster() { emulated::wait_at(Fiber::kCluster); }
 template <typename X>
 const X* of_rank(const X* shared, int rank) {
   const auto& own = machine->shared[machine->running->block];
-  return reinterpret_cast<const X*>(reinterpret_cast<const char*>(machine->shared[rank].data()) +
-                                    (reinterpret_cast<const char*>(shared) - reinterpret_cast<const char*>(own.data())));
+  return reinterpret_cast<const X*>(
+      reinterpret_cast<const char*>(machine->shared[rank].data()) +
+      (reinterpret_cast<const char*>(shared) - reinterpret_cast<const char*>(own.data())));
 }
 
 }  // namespace fastgist::cuda
