@@ -1,6 +1,7 @@
-// The losses on rows that are read twice: once for the sums and once for the gradients. Serves any V, layout, alignment and
-// dtype: what kept_rows.cuh does not keep (rows longer than the cluster's shared memory, strided or unlike rows, float64,
-// long rows on sm_80), and gist_loss's forward and backward as two calls. A block of eight warps a row, or a warp.
+// The losses on rows that are read twice: once for the sums and once for the gradients. Serves any V, layout, alignment
+// and dtype: what kept_rows.cuh does not keep (rows longer than the cluster's shared memory, strided or unlike rows,
+// float64, long rows on sm_80), and gist_loss's forward and backward as two calls. A block of eight warps a row, or a
+// warp.
 //
 // Not run on a GPU so far.
 #pragma once
@@ -21,7 +22,8 @@ struct Again {
   static constexpr int kThreads = kWarps * kWarpSize;  // a row
   static constexpr int kRows = kWarps == 1 ? 4 : 1;    // a block
   static constexpr int kBlock = kThreads * kRows;
-  static constexpr int kBlocks = (sizeof(T) == 8 || (kChunks && kLoss != kKl) ? 512 : 768) / kBlock;  // at once, at least
+  static constexpr int kBlocks =
+      (sizeof(T) == 8 || (kChunks && kLoss != kKl) ? 512 : 768) / kBlock;  // at once, at least
 
   // First class of this thread's lanes u of tile `tile`.
   static __device__ __forceinline__ int64_t first(int64_t tile, int u, int head) {
@@ -132,7 +134,8 @@ __global__ void __launch_bounds__(Again<T, kLoss, kChunks, kWarps>::kBlock, Agai
         z_label = load(z_row[of.label * in.z_stride_v]);
         o_label = load(o_row[of.label * in.o_stride_v]);
       }
-      const A loss = row_loss(sums, of.valid, of.label >= 0, z_label, o_label, args, stats);  // right where thread_x() is 0
+      const A loss =
+          row_loss(sums, of.valid, of.label >= 0, z_label, o_label, args, stats);  // right where thread_x() is 0
       if (thread_x() == 0) args.row_loss[row] = pass == Pass::kFinish ? loss * factor_of(args, of.valid) : loss;
     } else if (pass != Pass::kBackward && thread_x() == 0) {
       args.row_loss[row] = A(0);
@@ -140,8 +143,8 @@ __global__ void __launch_bounds__(Again<T, kLoss, kChunks, kWarps>::kBlock, Agai
     if constexpr (kLoss != kKl) {
       if (pass == Pass::kForward) {
         if (thread_x() == 0) {
-          const A all[] = {stats.m_z, stats.m_o, stats.s_p, stats.s_q, stats.e_p, stats.e_q, stats.unit_z, stats.unit_o,
-                           stats.weight};
+          const A all[] = {stats.m_z, stats.m_o,    stats.s_p,    stats.s_q,   stats.e_p,
+                           stats.e_q, stats.unit_z, stats.unit_o, stats.weight};
 #pragma unroll
           for (int i = 0; i < kGistStats; ++i) args.stats[i * in.rows + row] = all[i];
         }
@@ -149,7 +152,7 @@ __global__ void __launch_bounds__(Again<T, kLoss, kChunks, kWarps>::kBlock, Agai
       }
       if (pass == Pass::kBackward && of.counts) {
         const auto stat = [&](int which) { return args.stats[which * in.rows + row]; };
-        stats = {stat(kMaxZ),  stat(kMaxO),  stat(kSumP),  stat(kSumQ),   stat(kMeanP),
+        stats = {stat(kMaxZ),  stat(kMaxO),  stat(kSumP),  stat(kSumQ),  stat(kMeanP),
                  stat(kMeanQ), stat(kUnitZ), stat(kUnitO), stat(kWeight)};
       }
     }

@@ -1,6 +1,7 @@
 // The forward of bidirectional_kl that finishes the gradients.
 #include "bidirectional_kl.h"
 #include "launch.cuh"
+#include "total.h"
 
 namespace fastgist::cuda {
 namespace {
@@ -35,7 +36,7 @@ const char* bidirectional_kl_fwd_bwd(const LogitPair& in, const FinishedOutputs&
     }
   }
   if (error != cudaSuccess) return error_text(error);
-  return total(in.dtype == DType::kFloat64, out.row_loss, in.rows, out.loss, s);
+  return error_text(total(in.dtype == DType::kFloat64, out.row_loss, in.rows, out.loss, s));
 }
 
 }  // namespace fastgist::cuda

@@ -1,7 +1,7 @@
-// Rows in chunks of 16 bytes. A row may begin anywhere: chunks lie on 16-byte boundaries, so the first and the last of a row
-// may hold up to 15 bytes of its neighbours (or of the same 16 bytes of the allocation, which are never another page).
-// Those lanes are replaced by -inf after reading and left out in writing. All matrices of a call must begin alike:
-// then chunk j of one lies over chunk j of the others.
+// Rows in chunks of 16 bytes. A row may begin anywhere: chunks lie on 16-byte boundaries, so the first and the last of
+// a row may hold up to 15 bytes of its neighbours (or of the same 16 bytes of the allocation, which are never another
+// page). Those lanes are replaced by -inf after reading and left out in writing. All matrices of a call must begin
+// alike: then chunk j of one lies over chunk j of the others.
 #pragma once
 
 #include "device.cuh"
@@ -115,7 +115,8 @@ __device__ __forceinline__ A load_any(DType dtype, const char* x) {
 
 // The dense weights of kLanes classes from `first` on; 0 outside [0, classes). A class's label is not in them.
 template <typename T, int kLanes, typename A, typename Index>
-__device__ __forceinline__ void dense_weights(const Arguments<A>& args, int64_t row, Index first, A (&weights)[kLanes]) {
+__device__ __forceinline__ void dense_weights(const Arguments<A>& args, int64_t row, Index first,
+                                              A (&weights)[kLanes]) {
   const Index classes = static_cast<Index>(args.in.classes);
   if (args.target.classes != nullptr) {
 #pragma unroll
@@ -145,8 +146,8 @@ __device__ __forceinline__ void dense_weights(const Arguments<A>& args, int64_t 
   }
 }
 
-// Gradients at kLanes neighbouring classes from `first` on, from their logits and in their place. `label`: the row's class
-// or -1.
+// Gradients at kLanes neighbouring classes from `first` on, from their logits and in their place. `label`: the row's
+// class or -1.
 template <typename T, int kLoss, int kLanes, typename A, typename Index>
 __device__ __forceinline__ void gradients_at(A (&z)[kLanes], A (&o)[kLanes], int64_t row, Index first, Index label,
                                              const About<A>& row_about, const Arguments<A>& args) {

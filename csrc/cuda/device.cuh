@@ -29,7 +29,8 @@ __device__ __forceinline__ uint4* dynamic_shared() {
   return memory;
 }
 
-// -- copies of 16 bytes from global to shared memory that run behind what follows --------------------------------------
+// -- copies of 16 bytes from global to shared memory that run behind what follows
+// --------------------------------------
 
 // A thread sees what it copied itself after it waited; other threads' copies it sees only after a barrier as well.
 __device__ __forceinline__ void copy_async(uint4* to, const uint4* from) {
@@ -54,7 +55,8 @@ __device__ __forceinline__ void wait_copies(int left) {
   }
 }
 
-// -- clusters: sm_90 and later; elsewhere a block is alone --------------------------------------------------------------
+// -- clusters: sm_90 and later; elsewhere a block is alone
+// --------------------------------------------------------------
 
 __device__ __forceinline__ int cluster_size() {
 #if __CUDA_ARCH__ >= 900

@@ -2,6 +2,7 @@
 #include "gist_loss.h"
 
 #include "gist_launch.cuh"
+#include "total.h"
 
 namespace fastgist::cuda {
 
@@ -43,7 +44,7 @@ const char* gist_loss_fwd_bwd(const GistLossInputs& in, const FinishedOutputs& o
   const auto s = static_cast<cudaStream_t>(stream);
   const cudaError_t error = in.logits.rows == 0 ? cudaSuccess : rows(in, {nullptr, nullptr, &out}, s);
   if (error != cudaSuccess) return error_text(error);
-  return total(in.logits.dtype == DType::kFloat64, out.row_loss, in.logits.rows, out.loss, s);
+  return error_text(total(in.logits.dtype == DType::kFloat64, out.row_loss, in.logits.rows, out.loss, s));
 }
 
 }  // namespace fastgist::cuda

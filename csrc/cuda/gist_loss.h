@@ -1,5 +1,5 @@
-// gist_loss on CUDA memory. Launches on `stream` (a cudaStream_t) of the current device and does not wait. Returns null, or
-// what CUDA says is wrong with the launch. Where beta_z and beta_o are both not 0 they must be the same.
+// gist_loss on CUDA memory. Launches on `stream` (a cudaStream_t) of the current device and does not wait. Returns
+// null, or what CUDA says is wrong with the launch. Where beta_z and beta_o are both not 0 they must be the same.
 #pragma once
 
 #include "../gist_loss.h"

@@ -1,11 +1,11 @@
 // The losses' forward that finishes the gradients, with the pair of rows kept in shared memory between the sums and the
 // gradients: each logit is read once from memory and each gradient written once, 4 M V b bytes in all.
 //
-// A row belongs to one warp (short rows, four a block), to a block of sixteen warps, or to the blocks of a cluster, each of
-// which keeps a slice. A thread copies, sums and turns into gradients the same chunks, so it never waits for other threads'
-// copies: only for its own, a quarter at a time, and the sums run behind the reading. When a chunk has become gradients, the
-// copy of the next row's chunk into its place is started: reading of the next row, arithmetic and writing of this one
-// overlap. The threads' sums meet once a row, in an order that depends on shape and layout alone.
+// A row belongs to one warp (short rows, four a block), to a block of sixteen warps, or to the blocks of a cluster,
+// each of which keeps a slice. A thread copies, sums and turns into gradients the same chunks, so it never waits for
+// other threads' copies: only for its own, a quarter at a time, and the sums run behind the reading. When a chunk has
+// become gradients, the copy of the next row's chunk into its place is started: reading of the next row, arithmetic and
+// writing of this one overlap. The threads' sums meet once a row, in an order that depends on shape and layout alone.
 //
 // Not run on a GPU so far.
 #pragma once
@@ -20,7 +20,7 @@ struct Kept {
   static constexpr int kRows = kWarps == 1 ? 4 : 1;    // a block
   static constexpr int kBlock = kThreads * kRows;
   static constexpr int kBlocks = (kWarps == 1 ? 640 : 1024) / kBlock;  // a multiprocessor, at least
-  static constexpr int kQuarters = 4;            // groups of copies a row
+  static constexpr int kQuarters = 4;                                  // groups of copies a row
 };
 
 // A row as the copies see it.

@@ -1,10 +1,10 @@
 // The arithmetic of a row of bidirectional_kl or gist_loss: sums, loss, gradients. The formulas are in
 // ../bidirectional_kl.h and ../gist_loss.h. Host code too, so that tests run it without a GPU.
 //
-// Sums are taken in two steps. A thread adds a group of classes about maxima that it knows already (Group), without asking
-// whether a logit is -inf: such a class leaves something that is not finite, and then the group is added once more,
-// screened. Groups join the thread's online sums (RowSums), and those of threads, warps and blocks join by maxima first,
-// sums after.
+// Sums are taken in two steps. A thread adds a group of classes about maxima that it knows already (Group), without
+// asking whether a logit is -inf: such a class leaves something that is not finite, and then the group is added once
+// more, screened. Groups join the thread's online sums (RowSums), and those of threads, warps and blocks join by maxima
+// first, sums after.
 #pragma once
 
 #include "../gist_loss.h"
@@ -29,11 +29,11 @@ struct Arguments {
   A inv_t, to_exp2;  // 1 / T, log2(e) / T
   A alpha, beta;
   A beta_in_gradients;  // of the sides that the divergence enters
-  A keep, even;      // a class weighs keep * (one-hot or soft target) + even
-  int power;         // exp(x) = exp(x / T)^power, or 0: another exponential
-  bool kl_z, kl_o;   // whether the divergence enters each side's gradient
-  bool dense;        // every class weighs something: soft targets or smoothing
-  bool soft_chunks;  // soft targets may be read 16 bytes at a time, as the logits
+  A keep, even;         // a class weighs keep * (one-hot or soft target) + even
+  int power;            // exp(x) = exp(x / T)^power, or 0: another exponential
+  bool kl_z, kl_o;      // whether the divergence enters each side's gradient
+  bool dense;           // every class weighs something: soft targets or smoothing
+  bool soft_chunks;     // soft targets may be read 16 bytes at a time, as the logits
 
   A scale;           // with divisor: what the sum of row losses is multiplied by
   const A* divisor;  // or null
@@ -203,8 +203,8 @@ __host__ __device__ __forceinline__ Standing standing(const Arguments<A>& args, 
   return of;
 }
 
-// The row of statistics that a forward leaves (Stat, GistStat), but the means of d stay undivided by T: what must vanish
-// in d - e then does.
+// The row of statistics that a forward leaves (Stat, GistStat), but the means of d stay undivided by T: what must
+// vanish in d - e then does.
 template <typename A>
 struct RowStats {
   A m_z, m_o, s_p, s_q, e_p, e_q, unit_z, unit_o, weight;
@@ -241,8 +241,8 @@ __host__ __device__ __forceinline__ A row_loss(const RowSums<A, kLoss>& sums, bo
 template <typename A>
 struct About {
   A m_z, m_o, e_p, e_q;
-  A over_p, over_q;  // factor beta / (T S_p), and with S_q
-  A over_z, over_o;  // factor W / sum exp(zc), factor alpha W / sum exp(oc)
+  A over_p, over_q;    // factor beta / (T S_p), and with S_q
+  A over_z, over_o;    // factor W / sum exp(zc), factor alpha W / sum exp(oc)
   A factor, factor_o;  // what the row loss is multiplied by, and that times alpha
   A nothing;           // 0, or NaN in a row whose factor is
 };

@@ -1,5 +1,5 @@
-// What every kernel of the two losses stands on: numbers in their storage formats, and the online sums of a pair of rows.
-// Host code too, so that tests run it without a GPU.
+// What every kernel of the two losses stands on: numbers in their storage formats, and the online sums of a pair of
+// rows. Host code too, so that tests run it without a GPU.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -27,8 +27,8 @@ struct Rows {
   bool aligned;  // and that offset is 0 in every row
 };
 
-// kWarp, kKept: a warp, or a block or cluster, keeps the row in shared memory. kAgain: a block reads it twice, in chunks of
-// 16 bytes. kStrided: element by element.
+// kWarp, kKept: a warp, or a block or cluster, keeps the row in shared memory. kAgain: a block reads it twice, in
+// chunks of 16 bytes. kStrided: element by element.
 enum class Path { kWarp, kKept, kAgain, kStrided };
 
 struct Plan {
@@ -48,9 +48,7 @@ constexpr int kAgainWarps = 8;          // of a block that reads a row twice
 constexpr int kPartialBytes = 48;       // of a warp's sums, in two sets a warp and two a block
 constexpr int64_t kMaxGridX = 2147483647;
 
-inline int element_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
+inline int element_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 inline int shared_bytes(Path path, int slice) {
   if (path == Path::kWarp) return kWarpRows * 2 * slice * 16;
@@ -65,8 +63,8 @@ inline int blocks_a_processor(const Device& device, const Plan& plan) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// One block or warp a row, or as many as may run at once, each then taking row after row with the copies of the next behind
-// the arithmetic of the last.
+// One block or warp a row, or as many as may run at once, each then taking row after row with the copies of the next
+// behind the arithmetic of the last.
 inline Plan kept_plan(const Rows& in, const Device& device, Path path, int cluster, int slice) {
   const bool warp = path == Path::kWarp;
   Plan plan = {path, cluster, warp ? 32 : kBlockWarps * 32, warp ? kWarpRows : 1, slice, shared_bytes(path, slice), 0};
@@ -86,7 +84,7 @@ inline Plan choose(const Rows& in, const Device& device, bool finish) {
   if (kept) {
     // The fewest blocks that keep the row and leave a processor room for two, that one may read while another waits; or
     // else the fewest that keep it at all. Past 8 a cluster is not portable: only then is 16 asked for.
-    for (const int at_once : {2, 1}) {
+    for (int at_once = 2; at_once >= 1; --at_once) {
       const int room = std::min(device.shared_a_block, device.shared_a_processor / at_once - kSharedReserved);
       for (int cluster = 1; cluster <= std::min(device.largest_cluster, at_once == 2 ? 8 : 16); cluster *= 2) {
         const int64_t slice = ceil_div(chunks, cluster);

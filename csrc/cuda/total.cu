@@ -1,10 +1,10 @@
-#include "total.cuh"
+#include "total.h"
 
-#include "launch.cuh"
+#include "total.cuh"
 
 namespace fastgist::cuda {
 
-const char* total(bool in_double, const void* row_loss, int64_t rows, void* loss, cudaStream_t stream) {
+cudaError_t total(bool in_double, const void* row_loss, int64_t rows, void* loss, cudaStream_t stream) {
   if (in_double) {
     _total_kernel<<<1, kTotalThreads, 0, stream>>>(static_cast<const double*>(row_loss), rows,
                                                    static_cast<double*>(loss));
@@ -12,7 +12,7 @@ const char* total(bool in_double, const void* row_loss, int64_t rows, void* loss
     _total_kernel<<<1, kTotalThreads, 0, stream>>>(static_cast<const float*>(row_loss), rows,
                                                    static_cast<float*>(loss));
   }
-  return error_text(cudaGetLastError());
+  return cudaGetLastError();
 }
 
 }  // namespace fastgist::cuda
