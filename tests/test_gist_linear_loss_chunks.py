@@ -44,6 +44,7 @@ OPTIONS = [
     {"detach": "gist_logits", "reduction": "none"},
     {"divisor": 7.5},
     {"divisor": "tensor", "detach": "logits"},
+    {"alpha": 0.0},
     {"alpha": 0.0, "detach": "gist_logits"},
     {"temperature": 2.5, "t_squared": True, "label_smoothing": 0.1},
 ]
@@ -276,21 +277,21 @@ def test_the_incoming_gradient_is_applied_to_every_gradient(impl, device, factor
         assert_within_budget(mine, p, e, what=name)
 
 
-@pytest.mark.parametrize("chunk_rows", [2, 64])
+@pytest.mark.skipif(INTERPRETING, reason="interpreted bfloat16")
+@pytest.mark.parametrize("chunk_rows", [2, 64, 512])
 def test_many_chunks_do_not_wear_a_bfloat16_heads_gradient_down(impl, device, chunk_rows):
-    """Summed in bfloat16, 32 chunks of gradients of one sign stop adding up."""
-    hidden, gist = (torch.ones(64, 8, device=device).bfloat16() for _ in range(2))
-    weight = torch.zeros(16, 8, device=device).bfloat16()
-    target = torch.zeros(64, dtype=torch.int64, device=device)
-    options = {"reduction": "sum", "chunk_rows": chunk_rows}
-    if INTERPRETING:
-        pytest.skip("interpreted bfloat16")
-    _, (grad,) = evaluate(
-        lambda w: gist_linear_loss(hidden, gist, w, None, target, impl=impl, **options), [weight], [True]
-    )
-    exact = torch.full((16, 8), 1.5 * 64 / 16, dtype=torch.float64, device=device)
-    exact[0] = 1.5 * 64 * (1 / 16 - 1)
-    assert_within_budget(grad, exact.bfloat16(), exact)
+    """Summed in bfloat16, 256 chunks of gradients of one sign stop adding up."""
+    inputs = [(torch.rand(512, 8, device=device) + 0.5).bfloat16() for _ in range(2)]
+    inputs += [torch.zeros(16, 8, device=device).bfloat16(), torch.zeros(16, device=device).bfloat16()]
+    target = torch.zeros(512, dtype=torch.int64, device=device)
+    options = {"reduction": "sum"}
+    ours = evaluate(
+        lambda *a: gist_linear_loss(*a, target, impl=impl, chunk_rows=chunk_rows, **options), inputs, [True] * 4
+    )[1]
+    plain = evaluate(unfused(target, **options), inputs, [True] * 4)[1]
+    exact = evaluate(lambda *a: formula(*a, target, **options), [x.double() for x in inputs], [True] * 4)[1]
+    for name, mine, p, e in zip(NAMES, ours, plain, exact, strict=True):
+        assert_within_budget(mine, p, e, what=name)
 
 
 def test_under_autocast_a_float32_heads_gradient_is_never_rounded_to_half(impl, device):
@@ -343,9 +344,15 @@ def test_the_compiled_row_work_fits_any_block(device, monkeypatch):
     if INTERPRETING or device.type != "cpu" or backends.available()["native"] != "yes, on CPU tensors":
         pytest.skip("no compiled extension")
     inputs, target = case(rows=13)
-    whole = evaluate(lambda *a: gist_linear_loss(*a, target, impl="native"), inputs, [True] * 4)
+    incoming = torch.linspace(0.5, 1.5, 13)
+
+    def run():
+        loss = lambda *a: gist_linear_loss(*a, target, impl="native", reduction="none")  # noqa: E731
+        return evaluate(loss, inputs, [True] * 4, incoming)
+
+    whole = run()
     for elements in (1, 37 * 2, 37 * 5, 37 * 13):
         monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", elements)
-        parts = evaluate(lambda *a: gist_linear_loss(*a, target, impl="native"), inputs, [True] * 4)
+        parts = run()
         assert torch.equal(parts[0], whole[0])
         assert all(torch.equal(a, b) for a, b in zip(parts[1], whole[1], strict=True))

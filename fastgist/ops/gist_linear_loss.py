@@ -28,8 +28,8 @@ __all__ = ["gist_linear_loss"]
 _OP = "gist_linear_loss"
 
 #: Elements of the head's gradient that a chunk adds at a time where the sum is wider than the product: what lies between
-#: them is this large, not as large as the head.
-_HEAD_BLOCK = 2**24
+#: them is this large, not as large as the head. (On a CPU that is the product and a wider copy of it.)
+_HEAD_BLOCK, _HEAD_BLOCK_ON_CPU = 2**24, 2**22
 
 
 class _HeadGradient:
@@ -50,7 +50,8 @@ class _HeadGradient:
         if total.dtype == states.dtype:
             total.addmm_(grad_logits.t(), states, beta=beta)
         else:
-            step = max(1, _HEAD_BLOCK // max(states.shape[1], 1))
+            elements = _HEAD_BLOCK_ON_CPU if total.device.type == "cpu" else _HEAD_BLOCK
+            step = max(1, elements // max(states.shape[1], 1))
             for start in range(0, len(total), step):
                 classes = slice(start, start + step)
                 part = torch.mm(grad_logits[:, classes].t(), states)
