@@ -3,6 +3,9 @@ Hard case 17 with every option."""
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 from conftest import INTERPRETING
@@ -281,6 +284,26 @@ def test_the_incoming_gradient_is_applied_to_every_gradient(impl, device, factor
 
 
 @pytest.mark.skipif(INTERPRETING, reason="interpreted bfloat16")
+def test_on_a_device_the_scale_reaches_gradients_of_every_shape_once(monkeypatch):
+    """The kernel takes one tensor, or two that are alike."""
+    from fastgist import backends
+    from fastgist.ops import _finished
+
+    def scale_unless_one(grads, factor):
+        assert len(grads) in (1, 2) and len({(g.shape, g.dtype) for g in grads}) == 1
+        for g in grads:
+            g.mul_(factor)
+
+    kernels = types.ModuleType("fastgist_kernels.scale")
+    kernels.scale_unless_one = scale_unless_one
+    monkeypatch.setitem(sys.modules, "fastgist_kernels.scale", kernels)
+    monkeypatch.setattr(backends, "available", lambda: {"triton": "yes"})
+    shapes = [(4, 3), (4, 3), (4, 3), (7, 3), (7,)]  # the head may be as large as the hidden states
+    grads = [torch.ones(shape) for shape in shapes] + [torch.ones(4, 3, dtype=torch.bfloat16)]
+    assert _finished._scale_on_device(grads, torch.tensor(3.0))
+    assert all((g == 3).all() for g in grads)
+
+
 @pytest.mark.parametrize("chunk_rows", [2, 64, 512])
 def test_many_chunks_do_not_wear_a_bfloat16_heads_gradient_down(impl, device, chunk_rows):
     """Summed in bfloat16, 256 chunks of gradients of one sign stop adding up."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["divisor_of", "loss_scale", "scaled"]
+__all__ = ["divisor_of", "is_plain", "loss_scale", "scaled"]
 
 #: Whether the backward that runs is one of several over a retained graph; torch does not say so everywhere.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -22,7 +22,7 @@ def scaled(grads: Sequence[Tensor], factor: Tensor, dtype: torch.dtype | Sequenc
     """
     dtypes = [dtype] * len(grads) if isinstance(dtype, torch.dtype) else list(dtype)
     wanted = [(g, d) for g, d in zip(grads, dtypes, strict=True) if d is not None and (g.dim() == 2 or g.numel())]
-    if _plain(factor) and _plain(*(g for g, _ in wanted)) and not torch.compiler.is_compiling():
+    if is_plain(factor, *(g for g, _ in wanted)):
         in_place = bool(wanted) and not _keeps_graph() and all(g.dtype == d for g, d in wanted)
         if factor.device.type == "cpu":
             value = float(factor)
@@ -41,8 +41,11 @@ def _as(grad: Tensor, dtype: torch.dtype | None) -> Tensor:
     return grad if dtype is None else grad.to(dtype)
 
 
-def _plain(*tensors: Tensor) -> bool:
-    return not torch._C._are_functorch_transforms_active() and all(type(t) is Tensor for t in tensors)
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether these are numbers in memory that Python may look at: nobody traces, compiles or transforms."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(type(t) is Tensor for t in tensors)
 
 
 def _scale_on_device(grads: list[Tensor], factor: Tensor) -> bool:
@@ -52,8 +55,12 @@ def _scale_on_device(grads: list[Tensor], factor: Tensor) -> bool:
         return False
     from fastgist_kernels.scale import scale_unless_one
 
-    for dtype in {g.dtype for g in grads}:  # a head's gradient may be wider than the hidden states'
-        scale_unless_one([g for g in grads if g.dtype == dtype], factor)
+    alike: dict[tuple, list[Tensor]] = {}  # the kernel takes two of one shape and dtype, as both sides' gradients are
+    for grad in grads:
+        alike.setdefault((grad.dtype, grad.shape), []).append(grad)
+    for some in alike.values():
+        for first in range(0, len(some), 2):
+            scale_unless_one(some[first : first + 2], factor)
     return True
 
 
