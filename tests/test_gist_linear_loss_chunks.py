@@ -3,6 +3,9 @@ Hard case 17 with every option."""
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 from conftest import INTERPRETING
@@ -129,17 +132,20 @@ def peak(run) -> int:
 
 @pytest.mark.skipif(INTERPRETING, reason="the interpreter copies what it is given")
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_peak_stays_within_an_eighth_of_whole_logits(impl, device, frozen):
+@pytest.mark.parametrize(
+    ("rows", "classes", "chunk_rows"), [(256, 32768, 20), pytest.param(512, 128256, None, marks=pytest.mark.slow)]
+)
+def test_the_peak_stays_within_an_eighth_of_whole_logits(impl, device, frozen, rows, classes, chunk_rows):
+    """Peak of forward and backward beyond inputs, parameters and the gradients of those, which exist either way."""
     if device.type != "cpu":
         pytest.skip("the profiler is asked for the CPU's allocations")
-    inputs, target = case(256, 16, 32768)
+    inputs, target = case(rows, 8, classes)
     leaves = [x.requires_grad_() for x in (inputs[:2] if frozen else inputs)]
     exist = sum(x.numel() * 4 for x in leaves)
     whole = peak(lambda: torch.autograd.grad(unfused(target)(*inputs), leaves)) - exist
-    ours = (
-        peak(lambda: torch.autograd.grad(gist_linear_loss(*inputs, target, chunk_rows=20, impl=impl), leaves)) - exist
-    )
-    assert whole >= 3.5 * 256 * 32768 * 4
+    options = {"impl": impl, "chunk_rows": chunk_rows}
+    ours = peak(lambda: torch.autograd.grad(gist_linear_loss(*inputs, target, **options), leaves)) - exist
+    assert whole >= 3.5 * rows * classes * 4
     assert ours <= whole / 8
 
 
@@ -278,6 +284,26 @@ def test_the_incoming_gradient_is_applied_to_every_gradient(impl, device, factor
 
 
 @pytest.mark.skipif(INTERPRETING, reason="interpreted bfloat16")
+def test_on_a_device_the_scale_reaches_gradients_of_every_shape_once(monkeypatch):
+    """The kernel takes one tensor, or two that are alike."""
+    from fastgist import backends
+    from fastgist.ops import _finished
+
+    def scale_unless_one(grads, factor):
+        assert len(grads) in (1, 2) and len({(g.shape, g.dtype) for g in grads}) == 1
+        for g in grads:
+            g.mul_(factor)
+
+    kernels = types.ModuleType("fastgist_kernels.scale")
+    kernels.scale_unless_one = scale_unless_one
+    monkeypatch.setitem(sys.modules, "fastgist_kernels.scale", kernels)
+    monkeypatch.setattr(backends, "available", lambda: {"triton": "yes"})
+    shapes = [(4, 3), (4, 3), (4, 3), (7, 3), (7,)]  # the head may be as large as the hidden states
+    grads = [torch.ones(shape) for shape in shapes] + [torch.ones(4, 3, dtype=torch.bfloat16)]
+    assert _finished._scale_on_device(grads, torch.tensor(3.0))
+    assert all((g == 3).all() for g in grads)
+
+
 @pytest.mark.parametrize("chunk_rows", [2, 64, 512])
 def test_many_chunks_do_not_wear_a_bfloat16_heads_gradient_down(impl, device, chunk_rows):
     """Summed in bfloat16, 256 chunks of gradients of one sign stop adding up."""

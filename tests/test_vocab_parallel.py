@@ -180,6 +180,12 @@ def others(rank: int) -> dict:
     alone = [dist.new_group([r]) for r in range(RANKS)]
     inputs, target, _, _, wanted = problem("plain")
     loss, grads = evaluate(call(gist_linear_loss, target, {"group": alone[rank]}), inputs, wanted)
+    given, labels, _, shares, _ = problem("told")
+    mine = slice(*shares[rank])
+    told = {"group": dist.group.WORLD, "vocab_start": mine.start, "vocab_size": CLASSES}
+    local = given[:2] + [x[mine] for x in given[2:]]
+    compiled = torch.compile(call(gist_linear_loss, labels, told), fullgraph=True, backend="aot_eager")
+    of_compiled = evaluate(compiled, local, [True] * 4, incoming({}))
     errors = {}
 
     def attempt(name: str, hidden=inputs[0], gist=inputs[1], labels=target, head=inputs[2], **options):
@@ -197,7 +203,8 @@ def others(rank: int) -> dict:
     attempt("outside", vocab_start=30, vocab_size=CLASSES)
     attempt("not in it", group=alone[1 - rank])
     attempt("target", labels=torch.full_like(target, 2 * CLASSES))  # each rank has CLASSES of them here
-    return {"alone": {"loss": loss, "grads": grads}, "errors": errors}
+    results = {"alone": (loss, grads), "compiled": of_compiled}
+    return {name: {"loss": x[0], "grads": x[1]} for name, x in results.items()} | {"errors": errors}
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +257,11 @@ def test_a_group_of_one_is_no_group(ranks):
     for found in ranks:
         assert torch.equal(found["alone"]["loss"], loss)
         assert all(torch.equal(x, y) for x, y in zip(found["alone"]["grads"], grads, strict=True))
+
+
+def test_told_its_share_a_rank_may_be_compiled_whole(ranks):
+    for found in ranks:
+        torch.testing.assert_close(found["compiled"], found["told"])
 
 
 @pytest.mark.parametrize(

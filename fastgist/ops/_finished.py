@@ -55,13 +55,12 @@ def _scale_on_device(grads: list[Tensor], factor: Tensor) -> bool:
         return False
     from fastgist_kernels.scale import scale_unless_one
 
-    # One launch for two of a size and dtype: the two sides. A head's gradient has a size of its own, and may be wider.
-    kinds: dict[tuple[int, torch.dtype], list[Tensor]] = {}
-    for g in grads:
-        kinds.setdefault((g.numel(), g.dtype), []).append(g)
-    for alike in kinds.values():
-        for first in range(0, len(alike), 2):
-            scale_unless_one(alike[first : first + 2], factor)
+    alike: dict[tuple, list[Tensor]] = {}  # the kernel takes two of one shape and dtype, as both sides' gradients are
+    for grad in grads:
+        alike.setdefault((grad.dtype, grad.shape), []).append(grad)
+    for some in alike.values():
+        for first in range(0, len(some), 2):
+            scale_unless_one(some[first : first + 2], factor)
     return True
 
 
