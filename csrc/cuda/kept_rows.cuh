@@ -23,6 +23,15 @@ struct Kept {
   static constexpr int kQuarters = 4;                                  // groups of copies a row
 };
 
+// The blocks that registers must leave room for. One for gist_loss in float32 on sm_80, where half the registers spill.
+template <typename T, int kLoss, int kWarps>
+constexpr int kept_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if (kWarps > 1 && sizeof(T) == 4 && kLoss != kKl) return 1;
+#endif
+  return Kept<kWarps>::kBlocks;
+}
+
 // A row as the copies see it.
 template <typename T>
 struct KeptRow {
@@ -66,7 +75,7 @@ __device__ __forceinline__ int least(int a, int b, int c) { return a < b ? (a < 
 
 // `slice`: chunks of a row that a block (or warp) keeps.
 template <typename T, int kLoss, int kWarps>
-__global__ void __launch_bounds__(Kept<kWarps>::kBlock, Kept<kWarps>::kBlocks)
+__global__ void __launch_bounds__(Kept<kWarps>::kBlock, (kept_blocks<T, kLoss, kWarps>()))
     _kept_rows_kernel(const Arguments<float> args, int slice) {
   using A = float;
   using Layout = Kept<kWarps>;
