@@ -34,8 +34,7 @@ struct Again {
                                               A (&out)[kLanes]) {
     const bool any = first < classes;
     if constexpr (kChunks) {
-      Chunk<T> chunk = {};
-      if (any) chunk = *reinterpret_cast<const Chunk<T>*>(row + first);
+      Chunk<T> chunk = read_chunk(row, first, classes);
       blank_outside(chunk, first, classes);
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) out[i] = load(chunk.lane[i]);

@@ -33,6 +33,19 @@ __host__ __device__ __forceinline__ void blank_outside(Chunk<T>& chunk, Index fi
   }
 }
 
+// The chunk whose lane 0 is class `first`; `row` points at class 0. Nothing is read past the row's end, where lanes are
+// 0.
+template <typename T, typename Index>
+__device__ __forceinline__ Chunk<T> read_chunk(const T* row, Index first, Index classes) {
+  if (first + Chunk<T>::kLanes <= classes) return *reinterpret_cast<const Chunk<T>*>(row + first);
+  Chunk<T> out = {};
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::kLanes; ++i) {
+    if (first + i < classes) out.lane[i] = row[first + i];
+  }
+  return out;
+}
+
 // Write the lanes inside [0, classes) of the chunk whose lane 0 is class `first`; `row` points at class 0.
 template <typename T, typename A, typename Index>
 __device__ __forceinline__ void store_chunk(T* row, Index first, Index classes, const A (&x)[Chunk<T>::kLanes]) {
@@ -125,9 +138,9 @@ __device__ __forceinline__ void dense_weights(const Arguments<A>& args, int64_t 
   }
   const int64_t offset = row * args.target.stride_m;
   if constexpr (kLanes == Chunk<T>::kLanes) {
-    if (args.soft_chunks && first < classes) {
+    if (args.soft_chunks) {
       const T* of_row = static_cast<const T*>(args.target.weights) + offset;
-      const Chunk<T> given = *reinterpret_cast<const Chunk<T>*>(of_row + first);
+      const Chunk<T> given = read_chunk(of_row, first, classes);
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) {
         const bool inside = first + i >= 0 && first + i < classes;

@@ -33,9 +33,10 @@ __device__ __forceinline__ uint4* dynamic_shared() {
 // --------------------------------------
 
 // A thread sees what it copied itself after it waited; other threads' copies it sees only after a barrier as well.
-__device__ __forceinline__ void copy_async(uint4* to, const uint4* from) {
+// `bytes`, from 1 to 16, are read; 0 stands for the rest.
+__device__ __forceinline__ void copy_async(uint4* to, const uint4* from, int bytes) {
   const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until no more than `left` of this thread's latest groups of copies are under way.
@@ -75,6 +76,7 @@ __device__ __forceinline__ int cluster_rank() {
 // A barrier of all threads of all blocks; what was written to shared memory before is seen by all after it.
 __device__ __forceinline__ void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
+  __syncwarp();  // the barrier is one instruction of a whole warp
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
 #else

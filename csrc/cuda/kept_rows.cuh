@@ -23,6 +23,15 @@ struct Kept {
   static constexpr int kQuarters = 4;                                  // groups of copies a row
 };
 
+// The blocks that registers must leave room for. One for gist_loss in float32 on sm_80, where half the registers spill.
+template <typename T, int kLoss, int kWarps>
+constexpr int kept_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if (kWarps > 1 && sizeof(T) == 4 && kLoss != kKl) return 1;
+#endif
+  return Kept<kWarps>::kBlocks;
+}
+
 // A row as the copies see it.
 template <typename T>
 struct KeptRow {
@@ -32,17 +41,26 @@ struct KeptRow {
   int chunks;    // of the row
   int readable;  // chunks, or 0 where the row does not count
   int label;     // its class, or -1
-  bool counts, valid;
+  bool valid;
+
+  __device__ __forceinline__ bool counts() const { return readable > 0; }
+  // Start the copies of chunk j, if there is one to read; of the row's last no more than belongs to it.
+  __device__ __forceinline__ void copy(int j, int classes, uint4* z_to, uint4* o_to) const {
+    if (j >= readable) return;
+    const int left = head + classes - j * Chunk<T>::kLanes;
+    const int bytes = left < Chunk<T>::kLanes ? left * static_cast<int>(sizeof(T)) : kVectorBytes;
+    copy_async(z_to, z + j, bytes);
+    copy_async(o_to, o + j, bytes);
+  }
 };
 
 template <int kLoss, typename T, typename A>
 __device__ __forceinline__ KeptRow<T> kept_row(const Arguments<A>& args, int64_t row) {
-  KeptRow<T> out = {nullptr, nullptr, 0, 0, 0, -1, false, false};
+  KeptRow<T> out = {nullptr, nullptr, 0, 0, 0, -1, false};
   if (row >= args.in.rows) return out;
   const T* z = static_cast<const T*>(args.in.z) + row * args.in.z_stride_m;
   const T* o = static_cast<const T*>(args.in.o) + row * args.in.o_stride_m;
   const Standing of = standing<kLoss>(args, row);
-  out.counts = of.counts;
   out.valid = of.valid;
   out.label = static_cast<int>(of.label);
   out.head = head_of(z);
@@ -57,7 +75,7 @@ __device__ __forceinline__ int least(int a, int b, int c) { return a < b ? (a < 
 
 // `slice`: chunks of a row that a block (or warp) keeps.
 template <typename T, int kLoss, int kWarps>
-__global__ void __launch_bounds__(Kept<kWarps>::kBlock, Kept<kWarps>::kBlocks)
+__global__ void __launch_bounds__(Kept<kWarps>::kBlock, (kept_blocks<T, kLoss, kWarps>()))
     _kept_rows_kernel(const Arguments<float> args, int slice) {
   using A = float;
   using Layout = Kept<kWarps>;
@@ -82,10 +100,7 @@ __global__ void __launch_bounds__(Kept<kWarps>::kBlock, Kept<kWarps>::kBlocks)
   for (int part = 0; part < Layout::kQuarters; ++part) {
     for (int turn = part * quarter; turn < (part + 1) * quarter; ++turn) {
       const int slot = thread + turn * Layout::kThreads;
-      if (slot < slice && base + slot < next.readable) {
-        copy_async(z_kept + slot, next.z + base + slot);
-        copy_async(o_kept + slot, next.o + base + slot);
-      }
+      if (slot < slice) next.copy(base + slot, classes, z_kept + slot, o_kept + slot);
     }
     commit_copies();
   }
@@ -95,7 +110,7 @@ __global__ void __launch_bounds__(Kept<kWarps>::kBlock, Kept<kWarps>::kBlocks)
     const KeptRow<T> now = next;
     next = kept_row<kLoss, T>(args, row + step);
     About<A> row_about = {};
-    if (now.counts) {
+    if (now.counts()) {
       A z_label = 0, o_label = 0;
       if (kLoss != kKl && leads && now.label >= 0) {
         z_label = load(static_cast<const T*>(args.in.z)[row * args.in.z_stride_m + now.label]);
@@ -195,7 +210,7 @@ __global__ void __launch_bounds__(Kept<kWarps>::kBlock, Kept<kWarps>::kBlocks)
         if (base + slot < now.chunks) {
           const int first = (base + slot) * kLanes - now.head;
           A z[kLanes], o[kLanes];
-          if (now.counts) {
+          if (now.counts()) {
             const Chunk<T> z_chunk = reinterpret_cast<const Chunk<T>&>(z_kept[slot]);
             const Chunk<T> o_chunk = reinterpret_cast<const Chunk<T>&>(o_kept[slot]);
 #pragma unroll
@@ -211,10 +226,7 @@ __global__ void __launch_bounds__(Kept<kWarps>::kBlock, Kept<kWarps>::kBlocks)
           if (args.grad_z != nullptr) store_chunk(static_cast<T*>(args.grad_z) + at, first, classes, z);
           if (args.grad_o != nullptr) store_chunk(static_cast<T*>(args.grad_o) + at, first, classes, o);
         }
-        if (base + slot < next.readable) {
-          copy_async(z_kept + slot, next.z + base + slot);
-          copy_async(o_kept + slot, next.o + base + slot);
-        }
+        next.copy(base + slot, classes, z_kept + slot, o_kept + slot);
       }
       commit_copies();
     }

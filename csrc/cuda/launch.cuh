@@ -73,6 +73,10 @@ cudaError_t prepare(Kernel* kernel, int index, Device& device) {
   device.largest_cluster = 1;
   cudaFuncAttributes compiled;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_a_block);
+  if (error == cudaSuccess) {
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, kernel);
   if (error != cudaSuccess || compiled.ptxVersion < 90) return error;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);

@@ -34,6 +34,7 @@ namespace fastgist::emulated {
 struct Copy {
   uint4* to;
   const uint4* from;
+  int bytes;
 };
 
 struct Fiber {
@@ -97,31 +98,31 @@ inline void enter() {
 
 inline void poison(uint4* at, int64_t count) { std::memset(static_cast<void*>(at), 0xFF, count * sizeof(uint4)); }
 
-// Let every fiber of a set go on whose members all wait at `wait` (those that have ended are left out: a device does so
-// too). True if any set went on.
-inline bool release(Fiber::Wait wait) {
-  Machine& m = *machine;
-  bool any = false;
-  const auto key = [&](const Fiber& f) {
-    const int in_block = (f.y * m.threads_x + f.x) / 32;
-    return wait == Fiber::kCluster ? 0 : wait == Fiber::kBlock ? f.block : f.block * 1024 + in_block;
-  };
-  for (size_t i = 0; i < m.fibers.size();) {
-    size_t end = i;
-    bool all = true, live = false;
-    while (end < m.fibers.size() && key(*m.fibers[end]) == key(*m.fibers[i])) {
-      all = all && (m.fibers[end]->done || m.fibers[end]->wait == wait);
-      live = live || !m.fibers[end]->done;
-      if (wait == Fiber::kCluster && m.fibers[end]->done) stop("a thread has ended that a cluster waits for");
-      ++end;
-    }
-    if (all && live) {
-      for (size_t f = i; f < end; ++f) m.fibers[f]->wait = Fiber::kNone;
-      any = true;
-    }
-    i = end;
+using Fibers = std::vector<Fiber*>;
+
+// Let the fibers of a set go on if all that have not ended wait at `wait`. True if any goes on.
+inline bool release(const Fibers& set, Fiber::Wait wait) {
+  const auto done = std::count_if(set.begin(), set.end(), [](const Fiber* fiber) { return fiber->done; });
+  const bool live = done < static_cast<int64_t>(set.size());
+  for (const Fiber* fiber : set) {
+    if (!fiber->done && fiber->wait != wait) return false;
   }
-  return any;
+  if (wait == Fiber::kCluster && live && done > 0) stop("a thread has ended that its cluster waits for");
+  for (Fiber* fiber : set) fiber->wait = Fiber::kNone;
+  return live;
+}
+
+// Run a warp as far as it goes without other warps.
+inline bool run_warp(const Fibers& warp) {
+  bool ran = false;
+  do {
+    for (Fiber* fiber : warp) {
+      if (fiber->done || fiber->wait != Fiber::kNone) continue;
+      resume(fiber);
+      ran = true;
+    }
+  } while (release(warp, Fiber::kWarp));
+  return ran;
 }
 
 // Run one cluster of a grid.
@@ -145,18 +146,30 @@ inline void run_cluster(Machine& m, int64_t bytes) {
       }
     }
   }
-  for (;;) {
-    bool ran = false, all_done = true;
-    for (auto& fiber : m.fibers) {
-      if (fiber->done || fiber->wait != Fiber::kNone) continue;
-      resume(fiber.get());
-      ran = true;
+  std::vector<Fibers> warps, blocks(m.blocks_a_cluster);
+  Fibers all;
+  for (auto& fiber : m.fibers) {
+    if (all.size() % 32 == 0) warps.emplace_back();
+    warps.back().push_back(fiber.get());
+    blocks[fiber->block].push_back(fiber.get());
+    all.push_back(fiber.get());
+  }
+  const auto ended = [](const Fibers& set) {
+    return std::all_of(set.begin(), set.end(), [](const Fiber* fiber) { return fiber->done; });
+  };
+  // One warp after the other, each as far ahead of the rest as it may be, in an order that differs from cluster to
+  // cluster.
+  if (m.cluster % 2 == 1) std::reverse(warps.begin(), warps.end());
+  while (!ended(all)) {
+    bool ran = false;
+    for (const Fibers& warp : warps) {
+      const int block = warp[0]->block;
+      if (run_warp(warp)) ran = true;
+      if (ended(blocks[block])) poison(m.shared[block].data(), m.shared[block].size());
     }
-    for (auto& fiber : m.fibers) all_done = all_done && fiber->done;
-    if (all_done) break;
-    const bool warp = release(Fiber::kWarp);
-    const bool block = !warp && release(Fiber::kBlock);
-    if (!ran && !warp && !block && !release(Fiber::kCluster)) stop("threads wait for each other at different places");
+    const auto goes_on = [](const Fibers& block) { return release(block, Fiber::kBlock); };
+    if (std::any_of(blocks.begin(), blocks.end(), goes_on)) continue;  // the first that may, and it alone
+    if (!release(all, Fiber::kCluster) && !ran) stop("threads wait for each other at different places");
   }
 }
 
@@ -207,9 +220,9 @@ A shuffle_xor(A x, int lane_mask) {
 
 inline uint4* dynamic_shared() { return machine->shared[machine->running->block].data(); }
 
-inline void copy_async(uint4* to, const uint4* from) {
+inline void copy_async(uint4* to, const uint4* from, int bytes) {
   emulated::poison(to, 1);
-  machine->running->started.push_back({to, from});
+  machine->running->started.push_back({to, from, bytes});
 }
 inline void commit_copies() {
   machine->running->groups.push_back(std::move(machine->running->started));
@@ -218,7 +231,10 @@ inline void commit_copies() {
 inline void wait_copies(int left) {
   auto& groups = machine->running->groups;
   for (; static_cast<int>(groups.size()) > left; groups.pop_front()) {
-    for (const emulated::Copy& copy : groups.front()) *copy.to = *copy.from;
+    for (const emulated::Copy& copy : groups.front()) {
+      *copy.to = {};
+      std::memcpy(static_cast<void*>(copy.to), copy.from, copy.bytes);
+    }
   }
 }
 

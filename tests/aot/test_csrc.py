@@ -52,7 +52,7 @@ FLAGS = ("strided", "vectorised")
 
 
 def kernel_name(symbol: str) -> str:
-    """Kernel, dtype, loss where it is one of several, layout and warps a row, as in ``_again_rows_kernel[half gist strided 8]``."""
+    """Kernel, dtype, loss where it is one of several, layout, warps a row: ``_again_rows_kernel[half gist strided 8]``."""
     found = SYMBOL.search(symbol)
     assert found, f"a kernel whose name this test cannot read: {symbol}"
     rest = [(kind, int(value)) for kind, value in re.findall(r"L([bi])(\d+)E", found["rest"])]
