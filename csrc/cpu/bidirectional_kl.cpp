@@ -81,10 +81,10 @@ struct BidirectionalKl {
     const A of_p = row.of_p * block.moved_p, of_q = row.of_q * block.moved_q;
 #pragma omp simd
     for (int64_t i = 0; i < block.n; ++i) {
-      const A d = gap(z[i], o[i], row.m_z, row.m_o);
+      const A d = gap(z[i], o[i], row.m_z, row.m_o) * row.inv_t;
       const A p = p_hat[i] * of_p, q = q_hat[i] * of_q;
-      if constexpr (kGradZ) grad_z[i] = multiply_add<kFma>(p, multiply_add<kFma>(d, row.inv_t, -row.e_p), p - q);
-      if constexpr (kGradO) grad_o[i] = multiply_add<kFma>(q, multiply_add<kFma>(-d, row.inv_t, row.e_q), q - p);
+      if constexpr (kGradZ) grad_z[i] = multiply_add<kFma>(p, d - row.e_p, p - q);
+      if constexpr (kGradO) grad_o[i] = multiply_add<kFma>(q, row.e_q - d, q - p);
     }
   }
 };

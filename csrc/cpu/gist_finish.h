@@ -46,10 +46,10 @@ FASTGIST_INLINE void finish_both(const Block<A>& block, const GistScalars<A>& ro
 #pragma omp simd
   for (int64_t i = 0; i < block.n; ++i) {
     const A zc = z[i] - row.z.centre, oc = o[i] - row.o.centre;
-    const A d = z[i] == -kInf<A> ? A(0) : zc - oc;
+    const A d = (z[i] == -kInf<A> ? A(0) : zc - oc) * row.inv_t;
     const A p = p_hat[i] * of_p, q = q_hat[i] * of_q;
-    const A kl_z = multiply_add<kFma>(p, multiply_add<kFma>(d, row.inv_t, -row.z.mean), p - q);
-    const A kl_o = multiply_add<kFma>(q, multiply_add<kFma>(-d, row.inv_t, -row.o.mean), q - p);
+    const A kl_z = multiply_add<kFma>(p, d - row.z.mean, p - q);
+    const A kl_o = multiply_add<kFma>(q, -row.o.mean - d, q - p);
     const A t_z = kEven ? even_z : row.z.row_grad * weights[i];
     const A t_o = kEven ? even_o : row.o.row_grad * weights[i];
     const A ce_z = multiply_add<kFma>(exp_unit<kPower, kFma>(zc, p_hat[i]), unit_p, -t_z);
@@ -84,9 +84,9 @@ FASTGIST_INLINE void finish_side(const OneSide<A>& at, int64_t n, const GistSide
     const A t = own.row_grad * weights[i];
     const A ce = multiply_add<kFma>(exp_unit<kPower, kFma>(xc, x_hat[i]), unit, -t);
     if constexpr (kKl) {
-      const A d = gap(x[i], y[i], own.centre, other.centre);
+      const A d = gap(x[i], y[i], own.centre, other.centre) * inv_t;
       const A p = x_hat[i] * of_x, q = y_hat[i] * of_y;
-      const A kl = multiply_add<kFma>(p, multiply_add<kFma>(d, inv_t, -own.mean), p - q);
+      const A kl = multiply_add<kFma>(p, d - own.mean, p - q);
       grad[i] = multiply_add<kFma>(own.beta_t, kl, ce);
     } else {
       grad[i] = ce;
@@ -103,9 +103,9 @@ FASTGIST_INLINE void finish_divergence(const OneSide<A>& at, int64_t n, const Gi
   const A of_x = own.of_hat * at.moved_x, of_y = other.of_hat * at.moved_y;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const A d = gap(x[i], y[i], own.centre, other.centre);
+    const A d = gap(x[i], y[i], own.centre, other.centre) * inv_t;
     const A p = x_hat[i] * of_x, q = y_hat[i] * of_y;
-    grad[i] = own.beta_t * multiply_add<kFma>(p, multiply_add<kFma>(d, inv_t, -own.mean), p - q);
+    grad[i] = own.beta_t * multiply_add<kFma>(p, d - own.mean, p - q);
   }
 }
 

@@ -247,6 +247,8 @@ FASTGIST_INLINE A moved(A from, A to, const ExpScale<A>& over_t) {
 }
 
 // z - m_z less o - m_o: 0 where both are -inf. Where one is, e_p and e_q are NaN and take the whole row with them.
+// (Over T it is rounded as e_p and e_q are: where one class has all the mass, d less its mean must be 0, and a fused
+// product would leave the rounding of the mean.)
 template <typename A>
 FASTGIST_INLINE A gap(A z, A o, A m_z, A m_o) {
   return z == -kInf<A> ? A(0) : (z - m_z) - (o - m_o);
