@@ -31,6 +31,9 @@ Config = dict[str, int]
 Key = tuple[str, str, str]  # kernel, architecture, shape class
 
 _ROWS = {"BLOCK_V": (256, 512, 1024, 2048, 4096, 8192), "BLOCK_M": (1, 2, 4, 8), "num_warps": (2, 4, 8, 16)}
+#: Rows that stand in one tile keep its width; long ones are one a program.
+_WHOLE = {"BLOCK_M": (1, 2, 4), "num_warps": (1, 2, 4, 8, 16)}
+_LONG = {"BLOCK_V": (512, 1024, 2048, 4096, 8192), "num_warps": (4, 8, 16)}
 _TILE = {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
 _ADAPTER = {"BLOCK_M": (16, 32, 64, 128), "BLOCK_D": (32, 64, 128), "BLOCK_N": (32, 64, 128)} | _TILE
 _FLAT = {"BLOCK": (1024, 2048, 4096, 8192), "num_warps": (2, 4, 8)}
@@ -38,8 +41,15 @@ _FLAT = {"BLOCK": (1024, 2048, 4096, 8192), "num_warps": (2, 4, 8)}
 SPACES: dict[str, dict[str, tuple[int, ...]]] = {
     "bidirectional_kl_fwd": _ROWS,
     "bidirectional_kl_bwd": _ROWS,
+    "bidirectional_kl_whole": _WHOLE,
+    "bidirectional_kl_rows": _LONG,
+    "bidirectional_kl_split": _LONG,
     "gist_loss_fwd": _ROWS,
     "gist_loss_bwd": _ROWS,
+    "gist_loss_whole": _WHOLE,
+    "gist_loss_rows": _LONG,
+    "gist_loss_split": _LONG,
+    "scale_unless_one": _FLAT,
     "gist_linear_loss_chunk": _ROWS,
     "topk_kl_fwd": {name: values for name, values in _ROWS.items() if name != "BLOCK_M"},
     "topk_kl_bwd_rest": _ROWS,

@@ -328,10 +328,8 @@ def choose_form(logits: torch.Tensor) -> str:
     """How gradients are finished with the loss. "alone": all rows in one program, which adds them up too; "whole": rows in
     registers; "split": few long rows, each by several programs in two launches; "rows": a row a program, read twice."""
     rows, classes = logits.shape
-    if next_power_of_2(rows) * next_power_of_2(classes) <= ALONE_ELEMENTS:
-        return "alone"
     if classes <= WHOLE_CLASSES:
-        return "whole"
+        return "alone" if next_power_of_2(rows) * next_power_of_2(classes) <= ALONE_ELEMENTS else "whole"
     return "split" if few_rows(logits) else "rows"
 
 
