@@ -205,11 +205,18 @@ class GistLoss(nn.Module):
 
     @property
     def has_linear(self) -> bool:
-        """Whether :meth:`of_linear` computes this loss: single labels, "bkld", nothing detached."""
-        return self.problem_type == PROBLEMS[0] and self.interaction == "bkld" and self.detach is None
+        """Whether :meth:`of_linear` computes this loss: single labels, "bkld"."""
+        return self.problem_type == PROBLEMS[0] and self.interaction == "bkld"
 
     def of_linear(
-        self, hidden: Tensor, gist_hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
+        self,
+        hidden: Tensor,
+        gist_hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        *,
+        divisor: float | Tensor | None = None,
     ) -> Tensor:
         """The loss of the logits that a linear head makes of hidden states (..., H), without the logits: see
         :func:`fastgist.functional.gist_linear_loss`.
@@ -218,7 +225,7 @@ class GistLoss(nn.Module):
             ValueError: a kind of loss that only has logits (:attr:`has_linear`).
         """
         if not self.has_linear:
-            raise ValueError(f"GistLoss: of_linear is for single labels, bkld and no detach, got {self.extra_repr()}")
+            raise ValueError(f"GistLoss: of_linear is for single labels and bkld, got {self.extra_repr()}")
         return functional.gist_linear_loss(
             hidden,
             gist_hidden,
@@ -232,6 +239,8 @@ class GistLoss(nn.Module):
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            detach=self.detach,
+            divisor=divisor,
         )
 
     def _rest(

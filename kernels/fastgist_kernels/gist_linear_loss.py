@@ -177,7 +177,7 @@ def gist_linear_loss_chunk(
         scale.stride(0),
         *scalars,
         **flags,
-        **gradient_flags(alpha, beta, beta, beta),
+        **gradient_flags(alpha, beta, beta_logits, beta_gist),
         NEED_GRAD=need_grad,
         VEC=vec,
     )
