@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["divisor_of", "is_plain", "loss_scale", "scaled"]
+__all__ = ["divisor_of", "is_plain", "loss_scale", "places", "scaled"]
 
 #: Whether the backward that runs is one of several over a retained graph; torch does not say so everywhere.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -38,7 +38,12 @@ def scaled(grads: Sequence[Tensor], factor: Tensor, dtype: torch.dtype | Sequenc
 
 
 def _as(grad: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return grad if dtype is None else grad.to(dtype)
+    return grad if dtype is None or grad.dtype == dtype else grad.to(dtype)
+
+
+def places(logits: Tensor, *wanted: bool) -> list[Tensor | None]:
+    """Contiguous memory for gradients of ``logits`` where wanted, not yet written."""
+    return [torch.empty_like(logits, memory_format=torch.contiguous_format) if want else None for want in wanted]
 
 
 def is_plain(*tensors: Tensor) -> bool:

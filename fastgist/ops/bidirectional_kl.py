@@ -72,17 +72,14 @@ def _fwd(
         return loss, logits.new_empty(0), *_common.filled(grads, logits)
     finishes, leaves_stats = leaves(impl, logits, reduce, need_logits or need_other)
     launchers = _launchers(impl)
-    row_loss = torch.empty(rows, dtype=dtype, device=logits.device)
+    row_loss = logits.new_empty(rows, dtype=dtype)
     if finishes:
-        loss = torch.empty((), dtype=dtype, device=logits.device)
-        grads = [
-            torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if need else None
-            for need in (need_logits, need_other)
-        ]
+        loss = row_loss.new_empty(())
+        grads = _finished.places(logits, need_logits, need_other)
         arguments = logits, other_logits, mask, divisor, temperature, scale, row_loss, loss, *grads
         launchers.bidirectional_kl_fwd_bwd(*arguments)
         return loss, logits.new_empty(0), *_common.filled(grads, logits)
-    stats = torch.empty(len(STATS), rows, dtype=dtype, device=logits.device)
+    stats = logits.new_empty(len(STATS), rows, dtype=dtype)
     launchers.bidirectional_kl_fwd(logits, other_logits, mask, temperature, row_loss, stats)
     if scale != 1.0 or divisor is not None:
         row_loss = row_loss * (scale if divisor is None else scale / divisor)
@@ -114,14 +111,10 @@ def _bwd(
     impl = backends.resolve(_OP, impl, logits)
     if impl == "reference":
         raise RuntimeError(f"{_OP}: the reference returns its gradients from the forward; there is no backward to call")
-    shape = logits.shape
-    grad_logits = torch.empty(shape, dtype=logits.dtype, device=logits.device) if need_logits else None
-    grad_other = torch.empty(shape, dtype=logits.dtype, device=logits.device) if need_other else None
+    grads = _finished.places(logits, need_logits, need_other)
     if logits.numel() and (need_logits or need_other):
-        _launchers(impl).bidirectional_kl_bwd(
-            logits, other_logits, mask, stats, row_grad, temperature, grad_logits, grad_other
-        )
-    return _common.filled((grad_logits, grad_other), logits)
+        _launchers(impl).bidirectional_kl_bwd(logits, other_logits, mask, stats, row_grad, temperature, *grads)
+    return _common.filled(grads, logits)
 
 
 def _bwd_fake(logits, other_logits, mask, stats, row_grad, temperature, need_logits, need_other, impl):

@@ -47,7 +47,8 @@ def _fwd(logits: Tensor, gist_logits: Tensor, target: Tensor, divisor: Tensor | 
     options = rest[:-5]
     results = _run(logits, gist_logits, target, divisor, *rest)
     # A target that is no class made its row NaN: only then is there something to look for.
-    if target.device.type != "cpu" or math.isnan(float(results[0].sum())):
+    loss = results[0]
+    if target.device.type != "cpu" or math.isnan(float(loss if loss.dim() == 0 else loss.sum())):
         check_targets_in_range(_OP, target, logits.shape[1], options[-1])
     return results
 
@@ -62,17 +63,14 @@ def _run(logits: Tensor, gist_logits: Tensor, target: Tensor, divisor: Tensor | 
         row_loss, *grads = reference.forward(logits, gist_logits, target, *options, *wanted)  # type: ignore[call-arg]
         return (row_loss.sum() if reduce else row_loss) * whole, empty, *_common.filled(grads, logits)
     finishes, leaves_stats = leaves(impl, logits, reduce, need_logits or need_gist)
-    row_loss = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
+    row_loss = logits.new_empty(logits.shape[0], dtype=dtype)
     if finishes:
-        loss = torch.empty((), dtype=dtype, device=logits.device)
-        grads = [
-            torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if n else None
-            for n in (need_logits, need_gist)
-        ]
+        loss = row_loss.new_empty(())
+        grads = _finished.places(logits, need_logits, need_gist)
         arguments = logits, gist_logits, target, divisor, *options, scale, row_loss, loss, *grads
         _launchers(impl).gist_loss_fwd_bwd(*arguments)
         return loss, empty, *_common.filled(grads, logits)
-    stats = torch.empty(len(STATS), logits.shape[0], dtype=dtype, device=logits.device)
+    stats = logits.new_empty(len(STATS), logits.shape[0], dtype=dtype)
     _launchers(impl).gist_loss_fwd(logits, gist_logits, target, *options, row_loss, stats)
     if scale != 1.0 or divisor is not None:
         row_loss = row_loss * (scale if divisor is None else scale / divisor)
@@ -98,10 +96,7 @@ def _bwd(
     impl = backends.resolve(_OP, impl, logits)
     if impl == "reference":
         raise RuntimeError(f"{_OP}: the reference returns its gradients from the forward; there is no backward to call")
-    shape = logits.shape
-    grads = [
-        torch.empty(shape, dtype=logits.dtype, device=logits.device) if n else None for n in (need_logits, need_gist)
-    ]
+    grads = _finished.places(logits, need_logits, need_gist)
     if logits.numel() and (need_logits or need_gist):
         _launchers(impl).gist_loss_bwd(logits, gist_logits, target, stats, row_grad, *options, *grads)
     return _common.filled(grads, logits)
