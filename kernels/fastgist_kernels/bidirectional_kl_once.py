@@ -303,7 +303,7 @@ def bidirectional_kl_fwd_bwd(
     else:
         alone = form == "alone"
         config = (
-            alone_config(rows, classes)
+            alone_config(rows, classes, vec)
             if alone
             else whole_config("bidirectional_kl_whole", logits.device, rows, classes)
         )
@@ -328,7 +328,7 @@ def _specs() -> list[Spec]:
         grads = {"grad_z_ptr": f"*{dtype}", "grad_o_ptr": f"*{dtype}"}
         for label, vec, block_m, block_v, warps, alone in (
             ("alone", 4, 32, 128, 16, True),
-            ("alone_ragged", 1, 32, 128, 16, True),
+            ("alone_ragged", 1, 16, 128, 8, True),
             ("v128", width, 16, 128, 4, False),
             ("v1024", width, 2, 1024, 4, False),
             ("v4096", width, 1, 4096, 8, False),

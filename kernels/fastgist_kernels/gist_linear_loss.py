@@ -157,7 +157,8 @@ def gist_linear_loss_chunk(
     (2 m, V), whose rows may be padded but whose columns are adjacent."""
     pairs, classes = row_loss.shape[0], logits.shape[1]
     vec = vector_width(logits, target) if target.dim() == 2 else vector_width(logits)
-    config = rows_config("gist_linear_loss_chunk", logits.device, classes, vec)
+    # Two passes over packed rows keep much alive: with eight elements a thread some tiles spill.
+    config = rows_config("gist_linear_loss_chunk", logits.device, classes, vec, packed=4)
     scalars, flags = loss_arguments(
         target, classes, alpha, beta, beta_logits, beta_gist, temperature, label_smoothing, ignore_index
     )
@@ -192,10 +193,15 @@ SPECS = [
         | SCALAR_TYPES,
         {"stride_tv": 0, "stride_scale": 0, "SOFT": False, "SMOOTH": False, "POWER": 3}
         | {"ALPHA": True, "KL_Z": True, "KL_G": True, "NEED_GRAD": True}
-        | {"VEC": vec, "BLOCK_M": 128 * vec // block_v, "BLOCK_V": block_v},
+        | {"VEC": vec, "BLOCK_M": block_m, "BLOCK_V": block_v},
         num_stages=1,
         unaligned=SIZES,
     )
-    for dtype, vec in (("bf16", 8), ("fp32", 4))
-    for label, block_v in (("small_v", 128), ("long_v", 128 * vec))
+    for dtype, width in (("bf16", 8), ("fp32", 4))
+    for label, vec, block_m, block_v in (
+        ("small_v", width, 4, 128),
+        ("small_v_ragged", 1, 4, 128),
+        ("long_v", width, 1, 128 * width),
+        ("long_v_ragged", 1, 1, 1024),
+    )
 ]

@@ -464,7 +464,9 @@ def gist_loss_fwd_bwd(logits, gist_logits, target, divisor, *rest, form=None) ->
         launch(_gist_loss_rows_kernel, grid, twice_config("gist_loss_rows", logits, vec), *inputs, *rest, **flags)
     else:
         alone = form == "alone"
-        whole = alone_config(rows, classes) if alone else whole_config("gist_loss_whole", logits.device, rows, classes)
+        whole = (
+            alone_config(rows, classes, vec) if alone else whole_config("gist_loss_whole", logits.device, rows, classes)
+        )
         launch(_gist_loss_whole_kernel, grid, whole, *inputs, loss, *rest, **flags, ALONE=alone)
     if form != "alone":
         torch.sum(row_loss, 0, out=loss)
@@ -487,7 +489,7 @@ def _specs() -> list[Spec]:
         grads = {"grad_z_ptr": f"*{element}", "grad_g_ptr": f"*{element}"}
         for label, vec, block_m, block_v, warps, alone in (
             ("alone", 4, 32, 128, 16, True),
-            ("alone_ragged", 1, 32, 128, 16, True),
+            ("alone_ragged", 1, 16, 128, 8, True),
             ("v128", width, 16, 128, 4, False),
             ("v1024", width, 2, 1024, 4, False),
             ("v4096", width, 1, 4096, 8, False),

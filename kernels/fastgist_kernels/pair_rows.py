@@ -280,12 +280,15 @@ def vector_width(*tensors: torch.Tensor) -> int:
     return 1
 
 
-def rows_config(kernel: str, device: torch.device, classes: int, vec: int, num_warps: int = 4) -> dict[str, int]:
+def rows_config(
+    kernel: str, device: torch.device, classes: int, vec: int, num_warps: int = 4, packed: int = 8
+) -> dict[str, int]:
     """Tile for a kernel that walks rows: one access of ``vec`` elements a thread and tensor, or eight of one; rows packed
-    while V is small."""
-    elements = 32 * num_warps * (vec if vec > 1 else 8)
-    block_v = min(next_power_of_2(classes), elements)
-    default = {"BLOCK_V": block_v, "BLOCK_M": elements // block_v, "num_warps": num_warps, "num_stages": 1}
+    while V is small, up to ``packed`` elements a thread."""
+    each = vec if vec > 1 else 8
+    block_v = min(next_power_of_2(classes), 32 * num_warps * each)
+    block_m = max(1, 32 * num_warps * min(each, packed) // block_v)
+    default = {"BLOCK_V": block_v, "BLOCK_M": block_m, "num_warps": num_warps, "num_stages": 1}
     return default | launch_config(kernel, device_arch(device), f"v{next_power_of_2(classes)}")
 
 
@@ -298,10 +301,11 @@ def whole_config(kernel: str, device: torch.device, rows: int, classes: int) -> 
     return default | launch_config(kernel, device_arch(device), f"v{block_v}")
 
 
-def alone_config(rows: int, classes: int) -> dict[str, int]:
+def alone_config(rows: int, classes: int, vec: int) -> dict[str, int]:
     """Tile of a problem whose rows one program takes, some at a time."""
     block_v = next_power_of_2(classes)
-    block_m = max(1, min(next_power_of_2(rows), 4096 // block_v))
+    elements = 4096 if vec > 1 else 2048  # an address for every element: sixteen warps would have too few registers
+    block_m = max(1, min(next_power_of_2(rows), elements // block_v))
     return {"BLOCK_V": block_v, "BLOCK_M": block_m, "num_warps": _warps(block_m * block_v, 256), "num_stages": 1}
 
 
