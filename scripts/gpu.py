@@ -94,7 +94,8 @@ def plan(stages: tuple[str, ...], ops: tuple[str, ...], out: Path, minutes: floa
         elif stage == "parity":
             yield Step(stage, "operations", (*tests, *(f"tests/test_{op}.py" for op in ops), "-m", "kernel"))
             yield Step(stage, "dtypes and tiles", (*tests, "tests/gpu/test_precision.py", "tests/gpu/test_tiles.py"))
-            yield Step(stage, "losses in CUDA C++", (*tests, "tests/gpu/test_losses_on_gpu.py"))
+            if {"bidirectional_kl", "gist_loss"} & set(ops):
+                yield Step(stage, "losses in CUDA C++", (*tests, "tests/gpu/test_losses_on_gpu.py"))
         elif stage == "hard":
             yield Step(stage, "hard cases", (*tests, "tests/hard", "-m", "kernel or gpu"))
             yield Step(stage, "graphs and syncs", (*tests, "tests/gpu/test_graphs.py", "tests/gpu/test_sync.py"))

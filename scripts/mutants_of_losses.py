@@ -183,8 +183,8 @@ BIDIRECTIONAL_KL = [
         ("no T^2", "row_loss = row_loss * temperature**2", "row_loss = row_loss * temperature", "t_squared squares"),
         (
             "offset kept",
-            "return z - _offset(z, other)",
-            "return z * 1.0",
+            "return z - _finite_max(z), other - _finite_max(other)",
+            "return z * 1.0, other * 1.0",
             "100 between the two sides",
         ),
         ("q at T = 1", "torch.softmax(other * inv_t, -1)", "torch.softmax(other, -1)", "both sides at T"),

@@ -177,12 +177,22 @@ def test_every_mutant_finds_its_text_once():
     assert all((ROOT / test).exists() for m in mutants.MUTANTS for test in mutants.tests_of(m))
 
 
-def test_every_kernel_file_has_five_mutants():
+def test_every_kernel_file_has_mutants_and_five_with_what_it_imports():
     mutants = _load("scripts/mutants.py")
-    for path in sorted((ROOT / "kernels" / "fastgist_kernels").glob("*.py")):
-        if "@triton.jit" in path.read_text() and path.stem not in ("common", "philox"):
-            have = sum(m.file == f"kernels/fastgist_kernels/{path.name}" for m in mutants.MUTANTS)
-            assert have >= 5, f"{path.name} has {have} mutants"
+    kernels = ROOT / "kernels" / "fastgist_kernels"
+    have = {
+        path.stem: sum(m.file == f"kernels/fastgist_kernels/{path.name}" for m in mutants.MUTANTS)
+        for path in kernels.glob("*.py")
+    }
+    for path in sorted(kernels.glob("*.py")):
+        source = path.read_text()
+        if "@triton.jit" in source and path.stem not in ("common", "philox"):
+            parts = set(re.findall(r"^from fastgist_kernels\.(\w+) import", source, re.MULTILINE)) - {
+                "common",
+                "philox",
+            }
+            assert have[path.stem] >= 2, f"{path.name} has {have[path.stem]} mutants"
+            assert have[path.stem] + sum(have[part] for part in parts) >= 5, f"{path.name} and what it imports have few"
 
 
 def test_the_sample_is_fixed_and_spread():
