@@ -366,3 +366,7 @@ def _warmup(config: WarmupConfig) -> None:
     from fastgist.train.diagnostics import warmup
 
     warmup(**dataclasses.asdict(config))
+
+
+if __name__ == "__main__":
+    main()

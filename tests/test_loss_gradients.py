@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE, implementations
+from conftest import DEVICE, INTERPRETING, implementations
 from losses import assert_same, gradient_terms
 from torch import Tensor
 
@@ -226,3 +226,33 @@ def test_the_divergence_as_a_module_takes_a_divisor():
     (z, g), _, options = problem("bidirectional_kl")
     whole = nn.BidirectionalKLLoss(3.0, reduction="sum")(z, g, options["mask"])
     torch.testing.assert_close(nn.BidirectionalKLLoss(3.0)(z, g, options["mask"], divisor=8), whole / 8)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="the ordinary run has shown it")
+@pytest.mark.parametrize("op", ["bidirectional_kl", "gist_loss", "gist_linear_loss"])
+def test_a_divisor_that_changes_compiles_once_as_a_float_and_once_as_an_integer(op):
+    """The count of a step's tokens, as a Python number, is not a constant of a compiled graph."""
+    leaves, rest, _ = problem("gist_loss")
+    if op == "gist_linear_loss":
+        rest = (torch.randn(9, 37, device=DEVICE), None, torch.randint(9, (6,), device=DEVICE))
+
+    def loss(*leaves, divisor):
+        return getattr(F, op)(*leaves, *(() if op == "bidirectional_kl" else rest), divisor=divisor)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=4):
+        for divisor in (*(n + 0.5 for n in range(1, 9)), *range(1, 9)):
+            torch.testing.assert_close(compiled(*leaves, divisor=divisor), loss(*leaves, divisor=divisor))
+
+
+@each
+def test_a_count_of_no_rows_divides_a_loss_of_nothing(op, by):
+    leaves, rest, options = problem(op)
+    if op == "bidirectional_kl":
+        options["mask"] = torch.zeros_like(options["mask"])
+    else:
+        rest = (torch.full_like(rest[0], -100),)
+    loss = getattr(F, op)(*leaves, *rest, impl=by, divisor=torch.tensor(0, device=DEVICE), **options)
+    assert loss == 0
+    assert all((g == 0).all() for g in gradients(loss, leaves))

@@ -117,7 +117,8 @@ class GistLoss(nn.Module):
             :class:`fastgist.nn.Linear`; whoever trains sets :attr:`progress`.
         interaction: "bkld" (the paper's, fused with both cross-entropies), "kl_forward" KL(p||q), "kl_reverse"
             KL(q||p), "jsd" (Jensen-Shannon), "mse" (mean over classes of (u - v)^2), "cosine" (1 - cos(u, v)), or a
-            function (logits, gist_logits, temperature) -> a number a row. u = z / T, v = z_g / T.
+            function (logits, gist_logits, temperature) -> a number a row. u = z / T, v = z_g / T. (torch.compile takes beta
+            and T for constants: a schedule that moves at every step compiles at every step, up to torch's limit.)
         t_squared: multiply the interaction by T^2.
         halve: half of the interaction, as R-Drop has it.
         detach: None (both sides receive the interaction's gradient, the paper's), "logits" (the prediction teaches and

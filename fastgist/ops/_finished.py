@@ -84,11 +84,14 @@ def divisor_of(op: str, divisor: object, reduction: str, like: Tensor, dtype: to
             raise ValueError(f"{op}: divisor must be one number, got a tensor of shape {tuple(divisor.shape)}")
         if divisor.requires_grad:
             raise ValueError(f"{op}: divisor gets no gradient; detach it")
-        return divisor.reshape(()).to(device=like.device, dtype=dtype, non_blocking=True)
+        number = divisor.reshape(()).to(device=like.device, dtype=dtype, non_blocking=True)
+        return number.clamp(min=torch.finfo(dtype).tiny)  # of a count of no rows: their loss of 0 stays 0
     if isinstance(divisor, bool) or not isinstance(divisor, (int, float)):
         raise TypeError(f"{op}: divisor must be a number or a Tensor, got {type(divisor).__name__}")
     if not 0.0 < divisor < float("inf"):
         raise ValueError(f"{op}: divisor must be finite and > 0, got {divisor}")
+    if torch.compiler.is_compiling():  # as a Python number it would be a constant of the graph
+        return like.new_ones((), dtype=dtype) * divisor
     return float(divisor)
 
 

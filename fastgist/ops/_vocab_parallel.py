@@ -58,6 +58,8 @@ def shard(
         if start is not None and (start, size) != (0, mine):
             raise ValueError(f"{op}: vocab_start and vocab_size describe a group's shares, and there is no group")
         return "", 0, mine, reduce_hidden
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"{op}: group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
     if torch.distributed.get_rank(group) < 0:
         raise ValueError(f"{op}: this process is not in the group")
     if impl not in ("auto", "reference"):

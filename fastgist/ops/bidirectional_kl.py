@@ -209,7 +209,8 @@ def bidirectional_kl(
 ) -> Tensor:
     r"""KL(p||q) + KL(q||p) with p = softmax(logits / T), q = softmax(other_logits / T), both sides receiving gradient.
 
-    The interaction term of GIST (arXiv 2312.07255). One online pass over the two tensors; no softmax is stored.
+    The interaction term of GIST (arXiv 2312.07255). One online pass over the two tensors; no softmax is stored. A side
+    that only teaches is given detached, and costs nothing.
 
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64, any strides. -inf marks a class as absent.

@@ -247,14 +247,15 @@ def gist_linear_loss(
             their gradients would take, at least 32 MiB and at most 1 GiB. The head's gradient, and for a half-precision
             head of more than one chunk its float32 sum, come on top.
         group: a torch.distributed group whose ranks share the head: weight (V_local, H) and bias are this rank's
-            consecutive rows of it, in the ranks' order. Hidden states, class targets and options must be the same on all
-            ranks; soft targets are this rank's columns (..., V_local). The loss is that of the whole head, the same bits on
-            every rank. One all-gather a chunk, of twelve numbers a row.
+            consecutive rows of it, in the ranks' order. Hidden states, class targets (of the whole vocabulary, not less
+            vocab_start) and options must be the same on all ranks: only shapes and options are compared, not values, and
+            what one rank alone raises leaves the others waiting. Soft targets are this rank's columns (..., V_local). The
+            loss is that of the whole head, the same bits on every rank. One all-gather a chunk, of twelve numbers a row.
         vocab_start, vocab_size: this rank's first row in the whole head, and the whole head's rows. Without them the ranks
             first tell each other, and hold what they were given against each other (ValueError on all of them, where
             they differ); a GPU synchronises for that. With them nothing is checked: other shapes on another rank hang.
-        reduce_hidden: False leaves the hidden states' gradients as this rank's share, whose sum over the ranks is the
-            gradient (for a caller who reduces or scatters it anyway). Summed in the hidden states' dtype.
+        reduce_hidden: True sums the hidden states' gradients over the ranks, in their dtype, so that each rank has the whole
+            one. False leaves each rank's share, for a caller who reduces or scatters it anyway.
         impl: "auto", "triton", "native" or "reference"; see :mod:`fastgist.backends`. With a group: "auto" or "reference".
 
     Returns:
@@ -276,7 +277,7 @@ def gist_linear_loss(
     leading, (classes, width) = hidden.shape[:-1], weight.shape
     check_target(_OP, target, leading, classes)
     temperature = _common.check_temperature(_OP, temperature)
-    check_options(_OP, alpha, beta, label_smoothing, reduction, detach)
+    check_options(_OP, alpha, beta, label_smoothing, ignore_index, reduction, detach)
     _check_chunks(chunk_rows, memory_budget)
     rows = math.prod(leading)
     target = target.reshape(rows, classes) if target.is_floating_point() else target.reshape(rows)
@@ -333,5 +334,7 @@ def _check_chunks(chunk_rows: int | None, memory_budget: int | None) -> None:
     if chunk_rows is not None and memory_budget is not None:
         raise ValueError(f"{_OP}: chunk_rows and memory_budget both say how large a chunk is; give one of them")
     for name, value in (("chunk_rows", chunk_rows), ("memory_budget", memory_budget)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{_OP}: {name} must be an integer, got {value!r}")
         if value is not None and value < 1:
             raise ValueError(f"{_OP}: {name} must be at least 1, got {value}")

@@ -213,13 +213,21 @@ def betas(beta: float, temperature: float, t_squared: bool, detach: str | None) 
 
 
 def check_options(
-    op: str, alpha: float, beta: float, label_smoothing: float, reduction: str, detach: str | None = None
+    op: str,
+    alpha: float,
+    beta: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    detach: str | None = None,
 ) -> None:
     for name, value in (("alpha", alpha), ("beta", beta)):
         if isinstance(value, Tensor) or not float("-inf") < float(value) < float("inf"):
             raise ValueError(f"{op}: {name} must be a finite number, got {value!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if isinstance(ignore_index, (bool, Tensor)) or not hasattr(ignore_index, "__index__"):
+        raise TypeError(f"{op}: ignore_index must be an integer, got {ignore_index!r}")
     if detach not in (None, "logits", "gist_logits"):
         raise ValueError(f"{op}: detach must be None, 'logits' or 'gist_logits', got {detach!r}")
     _common.check_reduction(op, reduction)
@@ -256,8 +264,10 @@ def gist_loss(
         detach: "logits" or "gist_logits": that side gets no gradient of the divergence, only of its cross-entropy. Costs
             nothing.
         divisor: what "mean" divides by in place of the number of rows that count: a number > 0 or a tensor of one, such
-            as the tokens of all accumulated batches (:func:`fastgist.distributed.mean_divisor` for several processes).
-        impl: "auto", "triton", "native" or "reference"; see :mod:`fastgist.backends`.
+            as the tokens of all accumulated batches (:func:`fastgist.distributed.mean_divisor` for several processes). Under
+            torch.compile a number may change from call to call; alpha, beta and temperature are constants of the graph,
+            and a schedule of theirs compiles anew for each value.
+        impl: "auto", "triton", "cuda", "native" or "reference"; see :mod:`fastgist.backends`.
 
     Returns:
         float32 (float64 for float64 inputs). Gradients in the dtype of the inputs; double backward raises.
@@ -281,7 +291,7 @@ def gist_loss(
     check_target(_OP, target, leading, classes)
     _common.check_same_device(_OP, logits=logits, gist_logits=gist_logits, target=target)
     temperature = _common.check_temperature(_OP, temperature)
-    check_options(_OP, alpha, beta, label_smoothing, reduction, detach)
+    check_options(_OP, alpha, beta, label_smoothing, ignore_index, reduction, detach)
     rows = math.prod(leading)
     if logits.dim() != 2:
         logits, gist_logits = logits.reshape(rows, classes), gist_logits.reshape(rows, classes)

@@ -4,6 +4,7 @@ distillation from a teacher of whom the likeliest classes are stored."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +22,34 @@ def two_passes(model: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def r_drop(logits: Tensor, other_logits: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
+def r_drop(
+    logits: Tensor,
+    other_logits: Tensor,
+    target: Tensor,
+    weight: float = 1.0,
+    *,
+    divisor: float | Tensor | None = None,
+) -> Tensor:
     """R-Drop (arXiv 2106.14448): CE(z_1) + CE(z_2) + weight * [KL(p_1||p_2) + KL(p_2||p_1)] / 2 at T = 1, one fused pass.
 
     Args:
         logits, other_logits: (..., V), of two dropout passes (:func:`two_passes`).
-        target: (...) int64.
+        target: (...) int64; rows with -100 leave all terms.
         weight: the paper's alpha.
+        divisor: what the mean divides by instead of the rows that count, such as those of all accumulated batches.
     """
-    return GistLoss(alpha=1.0, beta=weight, temperature=1.0, halve=True)(logits, other_logits, target)
+    loss = GistLoss(alpha=1.0, beta=weight, temperature=1.0, halve=True)
+    return loss(logits, other_logits, target, divisor=divisor)
 
 
-def mutual_learning(peers: Sequence[Tensor], target: Tensor, weight: float = 1.0, temperature: float = 1.0) -> Tensor:
+def mutual_learning(
+    peers: Sequence[Tensor],
+    target: Tensor,
+    weight: float = 1.0,
+    temperature: float = 1.0,
+    *,
+    divisor: float | Tensor | None = None,
+) -> Tensor:
     """Deep mutual learning (arXiv 1706.00384) of K networks: the sum over k of CE(z_k) + weight * mean over j of J(z_k, z_j).
 
     Each network is taught by the others as they are: z_j takes no gradient from k's term. J is the divergence in both
@@ -40,7 +57,8 @@ def mutual_learning(peers: Sequence[Tensor], target: Tensor, weight: float = 1.0
 
     Args:
         peers: K >= 2 tensors (..., V).
-        target: (...) int64.
+        target: (...) int64; rows with -100 leave all terms.
+        divisor: as in :func:`r_drop`.
 
     Raises:
         ValueError: fewer than two networks.
@@ -48,20 +66,29 @@ def mutual_learning(peers: Sequence[Tensor], target: Tensor, weight: float = 1.0
     if len(peers) < 2:
         raise ValueError(f"mutual_learning: expected the logits of at least 2 networks, got {len(peers)}")
     total = peers[0].new_zeros((), dtype=torch.promote_types(peers[0].dtype, torch.float32))
+    kept = target != -100
     for k, own in enumerate(peers):
-        total = total + GistLoss()(own, target)  # one output: its cross-entropy
+        total = total + GistLoss()(own, target, divisor=divisor)  # one output: its cross-entropy
         for other in (z for j, z in enumerate(peers) if j != k):
-            divergence = functional.bidirectional_kl(own, other.detach(), temperature=temperature)
+            options: dict[str, Any] = {"temperature": temperature, "mask": kept, "divisor": divisor}
+            divergence = functional.bidirectional_kl(own, other.detach(), **options)
             total = total + weight / (len(peers) - 1) * divergence
     return total
 
 
 def self_distillation(
-    logits: Tensor, teacher_logits: Tensor, target: Tensor, weight: float = 1.0, temperature: float = 3.0
+    logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    weight: float = 1.0,
+    temperature: float = 3.0,
+    *,
+    divisor: float | Tensor | None = None,
 ) -> Tensor:
-    """CE(z) + weight * T^2 * J(z / T, teacher / T), the teacher (an earlier or averaged copy) without gradient."""
+    """CE(z) + weight * T^2 * J(z / T, teacher / T), the teacher (an earlier or averaged copy) without gradient. Rows with
+    target -100 leave both terms; divisor as in :func:`r_drop`."""
     loss = GistLoss(alpha=0.0, beta=weight, temperature=temperature, t_squared=True)
-    return loss(logits, teacher_logits.detach(), target)
+    return loss(logits, teacher_logits.detach(), target, divisor=divisor)
 
 
 @torch.no_grad()

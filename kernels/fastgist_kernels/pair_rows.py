@@ -21,7 +21,7 @@ import triton.language as tl
 
 from fastgist_kernels.common import cdiv, device_arch, launch_config, next_power_of_2
 from fastgist_kernels.gelu import exponential
-from fastgist_kernels.outer import processors
+from fastgist_kernels.outer import narrow, processors
 
 __all__ = [
     "SIZES",
@@ -118,7 +118,7 @@ def load_tile(
 def store_tile(ptr, offs_m, start, stride_m, values, mask, BLOCK_V: tl.constexpr, VEC: tl.constexpr):
     """``values`` into rows of adjacent columns; nobody reads them soon."""
     offsets = tile_offsets(offs_m, start, stride_m, 1, BLOCK_V, VEC)
-    tl.store(ptr + offsets, values.to(ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+    tl.store(ptr + offsets, narrow(values, ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
