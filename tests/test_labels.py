@@ -184,9 +184,11 @@ def test_what_is_not_fused(calls, monkeypatch) -> None:
     assert logits(return_gist_logits=True) and logits(return_gist_logits=False)
     hooked = GistLoss()
     hooked.register_forward_hook(lambda *_: None)
-    for loss in (GistLoss(detach="logits"), GistLoss(interaction="jsd"), hooked):
+    for loss in (GistLoss(interaction="jsd"), hooked):
         model.loss = loss
         assert logits()
+    model.loss = GistLoss(detach="logits")  # has a fused form
+    assert not logits()
 
     class Mine(GistLoss):
         def forward(self, *args):
