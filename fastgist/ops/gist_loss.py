@@ -198,6 +198,7 @@ def check_target(op: str, target: Tensor, leading: torch.Size, classes: int) -> 
     if not isinstance(target, Tensor):
         raise TypeError(f"{op}: target must be a Tensor, got {type(target).__name__}")
     if target.is_floating_point():
+        _common.check_floating(op, "target", target)
         wanted = (*leading, classes)
         if target.requires_grad:
             raise ValueError(f"{op}: soft targets get no gradient; detach target")
@@ -218,13 +219,18 @@ def betas(beta: float, temperature: float, t_squared: bool, detach: str | None) 
 
 
 def check_options(
-    op: str, alpha: float, beta: float, label_smoothing: float, reduction: str, detach: str | None = None
+    op: str,
+    alpha: float,
+    beta: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    detach: str | None = None,
 ) -> None:
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if isinstance(value, Tensor) or not float("-inf") < float(value) < float("inf"):
-            raise ValueError(f"{op}: {name} must be a finite number, got {value!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    _common.check_number(op, "alpha", alpha)
+    _common.check_number(op, "beta", beta)
+    _common.check_number(op, "label_smoothing", label_smoothing, 0, 1)
+    _common.check_integer(op, "ignore_index", ignore_index)
     if detach not in (None, "logits", "gist_logits"):
         raise ValueError(f"{op}: detach must be None, 'logits' or 'gist_logits', got {detach!r}")
     _common.check_reduction(op, reduction)
@@ -286,7 +292,7 @@ def gist_loss(
     check_target(_OP, target, leading, classes)
     _common.check_same_device(_OP, logits=logits, gist_logits=gist_logits, target=target)
     temperature = _common.check_temperature(_OP, temperature)
-    check_options(_OP, alpha, beta, label_smoothing, reduction, detach)
+    check_options(_OP, alpha, beta, label_smoothing, ignore_index, reduction, detach)
     rows = math.prod(leading)
     if logits.dim() != 2:
         logits, gist_logits = logits.reshape(rows, classes), gist_logits.reshape(rows, classes)

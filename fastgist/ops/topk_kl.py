@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgist import backends
-from fastgist.ops import _common
+from fastgist.ops import _common, _finished
 from fastgist.reference import topk_kl as reference
 from fastgist.reference._numerics import accumulate_dtype
 from fastgist.reference.bidirectional_kl import finished_dtype, reduce_rows
@@ -205,16 +205,6 @@ def _check(logits: Tensor, log_probs: Tensor, indices: Tensor, mask: Tensor | No
     _common.check_same_device(_OP, logits=logits, teacher_log_probs=log_probs, teacher_indices=indices, mask=mask)
 
 
-def _check_divisor(divisor: float | Tensor, reduction: str) -> None:
-    if reduction not in ("mean", "batchmean"):
-        raise ValueError(f"{_OP}: divisor is for reduction 'mean', got {reduction!r}")
-    if isinstance(divisor, Tensor):
-        if divisor.dim() != 0:
-            raise ValueError(f"{_OP}: divisor must be a number or a 0-dimensional tensor, got {tuple(divisor.shape)}")
-    elif not 0 < divisor < math.inf:
-        raise ValueError(f"{_OP}: divisor must be finite and > 0, got {divisor}")
-
-
 def topk_kl(
     logits: Tensor,
     teacher_log_probs: Tensor,
@@ -245,7 +235,7 @@ def topk_kl(
             divided by their number (0 if there are none).
         mask: bool (...): False rows count nowhere, whatever they hold, teacher included.
         t_squared: multiply by T^2, as in knowledge distillation.
-        divisor: a number or a 0-dimensional tensor by which "mean" divides instead of that number, for a mean over the
+        divisor: a number > 0 or a tensor of one by which "mean" divides instead of that number, for a mean over the
             tokens of several processes or steps: :func:`fastgist.distributed.mean_divisor`.
         impl: "auto", "triton" (k <= 1024) or "reference"; see :mod:`fastgist.backends`.
 
@@ -265,15 +255,14 @@ def topk_kl(
     _check(logits, teacher_log_probs, teacher_indices, mask, direction)
     temperature = _common.check_temperature(_OP, temperature)
     _common.check_reduction(_OP, reduction)
-    if divisor is not None:
-        _check_divisor(divisor, reduction)
+    width = accumulate_dtype(logits.dtype)
+    divisor = _finished.divisor_of(_OP, divisor, reduction, logits, width)
     leading, classes = logits.shape[:-1], logits.shape[-1]
     rows, known = math.prod(leading), teacher_indices.shape[-1]
     with torch.no_grad():
         log_probs, indices, log_rest = reference.sparse_teacher(
             teacher_log_probs.reshape(rows, known), teacher_indices.reshape(rows, known), classes
         )
-    width = accumulate_dtype(logits.dtype)
     row_loss = _TopkKL.apply(
         logits.reshape(rows, classes),
         log_probs.to(width),
