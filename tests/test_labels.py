@@ -187,6 +187,8 @@ def test_what_is_not_fused(calls, monkeypatch) -> None:
     for loss in (GistLoss(interaction="mse"), GistLoss(interaction="jsd"), hooked):
         model.loss = loss
         assert logits()
+    model.loss = GistLoss(detach="logits")  # has a fused form
+    assert not logits()
 
     class Mine(GistLoss):
         def forward(self, *args):

@@ -197,6 +197,9 @@ def others(rank: int) -> dict:
     rows = ROWS - rank
     attempt("rows", inputs[0][:rows], inputs[1][:rows], target[:rows])
     attempt("option", temperature=1.0 + rank)
+    attempt("reduction", reduction=("mean", "sum")[rank])
+    attempt("divisor", divisor=3 + rank)
+    attempt("reduce_hidden", reduce_hidden=rank == 0)
     attempt("gradient", inputs[0].clone().requires_grad_(rank == 0))
     attempt("impl", impl="triton")
     attempt("half told", vocab_start=0)
@@ -269,6 +272,9 @@ def test_told_its_share_a_rank_may_be_compiled_whole(ranks):
     [
         ("rows", "ValueError: gist_linear_loss: the number of rows must be the same on all ranks .*: .11, 10."),
         ("option", "ValueError: gist_linear_loss: an option must be the same on all ranks"),
+        ("reduction", "ValueError: gist_linear_loss: an option must be the same on all ranks"),
+        ("divisor", "ValueError: gist_linear_loss: an option must be the same on all ranks"),
+        ("reduce_hidden", "ValueError: gist_linear_loss: an option must be the same on all ranks"),
         ("gradient", "ValueError: gist_linear_loss: hidden.requires_grad must be the same on all ranks"),
         ("impl", "RuntimeError: gist_linear_loss: impl='triton' cannot run here: with a group"),
         ("half told", "ValueError: gist_linear_loss: vocab_start and vocab_size belong together"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterable
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -15,11 +17,14 @@ __all__ = [
     "check_same_dtype",
     "check_same_device",
     "check_temperature",
+    "check_number",
+    "check_integer",
     "check_reduction",
     "autocast_dtype",
     "autocast_enabled",
     "dtype_name",
     "filled",
+    "is_ordinary",
     "needs",
     "scale_rows",
     "single_backward",
@@ -101,12 +106,12 @@ def _nobody_listens(args: Iterable[object]) -> bool:
         if kind in _ORDINARY:
             if torch._C._dispatch_keys(a).raw_repr() not in _ordinary_keys(a.device.type):  # type: ignore[arg-type, attr-defined]
                 return False
-        elif (kind is list and not all(_is_ordinary(t) for t in a)) or isinstance(a, Tensor):  # type: ignore[attr-defined]
+        elif (kind is list and not all(is_ordinary(t) for t in a)) or isinstance(a, Tensor):  # type: ignore[attr-defined]
             return False
     return True
 
 
-def _is_ordinary(t: Tensor) -> bool:
+def is_ordinary(t: Tensor) -> bool:
     """Whether nothing but autograd and the device's kernels have a part in ``t``: no negative or conjugate bit, no batch of
     torch's older vmap, no subclass."""
     return type(t) in _ORDINARY and torch._C._dispatch_keys(t).raw_repr() in _ordinary_keys(t.device.type)
@@ -229,12 +234,26 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
 def check_temperature(op: str, temperature: object) -> float:
     if isinstance(temperature, Tensor):
         raise TypeError(f"{op}: temperature must be a Python number (reading a tensor would synchronise), got a Tensor")
-    if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
+    if not isinstance(temperature, (int, float, Real)) or isinstance(temperature, bool):
         raise TypeError(f"{op}: temperature must be a number, got {type(temperature).__name__}")
     temperature = float(temperature)
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"{op}: temperature must be finite and > 0, got {temperature}")
     return temperature
+
+
+def check_number(op: str, name: str, value: object, least: float = -math.inf, most: float = math.inf) -> None:
+    """A finite Python or NumPy number within [least, most]; a tensor is none, since reading it would synchronise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not -math.inf < float(value) < math.inf or not least <= float(value) <= most:
+        wanted = "a finite number" if least == -math.inf else f"in [{least:g}, {most:g}]"
+        raise ValueError(f"{op}: {name} must be {wanted}, got {value}")
+
+
+def check_integer(op: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
+        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
 
 
 def check_reduction(op: str, reduction: str, allowed: tuple[str, ...] = REDUCTIONS) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
+
+from fastgist.ops import _common
 
 __all__ = ["divisor_of", "is_plain", "loss_scale", "places", "scaled"]
 
@@ -50,7 +53,7 @@ def is_plain(*tensors: Tensor) -> bool:
     """Whether these are numbers in memory that Python may look at: nobody traces, compiles or transforms."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return all(type(t) is Tensor for t in tensors)
+    return all(_common.is_ordinary(t) for t in tensors)
 
 
 def _scale_on_device(grads: list[Tensor], factor: Tensor) -> bool:
@@ -70,7 +73,10 @@ def _scale_on_device(grads: list[Tensor], factor: Tensor) -> bool:
 
 
 def divisor_of(op: str, divisor: object, reduction: str, like: Tensor, dtype: torch.dtype) -> Tensor | float | None:
-    """A caller's ``divisor``: a positive Python number, or a tensor of one number, as () ``dtype`` where ``like`` is.
+    """A caller's ``divisor``: a positive number, as a float, or a tensor of one, as () ``dtype`` where ``like`` is.
+
+    Compiled code has a tensor of either: a Python number would be a constant of the graph, and another count of tokens another
+    graph.
 
     Raises:
         TypeError, ValueError: something else, or a reduction that divides by nothing.
@@ -84,15 +90,18 @@ def divisor_of(op: str, divisor: object, reduction: str, like: Tensor, dtype: to
             raise ValueError(f"{op}: divisor must be one number, got a tensor of shape {tuple(divisor.shape)}")
         if divisor.requires_grad:
             raise ValueError(f"{op}: divisor gets no gradient; detach it")
-        number = divisor.reshape(()).to(device=like.device, dtype=dtype, non_blocking=True)
-        return number.clamp(min=torch.finfo(dtype).tiny)  # of a count of no rows: their loss of 0 stays 0
-    if isinstance(divisor, bool) or not isinstance(divisor, (int, float)):
+        if divisor.is_complex() or divisor.dtype == torch.bool:
+            raise TypeError(f"{op}: divisor must be a real number, got {_common.dtype_name(divisor.dtype)}")
+        given = divisor.reshape(()).to(device=like.device, dtype=dtype, non_blocking=True)
+        return given.clamp(min=torch.finfo(dtype).tiny)  # of a count of no rows: their loss of 0 stays 0
+    if isinstance(divisor, bool) or not isinstance(divisor, (int, float, Real)):
         raise TypeError(f"{op}: divisor must be a number or a Tensor, got {type(divisor).__name__}")
-    if not 0.0 < divisor < float("inf"):
+    number: float = divisor  # type: ignore[assignment]
+    if not 0.0 < number < float("inf"):
         raise ValueError(f"{op}: divisor must be finite and > 0, got {divisor}")
-    if torch.compiler.is_compiling():  # as a Python number it would be a constant of the graph
-        return like.new_ones((), dtype=dtype) * divisor
-    return float(divisor)
+    if torch.compiler.is_compiling():
+        return torch.mul(like.new_ones((), dtype=dtype), number)  # new_full would keep a float as a constant
+    return float(number)
 
 
 def loss_scale(

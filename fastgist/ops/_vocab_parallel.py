@@ -65,7 +65,7 @@ def shard(
     if impl not in ("auto", "reference"):
         raise RuntimeError(f"{op}: impl={impl!r} cannot run here: with a group there is plain PyTorch alone")
     if start is None or size is None:
-        start, size = _agree(op, group, tensors, options)
+        start, size = _agree(op, group, tensors, (*options, reduce_hidden))
     if not 0 <= start <= start + mine <= size:
         raise ValueError(f"{op}: rows {start} to {start + mine} are not within a head of vocab_size {size}")
     return ("" if group.size() == 1 else group.group_name), start, size, reduce_hidden

@@ -220,7 +220,7 @@ def bidirectional_kl(
             divided by their number (0 if there are none).
         mask: bool (...): False rows count nowhere, whatever they hold.
         t_squared: multiply by T^2, as in knowledge distillation.
-        divisor: what "mean" divides by in place of the number of rows that count: a number > 0 or a tensor of one, such
+        divisor: what "mean" divides by in place of the number of rows that count: a number > 0 or a tensor of one number, such
             as the tokens of all accumulated batches (:func:`fastgist.distributed.mean_divisor` for several processes).
         impl: "auto", "triton", "cuda", "native" or "reference"; see :mod:`fastgist.backends`.
 

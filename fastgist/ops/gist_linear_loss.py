@@ -267,15 +267,17 @@ def gist_linear_loss(
     """
     for name, x in (("hidden", hidden), ("gist_hidden", gist_hidden), ("weight", weight)):
         _common.check_floating(_OP, name, x)
+    if bias is not None:
+        _common.check_floating(_OP, "bias", bias)
     cast = _common.autocast_dtype(hidden.device.type)
     if cast is not None and hidden.dtype != torch.float64:
         hidden, gist_hidden = hidden.to(cast), gist_hidden.to(cast)
     else:
         _common.check_same_dtype(_OP, hidden=hidden, gist_hidden=gist_hidden, weight=weight, bias=bias)
-    _common.check_same_device(_OP, hidden=hidden, gist_hidden=gist_hidden, weight=weight, bias=bias, target=target)
     _check_shapes(hidden, gist_hidden, weight, bias)
     leading, (classes, width) = hidden.shape[:-1], weight.shape
     check_target(_OP, target, leading, classes)
+    _common.check_same_device(_OP, hidden=hidden, gist_hidden=gist_hidden, weight=weight, bias=bias, target=target)
     temperature = _common.check_temperature(_OP, temperature)
     check_options(_OP, alpha, beta, label_smoothing, ignore_index, reduction, detach)
     _check_chunks(chunk_rows, memory_budget)
@@ -297,7 +299,14 @@ def gist_linear_loss(
         memory_budget or 0,
     )
     shard = _vocab_parallel.shard(
-        _OP, group, vocab_start, vocab_size, reduce_hidden, impl, (hidden, gist_hidden, weight, target), options
+        _OP,
+        group,
+        vocab_start,
+        vocab_size,
+        reduce_hidden,
+        impl,
+        (hidden, gist_hidden, weight, target),
+        (*options, reduction, scale),
     )
     loss = _GistLinearLoss.apply(
         hidden.reshape(rows, width),
@@ -334,7 +343,8 @@ def _check_chunks(chunk_rows: int | None, memory_budget: int | None) -> None:
     if chunk_rows is not None and memory_budget is not None:
         raise ValueError(f"{_OP}: chunk_rows and memory_budget both say how large a chunk is; give one of them")
     for name, value in (("chunk_rows", chunk_rows), ("memory_budget", memory_budget)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{_OP}: {name} must be an integer, got {value!r}")
-        if value is not None and value < 1:
+        if value is None:
+            continue
+        _common.check_integer(_OP, name, value)
+        if value < 1:
             raise ValueError(f"{_OP}: {name} must be at least 1, got {value}")

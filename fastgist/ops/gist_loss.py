@@ -193,6 +193,7 @@ def check_target(op: str, target: Tensor, leading: torch.Size, classes: int) -> 
     if not isinstance(target, Tensor):
         raise TypeError(f"{op}: target must be a Tensor, got {type(target).__name__}")
     if target.is_floating_point():
+        _common.check_floating(op, "target", target)
         wanted = (*leading, classes)
         if target.requires_grad:
             raise ValueError(f"{op}: soft targets get no gradient; detach target")
@@ -221,13 +222,10 @@ def check_options(
     reduction: str,
     detach: str | None = None,
 ) -> None:
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if isinstance(value, Tensor) or not float("-inf") < float(value) < float("inf"):
-            raise ValueError(f"{op}: {name} must be a finite number, got {value!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
-    if isinstance(ignore_index, (bool, Tensor)) or not hasattr(ignore_index, "__index__"):
-        raise TypeError(f"{op}: ignore_index must be an integer, got {ignore_index!r}")
+    _common.check_number(op, "alpha", alpha)
+    _common.check_number(op, "beta", beta)
+    _common.check_number(op, "label_smoothing", label_smoothing, 0, 1)
+    _common.check_integer(op, "ignore_index", ignore_index)
     if detach not in (None, "logits", "gist_logits"):
         raise ValueError(f"{op}: detach must be None, 'logits' or 'gist_logits', got {detach!r}")
     _common.check_reduction(op, reduction)
@@ -263,7 +261,7 @@ def gist_loss(
         reduction: "none", "sum", or "mean" (= "batchmean"): over the rows that are not ignored; 0 if none is left.
         detach: "logits" or "gist_logits": that side gets no gradient of the divergence, only of its cross-entropy. Costs
             nothing.
-        divisor: what "mean" divides by in place of the number of rows that count: a number > 0 or a tensor of one, such
+        divisor: what "mean" divides by in place of the number of rows that count: a number > 0 or a tensor of one number, such
             as the tokens of all accumulated batches (:func:`fastgist.distributed.mean_divisor` for several processes). Under
             torch.compile a number may change from call to call; alpha, beta and temperature are constants of the graph,
             and a schedule of theirs compiles anew for each value.

@@ -263,14 +263,14 @@ def topk_kl(
     _check(logits, teacher_log_probs, teacher_indices, mask, direction)
     temperature = _common.check_temperature(_OP, temperature)
     _common.check_reduction(_OP, reduction)
-    divisor = _finished.divisor_of(_OP, divisor, reduction, logits, accumulate_dtype(logits.dtype))
+    width = accumulate_dtype(logits.dtype)
+    divisor = _finished.divisor_of(_OP, divisor, reduction, logits, width)
     leading, classes = logits.shape[:-1], logits.shape[-1]
     rows, known = math.prod(leading), teacher_indices.shape[-1]
     with torch.no_grad():
         log_probs, indices, log_rest = reference.sparse_teacher(
             teacher_log_probs.reshape(rows, known), teacher_indices.reshape(rows, known), classes
         )
-    width = accumulate_dtype(logits.dtype)
     row_loss = _TopkKL.apply(
         logits.reshape(rows, classes),
         log_probs.to(width),
