@@ -70,7 +70,7 @@ def test_hard_17_equals_gist_loss_on_the_logits(impl, device, options, frozen, d
     plain = evaluate(unfused(target, **options), inputs, wanted, grad)
     exact = evaluate(lambda *a: formula(*a, target, **of_formula), [x.double() for x in inputs], wanted, grad * share)
     terms = 5.0 * (11 if options.get("reduction") == "sum" else 1)
-    for size in (1, 4, 11, 100, None):
+    for size in (4, None) if INTERPRETING else (1, 4, 11, 100, None):
         loss, grads = evaluate(
             lambda *a, c=size: gist_linear_loss(*a, target, chunk_rows=c, impl=impl, **options), inputs, wanted, grad
         )
@@ -224,7 +224,7 @@ def test_a_gist_token_that_learns_nothing_costs_no_product(impl, device, product
 
 
 def test_a_frozen_head_leaves_nothing_of_its_size_behind(impl, device):
-    inputs, target = case(64, 8, 4096, device=device)
+    inputs, target = case(64, 8, 256 if INTERPRETING else 4096, device=device)
     loss = gist_linear_loss(*(x.requires_grad_(i < 2) for i, x in enumerate(inputs)), target, impl=impl)
     kept = [t for t in loss.grad_fn.saved_tensors if t is not None]
     assert sorted(t.numel() for t in kept if t.numel()) == [512, 512]
@@ -304,7 +304,7 @@ def test_on_a_device_the_scale_reaches_gradients_of_every_shape_once(monkeypatch
     assert all((g == 3).all() for g in grads)
 
 
-@pytest.mark.parametrize("chunk_rows", [2, 64, 512])
+@pytest.mark.parametrize("chunk_rows", [64, 512] if INTERPRETING else [2, 64, 512])
 def test_many_chunks_do_not_wear_a_bfloat16_heads_gradient_down(impl, device, chunk_rows):
     """Summed in bfloat16, 256 chunks of gradients of one sign stop adding up."""
     inputs = [(torch.rand(512, 8, device=device) + 0.5).bfloat16() for _ in range(2)]

@@ -305,7 +305,7 @@ def bidirectional_kl_fwd_bwd(
         config = (
             alone_config(rows, classes, vec)
             if alone
-            else whole_config("bidirectional_kl_whole", logits.device, rows, classes)
+            else whole_config("bidirectional_kl_whole", logits.device, rows, classes, vec)
         )
         arguments = *inputs, loss, grad_logits, grad_other, *sizes, *scalars
         launch(_bidirectional_kl_whole_kernel, grid, config, *arguments, **flags, ALONE=alone)
@@ -330,6 +330,7 @@ def _specs() -> list[Spec]:
             ("alone", 4, 32, 128, 16, True),
             ("alone_ragged", 1, 16, 128, 8, True),
             ("v128", width, 16, 128, 4, False),
+            ("v128_ragged", 1, 8, 128, 4, False),
             ("v1024", width, 2, 1024, 4, False),
             ("v4096", width, 1, 4096, 8, False),
             ("v4096_ragged", 1, 1, 4096, 8, False),

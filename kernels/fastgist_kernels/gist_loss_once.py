@@ -465,7 +465,9 @@ def gist_loss_fwd_bwd(logits, gist_logits, target, divisor, *rest, form=None) ->
     else:
         alone = form == "alone"
         whole = (
-            alone_config(rows, classes, vec) if alone else whole_config("gist_loss_whole", logits.device, rows, classes)
+            alone_config(rows, classes, vec)
+            if alone
+            else whole_config("gist_loss_whole", logits.device, rows, classes, vec)
         )
         launch(_gist_loss_whole_kernel, grid, whole, *inputs, loss, *rest, **flags, ALONE=alone)
     if form != "alone":
@@ -491,6 +493,7 @@ def _specs() -> list[Spec]:
             ("alone", 4, 32, 128, 16, True),
             ("alone_ragged", 1, 16, 128, 8, True),
             ("v128", width, 16, 128, 4, False),
+            ("v128_ragged", 1, 8, 128, 4, False),
             ("v1024", width, 2, 1024, 4, False),
             ("v4096", width, 1, 4096, 8, False),
             ("v4096_ragged", 1, 1, 4096, 8, False),

@@ -292,12 +292,14 @@ def rows_config(
     return default | launch_config(kernel, device_arch(device), f"v{next_power_of_2(classes)}")
 
 
-def whole_config(kernel: str, device: torch.device, rows: int, classes: int) -> dict[str, int]:
-    """Tile of whole rows in registers: 16 elements a thread and tensor, fewer where there are not rows enough to go round."""
+def whole_config(kernel: str, device: torch.device, rows: int, classes: int, vec: int) -> dict[str, int]:
+    """Tile of whole rows in registers: 16 elements a thread and tensor (8 of several ragged rows, each with an address of its
+    own), fewer where there are not rows enough to go round."""
     block_v = next_power_of_2(classes)
     share = next_power_of_2(cdiv(rows, 2 * processors(device)))
-    block_m = max(1, min(2048 // block_v, share))
-    default = {"BLOCK_V": block_v, "BLOCK_M": block_m, "num_warps": _warps(block_m * block_v, 512), "num_stages": 1}
+    block_m = max(1, min((2048 if vec > 1 else 1024) // block_v, share))
+    each = 512 if vec > 1 or block_m == 1 else 256
+    default = {"BLOCK_V": block_v, "BLOCK_M": block_m, "num_warps": _warps(block_m * block_v, each), "num_stages": 1}
     return default | launch_config(kernel, device_arch(device), f"v{block_v}")
 
 
