@@ -58,9 +58,10 @@ def shard(
         if start is not None and (start, size) != (0, mine):
             raise ValueError(f"{op}: vocab_start and vocab_size describe a group's shares, and there is no group")
         return "", 0, mine, reduce_hidden
-    if not isinstance(group, torch.distributed.ProcessGroup):
+    outside = group is torch.distributed.GroupMember.NON_GROUP_MEMBER  # what new_group gives who is not in it
+    if not outside and not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(f"{op}: group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
-    if torch.distributed.get_rank(group) < 0:
+    if outside or torch.distributed.get_rank(group) < 0:
         raise ValueError(f"{op}: this process is not in the group")
     if impl not in ("auto", "reference"):
         raise RuntimeError(f"{op}: impl={impl!r} cannot run here: with a group there is plain PyTorch alone")
