@@ -27,6 +27,10 @@ from fastgist.reference._numerics import accumulate, accumulate_dtype, row_block
 __all__ = ["bidirectional_kl", "finished_dtype", "finished_empty", "forward", "narrow", "pair", "reduce_rows"]
 
 
+#: Classes above which softmax's own sum, which is no pairwise one, is wrong by so much that its result is divided again.
+LONG_ROW = 2**17
+
+
 def reduce_rows(row_loss: Tensor, reduction: str, mask: Tensor | None) -> Tensor:
     """Reduce per-row losses. ``mask`` (bool, same shape): rows that count. "mean" of no rows is 0."""
     if reduction == "none":
@@ -108,6 +112,9 @@ def pair(
     inv_t = 1.0 / temperature
     z, other = centred(z, other)
     p, q = torch.softmax(z * inv_t, -1), torch.softmax(other * inv_t, -1)
+    if z.shape[1] > LONG_ROW:
+        for probabilities in (p, q):
+            probabilities.div_(probabilities.sum(-1, keepdim=True))
     # d stays undivided by T and is taken about its mean under p: what must vanish where p is 1 or p = q then does.
     d = z - other
     mean_p = _mean(p, d)
