@@ -51,8 +51,9 @@ def panels(results: list[tuple[dict, list[dict]]]) -> list[tuple[str, str, list[
         device = f"measured on {device}, torch {environment['versions']['torch']}, {environment['date']}"
         groups: dict[tuple[str, ...], list[dict]] = {}
         for row in rows:
-            if row["op"] in LOSSES and "threads" in environment and row["case"] not in SHOWN:
-                continue  # by_classes draws them
+            if row["op"] in LOSSES and "threads" in environment:
+                if (row["case"], row["dtype"], row["direction"]) not in SHOWN:
+                    continue  # by_classes draws them
             key = row["op"], row["case"].replace("_", " "), row["dtype"], row["direction"].replace("_", "+", 1)
             groups.setdefault(key, []).append(row)
         for key, members in groups.items():
@@ -103,7 +104,7 @@ def draw(results: list[tuple[dict, list[dict]]], out: Path) -> None:
 
 LOSSES = ("bidirectional_kl", "gist_loss")
 #: Of the losses' cases on a CPU those that have panels of their own.
-SHOWN = ("M512_V1000", "M256_V32000")
+SHOWN = [(case, "float32", "fwd_bwd") for case in ("M512_V1000", "M256_V32000")]
 #: Okabe and Ito's colours, told apart in every common form of colour blindness; shapes differ as well.
 LINES = tuple(
     zip(("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#666666"), "osx^DvP", strict=True)
@@ -150,8 +151,10 @@ def draw_by_classes(device: str, of_op: dict[str, list[dict]], out: Path) -> Non
             floor = {r["V"]: r["bytes"] / r["floor_s"] / 1e9 for r in rows}
             speed.plot(list(floor), list(floor.values()), color=AXIS, linestyle="--", linewidth=1, label="floor")
             about = f"{op}, {rows[0]['dtype']}, forward and backward"
-            speed.set_title(f"{about}: GB/s of logits read and gradients written once", loc="left")
-            memory.set_title("peak memory beside the arguments, over the two logits tensors", loc="left")
+            speed.set_title(f"{about}\nGB/s, of logits read and gradients written once", loc="left", fontsize=8)
+            memory.set_title(
+                "peak memory of a call beside its arguments,\nover the two logits tensors", loc="left", fontsize=8
+            )
             speed.set_yscale("log")
             for panel in (speed, memory):
                 panel.set_xscale("log")
