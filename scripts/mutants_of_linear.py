@@ -1,0 +1,156 @@
+"""Mutants of gist_linear_loss, its chunks and its sharded head: (name, text, its replacement, why a test must notice)."""
+
+from __future__ import annotations
+
+from mutant_list import kernel, op
+
+__all__ = ["GIST_LINEAR_LOSS"]
+
+_LINEAR = ("tests/test_gist_linear_loss.py", "tests/test_gist_linear_loss_chunks.py")
+
+GIST_LINEAR_LOSS = [
+    *kernel(
+        "gist_linear_loss",
+        (
+            "gist rows start at 0",
+            "gist_ptr = logits_ptr + M.to(tl.int64) * stride_lm",
+            "gist_ptr = logits_ptr",
+            "rows i and m + i are a pair",
+        ),
+        (
+            "row scale not used",
+            "scale = tl.load(scale_ptr + offs_m * stride_scale, mask=mask_m, other=0.0)",
+            "scale = tl.full(offs_m.shape, 1.0, tl.float32)",
+            "each row's gradient has its factor",
+        ),
+        (
+            "gradients swapped",
+            "            logits_ptr,\n            gist_ptr,\n            m_z,",
+            "            gist_ptr,\n            logits_ptr,\n            m_z,",
+            "each side has its own",
+        ),
+        (
+            "ignored rows' loss kept",
+            "tl.store(loss_ptr + offs_m, tl.where(counts, loss, 0.0), mask=mask_m)",
+            "tl.store(loss_ptr + offs_m, loss, mask=mask_m)",
+            "an ignored row's loss is 0",
+        ),
+    ),
+    *op(
+        "gist_linear_loss",
+        ("chunks overwrite dW", "beta = self.sum, 1.0 if self.begun else 0.0", "beta = self.sum, 0.0", "chunks add up"),
+        (
+            "dW from the scattered gradients",
+            "torch.mm(logits[pairs:], weight, out=grad_gist[part])",
+            "torch.mm(logits[:pairs], weight, out=grad_gist[part])",
+            "the gist's rows are the second half",
+        ),
+        ("bias left out", "        if bias is None:\n", "        if True:\n", "the head's bias is part of the logits"),
+        (
+            "last chunk dropped",
+            "for first in range(0, rows, chunk_rows):",
+            "for first in range(0, rows // chunk_rows * chunk_rows, chunk_rows):",
+            "rows % chunk_rows rows remain",
+        ),
+        (
+            "target of the first chunk for all",
+            "work(logits, target[part], row_scale",
+            "work(logits, target[:pairs], row_scale",
+            "a chunk has its own targets",
+        ),
+        tests=_LINEAR,
+    ),
+    *op(
+        "gist_linear_loss",
+        (
+            "a bfloat16 sum",
+            "kept = self.narrow_to if chunks == 1 else dtype",
+            "kept = self.narrow_to",
+            "dW of many chunks is summed in float32",
+        ),
+        (
+            "the gist token always learns",
+            "silent = alpha == 0.0 and beta_gist == 0.0",
+            "silent = False",
+            "products of zeros are left out",
+        ),
+        (
+            "a silent gist token by alpha alone",
+            "silent = alpha == 0.0 and beta_gist == 0.0",
+            "silent = alpha == 0.0",
+            "the divergence teaches it too",
+        ),
+        (
+            "scale not folded in",
+            "(torch.ones_like(whole) if lifted else whole)",
+            "torch.ones_like(whole)",
+            "the forward finishes the gradients",
+        ),
+        (
+            "float16 gradients finished",
+            "lifted = hidden.dtype == torch.float16",
+            "lifted = False",
+            "a mean's 1 / rows underflows",
+        ),
+        (
+            "a head's gradient narrowed under autocast",
+            "narrow = weight.dtype == hidden.dtype and not lifted",
+            "narrow = not lifted",
+            "a float32 head gets its sum",
+        ),
+        tests=_LINEAR,
+    ),
+    *op(
+        "gist_linear_loss",
+        ("budget exceeded", "fit = budget // max(", "fit = 2 * budget // max(", "a budget is kept"),
+        (
+            "blocks of the first rows",
+            "ops.gist_loss_bwd(z[rows], gist[rows], target[rows], stats, scale[rows]",
+            "ops.gist_loss_bwd(z[rows], gist[rows], target[rows], stats, scale[: rows.stop - rows.start]",
+            "row gradients differ",
+        ),
+        file="_linear_chunks",
+        tests=_LINEAR,
+    ),
+    *op(
+        "gist_linear_loss",
+        (
+            "maxima not merged",
+            "shift = rise_z - rise_g",
+            "shift = rise_z - rise_z",
+            "d is about the whole head's maxima",
+        ),
+        (
+            "one rank's lone class",
+            "*(_in_order(x) for x in parts), s.lone.amax(0)",
+            "*(_in_order(x) for x in parts), s.lone[0]",
+            "a class absent on one side of any rank makes the row infinite",
+        ),
+        (
+            "a rank without a class",
+            "return maximum.masked_fill(maximum == -_INF, 0.0)",
+            "return maximum",
+            "-inf less -inf is NaN",
+        ),
+        (
+            "the label on every rank",
+            "torch.where(self.has_label, self.keep, 0.0)",
+            "torch.where(self.has_label, self.keep, self.keep)",
+            "one rank has it",
+        ),
+        (
+            "smoothing over a share",
+            "label_smoothing / max(classes, 1)",
+            "label_smoothing / max(mine, 1)",
+            "smoothing is over all classes",
+        ),
+        (
+            "hidden gradients not summed",
+            "for s in shares if s is not None]",
+            "for s in shares if s is None]",
+            "each rank has a part of the sum over classes",
+        ),
+        file="_vocab_parallel",
+        tests=("tests/test_vocab_parallel.py",),
+    ),
+]
