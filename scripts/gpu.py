@@ -95,6 +95,8 @@ def plan(stages: tuple[str, ...], ops: tuple[str, ...], out: Path, minutes: floa
             yield Step(stage, "operations", (*tests, *(f"tests/test_{op}.py" for op in ops), "-m", "kernel"))
             yield Step(stage, "dtypes and tiles", (*tests, "tests/gpu/test_precision.py", "tests/gpu/test_tiles.py"))
             if {"bidirectional_kl", "gist_loss"} & set(ops):
+                ways = "tests/test_loss_gradients.py", "tests/test_finished_losses.py", "-m", "kernel"
+                yield Step(stage, "losses' gradients", (*tests, *ways))
                 yield Step(stage, "losses in CUDA C++", (*tests, "tests/gpu/test_losses_on_gpu.py"))
         elif stage == "hard":
             yield Step(stage, "hard cases", (*tests, "tests/hard", "-m", "kernel or gpu"))

@@ -22,7 +22,7 @@ from fastgist.reference.gist_loss import gist_loss as formula
 from fastgist.testing import assert_within_budget, layouts
 
 if os.environ.get("FASTGIST_TEST_DEVICE", "cpu") != "cpu":
-    pytest.skip("gist_loss is compiled for CPUs only", allow_module_level=True)
+    pytest.skip("about CPU code; tests/gpu/test_losses_on_gpu.py has CUDA's", allow_module_level=True)
 pytestmark = [] if os.environ.get("TRITON_INTERPRET", "0") == "1" else [pytest.mark.kernel]
 
 NAN = float("nan")
