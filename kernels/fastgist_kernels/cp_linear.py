@@ -14,21 +14,27 @@ import triton
 import triton.language as tl
 
 from fastgist_kernels.aot import Spec
-from fastgist_kernels.common import cdiv, device_arch, dot, launch, launch_config, next_power_of_2
-from fastgist_kernels.outer import argument_types, low_dot, narrow, processors, rank_block
+from fastgist_kernels.common import cdiv, device_arch, dot, launch, launch_config
+from fastgist_kernels.cp_linear_plan import (
+    TILE_NAMES,
+    TILES,
+    cp_linear_form,
+    matmul_config,
+    product_precision,
+    rank_tile,
+    shape_class,
+)
+from fastgist_kernels.outer import argument_types, low_dot, narrow, rank_block
 from fastgist_kernels.philox import keep_mask
 
 __all__ = [
     "SPECS",
-    "cp_linear_form",
     "cp_linear_fwd",
     "dropout_args",
     "dropped",
-    "family",
     "gain_strides",
     "low_rank_empty",
     "matmul",
-    "product_precision",
     "project",
 ]
 
@@ -223,109 +229,7 @@ def _cp_linear_project_kernel(
     tl.store(h_ptrs, narrow(h, h_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
 
 
-# -- dispatch and launching ------------------------------------------------------------------------------------------
-
-FORMS = ("fused", "started", "blas")
-#: Tiles of the matmul kernel, read off the compiler (registers, shared memory,
-#: no spill), not off a clock. "sm_80" also serves the smaller parts of later generations.
-_TILE_NAMES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-_TILES = {
-    "sm_80": {
-        "large": (128, 128, 32, 8, 4),
-        "medium": (128, 128, 32, 8, 4),
-        "small": (16, 64, 64, 4, 4),
-        "ragged": (64, 64, 32, 8, 3),
-        "tf32": (128, 64, 32, 8, 3),
-        "ieee": (64, 64, 16, 8, 3),
-    },
-    "sm_90": {
-        "large": (128, 256, 64, 8, 3),
-        "medium": (128, 128, 64, 8, 3),
-        "small": (16, 64, 64, 4, 4),
-        "ragged": (64, 128, 32, 8, 3),
-        "tf32": (128, 64, 32, 8, 3),
-        "ieee": (64, 64, 16, 8, 3),
-    },
-}
-
-
-def _shape_class(rows: int, out: int, inner: int, rank: int) -> str:
-    return "_".join(
-        f"{name}{next_power_of_2(size)}" for name, size in zip("mnkr", (rows, out, inner, rank), strict=True)
-    )
-
-
-def family(arch: str) -> str:
-    return "sm_90" if arch in ("sm_90", "sm_100", "sm_103") else "sm_80"
-
-
-def product_precision(dtype: torch.dtype, tf32: bool) -> str:
-    """input_precision of the dots: float16's low-rank operands are float32 and lose nothing in tf32."""
-    return "tf32" if tf32 or dtype == torch.float16 else "ieee"
-
-
-def _rank_tile(x: torch.Tensor, rank: int, tf32: bool, fused: bool) -> int:
-    """The rank tile of the matmul kernel. Full float32 products take registers for every element of it."""
-    most = 32 if x.dtype == torch.float32 and not tf32 else 64
-    if device_arch(x.device) == "interpret" and not fused:
-        most = 16  # so that small tests walk over several rank blocks
-    return rank_block(rank, most)
-
-
-def _aligned(t: torch.Tensor) -> bool:
-    """Whether a tile of ``t`` can be fetched 16 bytes at a time, as Triton sees it.
-
-    Else every load of the loop goes through registers: tiles with BLOCK_K = 64 then spill and, where u is not aligned
-    either, meet a fault of ptxas 12.8 (see :func:`fastgist_kernels.aot.undefined_uniform`).
-    """
-    return t.data_ptr() % 16 == 0 and all(s == 1 or s % 16 == 0 for s in t.stride())
-
-
-def _matmul_config(x: torch.Tensor, weight: torch.Tensor, fold_n: int, rank: int, tf32: bool) -> dict[str, int]:
-    arch = device_arch(x.device)
-    rows, inner = x.shape
-    out = weight.shape[0]
-    if arch == "interpret":
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2}
-    tiles = _TILES[family(arch)]
-    large_m, large_n = tiles["large"][:2]
-    programs = cdiv(rows, large_m) * (out // fold_n) * cdiv(fold_n, large_n)
-    if x.dtype == torch.float32:
-        kind = "tf32" if tf32 else "ieee"
-    elif rows <= 32:
-        kind = "small"
-    elif not (_aligned(x) and _aligned(weight)):
-        kind = "ragged"
-    elif x.dtype == torch.bfloat16 and programs >= processors(x.device) and (rank <= 16 or rank % 16 == 0):
-        kind = "large"  # ragged ranks load V element by element, for which its registers do not suffice
-    else:
-        kind = "medium"
-    default = dict(zip(_TILE_NAMES, tiles[kind], strict=True)) | {"GROUP_M": 8}
-    return default | launch_config("cp_linear_fwd", arch, _shape_class(rows, out, inner, rank))
-
-
-def cp_linear_form(
-    x: torch.Tensor, weight: torch.Tensor, fold_n: int, rank: int, tf32: bool, *, forward: bool = True
-) -> str:
-    """Which form computes (x W^T + update): "fused", "started" or "blas" (the library's product, then the update added).
-
-    The table's entry, where one was measured; else by a model: the library's matmul is ahead for float32, and at large
-    N K by more than the extra pass over y costs; below, a second read of x costs as much as the extra columns at
-    N R = 47,000 for 256-wide tiles (790 TFLOP/s against 4.3 TB/s). float16 stays in the kernels, which keep h in float32.
-    Only a forward can be fused: dL/dh is needed beyond dx.
-    """
-    arch = device_arch(x.device)
-    out = weight.shape[0]
-    can_fuse = forward and rank <= _rank_tile(x, rank, tf32, fused=True)
-    can_blas = x.dtype != torch.float16
-    measured = launch_config("cp_linear_form", arch, _shape_class(x.shape[0], out, x.shape[1], rank))
-    if measured:
-        form = FORMS[measured["form"]]
-        return "started" if (form == "fused" and not can_fuse) or (form == "blas" and not can_blas) else form
-    if can_blas and arch != "interpret" and (x.dtype == torch.float32 or out * x.shape[1] >= 2048**2):
-        return "blas"
-    block_n = _matmul_config(x, weight, fold_n, rank, tf32)["BLOCK_N"]
-    return "fused" if can_fuse and out * rank * 256 <= 47_000 * block_n else "started"
+# -- launching ------------------------------------------------------------------------------------------
 
 
 def dropout_args(seed: torch.Tensor | None, dropout_p: float) -> tuple[int, float]:
@@ -342,7 +246,7 @@ def matmul(x, weight, bias, u, v, gain, seed, scale, dropout_p, tf32, y, h, *, f
     """y = x W^T + bias + scale * (h * gain) V^T, h being computed (fused; stored where not None) or read."""
     out, inner = weight.shape
     fold_n, rank = v.shape
-    config = _matmul_config(x, weight, fold_n, rank, tf32)
+    config = matmul_config(x, weight, fold_n, rank, tf32)
     launch(
         _cp_linear_fwd_kernel,
         lambda c: (cdiv(x.shape[0], c["BLOCK_M"]) * (out // fold_n) * cdiv(fold_n, c["BLOCK_N"]),),
@@ -377,7 +281,7 @@ def matmul(x, weight, bias, u, v, gain, seed, scale, dropout_p, tf32, y, h, *, f
         EVEN_K=inner % config["BLOCK_K"] == 0,
         WIDE=x.dtype == torch.float16,
         PRECISION=product_precision(x.dtype, tf32),
-        BLOCK_R=_rank_tile(x, rank, tf32, fused),
+        BLOCK_R=rank_tile(x, rank, tf32, fused),
     )
 
 
@@ -393,7 +297,7 @@ def project(a, b, gain, seed, scale, dropout_p, tf32, h) -> None:
     else:
         config = {"BLOCK_M": 64, "BLOCK_N": 32 if wide else 64, "BLOCK_R": block_r}
         config |= {"num_warps": 8 if wide or block_r > 16 else 4, "num_stages": 3 if wide else 4}
-        config |= launch_config("cp_linear_project", arch, _shape_class(rows, columns, fold_n, rank))
+        config |= launch_config("cp_linear_project", arch, shape_class(rows, columns, fold_n, rank))
     launch(
         _cp_linear_project_kernel,
         lambda c: (cdiv(rows, c["BLOCK_M"]), cdiv(rank, c["BLOCK_R"])),
@@ -473,8 +377,8 @@ def _specs() -> list[Spec]:
     seen = set()
     for family_name, archs in (("sm_90", (90, 100)), ("sm_80", (80,))):
         for dtype, precision, kind, rank, fused, even in cases:
-            tile = dict(zip(_TILE_NAMES, _TILES[family_name][kind], strict=True))
-            shared = _TILES["sm_80"][kind] == _TILES["sm_90"][kind]
+            tile = dict(zip(TILE_NAMES, TILES[family_name][kind], strict=True))
+            shared = TILES["sm_80"][kind] == TILES["sm_90"][kind]
             if shared and (dtype, kind, rank, fused) in seen:
                 continue
             seen.add((dtype, kind, rank, fused))

@@ -15,17 +15,8 @@ import triton.language as tl
 
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, device_arch, dot, launch
-from fastgist_kernels.cp_linear import (
-    cp_linear_form,
-    dropout_args,
-    dropped,
-    family,
-    gain_strides,
-    low_rank_empty,
-    matmul,
-    product_precision,
-    project,
-)
+from fastgist_kernels.cp_linear import dropout_args, dropped, gain_strides, low_rank_empty, matmul, project
+from fastgist_kernels.cp_linear_plan import cp_linear_form, family, product_precision
 from fastgist_kernels.outer import argument_types, low_dot, narrow, outer, outer_partials, rank_block
 
 __all__ = ["SPECS", "cp_linear_bwd"]
