@@ -88,16 +88,30 @@ def cp_linear(
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _merged_weight(
-    a: Tensor, weight: Tensor, u: Tensor, v: Tensor, gain: Tensor | None, seed: Tensor | None, scale: float
-) -> Tensor | None:
-    """W + dW where multiplying ``a`` by the sum is cheaper than by W and a factor, else None.
+def merge_pays(rows: int, inner: int, out: int, rank: int, factor_needed: bool) -> bool:
+    """Whether (M, inner) times W + dW is faster than times W, then a low-rank update of the (M, out) result."""
+    return rows >= 2 * inner
 
-    With ``a`` (M, inner) the sum costs N K R and two passes over W; the factor costs M R (N K / inner) and a second pass
-    over the output. In float32 and wider the sum rounds as the base product itself does; in half precision small
-    updates would vanish. Dropout acts between the factors and rules it out.
+
+def _merged_weight(
+    a: Tensor,
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor,
+    gain: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    factor_needed: bool,
+) -> Tensor | None:
+    """W + dW where multiplying ``a`` (M, inner) by the sum is cheaper than by W and a factor, else None.
+
+    In float32 and wider the sum rounds as the base product itself does; in half precision small updates would vanish.
+    Dropout acts between the factors and rules it out. ``factor_needed``: whether x U (dL/dh) is computed in any case.
     """
-    if seed is not None or a.dtype not in (torch.float32, torch.float64) or a.shape[0] < 2 * a.shape[1]:
+    if seed is not None or a.dtype not in (torch.float32, torch.float64):
+        return None
+    inner = a.shape[1]
+    if not merge_pays(a.shape[0], inner, sum(weight.shape) - inner, u.shape[1], factor_needed):
         return None
     folded = _folded_v(v, gain, _folds(weight, v))
     return torch.addmm(weight, folded, u.transpose(0, 1), alpha=scale)
@@ -138,7 +152,7 @@ def forward(
     y = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
     h = None
     for i, (rows, weight, own_v, own_gain) in enumerate(_pieces(weights, v, gain)):
-        merged = _merged_weight(x, weight, u, own_v, own_gain, seed, scale)
+        merged = _merged_weight(x, weight, u, own_v, own_gain, seed, scale, need_h)
         used, out = weight if merged is None else merged, y[:, rows]
         if biases:
             torch.addmm(biases[i], x, used.transpose(0, 1), out=out)
@@ -177,7 +191,7 @@ def backward(
     grad_x = grad_u = grad_v = grad_gain = grad_h = None
     if need_x:
         pieces = list(_pieces(weights, v, gain))
-        merged = [_merged_weight(grad[:, rows], w, u, own, g, seed, scale) for rows, w, own, g in pieces]
+        merged = [_merged_weight(grad[:, rows], w, u, own, g, seed, scale, need_u) for rows, w, own, g in pieces]
         whole = all(m is not None for m in merged)
     if need_u or (need_x and not whole):
         grad_h = torch.mm(grad, _folded_v(v, gain, folds)).mul_(scale)
