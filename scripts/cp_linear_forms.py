@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -54,21 +54,27 @@ def forms(direction: str, m: int, n: int, k: int, r: int) -> dict[str, Callable[
         rest = direction == "bwd"
         return reference.backward(grad, x, [weight], u, v, gain, None, h, 1, 1.0, 0.0, True, rest, rest, rest)
 
-    def forced(merged: bool) -> Callable[[], object]:
-        def run() -> object:
-            with mock.patch.object(reference, "merge_pays", lambda *sizes: merged):
-                return call()
+    return {name: forced(name, call) for name in FORMS}
 
-        return run
 
-    return {"merged": forced(True), "factored": forced(False)}
+def forced(form: str, call: Callable[[], object]) -> Callable[[], object]:
+    """``call`` with every product of cp_linear in that form."""
+    from fastgist.reference import cp_linear as reference
+
+    def run() -> object:
+        chosen, reference.merge_pays = reference.merge_pays, lambda *sizes: form == "merged"
+        try:
+            return call()
+        finally:
+            reference.merge_pays = chosen
+
+    return run
 
 
 def benchmark_forms(case) -> dict[str, Callable[[], object]]:
     """Forward and backward of a benchmark case: the operation in each form, and the eager forms it is compared with."""
     from benchmarks import harness
     from benchmarks.peers import PEERS
-    from fastgist.reference import cp_linear as reference
 
     problem = harness.make_problem("cp_linear", case, torch.device("cpu"))
     providers = {"merged": "fastgist reference", "factored": "fastgist reference"}
@@ -76,27 +82,21 @@ def benchmark_forms(case) -> dict[str, Callable[[], object]]:
 
     def step(name: str) -> Callable[[], object]:
         run = harness.make_step(problem, PEERS["cp_linear"][providers[name]](problem.tensors), "fwd_bwd")
-        if name not in FORMS:
-            return run
-
-        def forced() -> object:
-            with mock.patch.object(reference, "merge_pays", lambda *sizes: name == "merged"):
-                return run()
-
-        return forced
+        return forced(name, run) if name in FORMS else run
 
     return {name: step(name) for name in providers}
 
 
 def take_turns(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Times of each call. In every round each runs once, the order turning; rounds: what ``seconds`` allow, 7 to 301."""
-    names = list(calls)
+    """Times of each call. In every round each runs once, in an order drawn for it (the one before decides what is in the
+    caches); rounds: what ``seconds`` allow, 7 to 301."""
+    names, order = list(calls), random.Random(0)
     for name in names:
         calls[name]()
     times: dict[str, list[float]] = {name: [] for name in names}
     begun, rounds = time.perf_counter(), 0
     while rounds < 7 or (rounds < 301 and time.perf_counter() - begun < seconds):
-        for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
+        for name in order.sample(names, len(names)):
             start = time.perf_counter()
             calls[name]()
             times[name].append(time.perf_counter() - start)
@@ -106,7 +106,10 @@ def take_turns(calls: dict[str, Callable[[], object]], seconds: float) -> dict[s
 
 def summary(times: dict[str, list[float]], base: str = "merged") -> dict[str, object]:
     """Medians, and of every other form the ratios to ``base`` of the same round: median and quartiles."""
-    found: dict[str, object] = {"rounds": len(times[base]), "seconds": {n: statistics.median(t) for n, t in times.items()}}
+    found: dict[str, object] = {
+        "rounds": len(times[base]),
+        "seconds": {n: statistics.median(t) for n, t in times.items()},
+    }
     ratios: dict[str, list[float]] = {}
     for name, own in times.items():
         if name != base:
@@ -141,7 +144,11 @@ def main(argv: list[str] | None = None) -> int:
     described = environment()
     path = args.out / str(described["device_slug"]) / "cp_linear_forms.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
-    found: dict[str, object] = {"environment": described, "grid": kept.get("grid", []), "benchmark": kept.get("benchmark", [])}
+    found: dict[str, object] = {
+        "environment": described,
+        "grid": kept.get("grid", []),
+        "benchmark": kept.get("benchmark", []),
+    }
     if args.only != "benchmark":
         rows = []
         for direction, m, n, k, r in tqdm(list(sizes()), desc="sizes", unit="size"):
