@@ -5,9 +5,12 @@ Sizes M rows, N out, K in, R rank, n = N / G, as in cp_linear.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fastgist_kernels.common import cdiv, device_arch, launch_config, next_power_of_2
+from fastgist_kernels.cp_linear_forms import FORMS
 from fastgist_kernels.outer import processors, rank_block
 
 __all__ = [
@@ -22,7 +25,6 @@ __all__ = [
     "shape_class",
 ]
 
-FORMS = ("fused", "started", "blas")
 #: Tiles of the matmul kernel, read off the compiler (registers, shared memory,
 #: no spill), not off a clock. "sm_80" also serves the smaller parts of later generations.
 TILE_NAMES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
@@ -78,10 +80,19 @@ def _aligned(t: torch.Tensor) -> bool:
     return t.data_ptr() % 16 == 0 and all(s == 1 or s % 16 == 0 for s in t.stride())
 
 
-def matmul_config(x: torch.Tensor, weight: torch.Tensor, fold_n: int, rank: int, tf32: bool) -> dict[str, int]:
+def _columns(weights: Sequence[torch.Tensor], forward: bool) -> int:
+    """Of the product with weights (N_i, K): N forward, K backward."""
+    return sum(w.shape[0] for w in weights) if forward else weights[0].shape[1]
+
+
+def matmul_config(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], fold_n: int, rank: int, tf32: bool, *, forward: bool = True
+) -> dict[str, int]:
+    """The tile of y = x W^T + ..., or with ``forward=False`` of dx = dy W + ..., x being dy. The weights (N_i, K) stand one
+    above the other; folds of a piece of its own width have ``fold_n`` at most."""
     arch = device_arch(x.device)
     rows, inner = x.shape
-    out = weight.shape[0]
+    out = _columns(weights, forward)
     if arch == "interpret":
         return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2}
     tiles = TILES[family(arch)]
@@ -91,7 +102,7 @@ def matmul_config(x: torch.Tensor, weight: torch.Tensor, fold_n: int, rank: int,
         kind = "tf32" if tf32 else "ieee"
     elif rows <= 32:
         kind = "small"
-    elif not (_aligned(x) and _aligned(weight)):
+    elif not (_aligned(x) and all(map(_aligned, weights))):
         kind = "ragged"
     elif x.dtype == torch.bfloat16 and programs >= processors(x.device) and (rank <= 16 or rank % 16 == 0):
         kind = "large"  # ragged ranks load V element by element, for which its registers do not suffice
@@ -102,9 +113,9 @@ def matmul_config(x: torch.Tensor, weight: torch.Tensor, fold_n: int, rank: int,
 
 
 def cp_linear_form(
-    x: torch.Tensor, weight: torch.Tensor, fold_n: int, rank: int, tf32: bool, *, forward: bool = True
+    x: torch.Tensor, weights: Sequence[torch.Tensor], fold_n: int, rank: int, tf32: bool, *, forward: bool = True
 ) -> str:
-    """Which form computes (x W^T + update): "fused", "started" or "blas" (the library's product, then the update added).
+    """Which form computes (x W^T + update), or with ``forward=False`` (dy W + dL/dh U^T), x being dy.
 
     The table's entry, where one was measured; else by a model: the library's matmul is ahead for float32, and at large
     N K by more than the extra pass over y costs; below, a second read of x costs as much as the extra columns at
@@ -112,7 +123,7 @@ def cp_linear_form(
     Only a forward can be fused: dL/dh is needed beyond dx.
     """
     arch = device_arch(x.device)
-    out = weight.shape[0]
+    out = _columns(weights, forward)
     can_fuse = forward and rank <= rank_tile(x, rank, tf32, fused=True)
     can_blas = x.dtype != torch.float16
     measured = launch_config("cp_linear_form", arch, shape_class(x.shape[0], out, x.shape[1], rank))
@@ -121,5 +132,5 @@ def cp_linear_form(
         return "started" if (form == "fused" and not can_fuse) or (form == "blas" and not can_blas) else form
     if can_blas and arch != "interpret" and (x.dtype == torch.float32 or out * x.shape[1] >= 2048**2):
         return "blas"
-    block_n = matmul_config(x, weight, fold_n, rank, tf32)["BLOCK_N"]
+    block_n = matmul_config(x, weights, fold_n, rank, tf32, forward=forward)["BLOCK_N"]
     return "fused" if can_fuse and out * rank * 256 <= 47_000 * block_n else "started"
