@@ -30,6 +30,7 @@ __all__ = [
     "Sizes",
     "card_of",
     "cost",
+    "dy_pass",
     "eager_cost",
     "library_product",
     "roofline",
@@ -109,11 +110,11 @@ def _by_data_sheet(name: str, processors: int, terabytes: float, bf16: float, tf
     return Card(name, processors, terabytes * 0.886e12, {k: v * 1e12 for k, v in rates.items()})
 
 
-#: Architecture -> cards, the first being taken for one that is not named. Only the H200's figures are readings: copy 4.22 to
-#: 4.28 TB/s, float16 0.96 of bfloat16, float32 51 TFLOP/s, streams from dy^T h (25 us for 78 MB). Its tf32 is the data sheet's,
-#: less what bfloat16 misses of its own. The shares of a Triton loop lie between what others printed on an H100 (triton's
-#: pull request 5461: descriptors 13 % ahead of pointers in fp16; facebookexperimental/triton's 1038: 0.86 and 0.97 of the
-#: library at 65536 x 1024 x 1024 without and with persistent programs).
+#: Architecture -> cards, the first being taken for one that is not named. Only the H200's figures are readings: copy 4.22
+#: to 4.28 TB/s, float16 0.96 of bfloat16, float32 51 TFLOP/s, streams from dy^T h (25 us for 78 MB). Its tf32 is the data
+#: sheet's, less what bfloat16 misses of its own. The shares of a Triton loop lie between what others printed on an H100
+#: (triton's pull request 5461: descriptors 13 % ahead of pointers in fp16; facebookexperimental/triton's 1038: 0.86 and
+#: 0.97 of the library at 65536 x 1024 x 1024 without and with persistent programs).
 CARDS: dict[str, tuple[Card, ...]] = {
     "sm_80": (_by_data_sheet("A100", 108, 2.04, 312, 156, 19.5),),
     "sm_86": (_by_data_sheet("A6000", 84, 0.768, 155, 77, 38.7),),
@@ -233,7 +234,7 @@ def _project(c: Card, rows: int, columns: int, rank: int, b: int) -> Cost:
     """(rows, rank) = (rows, columns) times (columns, rank): a program holds 64 rows and 64 of the rank."""
     blocks = cdiv(rank, 64)
     moved = (blocks * rows * columns + columns * rank + rows * rank) * b
-    return _stream(c, moved, cdiv(rows, 64) * blocks, 64 * columns * b)
+    return _stream(c, moved, cdiv(rows, 64) * blocks, (min(rows, 64) + min(rank, 64)) * columns * b)
 
 
 def _outer(c: Card, rows: int, columns: int, rank: int, b: int) -> Cost:
@@ -242,17 +243,19 @@ def _outer(c: Card, rows: int, columns: int, rank: int, b: int) -> Cost:
     splits = max(1, min(4 * c.processors // tiles, max(c.processors // tiles, rows * b // (32 * rank)), cdiv(rows, 64)))
     part = splits * columns * rank * 4
     moved = (cdiv(rank, 128) * rows * columns + rows * rank) * b + part
-    return _stream(c, moved, tiles * splits, cdiv(rows, splits) * 128 * b) + _elementwise(c, part + columns * rank * b)
+    return _stream(c, moved, tiles * splits, cdiv(rows, splits) * min(columns, 128) * b) + _elementwise(
+        c, part + columns * rank * b
+    )
 
 
-def _dy_pass(c: Card, s: Sizes, one_pass: bool) -> Cost:
+def dy_pass(c: Card, s: Sizes, one_pass: bool) -> Cost:
     """dL/dh (M, R) and dV from dy: by one kernel with a part of dV for each 128 rows, or by a projection and outer.py."""
     b = s.itemsize
     if not one_pass:
         return _project(c, s.rows, s.out, s.rank, b) + _outer(c, s.rows, s.out, s.rank, b)
     part = cdiv(s.rows, 128) * s.out * s.rank * 4
     moved = (s.rows * s.out + s.out * s.rank + 2 * s.rows * s.rank) * b + part
-    read = _stream(c, moved, cdiv(s.rows, 128), 128 * s.out * b)
+    read = _stream(c, moved, cdiv(s.rows, 128), min(s.rows, 128) * s.out * b)
     return read + _elementwise(c, part + s.out * s.rank * b)
 
 
@@ -319,7 +322,7 @@ def _backward(form: str, s: Sizes, c: Card, tile: tuple[int, int], one_pass: boo
     else:
         return _IMPOSSIBLE
     ways = [way for way in (True, False) if one_pass in (None, way)]
-    return min((_dy_pass(c, s, way) for way in ways), key=lambda found: found.seconds) + dx + of_u
+    return min((dy_pass(c, s, way) for way in ways), key=lambda found: found.seconds) + dx + of_u
 
 
 def eager_cost(name: str, s: Sizes, c: Card, *, forward: bool = True) -> Cost:
