@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, dot, launch
+from fastgist_kernels.cp_linear_few import few
 from fastgist_kernels.cp_linear_parts import (
     Group,
     column_tiles,
@@ -240,6 +241,9 @@ def cp_linear_fwd(x, weights, biases, u, v, gain, seed, scale, dropout_p, tf32, 
         form = cp_linear_form(x, weights, v.shape[0], rank, tf32)
     if form == "blas":
         _by_blas(x, weights, biases, u, v, gain, seed, scale, dropout_p, tf32, y, h)
+        return
+    if form == "few":
+        few(x, weights, biases, u, v, gain, seed, scale, dropout_p, tf32, y, h)
         return
     runs = list(groups(weights, biases, v, gain))
     if h is None and (form == "started" or len(runs) > 1):
