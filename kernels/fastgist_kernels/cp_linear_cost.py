@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from fastgist_kernels.common import cdiv
+from fastgist_kernels.common import cdiv, next_power_of_2
 from fastgist_kernels.cp_linear_forms import FEW_ROWS
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "dy_pass",
     "eager_cost",
     "library_product",
+    "narrow",
     "roofline",
 ]
 
@@ -87,7 +88,8 @@ class Card:
     copy: bytes a second, read plus written. rates: FLOP/s in a product's inner loop. launch: seconds from one kernel to the
     next, wave: seconds beside a tile's products. streams: share of the copy's speed at which kernels with a narrow
     result (x U, dy^T h) read. pointers, descriptors: a Triton loop's share of the library's rate with pointers and with
-    tensor descriptors; persistent: the latter's overhead of a tile, in that of ``wave``. one: bytes/s for one processor.
+    tensor descriptors; persistent: the latter's overhead of a tile, in that of ``wave``. program: bytes/s that one program of
+    a narrow kernel fetches (24 KB under way, answered after 0.8 us), resident: how many of them share a processor.
     """
 
     name: str
@@ -100,7 +102,8 @@ class Card:
     pointers: float = 0.85
     descriptors: float = 0.93
     persistent: float = 0.7
-    one: float = 60e9
+    program: float = 30e9
+    resident: int = 4
     measured: tuple[str, ...] = ()
 
 
@@ -202,7 +205,7 @@ def _product(
     by_products = waves * (each / rate + overhead * c.wave)
     by_bytes = moved / c.copy
     if s.rows <= FEW_ROWS:  # W is all there is to read, and few programs leave the memory idle
-        by_bytes = max(by_bytes / c.streams, waves * (block_n * s.inner * s.itemsize) / c.one)
+        by_bytes = max(by_bytes / c.streams, _fetched(c, tiles, block_n * s.inner * s.itemsize))
     return Cost(c.launch + max(by_products, by_bytes), 1, moved, tiles * each)
 
 
@@ -224,17 +227,32 @@ def library_product(c: Card, s: Sizes, *, passes: int = 1) -> Cost:
     return best
 
 
+def _fetched(c: Card, programs: int, each: int) -> float:
+    """Seconds until ``programs`` have each fetched so many bytes, had the memory no limit."""
+    return cdiv(programs, c.resident * c.processors) * each / c.program
+
+
 def _stream(c: Card, moved: int, programs: int, each: int) -> Cost:
     """A kernel that reads: ``programs`` with ``each`` bytes to fetch."""
-    by_one = cdiv(programs, c.processors) * each / c.one
-    return Cost(c.launch + max(moved / (c.copy * c.streams), by_one), 1, moved)
+    return Cost(c.launch + max(moved / (c.copy * c.streams), _fetched(c, programs, each)), 1, moved)
 
 
-def _project(c: Card, rows: int, columns: int, rank: int, b: int) -> Cost:
-    """(rows, rank) = (rows, columns) times (columns, rank): a program holds 64 rows and 64 of the rank."""
-    blocks = cdiv(rank, 64)
-    moved = (blocks * rows * columns + columns * rank + rows * rank) * b
-    return _stream(c, moved, cdiv(rows, 64) * blocks, (min(rows, 64) + min(rank, 64)) * columns * b)
+class Narrow(NamedTuple):
+    cost: Cost
+    by_library: bool
+
+
+def narrow(c: Card, s: Sizes) -> Narrow:
+    """x U, (M, K) times (K, R), or dy V': a program of the kernel holds 64 rows and 64 of the rank, so that few rows are few
+    programs; or the library's."""
+    blocks, b = cdiv(s.rank, 64), s.itemsize
+    moved = (blocks * s.rows * s.inner + (s.inner + s.rows) * s.rank) * b
+    each = (min(s.rows, 64) + min(s.rank, 64)) * s.inner * b
+    own = _stream(c, moved, cdiv(s.rows, 64) * blocks, each)
+    if s.dtype == "float16":
+        return Narrow(own, False)
+    library = _by_library(c, s.rows, s.inner, s.rank, b)
+    return Narrow(library, True) if library.seconds < own.seconds else Narrow(own, False)
 
 
 def _outer(c: Card, rows: int, columns: int, rank: int, b: int) -> Cost:
@@ -252,11 +270,17 @@ def dy_pass(c: Card, s: Sizes, one_pass: bool) -> Cost:
     """dL/dh (M, R) and dV from dy: by one kernel with a part of dV for each 128 rows, or by a projection and outer.py."""
     b = s.itemsize
     if not one_pass:
-        return _project(c, s.rows, s.out, s.rank, b) + _outer(c, s.rows, s.out, s.rank, b)
+        return narrow(c, s._replace(inner=s.out)).cost + _outer(c, s.rows, s.out, s.rank, b)
     part = cdiv(s.rows, 128) * s.out * s.rank * 4
     moved = (s.rows * s.out + s.out * s.rank + 2 * s.rows * s.rank) * b + part
     read = _stream(c, moved, cdiv(s.rows, 128), min(s.rows, 128) * s.out * b)
     return read + _elementwise(c, part + s.out * s.rank * b)
+
+
+def _by_library(c: Card, rows: int, columns: int, rank: int, b: int) -> Cost:
+    """A product of the library that reads (rows, columns) for a result or a factor of ``rank``: it splits what it must."""
+    moved = (rows * columns + (rows + columns) * rank) * b
+    return Cost(c.launch + moved / (c.copy * c.streams), 1, moved)
 
 
 def _elementwise(c: Card, moved: int) -> Cost:
@@ -279,7 +303,7 @@ def cost(
     moved = (s.rows * (s.inner + s.out) + s.out * s.inner) * s.itemsize + low + factors
     if form == "blas":
         y = library_product(c, s)
-        return _project(c, s.rows, s.inner, s.rank, s.itemsize) + y + _added(c, s)
+        return narrow(c, s).cost + y + _added(c, s)
     return _kernel(form, s, c, tile, moved)
 
 
@@ -289,16 +313,27 @@ def _kernel(form: str, s: Sizes, c: Card, tile: tuple[int, int], moved: int, pro
     share, overhead = (c.descriptors, c.persistent) if descriptors else (c.pointers, 1.0)
     kind = form.removeprefix("tma_")
     if kind == "few":
-        if s.rows > FEW_ROWS:
-            return _IMPOSSIBLE
-        return Cost(c.launch + moved / (c.copy * c.streams), 1, moved)
+        return _few(s, c) if s.rows <= FEW_ROWS else _IMPOSSIBLE
     if kind == "fused":
         if s.rank > s.fused_rank:
             return _IMPOSSIBLE
         rank = s.padded_rank
         return _product(c, s, moved, tile, beside=rank, start=rank, share=share, overhead=overhead)
     found = _product(c, s, moved, tile, start=s.padded_rank, share=share, overhead=overhead)
-    return found + _project(c, s.rows, s.inner, s.rank, s.itemsize) if project else found
+    return found + narrow(c, s).cost if project else found
+
+
+def _few(s: Sizes, c: Card) -> Cost:
+    """W read once by column tiles and ranges of K, two programs a processor; x read by each column tile and the partial sums
+    written and read again (cp_linear_few.py). Both mostly stay in L2, but are counted at the copy's speed."""
+    block_n = min(128, max(32, next_power_of_2(round((s.out * s.inner / 1056) ** 0.5))))
+    tiles = cdiv(s.out, block_n)
+    splits = min(cdiv(2 * c.processors, tiles), cdiv(s.inner, 64))
+    part = splits * s.rows * (s.out + s.rank) * 4
+    weights = (s.out + s.rank) * s.inner * s.itemsize
+    again = tiles * s.rows * s.inner * s.itemsize
+    read = Cost(c.launch + weights / (c.copy * c.streams) + (again + part) / c.copy, 1, weights + again + part)
+    return read + _elementwise(c, part + s.rows * s.out * s.itemsize)
 
 
 def _added(c: Card, s: Sizes) -> Cost:
@@ -332,13 +367,13 @@ def eager_cost(name: str, s: Sizes, c: Card, *, forward: bool = True) -> Cost:
     base = library_product(c, s if forward else turned)
     if name == "factored":
         if forward:
-            low_rank = _project(c, s.rows, s.inner, s.rank, b) + _elementwise(c, 2 * low)
+            low_rank = _by_library(c, s.rows, s.inner, s.rank, b) + _elementwise(c, 2 * low)
             return (
                 base + low_rank + library_product(c, s._replace(inner=s.rank)) + _elementwise(c, 3 * s.rows * s.out * b)
             )
-        low_rank = _project(c, s.rows, s.out, s.rank, b) + _elementwise(c, 2 * low)  # dy V, times the gain
+        low_rank = _by_library(c, s.rows, s.out, s.rank, b) + _elementwise(c, 2 * low)  # dy V, times the gain
         low_rank += _elementwise(c, 3 * low) + _elementwise(c, low)  # the gain's gradient
-        factors = _outer(c, s.rows, s.out, s.rank, b) + _outer(c, s.rows, s.inner, s.rank, b)
+        factors = _by_library(c, s.rows, s.out, s.rank, b) + _by_library(c, s.rows, s.inner, s.rank, b)
         dx = library_product(c, turned._replace(inner=s.rank)) + _elementwise(c, 3 * s.rows * s.inner * b)
         return base + low_rank + factors + dx
     delta = library_product(c, Sizes(s.out, s.inner, s.rank, s.rank, 1, s.dtype))

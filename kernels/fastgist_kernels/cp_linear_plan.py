@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from fastgist_kernels.common import cdiv, device_arch, launch_config, next_power_of_2
-from fastgist_kernels.cp_linear_cost import Cost, Sizes, card_of, cost, dy_pass
+from fastgist_kernels.cp_linear_cost import Cost, Sizes, card_of, cost, dy_pass, narrow
 from fastgist_kernels.cp_linear_forms import FORMS, can
 from fastgist_kernels.outer import processors, rank_block
 
@@ -26,6 +26,7 @@ __all__ = [
     "family",
     "form_class",
     "matmul_config",
+    "narrow_by_library",
     "one_pass",
     "predicted",
     "product_precision",
@@ -197,6 +198,21 @@ def cp_linear_form(
     if measured:
         order = FORMS[measured["form"]], *order
     return next(form for form in order if can(form, x, weights, rank, tf32, forward=forward))
+
+
+@functools.lru_cache(maxsize=4096)
+def _narrow_by_library(arch: str, name: str, sms: int, s: Sizes) -> bool:
+    return narrow(card_of(arch, name, sms), s).by_library
+
+
+def narrow_by_library(a: torch.Tensor, rank: int, tf32: bool) -> bool:
+    """Whether the library forms a (M, N) times (N, R) rather than the kernel made for it. Not for float16, whose result is
+    float32."""
+    arch = device_arch(a.device)
+    if arch == "interpret" or a.dtype == torch.float16:
+        return False
+    s = Sizes(_rows(a.shape[0]), rank, a.shape[1], rank, 1, _dtype_name(a.dtype, tf32))
+    return _narrow_by_library(arch, _card_name(a.device), processors(a.device), s)
 
 
 @functools.lru_cache(maxsize=4096)
