@@ -232,9 +232,11 @@ def _fetched(c: Card, programs: int, each: int) -> float:
     return cdiv(programs, c.resident * c.processors) * each / c.program
 
 
-def _stream(c: Card, moved: int, programs: int, each: int) -> Cost:
+def _stream(c: Card, s: Sizes, moved: int, flops: int, programs: int, each: int) -> Cost:
     """A kernel that reads: ``programs`` with ``each`` bytes to fetch."""
-    return Cost(c.launch + max(moved / (c.copy * c.streams), _fetched(c, programs, each)), 1, moved)
+    by_products = flops / (c.rates[s.dtype] * c.pointers)
+    seconds = max(moved / (c.copy * c.streams), _fetched(c, programs, each), by_products)
+    return Cost(c.launch + seconds, 1, moved, flops)
 
 
 class Narrow(NamedTuple):
@@ -248,39 +250,42 @@ def narrow(c: Card, s: Sizes) -> Narrow:
     blocks, b = cdiv(s.rank, 64), s.itemsize
     moved = (blocks * s.rows * s.inner + (s.inner + s.rows) * s.rank) * b
     each = (min(s.rows, 64) + min(s.rank, 64)) * s.inner * b
-    own = _stream(c, moved, cdiv(s.rows, 64) * blocks, each)
+    own = _stream(c, s, moved, 2 * s.rows * s.inner * s.padded_rank, cdiv(s.rows, 64) * blocks, each)
     if s.dtype == "float16":
         return Narrow(own, False)
-    library = _by_library(c, s.rows, s.inner, s.rank, b)
+    library = _by_library(c, s, s.inner)
     return Narrow(library, True) if library.seconds < own.seconds else Narrow(own, False)
 
 
-def _outer(c: Card, rows: int, columns: int, rank: int, b: int) -> Cost:
-    """Stage one of a^T h, a (rows, columns) and h (rows, rank), and the sum of its partial results (outer.py)."""
-    tiles = cdiv(columns, 128) * cdiv(rank, 128)
-    splits = max(1, min(4 * c.processors // tiles, max(c.processors // tiles, rows * b // (32 * rank)), cdiv(rows, 64)))
-    part = splits * columns * rank * 4
-    moved = (cdiv(rank, 128) * rows * columns + rows * rank) * b + part
-    return _stream(c, moved, tiles * splits, cdiv(rows, splits) * min(columns, 128) * b) + _elementwise(
-        c, part + columns * rank * b
-    )
+def _by_library(c: Card, s: Sizes, columns: int) -> Cost:
+    """A product of the library that reads (M, columns) for a result or a factor of the rank: it splits what it must."""
+    moved = (s.rows * columns + (s.rows + columns) * s.rank) * s.itemsize
+    flops = 2 * s.rows * columns * s.rank
+    return Cost(c.launch + max(moved / (c.copy * c.streams), flops / c.rates[s.dtype]), 1, moved, flops)
+
+
+def _outer(c: Card, s: Sizes, columns: int) -> Cost:
+    """Stage one of a^T h, a (M, columns) and h (M, R), and the sum of its partial results (outer.py)."""
+    b, blocks = s.itemsize, cdiv(s.rank, 128)
+    tiles = cdiv(columns, 128) * blocks
+    most = max(c.processors // tiles, s.rows * b // (32 * s.rank))
+    splits = max(1, min(4 * c.processors // tiles, most, cdiv(s.rows, 64)))
+    part = splits * columns * s.rank * 4
+    moved = (blocks * s.rows * columns + s.rows * s.rank) * b + part
+    flops = 2 * s.rows * columns * s.padded_rank
+    read = _stream(c, s, moved, flops, tiles * splits, cdiv(s.rows, splits) * min(columns, 128) * b)
+    return read + _elementwise(c, part + columns * s.rank * b)
 
 
 def dy_pass(c: Card, s: Sizes, one_pass: bool) -> Cost:
     """dL/dh (M, R) and dV from dy: by one kernel with a part of dV for each 128 rows, or by a projection and outer.py."""
-    b = s.itemsize
     if not one_pass:
-        return narrow(c, s._replace(inner=s.out)).cost + _outer(c, s.rows, s.out, s.rank, b)
-    part = cdiv(s.rows, 128) * s.out * s.rank * 4
+        return narrow(c, s._replace(inner=s.out)).cost + _outer(c, s, s.out)
+    b, part = s.itemsize, cdiv(s.rows, 128) * s.out * s.rank * 4
     moved = (s.rows * s.out + s.out * s.rank + 2 * s.rows * s.rank) * b + part
-    read = _stream(c, moved, cdiv(s.rows, 128), min(s.rows, 128) * s.out * b)
+    flops = 4 * s.rows * s.out * s.padded_rank
+    read = _stream(c, s, moved, flops, cdiv(s.rows, 128), min(s.rows, 128) * s.out * b)
     return read + _elementwise(c, part + s.out * s.rank * b)
-
-
-def _by_library(c: Card, rows: int, columns: int, rank: int, b: int) -> Cost:
-    """A product of the library that reads (rows, columns) for a result or a factor of ``rank``: it splits what it must."""
-    moved = (rows * columns + (rows + columns) * rank) * b
-    return Cost(c.launch + moved / (c.copy * c.streams), 1, moved)
 
 
 def _elementwise(c: Card, moved: int) -> Cost:
@@ -332,7 +337,10 @@ def _few(s: Sizes, c: Card) -> Cost:
     part = splits * s.rows * (s.out + s.rank) * 4
     weights = (s.out + s.rank) * s.inner * s.itemsize
     again = tiles * s.rows * s.inner * s.itemsize
-    read = Cost(c.launch + weights / (c.copy * c.streams) + (again + part) / c.copy, 1, weights + again + part)
+    flops = 2 * 16 * cdiv(s.rows, 16) * (s.out + s.padded_rank) * s.inner
+    by_bytes = weights / (c.copy * c.streams) + (again + part) / c.copy
+    by_products = flops / (c.rates[s.dtype] * c.pointers)
+    read = Cost(c.launch + max(by_bytes, by_products), 1, weights + again + part, flops)
     return read + _elementwise(c, part + s.rows * s.out * s.itemsize)
 
 
@@ -345,11 +353,9 @@ def _backward(form: str, s: Sizes, c: Card, tile: tuple[int, int], one_pass: boo
     turned = s._replace(out=s.inner, inner=s.out, folds=1)
     b = s.itemsize
     moved = (s.rows * (s.inner + s.out) + s.out * s.inner + (s.rows + s.inner) * s.rank) * b
-    of_u = _outer(c, s.rows, s.inner, s.rank, b)
+    of_u = _outer(c, s, s.inner)
     if form == "fused":  # dL/dh comes from the same kernel, with V of all folds; dV reads dy again
-        return (
-            _kernel("fused", turned, c, tile, moved + s.out * s.rank * b) + _outer(c, s.rows, s.out, s.rank, b) + of_u
-        )
+        return _kernel("fused", turned, c, tile, moved + s.out * s.rank * b) + _outer(c, s, s.out) + of_u
     if form == "started":
         dx = _kernel("started", turned, c, tile, moved, project=False)
     elif form == "blas":
@@ -367,13 +373,13 @@ def eager_cost(name: str, s: Sizes, c: Card, *, forward: bool = True) -> Cost:
     base = library_product(c, s if forward else turned)
     if name == "factored":
         if forward:
-            low_rank = _by_library(c, s.rows, s.inner, s.rank, b) + _elementwise(c, 2 * low)
+            low_rank = _by_library(c, s, s.inner) + _elementwise(c, 2 * low)
             return (
                 base + low_rank + library_product(c, s._replace(inner=s.rank)) + _elementwise(c, 3 * s.rows * s.out * b)
             )
-        low_rank = _by_library(c, s.rows, s.out, s.rank, b) + _elementwise(c, 2 * low)  # dy V, times the gain
+        low_rank = _by_library(c, s, s.out) + _elementwise(c, 2 * low)  # dy V, times the gain
         low_rank += _elementwise(c, 3 * low) + _elementwise(c, low)  # the gain's gradient
-        factors = _by_library(c, s.rows, s.out, s.rank, b) + _by_library(c, s.rows, s.inner, s.rank, b)
+        factors = _by_library(c, s, s.out) + _by_library(c, s, s.inner)
         dx = library_product(c, turned._replace(inner=s.rank)) + _elementwise(c, 3 * s.rows * s.inner * b)
         return base + low_rank + factors + dx
     delta = library_product(c, Sizes(s.out, s.inner, s.rank, s.rank, 1, s.dtype))
@@ -390,8 +396,8 @@ def eager_cost(name: str, s: Sizes, c: Card, *, forward: bool = True) -> Cost:
 
 
 def roofline(s: Sizes, c: Card, *, forward: bool = True) -> Cost:
-    """What no implementation beats on ``c``: the longer of the least bytes at the copy's speed and the products, none of them
-    padding, at the inner loop's rate. One launch forward, the fewest that split sums need backward: two."""
+    """What no factored implementation beats on ``c``: the longer of the least bytes at the copy's speed and the products, none
+    of them padding, at the inner loop's rate. One launch forward, the fewest that split sums need backward: two."""
     m, n, k, r, b = s.rows, s.out, s.inner, s.rank, s.itemsize
     narrow = (k + n // s.folds) * r
     if forward:

@@ -7,6 +7,7 @@ Sizes M rows, N out, K in, R rank, G folds of width n = N / G, as in cp_linear.p
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -165,7 +166,7 @@ def predicted(arch: str, name: str, sms: int, s: Sizes, forward: bool) -> tuple[
     tile = TILES[family(arch)][_tile_kind(arch, name, sms, product)][:2]
     one = not forward and _one_pass(arch, name, sms, s)
     costs = [(form, cost(form, s, c, tile, forward=forward, one_pass=one)) for form in FORMS]
-    return tuple(sorted((c for c in costs if c[1].launches), key=lambda c: c[1].seconds))
+    return tuple(sorted((c for c in costs if c[1].seconds < math.inf), key=lambda c: c[1].seconds))
 
 
 @functools.lru_cache(maxsize=4096)
