@@ -108,6 +108,45 @@ def take_turns(calls: dict[str, Callable[[], object]], seconds: float) -> dict[s
 
 def summary(times: dict[str, list[float]], base: str = "merged") -> dict[str, object]:
     """Medians, and of every other form the ratios to ``base`` of the same round: median and quartiles."""
+    found: dict[str, object] = {
+        "rounds": len(times[base]),
+        "seconds": {n: statistics.median(t) for n, t in times.items()},
+    }
+    ratios: dict[str, list[float]] = {}
+    for name, own in times.items():
+        if name != base:
+            low, middle, high = statistics.quantiles([a / b for a, b in zip(own, times[base], strict=True)], n=4)
+            ratios[name] = [low, middle, high]
+    return found | {"over_merged": ratios}
+
+
+def sizes() -> Iterator[tuple[str, int, int, int, int]]:
+    """(direction, M, N, K, R) of the grid."""
+    for n, k in WIDTHS:
+        for direction in DIRECTIONS:
+            inner = k if direction.startswith("fwd") else n
+            square = n == k
+            for r in RANKS if square else (16,):
+                for share in SHARES if square else (0.5, 1.0, 2.0):
+                    if share * inner <= MOST_ROWS:
+                        yield direction, round(share * inner), n, k, r
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=0.8, help="time for each size (default 0.8)")
+    parser.add_argument("--only", choices=("grid", "benchmark"), help="one of the two parts")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="the folder of results")
+    args = parser.parse_args(argv)
+    from tqdm import tqdm
+
+    from benchmarks.cases import CASES
+    from benchmarks.conftest import environment  # it also asks malloc to keep what is freed
+
+    torch.set_num_threads(1)
+    described = environment()
+    path = args.out / str(described["device_slug"]) / "cp_linear_forms.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
     described["timing"] = "processor time of the one thread, medians; forms in turn, ratios within a round"
     found = {"environment": described, "grid": kept.get("grid", []), "benchmark": kept.get("benchmark", [])}
     path.parent.mkdir(parents=True, exist_ok=True)
