@@ -264,7 +264,7 @@ def _partial(
     config = few_config(x, out, rank, tf32)
     k_per_split = config.pop("k_per_split")
     splits = cdiv(inner, k_per_split)
-    block_r = rank_block(rank)
+    block_r = rank_block(rank, 16 if device_arch(x.device) == "interpret" else 64)
     part = torch.empty(splits, rows, out, dtype=torch.float32, device=x.device)
     low = None if u is None else torch.empty(splits, rows, rank, dtype=torch.float32, device=x.device)
     rank_tiles = 0 if u is None else cdiv(rank, block_r)

@@ -16,8 +16,6 @@ from collections.abc import Sequence
 
 import torch
 
-from fastgist_kernels.common import device_arch
-
 __all__ = ["FEW_ROWS", "FORMS", "PIECES", "aligned", "can", "most_fused_rank"]
 
 #: A launch table holds positions in this tuple: new forms go to its end.
@@ -49,7 +47,7 @@ def can(
     of all N_i, and the same weights as the forward had them."""
     if form == "started":
         return True
-    if form == "fused":  # dL/dh of float16 may pass its range, and so may V times the gain, of which this form makes a copy
+    if form == "fused":  # its backward makes a copy of V times the gain, which may pass float16's range
         return rank <= most_fused_rank(x.dtype, tf32) and (forward or x.dtype != torch.float16)
     if form == "blas":  # its update would be rounded to float16 between the products
         return x.dtype != torch.float16
