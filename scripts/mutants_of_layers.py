@@ -108,9 +108,27 @@ CP_LINEAR = [
         "cp_linear",
         (
             "update not scaled",
-            "out.addmm_(h, folded.transpose(0, 1), alpha=scale)",
-            "out.addmm_(h, folded.transpose(0, 1))",
+            "out.addmm_(h, _folded_v(own_v, own_gain, folds).transpose(0, 1), alpha=scale)",
+            "out.addmm_(h, _folded_v(own_v, own_gain, folds).transpose(0, 1))",
             "scale",
+        ),
+        (
+            "few rows without their gain",
+            "out.addmm_(h * own_gain, own_v",
+            "out.addmm_(h, own_v",
+            "the gain goes to the side with fewer rows, not away",
+        ),
+        (
+            "few rows: gain left out of dV",
+            "_scaled(h * gain, scale)",
+            "_scaled(h.clone(), scale)",
+            "dV = dy^T (h * gain)",
+        ),
+        (
+            "few rows: the gain's gradient behind the gain",
+            "(low * h).sum(0, keepdim=True)",
+            "(grad_h * h).sum(0, keepdim=True)",
+            "dgain = sum of (dy V) * h",
         ),
         (
             "merged update not scaled",
@@ -139,8 +157,8 @@ CP_LINEAR = [
         ("dgain without V", "by_fold = (outer * accumulate(v)).sum(1)", "by_fold = outer.sum(1)", "colsum(P * V)"),
         (
             "half merges its weight",
-            "seed is not None or a.dtype not in (torch.float32, torch.float64) or",
-            "seed is not None or",
+            "    if seed is not None or a.dtype not in (torch.float32, torch.float64):\n",
+            "    if seed is not None:\n",
             "small updates vanish in bfloat16",
         ),
     ),

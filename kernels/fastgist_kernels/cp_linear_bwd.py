@@ -18,7 +18,7 @@ from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, device_arch, dot, launch
 from fastgist_kernels.cp_linear_dx import dx_by_blas, dx_fused, dx_started
 from fastgist_kernels.cp_linear_parts import dropout_args, dropped, folded_v, gain_strides, groups, low_rank_empty
-from fastgist_kernels.cp_linear_plan import cp_linear_form, family, product_precision
+from fastgist_kernels.cp_linear_plan import cp_linear_form, one_pass, product_precision
 from fastgist_kernels.cp_linear_project import project
 from fastgist_kernels.outer import argument_types, low_dot, narrow, outer, outer_partials, rank_block
 
@@ -187,7 +187,7 @@ def cp_linear_bwd(
     part = None
     if fused:
         dx_fused(grad, weights, folded_v(v, gain, folds), u, seed, scale, dropout_p, tf32, grad_x, grad_h)
-    elif need_grad_h and need_outer and _one_pass(grad, rank):
+    elif need_grad_h and need_outer and one_pass(grad, rank):
         part = _dy_pass(grad, v, gain, seed, h, scale, dropout_p, tf32, grad_h)
     elif need_grad_h:
         project(grad, v, gain, seed, scale, dropout_p, tf32, grad_h)
@@ -202,15 +202,6 @@ def cp_linear_bwd(
         dx_by_blas(grad, weights, u, grad_x, grad_h)
     else:
         dx_started(grad, weights, u, tf32, grad_x, grad_h)
-
-
-def _one_pass(grad: torch.Tensor, rank: int) -> bool:
-    """Whether one kernel takes both dL/dh and dV from dy. It writes N R floats a row block (128 rows), so a second read of
-    dy is cheaper from rank 32 on; and what it writes must stay small beside dy."""
-    arch = device_arch(grad.device)
-    if arch == "interpret":
-        return rank <= 16
-    return family(arch) == "sm_90" and grad.dtype != torch.float32 and rank <= 32 and grad.shape[0] <= 32768
 
 
 def _dy_pass(grad, v, gain, seed, h, scale, dropout_p, tf32, grad_h) -> torch.Tensor:

@@ -11,8 +11,8 @@ import triton.language as tl
 
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, device_arch, dot, launch, launch_config
-from fastgist_kernels.cp_linear_parts import dropout_args, dropped, gain_strides
-from fastgist_kernels.cp_linear_plan import product_precision, shape_class
+from fastgist_kernels.cp_linear_parts import dropout_args, dropped, folded_v, gain_strides
+from fastgist_kernels.cp_linear_plan import narrow_by_library, product_precision, shape_class
 from fastgist_kernels.outer import argument_types, narrow, rank_block
 
 __all__ = ["SPECS", "project"]
@@ -80,9 +80,15 @@ def _cp_linear_project_kernel(
 
 
 def project(a, b, gain, seed, scale, dropout_p, tf32, h) -> None:
-    """h (M, R), its rows contiguous, = drop(scale * sum_g (a_g b) * gain_g), a (M, G n), b (n, R)."""
+    """h (M, R), its rows contiguous, = drop(scale * sum_g (a_g b) * gain_g), a (M, G n), b (n, R). Of few rows there are few
+    programs, each as long as a row: there the library, which splits the columns too, may be faster."""
     rows, columns = a.shape
     fold_n, rank = b.shape
+    if seed is None and narrow_by_library(a, rank, tf32):
+        torch.mm(a, folded_v(b, gain, columns // fold_n), out=h)
+        if scale != 1.0:
+            h.mul_(scale)
+        return
     arch = device_arch(a.device)
     block_r = rank_block(rank, 64)
     wide = a.dtype == torch.float32
