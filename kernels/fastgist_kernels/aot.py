@@ -25,7 +25,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-__all__ = ["ARCHITECTURES", "MODULES", "SHARED_LIMIT", "TENSOR_MEMORY_LIMIT", "Resources", "Spec", "all_kernels", "all_specs", "compile_spec"]
+__all__ = [
+    "ARCHITECTURES",
+    "MODULES",
+    "SHARED_LIMIT",
+    "TENSOR_MEMORY_LIMIT",
+    "Resources",
+    "Spec",
+    "all_kernels",
+    "all_specs",
+    "compile_spec",
+]
 
 ARCHITECTURES = (80, 90, 100)
 #: Shared memory a block may take, bytes.
