@@ -7,7 +7,6 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from adapters import NAMES, NORM, case, check, evaluate
 from torch.utils.checkpoint import checkpoint
 
