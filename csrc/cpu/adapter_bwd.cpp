@@ -23,7 +23,7 @@ struct BackwardPlan {
   int64_t columns;   // of dh in panels
   int64_t z_columns;
   int64_t inner_columns, out_columns;
-  std::unique_ptr<Normed<A>> normed;
+  std::unique_ptr<Start<A>> from;  // of z, for dx through a LayerNorm
   std::unique_ptr<Packed<A>> packed_up, packed_down;
   Panels<A> up;    // (out, H + gated)
   Panels<A> down;  // (H, inner), times the norm's weight
@@ -54,7 +54,7 @@ struct BackwardPlan {
         of_bias(in.hidden),
         own_of_down(need_down && !down_in_place() ? in.hidden * inner_columns : 0),
         of_down(down_in_place() ? static_cast<A*>(grads.down_weight) : own_of_down.get()) {
-    if (need_z && in.norm) normed = std::make_unique<Normed<A>>(in);
+    if (grads.x != nullptr && in.norm) from = std::make_unique<Start<A>>(in);
     if (need_z || grads.gate != nullptr) pack_up();
     if (grads.x != nullptr) pack_down();
     if (in.seed != nullptr) dropout = std::make_unique<Dropout>(*in.seed, in.dropout_p, in.hidden);
@@ -90,7 +90,7 @@ struct BackwardPlan {
       return;
     }
     packed_down = std::make_unique<Packed<A>>(in.hidden, in.inner, width);
-    packed_down->rows(in, in.down_weight, in.hidden, in.inner, 0, in.norm ? normed->weight.get() : nullptr);
+    packed_down->rows(in, in.down_weight, in.hidden, in.inner, 0, in.norm ? from->weight.get() : nullptr);
     down = packed_down->panels();
   }
   const A* mean(int64_t row) const { return static_cast<const A*>(grads.stats) + row; }
@@ -222,7 +222,7 @@ struct BackwardRows {
         normalise(x.data + r * x.ld, plan.inner_columns, *plan.mean(row + r), *plan.rstd(row + r),
                   at.x.get() + r * plan.inner_columns);
         const A *d = dz + r * in.hidden, *z = at.z.get() + r * plan.z_columns;
-        const A *sums = plan.normed->sums.get(), *start = plan.normed->start.get();
+        const A *sums = plan.from->sums.get(), *start = plan.from->bias.get();
         A first = 0, second = 0;
         for (int64_t h = 0; h < in.hidden; ++h) {
           first += d[h] * sums[h];
@@ -352,8 +352,8 @@ void finish(const BackwardPlan<A>& plan) {
   }
   if (!plan.need_down && grads.norm_bias == nullptr) return;
   Buffer<A> line(in.inner), weight(in.inner), bias(in.inner);
-  load_vector(in, in.norm_weight, in.inner, A(1), weight.get());
-  load_vector(in, in.norm_bias, in.inner, A(0), bias.get());
+  load_vector(in.norm_weight, in.inner, A(1), weight.get());
+  load_vector(in.norm_bias, in.inner, A(0), bias.get());
   if (grads.down_weight != nullptr && !plan.down_in_place()) {
     for (int64_t h = 0; h < in.hidden; ++h) {
       const A* from = plan.of_down + h * plan.inner_columns;
@@ -389,6 +389,7 @@ void backward(const AdapterInputs& in, const AdapterGradients& grads, const Para
   const int64_t panels =
       (plan.need_hidden ? plan.out_columns / width : 0) + (plan.need_down ? plan.inner_columns / width : 0);
   const bool need_bias = grads.down_bias != nullptr || grads.norm_bias != nullptr || (in.norm && plan.need_down);
+  const Buffer<A> sums(in.hidden);
   for (int64_t start = 0; start < in.rows; start += kStretch) {
     const int64_t rows = std::min(kStretch, in.rows - start);
     parallel.each((rows + kFew - 1) / kFew, 4, [&](int64_t begin, int64_t end) {
@@ -397,11 +398,13 @@ void backward(const AdapterInputs& in, const AdapterGradients& grads, const Para
     parallel.each(panels, 1,
                   [&](int64_t begin, int64_t end) { run_tiles<BackwardColumns>(plan, start, rows, begin, end); });
     if (!need_bias) continue;
+    std::fill_n(sums.get(), in.hidden, A(0));
     for (int64_t r = 0; r < rows; ++r) {
       const A* const dz = plan.dz.get() + r * in.hidden;
 #pragma omp simd
-      for (int64_t h = 0; h < in.hidden; ++h) plan.of_bias[h] += dz[h];
+      for (int64_t h = 0; h < in.hidden; ++h) sums[h] += dz[h];
     }
+    for (int64_t h = 0; h < in.hidden; ++h) plan.of_bias[h] += sums[h];
   }
   finish(plan);
 }

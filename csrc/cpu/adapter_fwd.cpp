@@ -10,7 +10,7 @@ template <typename A>
 struct ForwardPlan {
   const AdapterInputs& in;
   const AdapterOutputs& out;
-  Normed<A> normed;
+  Start<A> from;
   Packed<A> down;  // (inner, H)
   Packed<A> up;    // (H + biases, out): below U^T the output's biases, which multiply the gate or ones
   Buffer<A> start;
@@ -21,17 +21,17 @@ struct ForwardPlan {
   ForwardPlan(const AdapterInputs& in, const AdapterOutputs& out)
       : in(in),
         out(out),
-        normed(in),
+        from(in),
         down(in.inner, in.hidden, panel_width<A>(in.hidden)),
         up(in.hidden + in.biases, in.out, 2 * vector_width<A>()),
         start(round_up(in.hidden, panel_width<A>(in.hidden))),
         columns(round_up(in.hidden, panel_width<A>(in.hidden))),
         out_columns(round_up(in.out, 2 * vector_width<A>())) {
-    down.columns(in, in.down_weight, in.hidden, in.inner, 0, in.norm ? normed.weight.get() : nullptr);
+    down.columns(in, in.down_weight, in.hidden, in.inner, 0, in.norm ? from.weight.get() : nullptr);
     up.columns(in, in.up_weight, in.out, in.hidden, 0, nullptr);
     up.rows(in, in.up_bias, in.biases, in.out, in.hidden, nullptr);
     std::fill_n(start.get(), columns, A(0));
-    std::copy_n(normed.start.get(), in.hidden, start.get());
+    std::copy_n(from.bias.get(), in.hidden, start.get());
     if (in.seed != nullptr) dropout = std::make_unique<Dropout>(*in.seed, in.dropout_p, in.hidden);
   }
 };

@@ -150,37 +150,42 @@ int64_t panel_width(int64_t columns) {
   return columns <= vector_width<A>() ? vector_width<A>() : 2 * vector_width<A>();
 }
 
-// A vector, or zeros where there is none, or ones.
+// A vector in the accumulation type, or the same number everywhere where there is none.
 template <typename A>
-void load_vector(const AdapterInputs& in, const MatrixView& from, int64_t n, A otherwise, A* to) {
+void load_vector(const MatrixView& from, int64_t n, A otherwise, A* to) {
   if (from.data == nullptr) {
     std::fill_n(to, n, otherwise);
     return;
   }
-  const A* const found = load_weight(in, from, 0, 0, n, to);
+  const A* const found = load_any(from.dtype, from.data, 0, from.stride_n, n, to);
   if (found != to) std::copy_n(found, n, to);
 }
 
-// What LayerNorm in front adds to the products: its weight; what z starts with, b_d + D b; and the sums over D w.
+// What z starts with, b_d, and what a LayerNorm in front adds: its weight, D b on top of b_d, and the sums over D w.
 template <typename A>
-struct Normed {
-  Buffer<A> weight, start, sums;
+struct Start {
+  Buffer<A> bias, weight, sums;
 
-  explicit Normed(const AdapterInputs& in) : weight(in.inner), start(in.hidden), sums(in.hidden) {
-    load_vector(in, in.down_bias, in.hidden, A(0), start.get());
-    load_vector(in, in.norm_weight, in.inner, A(1), weight.get());
+  explicit Start(const AdapterInputs& in) : bias(in.hidden), weight(in.norm ? in.inner : 0), sums(in.hidden) {
+    if (in.down_bias.data == nullptr) {
+      std::fill_n(bias.get(), in.hidden, A(0));
+    } else {
+      const A* const found = load_weight(in, in.down_bias, 0, 0, in.hidden, bias.get());
+      if (found != bias.get()) std::copy_n(found, in.hidden, bias.get());
+    }
     if (!in.norm) return;
-    Buffer<A> bias(in.inner), buffer(in.inner);
-    load_vector(in, in.norm_bias, in.inner, A(0), bias.get());
+    Buffer<A> of_norm(in.inner), buffer(in.inner);
+    load_vector(in.norm_weight, in.inner, A(1), weight.get());
+    load_vector(in.norm_bias, in.inner, A(0), of_norm.get());
     for (int64_t h = 0; h < in.hidden; ++h) {
       const A* const d = load_weight(in, in.down_weight, h, 0, in.inner, buffer.get());
       double of_weight = 0, of_bias = 0;
       for (int64_t k = 0; k < in.inner; ++k) {
-        of_weight += static_cast<double>(d[k]) * weight[k];
-        of_bias += static_cast<double>(d[k]) * bias[k];
+        of_weight += static_cast<double>(d[k]) * static_cast<double>(weight[k]);
+        of_bias += static_cast<double>(d[k]) * static_cast<double>(of_norm[k]);
       }
       sums[h] = static_cast<A>(of_weight);
-      start[h] += static_cast<A>(of_bias);
+      bias[h] += static_cast<A>(of_bias);
     }
   }
 };
