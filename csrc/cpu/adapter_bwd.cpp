@@ -18,16 +18,16 @@ struct BackwardPlan {
   bool need_hidden;  // for the gradients of U and the output's biases
   bool need_z;       // the gradient of z
   bool need_down;    // its product with x
-  int64_t gated;     // columns of dh beside the hidden units: dy times the biases that the gate multiplies
   int64_t wide;      // of the hidden units and what multiplies the biases
   int64_t columns;   // of dh in panels
   int64_t z_columns;
   int64_t inner_columns, out_columns;
   std::unique_ptr<Start<A>> from;  // of z, for dx through a LayerNorm
   std::unique_ptr<Packed<A>> packed_up, packed_down;
-  Panels<A> up;    // (out, H + gated)
+  Panels<A> up;    // (out, H)
   Panels<A> down;  // (H, inner), times the norm's weight
   std::unique_ptr<Dropout> dropout;
+  Buffer<A> biases;   // (experts, out): those that the gate multiplies, where its gradient is wanted
   Buffer<A> hidden;   // (kStretch, wide): the hidden units times scale
   Buffer<A> dz;       // (kStretch, H)
   Buffer<A> of_up;    // (wide, out_columns): the gradients of U^T and below it of the output's biases
@@ -42,12 +42,12 @@ struct BackwardPlan {
         need_z(grads.x != nullptr || grads.down_weight != nullptr || grads.down_bias != nullptr ||
                grads.norm_weight != nullptr || grads.norm_bias != nullptr),
         need_down(grads.down_weight != nullptr || grads.norm_weight != nullptr),
-        gated(grads.gate != nullptr && in.gated_biases ? in.biases : 0),
         wide(in.hidden + in.biases),
-        columns(round_up(in.hidden + gated, panel_width<A>(in.hidden + gated))),
+        columns(round_up(in.hidden, panel_width<A>(in.hidden))),
         z_columns(round_up(in.hidden, vector_width<A>())),
         inner_columns(round_up(in.inner, 2 * vector_width<A>())),
         out_columns(round_up(in.out, 2 * vector_width<A>())),
+        biases(grads.gate != nullptr && in.gated_biases ? in.biases * in.out : 0),
         hidden(need_hidden ? std::min(in.rows, kStretch) * wide : 0),
         dz(need_z ? std::min(in.rows, kStretch) * in.hidden : 0),
         of_up(need_hidden ? wide * out_columns : 0),
@@ -56,6 +56,11 @@ struct BackwardPlan {
         of_down(down_in_place() ? static_cast<A*>(grads.down_weight) : own_of_down.get()) {
     if (grads.x != nullptr && in.norm) from = std::make_unique<Start<A>>(in);
     if (need_z || grads.gate != nullptr) pack_up();
+    for (int64_t e = 0; grads.gate != nullptr && in.gated_biases && e < in.biases; ++e) {
+      A* const to = biases.get() + e * in.out;
+      const A* const found = load_weight(in, in.up_bias, e, 0, in.out, to);
+      if (found != to) std::copy_n(found, in.out, to);
+    }
     if (grads.x != nullptr) pack_down();
     if (in.seed != nullptr) dropout = std::make_unique<Dropout>(*in.seed, in.dropout_p, in.hidden);
     if (need_hidden) std::fill_n(of_up.get(), wide * out_columns, A(0));
@@ -73,14 +78,13 @@ struct BackwardPlan {
     return holds<A>(weight.dtype) && weight.stride_n == 1 && columns % width == 0;
   }
   void pack_up() {
-    const int64_t width = panel_width<A>(in.hidden + gated);
-    if (gated == 0 && readable(in.up_weight, in.hidden, width)) {
+    const int64_t width = panel_width<A>(in.hidden);
+    if (readable(in.up_weight, in.hidden, width)) {
       up = {static_cast<const A*>(in.up_weight.data), in.up_weight.stride_m, width};
       return;
     }
-    packed_up = std::make_unique<Packed<A>>(in.out, in.hidden + gated, width);
+    packed_up = std::make_unique<Packed<A>>(in.out, in.hidden, width);
     packed_up->rows(in, in.up_weight, in.out, in.hidden, 0, nullptr);
-    if (gated > 0) packed_up->columns(in, in.up_bias, gated, in.out, in.hidden, nullptr);
     up = packed_up->panels();
   }
   void pack_down() {
@@ -158,8 +162,9 @@ struct Add {
 struct BackwardRows {
   // Through one row's hidden units. `dh` comes as scale dy U and leaves as the gradient of z.
   template <typename A>
-  static FASTGIST_INLINE void through(const BackwardPlan<A>& plan, int64_t row, const A* value, const A* slope,
-                                      const A* gate, const uint32_t* words, A* dh, A* hidden, A* gate_grad) {
+  static FASTGIST_INLINE void through(const BackwardPlan<A>& plan, int64_t row, const A* grad, const A* value,
+                                      const A* slope, const A* gate, const uint32_t* words, A* dh, A* hidden,
+                                      A* gate_grad) {
     const AdapterInputs& in = plan.in;
     const bool need_dh = plan.need_z || plan.grads.gate != nullptr;
     const int64_t width = in.experts > 0 ? in.hidden / in.experts : in.hidden;
@@ -171,9 +176,16 @@ struct BackwardRows {
     }
     if (plan.grads.gate != nullptr) {
       for (int64_t e = 0; e < in.experts; ++e) {
-        A sum = plan.gated > 0 ? dh[in.hidden + e] : A(0);
+        A sum = 0;
+#pragma omp simd reduction(+ : sum)
         for (int64_t h = e * width; h < (e + 1) * width; ++h) sum += dh[h] * value[h];
         gate_grad[e] = sum;
+        if (!in.gated_biases) continue;
+        const A* const bias = plan.biases.get() + e * in.out;
+        A of_bias = 0;
+#pragma omp simd reduction(+ : of_bias)
+        for (int64_t k = 0; k < in.out; ++k) of_bias += grad[k] * bias[k];
+        gate_grad[e] += of_bias * static_cast<A>(in.scale);
       }
       store_any(in.dtype, static_cast<const A*>(gate_grad), plan.grads.gate, row * in.experts, in.experts);
     }
@@ -225,8 +237,8 @@ struct BackwardRows {
         const A *sums = plan.from->sums.get(), *start = plan.from->bias.get();
         A first = 0, second = 0;
         for (int64_t h = 0; h < in.hidden; ++h) {
-          first += d[h] * sums[h];
-          second += d[h] * (z[h] - start[h]);
+          first = multiply_add<kFma>(d[h], sums[h], first);  // as dz D w is summed: of one column they are the same
+          second = multiply_add<kFma>(d[h], z[h] - start[h], second);
         }
         c1[r] = first / static_cast<A>(in.inner);
         c2[r] = second / static_cast<A>(in.inner);
@@ -255,8 +267,9 @@ struct BackwardRows {
     const bool need_value = grads.up_weight != nullptr || grads.gate != nullptr;
     for (int64_t row = begin; row < end; row += kFew) {
       const int64_t rows = std::min(kFew, end - row);
+      Rows<A> grad = {nullptr, 0};
       if (need_dh) {
-        const Rows<A> grad = load_rows(grads.grad, row, rows, in.out, in.out, at.grad.get());
+        grad = load_rows(grads.grad, row, rows, in.out, in.out, at.grad.get());
         multiply_narrow<kFma, kBytes, Scale>(grad, plan.up, rows, plan.columns, in.out, at.dh.get(), plan.columns,
                                              static_cast<A>(in.scale));
       }
@@ -272,8 +285,8 @@ struct BackwardRows {
       A* const dz = plan.need_z ? plan.dz.get() + (row - start) * in.hidden : nullptr;
       for (int64_t r = 0; r < rows; ++r) {
         A* const dh = at.dh.get() + r * plan.columns;
-        through<A>(plan, row + r, at.value.get() + r * plan.z_columns, at.slope.get() + r * plan.z_columns,
-                   gate.data == nullptr ? nullptr : gate.data + r * gate.ld,
+        through<A>(plan, row + r, grad.data + r * grad.ld, at.value.get() + r * plan.z_columns,
+                   at.slope.get() + r * plan.z_columns, gate.data == nullptr ? nullptr : gate.data + r * gate.ld,
                    plan.dropout ? at.words.get() + r * 4 * plan.dropout->quads : nullptr, dh,
                    plan.need_hidden ? plan.hidden.get() + (row - start + r) * plan.wide : nullptr, at.gate_grad.get());
         if (plan.need_z) std::copy_n(dh, in.hidden, dz + r * in.hidden);

@@ -65,13 +65,19 @@ struct Forward {
     const A count = static_cast<A>(in.inner);
     for (int64_t r = 0; r < rows; ++r) {
       const A* const from = x.data + r * x.ld;
-      A sum = 0, squares = 0;
+      A sum = 0, rest = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t i = 0; i < in.inner; ++i) sum += from[i];
-      const A mean = sum / count;
-#pragma omp simd reduction(+ : squares)
-      for (int64_t i = 0; i < in.inner; ++i) squares += (from[i] - mean) * (from[i] - mean);
-      const A rstd = A(1) / std::sqrt(squares / count + static_cast<A>(in.norm_eps));
+      const A near = sum / count;  // but for rounding, which counts where a row is far from 0
+#pragma omp simd reduction(+ : rest, squares)
+      for (int64_t i = 0; i < in.inner; ++i) {
+        const A d = from[i] - near;
+        rest += d;
+        squares += d * d;
+      }
+      const A off = rest / count, mean = near + off;
+      const A variance = std::max(squares / count - off * off, A(0));
+      const A rstd = A(1) / std::sqrt(variance + static_cast<A>(in.norm_eps));
       normalise(from, in.inner, mean, rstd, buffer + r * in.inner);
       if (stats != nullptr) stats[row + r] = mean, stats[in.rows + row + r] = rstd;
     }

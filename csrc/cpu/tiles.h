@@ -3,6 +3,7 @@
 // panels as wide as the tile.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <new>
 
@@ -43,7 +44,7 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 
 // sums = a panel, with a (kRows, n) and panel (n, kWidth).
 template <int kRows, int kWidth, bool kFma, typename A>
-FASTGIST_INLINE void multiply_tile(const A* a, int64_t stride_m, int64_t stride_k, const A* panel, int64_t ld,
+FASTGIST_INLINE void multiply_part(const A* a, int64_t stride_m, int64_t stride_k, const A* panel, int64_t ld,
                                    int64_t n, A (&sums)[kRows][kWidth]) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -56,6 +57,25 @@ FASTGIST_INLINE void multiply_tile(const A* a, int64_t stride_m, int64_t stride_
       const A factor = a[r * stride_m + k * stride_k];
 #pragma omp simd
       for (int j = 0; j < kWidth; ++j) sums[r][j] = multiply_add<kFma>(factor, panel[k * ld + j], sums[r][j]);
+    }
+  }
+}
+
+// Terms that are summed one after the other; longer sums are sums of such sums, whose rounding grows less.
+constexpr int64_t kRun = 256;
+
+template <int kRows, int kWidth, bool kFma, typename A>
+FASTGIST_INLINE void multiply_tile(const A* a, int64_t stride_m, int64_t stride_k, const A* panel, int64_t ld,
+                                   int64_t n, A (&sums)[kRows][kWidth]) {
+  multiply_part<kRows, kWidth, kFma>(a, stride_m, stride_k, panel, ld, std::min(n, kRun), sums);
+  for (int64_t k = kRun; k < n; k += kRun) {
+    A part[kRows][kWidth];
+    multiply_part<kRows, kWidth, kFma>(a + k * stride_k, stride_m, stride_k, panel + k * ld, ld, std::min(n - k, kRun),
+                                       part);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma omp simd
+      for (int j = 0; j < kWidth; ++j) sums[r][j] += part[r][j];
     }
   }
 }
