@@ -79,7 +79,10 @@ def evaluate(function, inputs, wanted, grad, norm_eps=None, **options):
 
 
 def _terms(name, inputs, grad, scale):
-    """The size of the terms in a gradient that is a sum over the rows, which may cancel: the floor is there."""
+    """The size of the terms in a gradient that is a sum over rows, or of a gate over columns, which may cancel: the floor is
+    there."""
+    if name == "gate" and inputs["up_bias"] is not None and inputs["up_bias"].dim() > 1:
+        return float((grad.abs() @ inputs["up_bias"].abs().float().transpose(0, 1)).max()) * abs(scale)
     if name not in ("down_bias", "up_bias", *NORM) or (name == "up_bias" and inputs[name].dim() > 1):
         return None
     if name == "up_bias":
