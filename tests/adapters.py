@@ -78,22 +78,44 @@ def evaluate(function, inputs, wanted, grad, norm_eps=None, **options):
     return y.detach(), {k: None if t is None else t.grad for k, t in leaves.items()}
 
 
-def _terms(name, inputs, grad, scale):
-    """The size of the terms in a gradient that is a sum over rows, or of a gate over columns, which may cancel: the floor is
-    there."""
-    if name == "gate" and inputs["up_bias"] is not None and inputs["up_bias"].dim() > 1:
-        return float((grad.abs() @ inputs["up_bias"].abs().float().transpose(0, 1)).max()) * abs(scale)
-    if name not in ("down_bias", "up_bias", *NORM) or (name == "up_bias" and inputs[name].dim() > 1):
-        return None
-    if name == "up_bias":
+def _gate_terms(inputs, grad, scale, norm_eps):
+    """The largest sum of absolute terms in a gate's gradient: over the output's columns and an expert's hidden units, of
+    which none is larger than its z."""
+    x, down, down_bias, up, up_bias = (None if inputs[k] is None else inputs[k].float() for k in NAMES[:5])
+    if norm_eps is not None:
+        x = F.layer_norm(x, x.shape[-1:], *(None if inputs[k] is None else inputs[k].float() for k in NORM), norm_eps)
+    terms = ((grad.abs() @ up.abs()) * F.linear(x, down, down_bias).abs()).view(*inputs["gate"].shape, -1).sum(-1)
+    if up_bias is not None and up_bias.dim() == 2:
+        terms = terms + grad.abs() @ up_bias.abs().transpose(0, 1)
+    return float(terms.max()) * abs(scale)
+
+
+def _terms(name, inputs, grad, scale, norm_eps):
+    """The size of the terms in a gradient that is a sum which may cancel, over the rows or, of x behind a norm, of a row and
+    its means: the floor is there."""
+    if name == "gate":
+        return _gate_terms(inputs, grad, scale, norm_eps)
+    if name == "up_bias" and inputs[name].dim() == 1:
         return float(grad.abs().sum(0).max()) * abs(scale)
     hidden = grad.abs() @ inputs["up_weight"].abs().float()
     if name == "down_bias":
         return float(hidden.sum(0).max())
+    if norm_eps is None:
+        return None
+    x = inputs["x"].float()
+    weight, bias = (None if inputs[k] is None else inputs[k].float() for k in NORM)
+    if name == "down_weight":
+        a = F.layer_norm(x, x.shape[-1:], weight, bias, norm_eps)
+        return float((abs(scale) * hidden.transpose(0, 1) @ a.abs()).max())
     of_a = abs(scale) * hidden @ inputs["down_weight"].abs().float()
     if name == "norm_weight":
-        of_a = of_a * F.layer_norm(inputs["x"].float(), inputs["x"].shape[-1:]).abs()
-    return float(of_a.sum(0).max())
+        return float((of_a * F.layer_norm(x, x.shape[-1:]).abs()).sum(0).max())
+    if name == "norm_bias":
+        return float(of_a.sum(0).max())
+    if name == "x":
+        rstd = (x.var(-1, unbiased=False, keepdim=True) + norm_eps).rsqrt()
+        return float((rstd * (of_a if weight is None else of_a * weight.abs())).max())
+    return None
 
 
 def check(inputs, grad, impl, wanted=None, ours=None, **options):
@@ -114,7 +136,7 @@ def check(inputs, grad, impl, wanted=None, ours=None, **options):
     for name in inputs:
         assert (grads[name] is not None) == wanted[name], name
         if wanted[name]:
-            terms = _terms(name, inputs, grad, options.get("scale", 1.0))
+            terms = _terms(name, inputs, grad, options.get("scale", 1.0), options.get("norm_eps"))
             what = f"gradient of {name}"
             assert_within_budget(grads[name], plain_grads[name], exact_grads[name], what=what, scale=terms)
     return y, grads
