@@ -16,7 +16,7 @@ import torch
 
 from fastgist import _extension
 
-__all__ = ["IMPLEMENTATIONS", "OPS", "available", "explain", "resolve", "interpreting"]
+__all__ = ["IMPLEMENTATIONS", "OPS", "available", "explain", "resolve", "interpreting", "vector_bytes"]
 
 IMPLEMENTATIONS = ("auto", "triton", "cuda", "native", "reference")
 OPS = ("bidirectional_kl", "gist_loss", "gist_linear_loss", "topk_kl", "cp_linear", "adapter", "gelu")
@@ -129,6 +129,11 @@ def _resolve(op: str, impl: str, device: str, dtype: torch.dtype) -> str:
     if obstacle:
         raise RuntimeError(f"{op}: impl={impl!r} cannot run here: {obstacle}")
     return impl
+
+
+def vector_bytes() -> int:
+    """Bytes of a vector in the instruction set that the compiled extension takes here; 0 where it is not loaded."""
+    return _extension.vector_bytes()
 
 
 def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from fastgist import _extension
+from fastgist import backends
 from fastgist.ops import _common
-from fastgist.reference.cp_linear import Dropout, dropped
+from fastgist.reference.cp_linear import Dropout
 
 __all__ = ["cast_for_autocast", "check_dropout", "check_number", "dropout_for", "empty_unless"]
 
@@ -46,7 +46,7 @@ def check_dropout(
 
 
 def _dropped_in_place(h: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """:func:`fastgist.reference.cp_linear.dropped` in C++, bit for bit, over h itself where that is contiguous."""
+    """The dropout of :mod:`fastgist.reference.cp_linear` in C++, bit for bit, over h itself where that is contiguous."""
     if seed is None or h.numel() == 0:
         return h
     out = h if h.is_contiguous() else torch.empty_like(h, memory_format=torch.contiguous_format)
@@ -54,12 +54,11 @@ def _dropped_in_place(h: Tensor, dropout_p: float, seed: Tensor | None) -> Tenso
     return out
 
 
-def dropout_for(impl: str, seed: Tensor | None) -> Dropout:
-    """What drops out x U where plain PyTorch multiplies: C++ on CPUs where the extension is there, unless ``impl``, as the
-    caller gave it, is "reference"."""
-    if impl == "auto" and seed is not None and seed.device.type == "cpu" and _extension.load() is None:
-        return _dropped_in_place
-    return dropped
+def dropout_for(impl: str, seed: Tensor | None) -> Dropout | None:
+    """What drops out x U where plain PyTorch multiplies: C++ on CPUs where the extension is there. None: the reference's
+    own, also where ``impl``, as the caller gave it, is "reference"."""
+    native = impl == "auto" and seed is not None and seed.device.type == "cpu" and backends.vector_bytes() > 0
+    return _dropped_in_place if native else None
 
 
 def cast_for_autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:

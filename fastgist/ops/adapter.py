@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastgist import _extension, backends
+from fastgist import backends
 from fastgist.ops import _common
 from fastgist.ops._low_rank import cast_for_autocast, check_dropout, check_number, empty_unless
 from fastgist.reference import adapter as reference
@@ -38,7 +38,7 @@ def _resolve(impl: str, x: Tensor, weight: int) -> str:
     rows = x.shape[0]
     if x.dtype == torch.bfloat16:
         return chosen if rows <= 64 and weight <= 2**16 else "reference"
-    most = 2**20 if _extension.vector_bytes() == 64 else 2**16
+    most = 2**20 if backends.vector_bytes() == 64 else 2**16
     return chosen if weight <= min(most, 2**15 * rows) else "reference"
 
 
