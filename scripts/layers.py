@@ -244,8 +244,8 @@ def _qformer(provider: str) -> Both:
 LAYERS = {
     "qkv": Layer(
         "A fused qkv with a gain for each projection",
-        f"{WIDTH} -> {3 * WIDTH}, three folds that share U and V, rank {RANK}; {BATCH} x {TOKENS} rows. LoRA of the same rank "
-        "has one pair of factors, 2304 wide, and no gains.",
+        f"{WIDTH} -> {3 * WIDTH}, three folds that share U and V, rank {RANK}; {BATCH} x {TOKENS} rows. LoRA of the same "
+        "rank\nhas one pair of factors, 2304 wide, and no gains.",
         _qkv(),
     ),
     "q_k_v": Layer(
@@ -304,10 +304,10 @@ def page(found: dict[str, dict[str, Both]]) -> str:
         "# Launches and bytes of whole layers",
         "",
         f"Counted without a GPU, as for {HOPPER.name}: **nothing here has run on a card.** Written by",
-        "`python scripts/layers.py`; bfloat16, what is trained is float32. An operator of PyTorch that computes is one launch, as",
-        "is one of Triton; bytes are each launch's operands and results, once. A library's kernel that needs more than one launch",
-        "counts as one, and what a kernel reads twice counts once, in every row alike (benchmarks/launches.py). Launches of the",
-        "backward include the sums of gradients that reach a tensor on several ways, not the optimiser.",
+        "`python scripts/layers.py`; bfloat16, what is trained is float32. An operator of PyTorch that computes is one launch,",
+        "as is one of Triton; bytes are each launch's operands and results, once. A library's kernel that needs more than one",
+        "launch counts as one, and what a kernel reads twice counts once, in every row alike (benchmarks/launches.py). Launches",
+        "of the backward include the sums of gradients that reach a tensor on several ways, not the optimiser.",
         "",
     ]
     for name, rows in found.items():

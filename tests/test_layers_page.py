@@ -14,13 +14,14 @@ from torch import nn
 pytest.importorskip("triton")
 pytest.importorskip("timm")
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(1, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(1, str(Path(__file__).parents[1] / "scripts"))
 
 from benchmarks.launches import HOPPER, Ledger, on_a_card
 from fastgist import backends
 from fastgist.functional import adapter, cp_linear
+
+ROOT = Path(__file__).parents[1]
 
 
 def _layers():
