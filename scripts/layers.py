@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,7 +246,7 @@ LAYERS = {
     "qkv": Layer(
         "A fused qkv with a gain for each projection",
         f"{WIDTH} -> {3 * WIDTH}, three folds that share U and V, rank {RANK}; {BATCH} x {TOKENS} rows. LoRA of the same "
-        "rank\nhas one pair of factors, 2304 wide, and no gains.",
+        "rank has one pair of factors, 2304 wide, and no gains.",
         _qkv(),
     ),
     "q_k_v": Layer(
@@ -262,14 +263,14 @@ LAYERS = {
     "vit": Layer(
         "A block of ViT-B/16 with GIST's shared adapter and a gist token",
         f"The step of benchmarks/train_step.py with four layers less that with three, batch {BATCH}: a block in the middle, "
-        f"{TOKENS + 1} tokens,\nbottleneck {train_step.BOTTLENECK}. PEFT LoRA is another model, on qkv, without gist token.",
+        f"{TOKENS + 1} tokens, bottleneck {train_step.BOTTLENECK}. PEFT LoRA is another model, on qkv, without gist token.",
         {p: functools.partial(_vit, p) for p in ("authors", "plain", "PEFT LoRA", "fastgist")},
     ),
     "qformer": Layer(
         "Two layers of PETAL's Q-Former with everything on",
         "The step of benchmarks/petal_step.py with four layers less that with two, batch 16: self-attention of 52 tokens "
-        "twice,\ncross-attention to 257 image tokens once, updates of rank 64 with dropout on query, key and value of both. "
-        "What is\ndone once for all layers (the experts, the image's x U, the head) is in neither. base: the frozen Q-Former.",
+        "twice, cross-attention to 257 image tokens once, updates of rank 64 with dropout on query, key and value of both. "
+        "What is done once for all layers (the experts, the image's x U, the head) is in neither. base: the frozen Q-Former.",
         {p: functools.partial(_qformer, p) for p in ("base", "released", "PEFT LoRA", "fastgist", "fastgist cp")},
     ),
 }
@@ -299,19 +300,24 @@ def table(found: dict[str, Both]) -> list[str]:
     return lines
 
 
+_RULES = (
+    f"Counted without a GPU, as for {HOPPER.name}: **nothing here has run on a card.** Written by `python scripts/layers.py`; "
+    "bfloat16, what is trained is float32. An operator of PyTorch that computes is one launch, as is one of Triton; bytes are "
+    "each launch's operands and results, once. A library's kernel that needs more than one launch counts as one, and what a "
+    "kernel reads twice counts once, in every row alike (benchmarks/launches.py). Launches of the backward include the sums of "
+    "gradients that reach a tensor on several ways, not the optimiser."
+)
+
+
 def page(found: dict[str, dict[str, Both]]) -> str:
     lines = [
         "# Launches and bytes of whole layers",
         "",
-        f"Counted without a GPU, as for {HOPPER.name}: **nothing here has run on a card.** Written by",
-        "`python scripts/layers.py`; bfloat16, what is trained is float32. An operator of PyTorch that computes is one launch,",
-        "as is one of Triton; bytes are each launch's operands and results, once. A library's kernel that needs more than one",
-        "launch counts as one, and what a kernel reads twice counts once, in every row alike (benchmarks/launches.py). Launches",
-        "of the backward include the sums of gradients that reach a tensor on several ways, not the optimiser.",
+        textwrap.fill(_RULES, 120),
         "",
     ]
     for name, rows in found.items():
-        lines += [f"## {LAYERS[name].title}", "", LAYERS[name].about, "", *table(rows), ""]
+        lines += [f"## {LAYERS[name].title}", "", textwrap.fill(LAYERS[name].about, 120), "", *table(rows), ""]
     return "\n".join(lines)
 
 
