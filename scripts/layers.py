@@ -304,8 +304,8 @@ _RULES = (
     f"Counted without a GPU, as for {HOPPER.name}: **nothing here has run on a card.** Written by `python scripts/layers.py`; "
     "bfloat16, what is trained is float32. An operator of PyTorch that computes is one launch, as is one of Triton; bytes are "
     "each launch's operands and results, once. A library's kernel that needs more than one launch counts as one, and what a "
-    "kernel reads twice counts once, in every row alike (benchmarks/launches.py). Launches of the backward include the sums of "
-    "gradients that reach a tensor on several ways, not the optimiser."
+    "kernel reads twice counts once, in every row alike (benchmarks/launches.py). Launches of the backward include the sums "
+    "of gradients that reach a tensor on several ways, not the optimiser."
 )
 
 
