@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, costs
+from benchmarks.cases import Case, costs, outputs
 from fastgist.testing import within_budget
 
 #: Tensors whose first dimension is the rows M: parity compares their first and last rows.
@@ -75,13 +76,26 @@ def make_problem(op: str, case: Case, device: torch.device) -> Problem:
         return Problem(op, case, {"x": randn(m, d)}, ("x",))
     if op == "cp_linear":
         r = case["R"]
-        tensors = {"x": randn(m, d), "weight": randn(d, d, spread=d**-0.5), "bias": randn(d, spread=0.1)}
-        tensors |= {"u": randn(d, r, spread=d**-0.5), "v": randn(d, r, spread=0.3), "gain": randn(r)}
+        n, many = d * outputs(case), (outputs(case),) if outputs(case) > 1 else ()
+        tensors = {"x": randn(m, d), "weight": randn(n, d, spread=d**-0.5), "bias": randn(n, spread=0.1)}
+        tensors |= {"u": randn(d, r, spread=d**-0.5), "v": randn(d, r, spread=0.3), "gain": randn(*many, r)}
         return Problem(op, case, tensors, ("x", "u", "v", "gain"))
     h = case["H"]
     tensors = {"x": randn(m, d), "down": randn(h, d, spread=d**-0.5), "down_bias": randn(h, spread=0.1)}
     tensors |= {"up": randn(d, h, spread=h**-0.5), "up_bias": randn(d, spread=0.1)}
     return Problem(op, case, tensors, tuple(tensors))
+
+
+def given(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What a provider is built from and called with: of cp_linear's W weights, one above the other, each by itself."""
+    count = problem.case.get("W", 1)
+    if count == 1:
+        return tensors
+    return tensors | {name: tensors[name].chunk(count) for name in ("weight", "bias")}
+
+
+def joined(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return out if isinstance(out, Tensor) else torch.cat(out, -1)
 
 
 def incoming(problem: Problem, out: Tensor, direction: str) -> Tensor:
@@ -185,7 +199,7 @@ def leaves(problem: Problem) -> dict[str, Tensor]:
 
 def run(problem: Problem, provider: Callable[..., Tensor], direction: str = "fwd_bwd"):
     tensors = leaves(problem)
-    out = provider(*tensors.values())
+    out = joined(provider(*given(problem, tensors).values()))
     wanted = [tensors[name] for name in problem.leaves]
     grads = torch.autograd.grad(out, wanted, incoming(problem, out, direction), allow_unused=True)
     return out.detach(), dict(zip(problem.leaves, grads, strict=True))
@@ -197,15 +211,22 @@ def run(problem: Problem, provider: Callable[..., Tensor], direction: str = "fwd
 def make_step(problem: Problem, provider: Callable[..., Tensor], direction: str) -> Callable[[], object]:
     """A call that does ``direction`` once."""
     tensors = leaves(problem)
-    args, wanted = list(tensors.values()), [tensors[name] for name in problem.leaves]
+    args, wanted = list(given(problem, tensors).values()), [tensors[name] for name in problem.leaves]
     if direction == "fwd":
         return lambda: provider(*args)
+
+    def gradients(out: Tensor | tuple[Tensor, ...]) -> Tensor | list[Tensor]:
+        whole = incoming(problem, joined(out), direction)
+        return (
+            whole if isinstance(out, Tensor) else [g.contiguous() for g in whole.split([t.shape[-1] for t in out], -1)]
+        )
+
     if direction == "bwd":
         out = provider(*args)
-        grad = incoming(problem, out, direction)
+        grad = gradients(out)
         return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True, allow_unused=True)
     with torch.no_grad():
-        grad = incoming(problem, provider(*args), direction)
+        grad = gradients(provider(*args))
     return lambda: torch.autograd.grad(provider(*args), wanted, grad, allow_unused=True)
 
 
@@ -334,27 +355,45 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 
 @functools.cache
-def cpu_matmul_rate() -> float:
-    """FLOP/s of a float32 product of this machine, random data."""
-    a, b = (torch.randn(1024, 1024) for _ in range(2))
+def cpu_matmul_rate(dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a product of this machine, random data."""
+    a, b = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
     times = sample(functools.partial(torch.mm, a, b), Clock(torch.device("cpu")), 13)[3:]
     return 2 * 1024**3 / statistics.median(times)
 
 
-def _copy_bandwidth(device: torch.device, clock: Clock) -> float:
-    source = torch.randint(0, 255, (2**31,), dtype=torch.uint8, device=device)
+@functools.cache
+def cpu_copy_rate() -> float:
+    """Bytes read plus written per second by a copy that no cache holds."""
+    return _copy_bandwidth(torch.device("cpu"), Clock(torch.device("cpu")), 2**28)
+
+
+def _copy_bandwidth(device: torch.device, clock: Clock, size: int = 2**31) -> float:
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / statistics.median(sample(lambda: target.copy_(source), clock, 20))
 
 
+def roofline(op: str, case: Case, direction: str, device: torch.device) -> dict[str, float | int]:
+    """Of a row: the bytes and FLOPs that it cannot do without, what each takes at this device's measured ceilings, and the
+    larger of both. On a CPU a case that a cache holds may be faster than its bytes: the ceiling is memory's."""
+    moved, flops = costs(op, case, direction)
+    name = str(case.dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        top = ceilings(device)
+        copy, rate = top["copy_bytes_per_s"], top.get(f"matmul_{name}_flops_per_s", math.inf)
+    else:
+        copy, rate = cpu_copy_rate(), cpu_matmul_rate(case.dtype) if flops else math.inf
+    by = {"bytes_s": moved / copy, "flops_s": flops / rate}
+    return {"bytes": moved, "flops": flops, **by, "roofline_s": max(by.values())}
+
+
 def floor_seconds(problem: Problem, direction: str) -> tuple[float, str]:
     """(seconds that no implementation can beat here, how they were found)."""
-    moved, flops = costs(problem.op, problem.case, direction)
     if problem.device.type == "cuda":
-        top = ceilings(problem.device)
-        name = str(problem.case.dtype).removeprefix("torch.")
-        by_bytes, by_flops = moved / top["copy_bytes_per_s"], flops / top[f"matmul_{name}_flops_per_s"]
-        return max(by_bytes, by_flops), "bytes / copy bandwidth" if by_bytes >= by_flops else "FLOPs / matmul rate"
+        found = roofline(problem.op, problem.case, direction, problem.device)
+        by_bytes = found["bytes_s"] >= found["flops_s"]
+        return found["roofline_s"], "bytes / copy bandwidth" if by_bytes else "FLOPs / matmul rate"
     clock = Clock(problem.device)
     work, what = _cpu_floor(problem)
     return statistics.median(sample(work, clock, rounds_for(work, clock, 1.0))), what
@@ -377,10 +416,12 @@ def _cpu_floor(problem: Problem) -> tuple[Callable[[], object], str]:
         return a, b, torch.empty(a.shape[0], b.shape[1], dtype=width)
 
     if problem.op == "cp_linear":
-        x, w, u, v = t["x"], t["weight"], t["u"], t["v"]
-        low = torch.randn(rows, case["R"], dtype=width)
+        x, w, u = t["x"], t["weight"], t["u"]
+        low, y = torch.randn(rows, case["R"], dtype=width), torch.randn(rows, w.shape[0], dtype=width)
+        factor = t["v"].repeat(outputs(case), 1)
         # The update can be added to W for what it costs to form it: no product with a factor is needed for y and dx.
-        products = [product(x, w.T), product(x, w), product(x, u), product(x, v), product(low.T, x), product(low.T, x)]
+        products = [product(x, w.T), product(y, w), product(x, u), product(y, factor)]
+        products += [product(low.T, x), product(low.T, y)]
     elif problem.op == "adapter":
         x, down, up = t["x"], t["down"], t["up"]
         low = torch.randn(rows, case["H"], dtype=width)

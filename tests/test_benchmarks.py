@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.cases import CASES, DIRECTIONS, case, costs
+from benchmarks.cases import CASES, DIRECTIONS, case, costs, directions
 from benchmarks.peers import OTHER_FUNCTION, PEERS, Missing
 from fastgist.backends import OPS
 
@@ -25,6 +25,9 @@ SMALL = {
     "adapter": case(torch.float32, M=600, d=48, H=9),
     "gelu": case(torch.float32, M=600, d=48),
 }
+#: More forms of an operation whose peers must agree too.
+FORMS = list(SMALL.items())
+FORMS += [("cp_linear", case(torch.float32, M=600, d=48, R=5, **many)) for many in ({"W": 3}, {"G": 4}, {"G": 2})]
 
 
 def test_every_operation_is_timed_everywhere():
@@ -44,6 +47,9 @@ def test_every_operation_is_timed_everywhere():
         ("topk_kl", "fwd_bwd", {"M": 8192, "V": 128256, "K": 64}, 981),
         ("cp_linear", "fwd", {"M": 16384, "d": 768, "R": 16}, 25.5),
         ("cp_linear", "bwd", {"M": 16384, "d": 4096, "R": 64}, 739),
+        # bytes: 16384 (768 + 3072) 2 + 3072 768 2 + ...; FLOPs: 2 16384 (768 3072 + 16 3840)
+        ("cp_linear", "fwd", {"M": 16384, "d": 768, "R": 16, "G": 4}, 100.4),
+        ("cp_linear", "fwd", {"M": 16384, "d": 768, "R": 16, "W": 4}, 100.4),
         ("adapter", "fwd", {"M": 16384, "d": 768, "H": 64}, 11.8),
         ("adapter", "bwd", {"M": 16384, "d": 1024, "H": 64}, 23.5),
         ("gelu", "fwd", {"M": 50688, "d": 3072}, 145),
@@ -57,15 +63,15 @@ def test_floors_are_those_derived_by_hand(op, direction, sizes, microseconds):
     assert max(moved / 4.3e12, flops / 790e12) * 1e6 == pytest.approx(microseconds, rel=0.02)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_peers_agree_with_the_formula(op):
-    problem = harness.make_problem(op, SMALL[op], CPU)
+@pytest.mark.parametrize(("op", "shape"), FORMS, ids=lambda v: v if isinstance(v, str) else v.name)
+def test_peers_agree_with_the_formula(op, shape):
+    problem = harness.make_problem(op, shape, CPU)
     checked = []
     for name, build in PEERS[op].items():
         if name in OTHER_FUNCTION or name.endswith("compiled"):
             continue
         try:
-            provider = build(problem.tensors)
+            provider = build(harness.given(problem, problem.tensors))
         except Missing:
             continue
         if name.startswith("fastgist"):
@@ -105,3 +111,52 @@ def test_steps_time_what_they_say():
     seconds, how = harness.floor_seconds(problem, "fwd_bwd")
     assert seconds > 0
     assert "same run" in how
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd", "fwd_bwd"])
+def test_several_results_are_timed_as_they_come(direction):
+    """q, k and v: three results, each with its gradient, and the same gradients as those of one tall layer."""
+    shape = case(torch.float32, M=600, d=48, R=5, W=3)
+    problem = harness.make_problem("cp_linear", shape, CPU)
+    given = harness.given(problem, problem.tensors)
+    assert [w.shape for w in given["weight"]] == [(48, 48)] * 3
+    provider = PEERS["cp_linear"]["fastgist reference"](given)
+    result = harness.make_step(problem, provider, direction)()
+    if direction == "fwd":
+        assert len(result) == 3
+        return
+    _, wanted = harness.run(problem, provider)
+    assert len(result) == len(problem.leaves)
+    for ours, name in zip(result, problem.leaves, strict=True):
+        torch.testing.assert_close(ours, wanted[name])
+
+
+def test_a_row_carries_its_roofline(monkeypatch):
+    shape = case(torch.float32, M=600, d=48, R=5)
+    monkeypatch.setattr(harness, "cpu_copy_rate", lambda: 1e9)
+    monkeypatch.setattr(harness, "cpu_matmul_rate", lambda dtype: {torch.float32: 2e9}[dtype])
+    found = harness.roofline("cp_linear", shape, "fwd", CPU)
+    moved, flops = costs("cp_linear", shape, "fwd")
+    assert found == {
+        "bytes": moved, "flops": flops, "bytes_s": moved / 1e9, "flops_s": flops / 2e9, "roofline_s": flops / 2e9,
+    }  # fmt: skip
+    moved, _ = costs("gelu", SMALL["gelu"], "fwd_bwd")
+    assert harness.roofline("gelu", SMALL["gelu"], "fwd_bwd", CPU)["roofline_s"] == moved / 1e9
+    row = {"op": "cp_linear", "case": "M1", "dtype": "float32", "direction": "fwd", "provider": "x", "median_s": 2e-3}
+    row |= found | {"floor_s": 1e-3, "ratio_to_floor": 2.0, "ratio_to_roofline": 2e-3 / found["roofline_s"]}
+    pytest.importorskip("pytest_benchmark")
+    from benchmarks.conftest import table
+
+    lines = table(
+        [row | {"parity": "within the budget"}, row | {"parity": "gradient of u: error 1 exceeds the budget"}]
+    )
+    assert len(lines) == 3
+    for said in (f"{found['bytes'] / 1e6:.4g}", f"{row['ratio_to_roofline']:.2f}", "2.00", "ok"):
+        assert said in lines[1]
+    assert lines[2].endswith("gradient of u")
+
+
+def test_decoding_is_timed_forward_alone():
+    assert directions("cp_linear", "cuda", case(torch.bfloat16, forward_only=True, M=16, d=2048, R=16)) == ("fwd",)
+    assert directions("cp_linear", "cuda", SMALL["cp_linear"]) == ("fwd", "bwd")
+    assert any(c.forward_only for c in CASES["cp_linear", "cuda"])
