@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -160,3 +161,48 @@ def test_decoding_is_timed_forward_alone():
     assert directions("cp_linear", "cuda", case(torch.bfloat16, forward_only=True, M=16, d=2048, R=16)) == ("fwd",)
     assert directions("cp_linear", "cuda", SMALL["cp_linear"]) == ("fwd", "bwd")
     assert any(c.forward_only for c in CASES["cp_linear", "cuda"])
+
+
+def test_plot_draws_the_layers_by_their_time_over_the_floor(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import plot
+
+    times = {"fastgist native": 1.1, "eager": 3.0, "eager, compiled": 2.0, "frozen linear alone": 0.5, "wrong": 0.1}
+    verdicts = {"frozen linear alone": "another function, there for its cost", "wrong": "no gradient for x"}
+    rows = [
+        {"op": op, "case": f"M{m}_d768", "dtype": "float32", "direction": "fwd_bwd", "provider": provider, "M": m}
+        | {"median_s": ratio * 1e-3, "floor_s": 1e-3, "floor": "why", "peak_bytes": 1, "bytes": 1}
+        | {"parity": verdicts.get(provider, "within the budget")}
+        for op in ("cp_linear", "adapter")
+        for m in (3, 5)
+        for provider, ratio in times.items()
+    ]
+    environment = {
+        "device": "A CPU",
+        "device_slug": "cpu-a",
+        "threads": 2,
+        "versions": {"torch": "2.0"},
+        "date": "today",
+    }
+    (tmp_path / "cpu-a").mkdir()
+    for op in ("cp_linear", "adapter"):
+        mine = [r for r in rows if r["op"] == op]
+        (tmp_path / "cpu-a" / f"{op}.json").write_text(json.dumps({"environment": environment, "rows": mine}))
+    found = plot.by_layers(plot.load(tmp_path, [], cpu=True))["cpu-a"]
+    assert set(found) == {"cp_linear", "adapter"}
+    assert list(found["adapter"]) == [f"M{m} d768, float32, forward + backward" for m in (3, 5)]
+    ratios = found["adapter"]["M3 d768, float32, forward + backward"]
+    assert ratios == {"fastgist native": pytest.approx(1.1), "eager": pytest.approx(2.0)}, (
+        "compiled, the faster of the two"
+    )
+    assert plot.main(["--results", str(tmp_path), "--out", str(tmp_path / "figures")]) == 0
+    drawn = (tmp_path / "figures" / "layers-cpu-a.svg").read_text()
+    assert "M5 d768, float32, forward + backward" in drawn and ">fastgist native<" in drawn
+    assert "frozen" not in drawn and "wrong" not in drawn
+
+
+def test_there_are_marks_for_every_provider_of_the_layers():
+    from benchmarks import plot
+
+    names = {n.removesuffix(", compiled") for op in plot.LAYERS for n in PEERS[op]} - OTHER_FUNCTION
+    assert len(names - {"fastgist cuda"}) <= len(plot.LINES)
