@@ -112,18 +112,7 @@ LAYERS = ("cp_linear", "adapter")
 SHOWN = dict.fromkeys(LOSSES, ("M512_V1000", "M256_V32000"))
 SHOWN |= {"cp_linear": ("M3152_d768_R32",), "adapter": ("M3152_d768_H8", "M3152_d768_H64")}
 #: Okabe and Ito's colours, told apart in every common form of colour blindness; shapes differ as well.
-_COLOURS = (
-    "#0072B2",
-    "#56B4E9",
-    "#D55E00",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#666666",
-    "#000000",
-    "#882255",
-    "#44AA99",
-)
+_COLOURS = "#0072B2 #56B4E9 #D55E00 #E69F00 #009E73 #CC79A7 #666666 #000000 #882255 #44AA99 #F0E442 #332288".split()
 LINES = tuple(zip(_COLOURS, "osx^DvP*<>hd", strict=True))
 
 
@@ -185,18 +174,22 @@ def draw_by_classes(device: str, of_op: dict[str, list[dict]], out: Path) -> Non
 
 
 def by_layers(results: list[tuple[dict, list[dict]]]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """device -> op -> case -> provider -> time over the floor; a peer as it is fastest, compiled or not."""
+    """device -> op -> case -> provider -> time over the floor, where there are several cases; a peer as it is fastest, compiled
+    or not."""
     found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for environment, rows in results:
-        for row in rows:
-            if row["op"] in LAYERS and not row["parity"].startswith("another function"):
-                direction = row["direction"].replace("_", " + ").replace("fwd", "forward").replace("bwd", "backward")
-                case = f"{row['case'].replace('_', ' ')}, {row['dtype']}, {direction}"
-                name = row["provider"].removesuffix(", compiled")
-                of_case = (
-                    found.setdefault(environment["device_slug"], {}).setdefault(row["op"], {}).setdefault(case, {})
-                )
-                of_case[name] = min(row["median_s"] / row["floor_s"], of_case.get(name, float("inf")))
+        for op in LAYERS:
+            cases: dict[str, dict[str, float]] = {}
+            for row in rows:
+                if row["op"] == op and not row["parity"].startswith("another function"):
+                    direction = (
+                        row["direction"].replace("_", " + ").replace("fwd", "forward").replace("bwd", "backward")
+                    )
+                    of_case = cases.setdefault(f"{row['case'].replace('_', ' ')}, {row['dtype']}, {direction}", {})
+                    name = row["provider"].removesuffix(", compiled")
+                    of_case[name] = min(row["median_s"] / row["floor_s"], of_case.get(name, float("inf")))
+            if len(cases) > 1:
+                found.setdefault(environment["device_slug"], {})[op] = cases
     return found
 
 
