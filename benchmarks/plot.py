@@ -52,8 +52,9 @@ def panels(results: list[tuple[dict, list[dict]]]) -> list[tuple[str, str, list[
             device += f", {environment['threads']} threads"
         device = f"measured on {device}, torch {environment['versions']['torch']}, {environment['date']}"
         groups: dict[tuple[str, ...], list[dict]] = {}
+        elsewhere = {*LOSSES, *(op for op in LAYERS if len({r["case"] for r in rows if r["op"] == op}) > 1)}
         for row in rows:
-            if row["op"] in SHOWN and "threads" in environment and row["case"] not in SHOWN[row["op"]]:
+            if row["op"] in elsewhere and "threads" in environment and row["case"] not in SHOWN[row["op"]]:
                 continue  # by_classes or by_layers draws it
             if row["op"] in LOSSES and "threads" in environment:
                 if (row["dtype"], row["direction"]) != ("float32", "fwd_bwd"):
@@ -174,8 +175,8 @@ def draw_by_classes(device: str, of_op: dict[str, list[dict]], out: Path) -> Non
 
 
 def by_layers(results: list[tuple[dict, list[dict]]]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """device -> op -> case -> provider -> time over the floor, where there are several cases; a peer as it is fastest, compiled
-    or not."""
+    """device -> op -> case -> provider -> time over the floor, where there are several cases; a peer as it is fastest,
+    compiled or not."""
     found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for environment, rows in results:
         for op in LAYERS:
