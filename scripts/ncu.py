@@ -34,7 +34,7 @@ def find() -> str | None:
 
 
 def parse(text: str) -> list[tuple[str, float]]:
-    """(kernel, DRAM bytes) of each launch, in order, from what ``ncu --csv`` printed: lines of its own and of the program, then
+    """(kernel, DRAM bytes) of each launch, in order, from what ``ncu --csv`` printed: lines of its own and the program's, then
     a header and a line for each kernel and metric.
 
     Raises:
