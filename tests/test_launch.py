@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from fastgist_kernels import adapter_bwd_once as once
 from fastgist_kernels import common
 from fastgist_kernels.common import _specialisation, cdiv, launch, next_power_of_2
-from fastgist_kernels.cp_linear import _aligned
+from fastgist_kernels.cp_linear_plan import _aligned
 from fastgist_kernels.outer import _splits
 
 
