@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from losses import on_every_device
+from adapters import NAMES, case, check, evaluate
 
 from fastgist.functional import adapter
 from fastgist.reference.adapter import ACTIVATIONS
@@ -16,80 +16,6 @@ from fastgist.reference.adapter import adapter as formula
 from fastgist.testing import assert_within_budget, layouts, poisoned_allocations
 
 OP = "adapter"
-NAMES = ("x", "down_weight", "down_bias", "up_weight", "up_bias", "residual", "gate")
-ACT = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "identity": lambda z: z,
-}
-
-
-def case(rows=19, inner=40, hidden=8, out=None, experts=None, dtype=torch.float32, device="cpu", residual=False):
-    def randn(*shape, spread=1.0):
-        return (torch.randn(*shape, device=device) * spread).to(dtype)
-
-    out = inner if out is None else out
-    return {
-        "x": randn(rows, inner),
-        "down_weight": randn(hidden, inner, spread=inner**-0.5),
-        "down_bias": randn(hidden),
-        "up_weight": randn(out, hidden, spread=hidden**-0.5),
-        "up_bias": randn(out) if experts is None else randn(experts, out),
-        "residual": randn(rows, out) if residual else None,
-        "gate": None if experts is None else randn(rows, experts).softmax(-1),
-    }
-
-
-def plain(x, down_weight, down_bias, up_weight, up_bias, *, activation, scale, residual, residual_scale, gate):
-    """The expression in the inputs' own dtype, as anyone would write it."""
-    hidden = ACT[activation](F.linear(x, down_weight, down_bias))
-    if gate is not None:
-        hidden = hidden * gate.repeat_interleave(hidden.shape[-1] // gate.shape[-1], dim=-1)
-    y = F.linear(hidden, up_weight)
-    if up_bias is not None:
-        y = y + (gate @ up_bias if up_bias.dim() == 2 else up_bias)
-    y = scale * y
-    return y if residual is False else y + residual_scale * (x if residual is None else residual)
-
-
-def evaluate(function, inputs, wanted, grad, **options):
-    leaves = {k: None if t is None else t.detach().requires_grad_(wanted[k]) for k, t in inputs.items()}
-    named = dict(leaves)
-    residual, gate = named.pop("residual"), named.pop("gate")
-    options = {"activation": "gelu", "scale": 1.0, "residual_scale": 1.0, "residual": residual} | options
-    y = function(*named.values(), gate=gate, **options)
-    if any(wanted.values()):
-        y.backward(grad.to(y.dtype))
-    return y.detach(), {k: None if t is None else t.grad for k, t in leaves.items()}
-
-
-def check(inputs, grad, impl, wanted=None, ours=None, **options):
-    wanted = {k: t is not None for k, t in inputs.items()} if wanted is None else wanted
-    y, grads = evaluate(adapter, inputs if ours is None else ours, wanted, grad, impl=impl, **options)
-    peers = on_every_device(lambda i, g, o: evaluate(plain, i, wanted, g, **o), inputs, grad, options)
-    plain_y, plain_grads = [y for y, _ in peers], {k: [grads[k] for _, grads in peers] for k in NAMES}
-    double = {k: None if t is None else t.double() for k, t in inputs.items()}
-    exact_y, exact_grads = evaluate(formula, double, wanted, grad, **options)
-    # The oracle itself, held against the expression as anyone would write it: a wrong one would widen the budget.
-    again_y, again_grads = evaluate(plain, double, wanted, grad, **options)
-    torch.testing.assert_close(
-        (again_y, list(again_grads.values())), (exact_y, list(exact_grads.values())), rtol=1e-9, atol=1e-9
-    )
-    assert_within_budget(y, plain_y, exact_y, what="y")
-    for name in NAMES:
-        assert (grads[name] is not None) == wanted[name], name
-        if wanted[name]:
-            # a bias gradient is a sum over the rows, whose terms may cancel: the floor is at the size of the terms
-            terms = None
-            if name == "down_bias":
-                terms = float((grad.abs() @ inputs["up_weight"].abs().float()).sum(0).max())
-            elif name == "up_bias" and inputs[name].dim() == 1:
-                terms = float(grad.abs().sum(0).max()) * abs(options.get("scale", 1.0))
-            what = f"gradient of {name}"
-            assert_within_budget(grads[name], plain_grads[name], exact_grads[name], what=what, scale=terms)
-    return y, grads
 
 
 # -- the formula -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Bottleneck adapters (Houlsby et al. 2019; Pfeiffer et al. 2021): down, activation, up, residual in one operation."""
+"""Bottleneck adapters (Houlsby et al. 2019; Pfeiffer et al. 2021): norm, down, activation, up, residual in one operation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgist import functional
-from fastgist.nn._tuner import autocast_enabled, check_positive, uniform_fan_in_
+from fastgist.nn._tuner import autocast_enabled, check_dropout, check_positive, uniform_fan_in_
 
 __all__ = ["AdaptedBlock", "AdaptedLayer", "Adapter", "BlockForward"]
 
@@ -24,7 +24,7 @@ BlockForward = Callable[..., Tensor]
 
 
 class Adapter(nn.Module):
-    """``y = residual + scale * (act(x D^T + b_d) U^T + b_u)``, with D: dim -> bottleneck_dim.
+    """``y = residual + scale * (drop(act(a D^T + b_d)) U^T + b_u)``, with D: dim -> bottleneck_dim and a = x or LayerNorm(x).
 
     Args:
         dim: width of x.
@@ -33,11 +33,19 @@ class Adapter(nn.Module):
         scale: factor on the bottleneck's output.
         init: "identity": D as nn.Linear draws it, U and both biases zero: a fresh adapter returns its residual.
             "paper" (GIST, arXiv 2312.07255): both weights truncated normal with deviation 0.02, zero biases.
+        norm: whether a LayerNorm of the adapter's own (``norm_weight``, ``norm_bias``: ones and zeros at the start) stands in
+            front of D, as in AdaptFormer (its "layernorm option" "in"). The residual is x itself.
+        norm_eps: added to the variance there.
+        dropout: share of hidden units that is zeroed in training, AdaptFormer's place for it (0.1 there).
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: a size that is not positive, an unknown activation or init.
+        ValueError: a size that is not positive, an unknown activation or init, a dropout outside [0, 1).
+        TypeError: a norm that is not True or False.
     """
+
+    norm_weight: nn.Parameter | None
+    norm_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -47,6 +55,9 @@ class Adapter(nn.Module):
         scale: float = 1.0,
         *,
         init: str = "identity",
+        norm: bool = False,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -59,12 +70,19 @@ class Adapter(nn.Module):
             raise ValueError(f"Adapter: init must be one of {', '.join(INITS)}, got {init!r}")
         if not math.isfinite(scale):
             raise ValueError(f"Adapter: scale must be finite, got {scale}")
+        if not isinstance(norm, bool):
+            raise TypeError(f"Adapter: norm must be True or False, got {norm!r}")
+        if not (math.isfinite(norm_eps) and norm_eps > 0):
+            raise ValueError(f"Adapter: norm_eps must be finite and > 0, got {norm_eps}")
         self.activation, self.scale, self.init = activation, float(scale), init
+        self.norm_eps, self.dropout = float(norm_eps), check_dropout("Adapter", dropout)
         kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.down_weight = nn.Parameter(torch.empty(bottleneck_dim, dim, **kwargs))
         self.down_bias = nn.Parameter(torch.empty(bottleneck_dim, **kwargs))
         self.up_weight = nn.Parameter(torch.empty(dim, bottleneck_dim, **kwargs))
         self.up_bias = nn.Parameter(torch.empty(dim, **kwargs))
+        for name in ("norm_weight", "norm_bias"):
+            self.register_parameter(name, nn.Parameter(torch.empty(dim, **kwargs)) if norm else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -76,18 +94,41 @@ class Adapter(nn.Module):
             nn.init.trunc_normal_(self.up_weight, std=0.02)
         nn.init.zeros_(self.down_bias)
         nn.init.zeros_(self.up_bias)
+        if self.norm_weight is not None and self.norm_bias is not None:
+            nn.init.ones_(self.norm_weight)
+            nn.init.zeros_(self.norm_bias)
 
     def forward(self, x: Tensor, residual: Tensor | tuple[Tensor, Tensor] | bool | None = None) -> Tensor:
         """x: (..., dim). residual: None for x itself, one tensor of x's shape or two in a tuple, or False for none. Returns
         (..., dim). Parameters of another dtype than x's take x's for the call (autocast's under autocast)."""
         weights: list[Tensor] = [self.down_weight, self.down_bias, self.up_weight, self.up_bias]
+        if self.norm_weight is not None and self.norm_bias is not None:
+            weights += [self.norm_weight, self.norm_bias]
         in_kernel = x.dtype.itemsize == 2 and weights[0].dtype == torch.float32  # float32 adapters in a half model
         if x.dtype != weights[0].dtype and not in_kernel and not autocast_enabled(x.device):
             weights = [w.to(x.dtype) for w in weights]
-        return functional.adapter(x, *weights, activation=self.activation, scale=self.scale, residual=residual)
+        down_weight, down_bias, up_weight, up_bias, *norm = weights
+        return functional.adapter(
+            x,
+            down_weight,
+            down_bias,
+            up_weight,
+            up_bias,
+            activation=self.activation,
+            scale=self.scale,
+            residual=residual,
+            norm=(norm[0], norm[1], self.norm_eps) if norm else None,
+            dropout_p=self.dropout,
+            training=self.training,
+        )
 
     def extra_repr(self) -> str:
-        return f"{self.dim} -> {self.bottleneck_dim} -> {self.dim}, activation={self.activation!r}, scale={self.scale}"
+        norm = "" if self.norm_weight is None else ", norm=True"
+        dropout = f", dropout={self.dropout}" if self.dropout else ""
+        return (
+            f"{self.dim} -> {self.bottleneck_dim} -> {self.dim}, activation={self.activation!r}, scale={self.scale}"
+            f"{norm}{dropout}"
+        )
 
 
 class AdaptedLayer(nn.Module):

@@ -51,15 +51,17 @@ def _adapter_fwd(x: Shape, down: Shape, down_bias: Any, up: Shape, *others: Any,
 
 @register_flop_formula(_ops.adapter_bwd)
 def _adapter_bwd(
-    grad: Shape, x: Shape, down: Shape, down_bias: Any, up: Shape, up_bias: Any, gate: Any, z: Shape, activation: Any,
-    scale: Any, residual_scale: Any, residual_is_x: Any, needs: list[bool], *others: Any, **_: Any,
+    grad: Shape, x: Shape, down: Shape, down_bias: Any, up: Shape, up_bias: Any, gate: Any, z: Shape, norm_weight: Any,
+    norm_bias: Any, stats: Any, seed: Any, activation: Any, scale: Any, residual_scale: Any, residual_is_x: Any,
+    dropout_p: Any, needs: list[bool], *others: Any, **_: Any,
 ) -> int:  # fmt: skip
-    need_x, need_down, need_down_bias, need_up, _up_bias, need_gate = needs
+    need_x, need_down, need_down_bias, need_up, _up_bias, need_gate, need_norm_weight, need_norm_bias = needs
     hidden = (up or (0, 0))[1]
     wide, narrow = grad[1] * hidden, (x or down or (0, 0))[-1] * hidden
-    through = need_x or need_down or need_down_bias or need_gate
+    through = need_x or need_down or need_down_bias or need_gate or need_norm_weight or need_norm_bias
     again = z is None or prod(z) == 0  # the hidden units are formed once more
-    return 2 * grad[0] * (wide * (through + need_up) + narrow * (need_x + need_down + (again and (through or need_up))))
+    per_row = wide * (through + need_up) + narrow * (need_x + (need_down or need_norm_weight))
+    return 2 * grad[0] * (per_row + narrow * (again and (through or need_up)))
 
 
 @register_flop_formula(_ops.gist_linear_loss_run)

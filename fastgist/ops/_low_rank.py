@@ -1,4 +1,4 @@
-"""What cp_linear and adapter share on the way in: numbers, autocast, and the gradient of a frozen layer's weight."""
+"""What cp_linear and adapter share on the way in: numbers, dropout, autocast, and the gradient of a frozen layer's weight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgist.ops import _common
 
-__all__ = ["cast_for_autocast", "check_number", "empty_unless"]
+__all__ = ["cast_for_autocast", "check_dropout", "check_number", "empty_unless"]
 
 
 def check_number(op: str, name: str, value: object) -> float:
@@ -21,6 +21,26 @@ def check_number(op: str, name: str, value: object) -> float:
     if not -math.inf < value < math.inf:  # torch.compile, which may make the number symbolic, cannot trace isfinite
         raise ValueError(f"{op}: {name} must be finite, got {value}")
     return float(value)
+
+
+def check_dropout(
+    op: str, x: Tensor, dropout_p: object, training: bool, seed: Tensor | None
+) -> tuple[float, Tensor | None]:
+    """p and the seed, both zeroed where dropout is not active; a seed is drawn, on the device, where none is given."""
+    dropout_p = check_number(op, "dropout_p", dropout_p)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: expected 0 <= dropout_p < 1, got {dropout_p}")
+    if seed is not None:
+        if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+            raise TypeError(f"{op}: seed must be an int64 Tensor, got {getattr(seed, 'dtype', type(seed).__name__)}")
+        if seed.numel() != 1:
+            raise ValueError(f"{op}: seed must hold one number, got shape {tuple(seed.shape)}")
+        _common.check_same_device(op, x=x, seed=seed)
+    if not training or dropout_p == 0.0:
+        return 0.0, None
+    if seed is None:  # by the default generator, which checkpointing and graph capture know how to replay
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    return dropout_p, seed
 
 
 def cast_for_autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:

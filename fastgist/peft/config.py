@@ -56,9 +56,10 @@ class AdapterConfig(PeftConfig):
 
     placement: "pfeiffer" (after each MLP), "houlsby" (after each attention and each MLP, with parameters of their own),
     "parallel" (beside each MLP, on the MLP's normed input; He et al. 2022), "adaptformer" (beside each MLP branch, on the
-    block's un-normed state; Chen et al. 2022, whose scale is 0.1) or "shared" (one adapter a block, beside both branches,
-    un-normed: GIST's own, with bottleneck_dim 4, scale 0.1 and init "paper"). init: "identity" or "paper" (see
-    :class:`fastgist.nn.Adapter`).
+    block's un-normed state; Chen et al. 2022, whose scale is 0.1 and dropout 0.1) or "shared" (one adapter a block, beside
+    both branches, un-normed: GIST's own, with bottleneck_dim 4, scale 0.1 and init "paper"). init: "identity" or "paper" (see
+    :class:`fastgist.nn.Adapter`). norm: a LayerNorm of the adapter's own in front of it, trained. dropout: of its hidden
+    units.
     """
 
     method: ClassVar[str] = "adapter"
@@ -67,6 +68,8 @@ class AdapterConfig(PeftConfig):
     activation: str = "gelu"
     scale: float = 1.0
     init: str = "identity"
+    norm: bool = False
+    dropout: float = 0.0
 
 
 @dataclass

@@ -162,6 +162,8 @@ class _Adapters(Method):
             config.activation,
             config.scale,
             init=config.init,
+            norm=config.norm,
+            dropout=config.dropout,
             **factory(_first_linear(model.get_submodule(path)), None, None),
         )
 

@@ -106,17 +106,19 @@ def _front(model: nn.Module) -> nn.Module:
 
 def _adapter_fwd(
     x: Tensor, down: Tensor, down_bias: Tensor | None, up: Tensor, up_bias: Tensor | None, residual: Tensor | None,
-    branch: Tensor | None, gate: Tensor | None, activation: str, scale: float, residual_scale: float, need_z: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    branch: Tensor | None, gate: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    seed: Tensor | None, activation: str, scale: float, residual_scale: float, norm_eps: float | None, dropout_p: float,
+    need_z: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from fastgist.reference.adapter import adapter
 
     added = False if residual is None else residual if branch is None else (residual, branch)
     y = adapter(
         x, down, down_bias, up, up_bias, activation=activation, scale=scale, residual=added,
         residual_scale=residual_scale, gate=gate,
+        norm=None if norm_eps is None else (norm_weight, norm_bias, norm_eps),
     )  # fmt: skip
-    return y, x.new_empty(0)
+    return y, x.new_empty(0), x.new_empty(0)
 
 
 def _cp_linear_fwd(

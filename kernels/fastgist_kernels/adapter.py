@@ -1,134 +1,28 @@
-"""adapter in Triton: y = residual_scale * residual + scale * (U (act(D x + b_d) * gate) + b_u), one launch.
+"""adapter in Triton: y = residual_scale * residual + scale * (U drop(act(D a + b_d) * gate) + b_u), one launch.
 
-A program takes BLOCK_M rows: a loop over the D columns of x for z = D x + b_d, the activation and the gate on the tile
-[BLOCK_M, BLOCK_H] in registers, then a loop over output columns, residual and both scales in the store. The second read
-of x, as the residual, hits shared memory or L2. A bottleneck wider than one tile goes in chunks of hidden units, launch by
-launch, the output collected in float32. Gated experts' units and biases are scaled by the gate within the same tile.
+A program takes BLOCK_M rows: a loop over the D columns of x for z = D a + b_d, the activation and the gate on the tile
+[BLOCK_M, BLOCK_H] in registers, then a loop over output columns, residual and both scales in the store. a is x; with a norm
+one more loop finds the rows' statistics, and the tile is normalised on its way into the product. Every read of x but the
+first hits shared memory or L2. A bottleneck wider than one tile goes in chunks of hidden units, launch by launch, the output
+collected in float32. Gated experts' units and biases are scaled by the gate within the same tile.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
-from types import MappingProxyType
+import itertools
 
 import torch
 import triton
 import triton.language as tl
 
+from fastgist_kernels.adapter_parts import activate, kept, project_down, row_statistics, spread_gate
+from fastgist_kernels.adapter_plan import chunks, most_hidden, row_tiles, tile_config, tile_defaults
 from fastgist_kernels.aot import Spec
-from fastgist_kernels.common import cdiv, device_arch, dot, launch, launch_config, next_power_of_2
-from fastgist_kernels.outer import argument_types, low_dot, narrow, processors, rank_block
+from fastgist_kernels.common import cdiv, dot, launch
+from fastgist_kernels.cp_linear import dropout_args
+from fastgist_kernels.outer import argument_types, low_dot, narrow, rank_block
 
-__all__ = [
-    "SPECS",
-    "WEIGHTS",
-    "activate",
-    "activation_slope",
-    "adapter_fwd",
-    "chunks",
-    "every_tile",
-    "most_hidden",
-    "project_down",
-    "row_tiles",
-    "spread_gate",
-    "tile_config",
-    "tile_defaults",
-]
-
-
-@triton.jit
-def sigmoid(z):
-    return 1.0 / (1.0 + tl.exp(-z))
-
-
-@triton.jit
-def activate(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "gelu":
-        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        return z * sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-    elif ACTIVATION == "relu":
-        return tl.where(z <= 0.0, 0.0, z)
-    elif ACTIVATION == "silu":
-        return z * sigmoid(z)
-    else:
-        return z
-
-
-@triton.jit
-def activation_slope(z, ACTIVATION: tl.constexpr):
-    """act'(z)."""
-    if ACTIVATION == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-        return cdf + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    elif ACTIVATION == "gelu_tanh":
-        s = sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        return s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
-    elif ACTIVATION == "relu":
-        return tl.where(z <= 0.0, 0.0, 1.0)
-    elif ACTIVATION == "silu":
-        s = sigmoid(z)
-        return s * (1.0 + z * (1.0 - s))
-    else:
-        return tl.full(z.shape, 1.0, tl.float32)
-
-
-@triton.jit
-def project_down(
-    x_ptr,
-    down_ptr,
-    down_bias_ptr,
-    offs_m,
-    offs_h,
-    mask_m,
-    mask_h,
-    D,
-    stride_xm,
-    stride_xd,
-    stride_dh,
-    stride_dd,
-    stride_db,
-    HAS_DOWN_BIAS: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """z [BLOCK_M, BLOCK_H] = x D^T + b_d in float32; 0 in padded hidden units."""
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    z = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
-    for first_d in range(0, D, BLOCK_D):
-        offs_c = first_d + offs_d
-        mask_x = mask_m[:, None]
-        mask_w = mask_h[None, :]
-        if not EVEN_D:
-            mask_d = offs_c < D
-            mask_x = mask_x & mask_d[None, :]
-            mask_w = mask_w & mask_d[:, None]
-        x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_c[None, :] * stride_xd
-        w_ptrs = down_ptr + offs_c[:, None] * stride_dd + offs_h[None, :] * stride_dh
-        x = tl.load(x_ptrs, mask=mask_x, other=0.0)
-        w = tl.load(w_ptrs, mask=mask_w, other=0.0)
-        z = dot(x, narrow(w, x.dtype), z, PRECISION)
-    if HAS_DOWN_BIAS:
-        bias = tl.load(down_bias_ptr + offs_h * stride_db, mask=mask_h, other=0.0)
-        z += narrow(bias, x_ptr.dtype.element_ty).to(tl.float32)[None, :]
-    return z
-
-
-@triton.jit
-def spread_gate(
-    gate_ptr, offs_m, mask_m, expert, E, stride_gm, stride_ge, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr
-):
-    """The gate of each row's hidden units, [BLOCK_M, BLOCK_H] float32; unit h belongs to expert[h]. A loop over experts,
-    since a gather would hold a 64-bit pointer an element."""
-    gate = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
-    for e in range(0, E):
-        column = tl.load(gate_ptr + offs_m * stride_gm + tl.cast(e, tl.int64) * stride_ge, mask=mask_m, other=0.0)
-        gate = tl.where((expert == e)[None, :], column.to(tl.float32)[:, None], gate)
-    return gate
+__all__ = ["SPECS", "WEIGHTS", "adapter_fwd", "every_tile"]
 
 
 @triton.jit
@@ -141,6 +35,10 @@ def _adapter_fwd_kernel(
     residual_ptr,
     branch_ptr,
     gate_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    seed_ptr,
+    stats_ptr,
     z_ptr,
     y_ptr,
     M,
@@ -165,9 +63,14 @@ def _adapter_fwd_kernel(
     stride_jn,
     stride_gm,
     stride_ge,
+    stride_nw,
+    stride_nb,
     stride_zm,
     scale,
     residual_scale,
+    norm_eps,
+    threshold,
+    inv_keep,
     ACTIVATION: tl.constexpr,
     HAS_DOWN_BIAS: tl.constexpr,
     HAS_UP_BIAS: tl.constexpr,
@@ -175,6 +78,12 @@ def _adapter_fwd_kernel(
     HAS_BRANCH: tl.constexpr,
     HAS_GATE: tl.constexpr,
     GATED_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_NORM_WEIGHT: tl.constexpr,
+    HAS_NORM_BIAS: tl.constexpr,
+    LOAD_STATS: tl.constexpr,
+    STORE_STATS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     STORE_Z: tl.constexpr,
     EVEN_D: tl.constexpr,
     WIDE: tl.constexpr,
@@ -185,7 +94,8 @@ def _adapter_fwd_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Hidden units first_h .. first_h + H, which all fit in BLOCK_H. y (M, N) contiguous, z (M, H) with unit inner stride."""
+    """Hidden units first_h .. first_h + H, which all fit in BLOCK_H. y (M, N) contiguous, z (M, H) with unit inner stride,
+    stats (2, M): the rows' means and 1 / deviations."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_h = tl.arange(0, BLOCK_H).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
@@ -193,6 +103,17 @@ def _adapter_fwd_kernel(
     mask_m = offs_m < M
     mask_h = offs_h < H
     mask_e = offs_e < E
+    mean = 0.0
+    rstd = 0.0
+    if HAS_NORM:
+        if LOAD_STATS:
+            mean = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)
+            rstd = tl.load(stats_ptr + M + offs_m, mask=mask_m, other=0.0)
+        else:
+            mean, rstd = row_statistics(x_ptr, offs_m, mask_m, D, stride_xm, stride_xd, norm_eps, BLOCK_M, BLOCK_D)
+        if STORE_STATS:
+            tl.store(stats_ptr + offs_m, mean, mask=mask_m)
+            tl.store(stats_ptr + M + offs_m, rstd, mask=mask_m)
     z = project_down(
         x_ptr,
         down_ptr,
@@ -207,8 +128,18 @@ def _adapter_fwd_kernel(
         stride_dh,
         stride_dd,
         stride_db,
+        norm_weight_ptr,
+        norm_bias_ptr,
+        mean,
+        rstd,
+        stride_nw,
+        stride_nb,
+        HAS_NORM,
+        HAS_NORM_WEIGHT,
+        HAS_NORM_BIAS,
         HAS_DOWN_BIAS,
         EVEN_D,
+        WIDE,
         PRECISION,
         BLOCK_M,
         BLOCK_D,
@@ -221,6 +152,9 @@ def _adapter_fwd_kernel(
     if HAS_GATE:
         expert = (first_h + tl.arange(0, BLOCK_H)) // unit_width
         hidden = hidden * spread_gate(gate_ptr, offs_m, mask_m, expert, E, stride_gm, stride_ge, BLOCK_M, BLOCK_H)
+    if HAS_DROPOUT:
+        keep = kept(seed_ptr, offs_m, first_h, unit_width * E, threshold, BLOCK_M, BLOCK_H)
+        hidden = tl.where(keep, hidden * inv_keep, 0.0)
     if GATED_BIAS:
         gate_ptrs = gate_ptr + offs_m[:, None] * stride_gm + offs_e[None, :] * stride_ge
         experts = tl.load(gate_ptrs, mask=mask_m[:, None] & mask_e[None, :], other=0.0)
@@ -253,100 +187,27 @@ def _adapter_fwd_kernel(
 # -- launching -------------------------------------------------------------------------------------------------------
 
 
-def most_hidden(wide: bool, ieee: bool, gated: bool, backward: bool) -> int:
-    """Hidden units that a tile can hold: 256, or 128 where it also sums a gate's gradient; with float32 operands (``wide``:
-    float16's low-rank ones are) 128, or 64 in full float32 (``ieee``), with a gate, and in the backward."""
-    if wide:
-        return 64 if gated or backward or ieee else 128
-    return 128 if gated and backward else 256
-
-
-def row_tiles(kernel: str, block_h: int, gated: bool, ragged: bool, cast: bool = False) -> tuple[int, ...]:
-    """Rows a program, smallest first: the fewest that leave each processor at most one program, else the last. ``cast``:
-    weights of another dtype than x's, which the forward loads past the pipeline and so wants more programs beside: at
-    50,688 rows of 768 on an H200 64 rows took 132 us, 32 took 85."""
-    if kernel == "adapter_bwd":
-        few = block_h > 128 or (gated and block_h == 128) or ragged
-    else:
-        few = (gated and block_h == 256) or cast
-    return (16, 32) if few else (16, 32, 64)
-
-
-def chunks(x: torch.Tensor, hidden: int, tf32: bool, *, gated: bool, backward: bool = False) -> list[tuple[int, int]]:
-    """(first unit, units) of every launch."""
-    wide = x.dtype in (torch.float16, torch.float32)
-    most = most_hidden(wide, x.dtype == torch.float32 and not tf32, gated, backward)
-    if device_arch(x.device) == "interpret":
-        most = 32
-    return [(first, min(most, hidden - first)) for first in range(0, hidden, most)]
-
-
-def tile_defaults(kernel: str, float32: bool, block_h: int, gated: bool, ragged: bool) -> dict[str, int]:
-    """Read off the compiler (registers, shared memory, no spill), not off a clock. ``ragged``: widths of x or y that 128
-    does not divide cost masks and unaligned addresses, hence registers."""
-    backward = kernel == "adapter_bwd"
-    if float32:
-        return {
-            "BLOCK_D": 32,
-            "BLOCK_N": 32,
-            "num_warps": 8,
-            "num_stages": 2 if backward and ragged and block_h == 64 and not gated else 3,
-        }
-    width = 128 if not ragged and block_h <= (64 if not backward and not gated else 16) else 64
-    if backward and block_h == 128:
-        width = 32
-    warps = 8 if block_h > 64 or (gated and kernel == "adapter_bwd") else 4
-    return {"BLOCK_D": width, "BLOCK_N": width, "num_warps": warps, "num_stages": 3}
-
-
-def tile_config(
-    kernel: str, x: torch.Tensor, out: int, hidden: int, gated: bool = False, cast: bool = False
-) -> tuple[int, int, Mapping[str, int]]:
-    """BLOCK_M, BLOCK_H, and what may shrink on a smaller device, for a launch over ``hidden`` units from x (M, D) to width
-    ``out``."""
-    return _tile_config(kernel, x.device, x.dtype == torch.float32, *x.shape, out, hidden, gated, cast)
-
-
-@functools.lru_cache(maxsize=4096)
-def _tile_config(
-    kernel: str,
-    device: torch.device,
-    float32: bool,
-    rows: int,
-    inner: int,
-    out: int,
-    hidden: int,
-    gated: bool,
-    cast: bool,
-) -> tuple[int, int, Mapping[str, int]]:
-    arch = device_arch(device)
-    block_h = rank_block(hidden, 256)
-    if arch == "interpret":
-        return 16, block_h, {"BLOCK_D": 16, "BLOCK_N": 32}
-    sms = processors(device)
-    kind = float32, block_h, gated, bool(inner % 128 or out % 128)
-    tiles = row_tiles(kernel, *kind[1:], cast)
-    block_m = next((tile for tile in tiles if rows <= tile * sms), tiles[-1])
-    config = tile_defaults(kernel, *kind)
-    config |= launch_config(kernel, arch, f"m{next_power_of_2(rows)}_d{next_power_of_2(inner)}_h{block_h}")
-    return config.pop("BLOCK_M", block_m), block_h, MappingProxyType(config)
-
-
 def adapter_fwd(
-    x, down_weight, down_bias, up_weight, up_bias, residual, branch, gate, activation, scale, residual_scale, tf32, y, z
+    x, down_weight, down_bias, up_weight, up_bias, residual, branch, gate, norm_weight, norm_bias, seed,
+    activation, scale, residual_scale, norm_eps, dropout_p, tf32, y, z, stats,
 ) -> None:  # fmt: skip
-    """Write y (M, D') and, where z is not None, z = D x + b_d (M, H), both contiguous. Inputs of any strides: x (M, D),
-    down_weight (H, D), up_weight (D', H), up_bias (D',) or (E, D'), residual (M, D') or None, branch (M, D') or None
-    (added to the residual, which there must be), gate (M, E) or None. Weights are x's dtype or float32."""
+    """Write y (M, D') and, where they are not None, z = D a + b_d (M, H) and, with a norm, stats (2, M) float32, all
+    contiguous. Inputs of any strides: x (M, D), down_weight (H, D), up_weight (D', H), up_bias (D',) or (E, D'), residual
+    (M, D') or None, branch (M, D') or None (added to the residual, which there must be), gate (M, E) or None, norm_weight
+    and norm_bias (D,) or None (no norm at all where norm_eps is None), seed int64 or None: no dropout. Weights are x's
+    dtype or float32."""
     rows, inner = x.shape
     out, hidden = up_weight.shape
     experts = 1 if gate is None else gate.shape[1]
+    normed = norm_eps is not None
     parts = chunks(x, hidden, tf32, gated=gate is not None)
     collected = torch.empty(rows, out, dtype=torch.float32, device=x.device) if len(parts) > 1 else None
+    if normed and stats is None and len(parts) > 1:  # later chunks of hidden units take those of the first
+        stats = torch.empty(2, rows, dtype=torch.float32, device=x.device)
     for index, (first, width) in enumerate(parts):
         units = slice(first, first + width)
         cast = down_weight.dtype != x.dtype
-        block_m, block_h, config = tile_config("adapter_fwd", x, out, width, gate is not None, cast)
+        block_m, block_h, config = tile_config("adapter_fwd", x, out, width, gate is not None, cast, normed)
         down, up = down_weight[units], up_weight[:, units]
         bias = None if down_bias is None else down_bias[units]
         add = collected if index else residual
@@ -366,6 +227,10 @@ def adapter_fwd(
             add,
             also,
             gate,
+            norm_weight,
+            norm_bias,
+            seed,
+            stats,
             None if z is None else z[:, units],
             y if index == len(parts) - 1 else collected,
             rows,
@@ -383,9 +248,13 @@ def adapter_fwd(
             *((0, 0) if add is None else add.stride()),
             *((0, 0) if also is None else also.stride()),
             *((0, 0) if gate is None else gate.stride()),
+            0 if norm_weight is None else norm_weight.stride(0),
+            0 if norm_bias is None else norm_bias.stride(0),
             hidden,
             scale,
             1.0 if index else residual_scale,
+            norm_eps if normed else 0.0,
+            *dropout_args(seed, dropout_p),
             ACTIVATION=activation,
             HAS_DOWN_BIAS=bias is not None,
             HAS_UP_BIAS=add_bias,
@@ -393,6 +262,12 @@ def adapter_fwd(
             HAS_BRANCH=also is not None,
             HAS_GATE=gate is not None,
             GATED_BIAS=gated_bias,
+            HAS_NORM=normed,
+            HAS_NORM_WEIGHT=norm_weight is not None,
+            HAS_NORM_BIAS=norm_bias is not None,
+            LOAD_STATS=normed and index > 0,
+            STORE_STATS=normed and index == 0 and stats is not None,
+            HAS_DROPOUT=seed is not None,
             STORE_Z=z is not None,
             EVEN_D=inner % config["BLOCK_D"] == 0,
             WIDE=x.dtype == torch.float16,
@@ -407,31 +282,55 @@ def adapter_fwd(
 
 
 _UNIT = dict.fromkeys(
-    ("stride_xd", "stride_dd", "stride_db", "stride_uh", "stride_bn", "stride_rn", "stride_jn", "stride_ge"), 1
-)
+    (
+        "stride_xd",
+        "stride_dd",
+        "stride_db",
+        "stride_uh",
+        "stride_bn",
+        "stride_rn",
+        "stride_jn",
+        "stride_ge",
+        "stride_nw",
+    ),
+    1,
+) | {"stride_nb": 1}
 
 
 #: Of float32 where x is in half precision.
-WEIGHTS = ("down_ptr", "down_bias_ptr", "up_ptr", "up_bias_ptr")
+WEIGHTS = ("down_ptr", "down_bias_ptr", "up_ptr", "up_bias_ptr", "norm_weight_ptr", "norm_bias_ptr")
+#: Arguments of the norm that are float32 whatever x is.
+NORM_TYPES = {"stats_ptr": "*fp32", "norm_eps": "fp32"}
 
 
 def _spec(
-    dtype: str, precision: str, hidden: int, gated: bool, rows: int, sizes: str = "even", block: bool = False
+    dtype: str,
+    precision: str,
+    hidden: int,
+    gated: bool,
+    rows: int,
+    sizes: str = "even",
+    block: bool = False,
+    normed: bool = False,
+    dropped: bool = False,
 ) -> Spec:
     """The kernel at the tile that a launch takes. ``sizes``: "even", "odd" (a number of hidden units that 16 does not
     divide) or "ragged" (that, and widths that no tile divides). ``block``: as a block of a half-precision model calls it,
     with float32 weights and a branch to add."""
     ragged = sizes == "ragged"
-    tile = tile_defaults("adapter_fwd", dtype == "fp32", hidden, gated, ragged)
+    tile = tile_defaults("adapter_fwd", dtype == "fp32", hidden, gated, ragged, normed)
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     flags = {"ACTIVATION": "gelu", "HAS_DOWN_BIAS": True, "HAS_UP_BIAS": True, "HAS_RESIDUAL": True, "HAS_GATE": gated}
     flags |= {"GATED_BIAS": gated, "STORE_Z": hidden > 64, "EVEN_D": not ragged, "WIDE": dtype == "fp16"}
     flags |= {"PRECISION": precision, "BLOCK_M": rows, "BLOCK_H": hidden, "BLOCK_E": 16, "HAS_BRANCH": block}
+    flags |= dict.fromkeys(("HAS_NORM", "HAS_NORM_WEIGHT", "HAS_NORM_BIAS", "STORE_STATS"), normed)
+    flags |= {"LOAD_STATS": False, "HAS_DROPOUT": dropped}
     constexprs = _UNIT | flags | tile
-    types = argument_types(_adapter_fwd_kernel, constexprs, dtype)
+    types = argument_types(_adapter_fwd_kernel, constexprs, dtype) | NORM_TYPES
     if block:
         types |= dict.fromkeys(WEIGHTS, "*fp32")
     ending = ("_gate" * gated, f"_m{rows}", "" if sizes == "even" else f"_{sizes}", "_block" * block)
+    ending += ("_norm" * normed, "_drop" * dropped)
     return Spec(
         _adapter_fwd_kernel,
         f"{dtype}_{precision}_h{hidden}{''.join(ending)}",
@@ -449,15 +348,18 @@ def every_tile() -> list[Spec]:
     """Every combination that :func:`chunks` and :func:`tile_config` can launch."""
     specs = []
     for dtype, precision in (("bf16", "ieee"), ("fp16", "tf32"), ("fp32", "tf32"), ("fp32", "ieee")):
-        for gated in (False, True):
+        for gated, normed in itertools.product((False, True), repeat=2):
             most = most_hidden(dtype in ("fp16", "fp32"), dtype == "fp32" and precision == "ieee", gated, False)
             for hidden in (h for h in (16, 32, 64, 128, 256) if h <= most):
-                for sizes in ("even", "odd", "ragged"):
-                    tiles = row_tiles("adapter_fwd", hidden, gated, sizes == "ragged")
-                    specs += [_spec(dtype, precision, hidden, gated, rows, sizes) for rows in tiles]
-                    if dtype in ("bf16", "fp16"):  # float32 weights
-                        tiles = row_tiles("adapter_fwd", hidden, gated, sizes == "ragged", cast=True)
-                        specs += [_spec(dtype, precision, hidden, gated, rows, sizes, block=True) for rows in tiles]
+                for sizes, cast in itertools.product(("even", "odd", "ragged"), (False, True)):
+                    if cast and dtype == "fp32":
+                        continue
+                    tiles = row_tiles("adapter_fwd", hidden, gated, sizes == "ragged", cast, normed)
+                    extra = (cast, normed, normed)  # dropout with the norm
+                    specs += [_spec(dtype, precision, hidden, gated, rows, sizes, *extra) for rows in tiles]
+                    if not (normed or cast):
+                        dropped = (False, False, True)
+                        specs += [_spec(dtype, precision, hidden, gated, rows, sizes, *dropped) for rows in tiles]
     return specs
 
 

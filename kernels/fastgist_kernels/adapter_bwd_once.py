@@ -22,7 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgist_kernels.adapter import WEIGHTS, activate, activation_slope
+from fastgist_kernels.adapter import WEIGHTS
+from fastgist_kernels.adapter_parts import activate, activation_slope
 from fastgist_kernels.aot import SHARED_LIMIT, Spec
 from fastgist_kernels.common import cdiv, device_arch, dot, launch, launch_config, next_power_of_2
 from fastgist_kernels.outer import argument_types, narrow, processors

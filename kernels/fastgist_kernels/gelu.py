@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastgist_kernels.adapter import activate, activation_slope
+from fastgist_kernels.adapter_parts import activate, activation_slope
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import INTERPRET, cdiv, device_arch, launch, launch_config
 from fastgist_kernels.outer import narrow
