@@ -32,7 +32,9 @@ ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = (2, 11)
 CUDA_ARCHS = "80,90a,100a"
 
-CPU_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/bidirectional_kl.cpp", "csrc/cpu/gist_loss.cpp"]
+CPU_SOURCES = ["csrc/bindings.cpp", "csrc/bindings_adapter.cpp"] + [
+    f"csrc/cpu/{name}.cpp" for name in ("bidirectional_kl", "gist_loss", "adapter_fwd", "adapter_bwd", "dropout")
+]
 CUDA_SOURCES = ["csrc/bindings_cuda.cpp"] + [
     f"csrc/cuda/{name}.cu"
     for name in ("bidirectional_kl", "bidirectional_kl_fwd_bwd", "gist_loss", "gist_loss_cubed", "total")

@@ -12,13 +12,6 @@
 namespace fastgist {
 namespace {
 
-// torch's own thread pool: it honours torch.set_num_threads and there is no second OpenMP runtime to compete with it.
-cpu::Parallel threads() {
-  return {torch::stable::get_num_threads(), [](int64_t tasks, int64_t grain, const cpu::Range& body) {
-            torch::stable::parallel_for(0, tasks, grain, body);
-          }};
-}
-
 void bidirectional_kl_fwd_cpu(const Tensor& logits, const Tensor& other_logits, const std::optional<Tensor>& mask,
                               double temperature, const Tensor& row_loss, const Tensor& stats) {
   const LogitPair in = check_logits(kFwd, logits, "other_logits", other_logits, mask, temperature);

@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "bidirectional_kl.h"
+#include "cpu/parallel.h"
 #include "gist_loss.h"
 
 namespace fastgist {
@@ -24,6 +25,13 @@ inline constexpr const char* kFwdBwd = "fastgist_native::bidirectional_kl_fwd_bw
 inline constexpr const char* kGistFwd = "fastgist_native::gist_loss_fwd";
 inline constexpr const char* kGistBwd = "fastgist_native::gist_loss_bwd";
 inline constexpr const char* kGistFwdBwd = "fastgist_native::gist_loss_fwd_bwd";
+
+// torch's own thread pool: it honours torch.set_num_threads and there is no second OpenMP runtime to compete with it.
+inline cpu::Parallel threads() {
+  return {torch::stable::get_num_threads(), [](int64_t tasks, int64_t grain, const cpu::Range& body) {
+            torch::stable::parallel_for(0, tasks, grain, body);
+          }};
+}
 
 inline DType dtype_of(const Tensor& x, const char* op, const char* name) {
   switch (x.scalar_type()) {

@@ -40,6 +40,7 @@ _SERVES: dict[tuple[str, str], _Implementation] = {
     ("bidirectional_kl", "native"): _Implementation("cpu", _ALL),
     ("gist_loss", "native"): _Implementation("cpu", _ALL),
     ("gist_linear_loss", "native"): _Implementation("cpu", _ALL),
+    ("adapter", "native"): _Implementation("cpu", _ALL),
     ("bidirectional_kl", "cuda"): _Implementation("cuda", _ALL),
     ("gist_loss", "cuda"): _Implementation("cuda", _ALL),
 }

@@ -32,4 +32,34 @@ void run_rows(Args&&... args) {
   }
 }
 
+// The same for kernels that hold sums in vector registers and so ask how many bytes one has: a static member
+//     template <bool kFma, int kBytes> static FASTGIST_INLINE void tiles(arguments)
+template <typename Kernel, typename... Args>
+void tiles_portable(Args&... args) {
+  Kernel::template tiles<kPortableFma, 16>(args...);
+}
+template <typename Kernel, typename... Args>
+FASTGIST_TARGET_AVX2 void tiles_avx2(Args&... args) {
+  Kernel::template tiles<true, 32>(args...);
+}
+template <typename Kernel, typename... Args>
+FASTGIST_TARGET_AVX512 void tiles_avx512(Args&... args) {
+  Kernel::template tiles<true, 64>(args...);
+}
+
+template <typename Kernel, typename... Args>
+void run_tiles(Args&&... args) {
+  switch (isa()) {
+    case Isa::kAvx512:
+      return tiles_avx512<Kernel>(args...);
+    case Isa::kAvx2:
+      return tiles_avx2<Kernel>(args...);
+    case Isa::kPortable:
+      return tiles_portable<Kernel>(args...);
+  }
+}
+
+// The bytes of a vector that run_tiles will name.
+inline int64_t vector_bytes() { return isa() == Isa::kAvx512 ? 64 : isa() == Isa::kAvx2 ? 32 : 16; }
+
 }  // namespace fastgist::cpu

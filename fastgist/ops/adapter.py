@@ -24,8 +24,8 @@ _RECOMPUTED_WIDTH = 64
 
 
 def _saves_z(impl: str, hidden: int) -> bool:
-    """Eager PyTorch has z in hand. A kernel's second pass over x is cheaper than writing and reading a small z."""
-    return impl == "reference" or hidden > _RECOMPUTED_WIDTH
+    """Eager PyTorch and C++ have z in hand. A kernel's second pass over x is cheaper than writing and reading a small z."""
+    return impl != "triton" or hidden > _RECOMPUTED_WIDTH
 
 
 # -- raw ops ---------------------------------------------------------------------------------------------------------
@@ -69,12 +69,15 @@ def _fwd(
             activation, scale, residual_scale, norm_eps, dropout_p,
         )  # fmt: skip
         return y, empty_unless(z if save_z else None, x), empty_unless(stats if need_z else None, x)
-    from fastgist_kernels import adapter as kernels
-
     y, z, stats = _empty_results(x, up_weight, save_z, need_z and norm_eps is not None)
     tensors = (x, down_weight, down_bias, up_weight, up_bias, residual, branch, gate, norm_weight, norm_bias, seed)
-    options = (activation, scale, residual_scale, norm_eps, dropout_p, _common.tf32_allowed())
-    kernels.adapter_fwd(*tensors, *options, y, z, stats)
+    options = (activation, scale, residual_scale, norm_eps, dropout_p)
+    if impl == "native":
+        torch.ops.fastgist_native.adapter_fwd(*tensors, *options, y, z, stats)
+    else:
+        from fastgist_kernels import adapter as kernels
+
+        kernels.adapter_fwd(*tensors, *options, _common.tf32_allowed(), y, z, stats)
     return y, empty_unless(z, x), empty_unless(stats, x)
 
 
@@ -141,11 +144,14 @@ def _bwd(
         for i, g in enumerate(grads):
             grads[i] = _as(g, dtype if i in (0, 5) else weight_dtype)
     else:
-        from fastgist_kernels import adapter_bwd as kernels
-
         grads = _empty_grads(grad, x, down_weight, up_weight, up_bias, gate, needs, weight_dtype)
         tensors = (grad, x, down_weight, down_bias, up_weight, up_bias, gate, z, norm_weight, norm_bias, stats, seed)
-        kernels.adapter_bwd(*tensors, *options, _common.tf32_allowed(), *grads)
+        if impl == "native":
+            torch.ops.fastgist_native.adapter_bwd(*tensors, *options, *grads)
+        else:
+            from fastgist_kernels import adapter_bwd as kernels
+
+            kernels.adapter_bwd(*tensors, *options, _common.tf32_allowed(), *grads)
     return tuple(empty_unless(g, grad) for g in grads)
 
 
@@ -365,7 +371,7 @@ def adapter(
         training: whether dropout is active.
         seed: int64 tensor of one element on x's device: the same seed gives the same mask in every implementation, forward
             and backward. None draws one from the device's default generator.
-        impl: "auto", "triton" or "reference"; see :mod:`fastgist.backends`.
+        impl: "auto", "triton", "native" or "reference"; see :mod:`fastgist.backends`.
 
     Returns:
         (..., D') in x's dtype (autocast's, where it is on, as nn.Linear's). Products accumulate in float32; hidden units of
