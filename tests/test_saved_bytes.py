@@ -226,7 +226,7 @@ def test_nothing_is_kept_without_gradients(way):
 #   x           where D is trained: the least, dD is a product with it.
 #   z (M, H)    where anything but an output bias is wanted. The least is nothing where x is kept: z = D x + b_d again costs
 #               2 M D H FLOPs. Where x is not, z itself is the least, since it is narrower than x.
-#   y, residual and branch never, nor act(z).
+#   y, residual and branch never, nor act(z). (x again where a norm in front, or dropout, stands in the way: below.)
 # The kernels form z again for H <= 64 and then keep x in any case; others keep z.
 
 
@@ -286,6 +286,34 @@ def test_adapter_keeps_z_as_wide_as_its_range_asks(dtype, way):
     given, run = _adapter(dtype, {"x", "down", "up"}, 72, "none", "own")
     width = 4 if dtype == torch.float16 else dtype.itemsize
     assert kept(given, lambda: run(way)).own == [M * 72 * width]
+
+
+@_every("adapter")
+@pytest.mark.parametrize("seed_given", [False, True])
+@pytest.mark.parametrize("hidden", [H, 72])
+def test_adapter_with_norm_and_dropout_keeps_statistics_and_a_seed(hidden, seed_given, way):
+    """Of a norm two numbers a row, not the M D that came out of it: a = x^ w + b is formed again from x, which the norm's own
+    gradient and dx need as well (the least; the statistics could be formed again too, in one more pass over x). Of dropout a
+    seed, no mask."""
+    names = ("x", "down", "down_bias", "up", "up_bias", "norm_weight", "norm_bias")
+    for trained in _subsets(names):
+        given, _ = _adapter(torch.float32, trained, hidden, "none", "own")
+        given |= {n: torch.randn(D).requires_grad_(n in trained) for n in ("norm_weight", "norm_bias")}
+        given["seed"] = torch.tensor([5]) if seed_given else None
+        weights = (given[n] for n in ("x", "down", "down_bias", "up", "up_bias"))
+        norm = given["norm_weight"], given["norm_bias"], 1e-5
+
+        def run(weights=weights, norm=norm, seed=given["seed"]):
+            return F.adapter(*weights, norm=norm, dropout_p=0.3, training=True, seed=seed, impl=way)
+
+        found = kept(given, run)
+        through_z = trained - {"up_bias"}
+        again = bool(through_z) and not _keeps_z(way, hidden)
+        z = [M * hidden * 4] if through_z and not again else []
+        through_norm = again or trained & {"x", "down", "norm_weight", "norm_bias"}
+        own = z + ([2 * M * 4] if through_norm else []) + ([8] if through_z and not seed_given else [])
+        assert sorted(found.own) == sorted(own), trained
+        assert ("x" in found.given) == bool(again or trained & {"x", "down", "norm_weight"}), trained
 
 
 # -- the losses --------------------------------------------------------------------------------------------------------

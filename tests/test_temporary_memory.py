@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.harness import cpu_allocations
+from fastgist import backends
 from fastgist import functional as F
 
 #: Bytes of scalars and the like.
@@ -139,6 +140,52 @@ def test_adapter_in_plain_pytorch_adds_numbers_of_the_bottleneck_only(dtype, hid
     for (others, peak), count in ((forward, 2), (backward, 4)):
         assert max(others) <= max(low, weights // 4) + SMALL
         assert peak <= count * low + weights + SMALL
+
+
+# -- C++ ---------------------------------------------------------------------------------------------------------------
+
+
+def _peak_of_process(step: Callable[[], object]) -> int:
+    """Bytes by which the process was largest during ``step``, over what it was before: memory of every allocator."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def read(name: str) -> int:
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(name))
+
+    try:
+        clear.write_text("5")  # the high-water mark falls to what is resident now
+    except OSError:
+        pytest.skip("this system does not say how large a process was")
+    before = read("VmRSS")
+    step()
+    return read("VmHWM") - before
+
+
+def test_adapter_in_cpp_adds_one_m_by_h_at_most():
+    """Beside results, forward and backward, in whatever memory: blocks of rows stay in buffers of a thread's own."""
+    x = torch.randn(40000, 256)
+    try:
+        backends.resolve("adapter", "native", x)
+    except RuntimeError as e:
+        pytest.skip(str(e))
+    rows, width, hidden = *x.shape, 64
+    trained = [x.requires_grad_()]
+    trained += [torch.randn(s).requires_grad_() for s in ((hidden, width), (hidden,), (width, hidden), (width,))]
+    gate = torch.rand(rows, 4)
+
+    def run():
+        return F.adapter(*trained, gate=gate, impl="native")
+
+    torch.autograd.grad(run(), trained, torch.ones_like(x))  # code is memory too, once
+    held: list = []
+    y, z, slack = rows * width * 4, rows * hidden * 4, 2**21
+    assert _peak_of_process(lambda: held.append(run())) <= y + z + z + slack
+    grad = torch.ones_like(x)
+    assert _peak_of_process(lambda: held.append(torch.autograd.grad(held[0], trained, grad))) <= y + z + slack
+    with torch.no_grad():
+        assert _peak_of_process(lambda: held.append(run())) <= y + z + slack
+    hungry = _peak_of_process(lambda: torch.nn.functional.gelu(x @ trained[1].t()) * 2.0)
+    assert hungry > 2 * z, "a form with temporaries is seen"
 
 
 # -- the kernels' host code --------------------------------------------------------------------------------------------
