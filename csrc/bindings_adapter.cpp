@@ -5,6 +5,7 @@
 
 #include "bindings.h"
 #include "cpu/adapter.h"
+#include "cpu/dispatch.h"
 #include "cpu/dropout.h"
 
 namespace fastgist {
@@ -217,6 +218,8 @@ void dropout_cpu(const Tensor& h, const Tensor& seed, double dropout_p, const Te
   cpu::dropout({h.size(0), h.size(1), from, to, *seed_of(kDropout, seed, dropout_p), dropout_p}, threads());
 }
 
+int64_t vector_bytes() { return cpu::vector_bytes(); }
+
 }  // namespace
 }  // namespace fastgist
 
@@ -233,10 +236,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastgist_native, m) {
       "Tensor(b!)? grad_down_weight, Tensor(c!)? grad_down_bias, Tensor(d!)? grad_up_weight, Tensor(e!)? grad_up_bias, "
       "Tensor(f!)? grad_gate, Tensor(g!)? grad_norm_weight, Tensor(h!)? grad_norm_bias) -> ()");
   m.def("dropout(Tensor h, Tensor seed, float dropout_p, Tensor(a!) out) -> ()");
+  m.def("vector_bytes() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgist_native, CPU, m) {
   m.impl("adapter_fwd", TORCH_BOX(&fastgist::adapter_fwd_cpu));
   m.impl("adapter_bwd", TORCH_BOX(&fastgist::adapter_bwd_cpu));
   m.impl("dropout", TORCH_BOX(&fastgist::dropout_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastgist_native, CompositeExplicitAutograd, m) {
+  m.impl("vector_bytes", TORCH_BOX(&fastgist::vector_bytes));
 }

@@ -28,8 +28,6 @@ CARD = ("sm_90", "H200", 132)
 RECORD = ROOT / "benchmarks" / "predicted" / "sm_90" / "cp_linear_forms.json"
 RESULTS = ROOT / "benchmarks" / "results"
 DIRECTIONS = ("fwd", "bwd")
-#: How far a product of the library was from the model at most (tests/test_cp_linear_plan.py).
-SPREAD = 0.08
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 WIDTHS = (768, 1024, 2048, 4096, 5120)
 RANKS = (16, 64)
@@ -47,7 +45,7 @@ def record() -> dict[str, object]:
             forms = {form: found.seconds for form, found in plan.predicted(*CARD, s, forward)}
             eager = {name: model.eager_cost(name, s, card, forward=forward).seconds for name in model.EAGER}
             row: dict[str, object] = {"case": case.name, "direction": direction, **dict(case.sizes), "dtype": s.dtype}
-            row |= {"source": "predicted", "spread": SPREAD, "forms": forms, "eager": eager}
+            row |= {"source": "predicted", "spread": model.SPREAD, "forms": forms, "eager": eager}
             rows.append(row | {"floor": model.roofline(s, card, forward=forward).seconds})
     what = f"seconds on an {CARD[1]} as kernels/fastgist_kernels/cp_linear_cost.py predicts them; nothing here was measured"
     return {"what": what, "arch": CARD[0], "rows": _rounded(rows)}
@@ -316,9 +314,8 @@ def _draw_measured(panel, d: int, rows: list[dict]) -> None:
         low, middle, high = ([row["over_merged"]["factored"][i] for row in mine] for i in range(3))
         panel.plot(shares, middle, color=colour, marker="o", markersize=3, linewidth=1.2, label=f"R = {r}")
         panel.fill_between(shares, low, high, color=colour, alpha=0.15, linewidth=0)
-        first = next((m for m in range(1, 8 * d + 1) if merge_pays(m, d, d, r, True)), None)
-        if first:
-            panel.axvline(first / d, color=colour, linestyle=":", linewidth=1)
+    first = next(m for m in range(1, 8 * d + 1) if merge_pays(m, d, d, 1, True))
+    panel.axvline(first / d, color="#d62728", linestyle=":", linewidth=1)
     panel.axhline(1.0, color="#666666", linewidth=0.8)
     panel.set_xscale("log", base=2)
     panel.set_xlabel("M / K")

@@ -78,9 +78,23 @@ def evaluate(function, inputs, wanted, grad, norm_eps=None, **options):
     return y.detach(), {k: None if t is None else t.grad for k, t in leaves.items()}
 
 
+def _gate_terms(inputs, grad, scale, norm_eps):
+    """The largest sum of absolute terms in a gate's gradient: over the output's columns and an expert's hidden units, of
+    which none is larger than its z."""
+    x, down, down_bias, up, up_bias = (None if inputs[k] is None else inputs[k].float() for k in NAMES[:5])
+    if norm_eps is not None:
+        x = F.layer_norm(x, x.shape[-1:], *(None if inputs[k] is None else inputs[k].float() for k in NORM), norm_eps)
+    terms = ((grad.abs() @ up.abs()) * F.linear(x, down, down_bias).abs()).view(*inputs["gate"].shape, -1).sum(-1)
+    if up_bias is not None and up_bias.dim() == 2:
+        terms = terms + grad.abs() @ up_bias.abs().transpose(0, 1)
+    return float(terms.max()) * abs(scale)
+
+
 def _terms(name, inputs, grad, scale, norm_eps):
     """The size of the terms in a gradient that is a sum which may cancel, over the rows or, of x behind a norm, of a row and
     its means: the floor is there."""
+    if name == "gate":
+        return _gate_terms(inputs, grad, scale, norm_eps)
     if name == "up_bias" and inputs[name].dim() == 1:
         return float(grad.abs().sum(0).max()) * abs(scale)
     hidden = grad.abs() @ inputs["up_weight"].abs().float()

@@ -111,8 +111,10 @@ def test_float16_keeps_x_u_in_float32(impl, forms, form):
     x = torch.full((4, 64), 60.0, device=DEVICE, dtype=torch.float16)
     u = torch.full((64, 2), 30.0, device=DEVICE, dtype=torch.float16)  # x u = 115,200
     v = torch.full((8, 2), 1e-3, device=DEVICE, dtype=torch.float16)
-    y = cp_linear(x, torch.zeros(8, 64, device=DEVICE, dtype=torch.float16), None, u, v, impl=impl)
-    assert_within_budget(y, torch.full_like(y, 230.4), torch.full_like(y, 115_200 * 2e-3 * 1.00016, dtype=torch.float64))
+    weight = torch.zeros(8, 64, device=DEVICE, dtype=torch.float16)
+    y = cp_linear(x, weight, None, u, v, impl=impl)
+    exact = formula(x.double(), weight.double(), None, u.double(), v.double())
+    assert_within_budget(y, exact.half(), exact)
 
 
 @pytest.mark.parametrize("form", FORWARD)
@@ -162,6 +164,8 @@ def test_what_a_form_asks():
     x, weights = torch.empty(65, 64), [torch.empty(64, 64)]
     assert not can("few", x, weights, 4, False) and can("few", x[:64], weights, 4, False)
     assert not can("few", x[:64], weights, 4, False, forward=False)
+    assert not can("few", x[:32].repeat(1, 2)[:, 1:65], weights, 4, False), "not on a boundary of 16 bytes"
+    assert not can("few", x[:32], [weights[0], torch.empty(8, 72)[:, :64]], 4, False)
     assert can("fused", x, weights, 32, False) and not can("fused", x, weights, 33, False)
     assert can("fused", x, weights, 64, True) and not can("fused", x.half(), weights, 65, False)
     assert can("fused", x.half(), weights, 64, False) and not can("fused", x.half(), weights, 64, False, forward=False)

@@ -16,7 +16,12 @@ struct Activated {
 // and 3e-8 of the value.)
 template <bool kFma>
 FASTGIST_INLINE Activated<float> gelu(float z) {
-  const float e = exp_nonpositive<kFma>(-0.5f * z * z);
+  const float square = z * z;
+  float e = exp_nonpositive<kFma>(-0.5f * square);
+  if constexpr (kFma) {  // what rounding the square took from it
+    const float lost = std::fma(z, z, -square);
+    e = square < 256 ? std::fma(e, -0.5f * lost, e) : e;
+  }
   const float t = 1.0f / multiply_add<kFma>(0.34f, std::fabs(z), 1.0f);
   float q = -0x1.abf630p-6f;
   q = multiply_add<kFma>(q, t, 0x1.1db272p-3f);
@@ -28,7 +33,6 @@ FASTGIST_INLINE Activated<float> gelu(float z) {
   q = multiply_add<kFma>(q, t, 0x1.16c200p-3f);
   q = multiply_add<kFma>(q, t, 0x1.15c034p-3f);
   const float tail = q * t * e;
-  const float square = z * z;
   float p = -0x1.00d524p-17f;
   p = multiply_add<kFma>(p, square, 0x1.dbff10p-14f);
   p = multiply_add<kFma>(p, square, -0x1.36fd42p-10f);
@@ -52,7 +56,7 @@ FASTGIST_INLINE Activated<A> gated(A z, A s, A of_s) {
   const A e = exp_nonpositive<kFma>(-std::fabs(s));
   const A d = A(1) / (A(1) + e);
   const A sigma = s < 0 ? e * d : d;
-  return {z * sigma, multiply_add<kFma>(z * (e * d * d), of_s, sigma)};
+  return {(s < 0 ? z * e : z) / (A(1) + e), multiply_add<kFma>(z * (e * d * d), of_s, sigma)};
 }
 
 template <bool kFma, Activation kKind, typename A>

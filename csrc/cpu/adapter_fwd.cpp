@@ -78,7 +78,9 @@ struct Forward {
       const A off = rest / count, mean = near + off;
       const A variance = std::max(squares / count - off * off, A(0));
       const A rstd = A(1) / std::sqrt(variance + static_cast<A>(in.norm_eps));
-      normalise(from, in.inner, mean, rstd, buffer + r * in.inner);
+      A* const to = buffer + r * in.inner;
+#pragma omp simd
+      for (int64_t i = 0; i < in.inner; ++i) to[i] = ((from[i] - near) - off) * rstd;
       if (stats != nullptr) stats[row + r] = mean, stats[in.rows + row + r] = rstd;
     }
     return {buffer, in.inner};

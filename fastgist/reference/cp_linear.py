@@ -26,6 +26,7 @@ __all__ = [
     "delta_weight",
     "forward",
     "low_rank_dtype",
+    "merge_pays",
 ]
 
 
@@ -89,8 +90,15 @@ def cp_linear(
 
 
 def merge_pays(rows: int, inner: int, out: int, rank: int, factor_needed: bool) -> bool:
-    """Whether (M, inner) times W + dW is faster than times W, then a low-rank update of the (M, out) result."""
-    return rows >= 2 * inner
+    """Whether (M, inner) times W + dW is faster than times W and then a low-rank update of the (M, out) result.
+
+    The sum costs R products and two passes for each of inner * out elements, the update as much for each of M * out. Where
+    nobody else asks for x U, that is spared as well: R products for each of M * inner, and a read of x that takes as long as
+    12 more. Measured (docs/crossovers.md) the two break even when both sides are equal, at every rank and width; the twentieth
+    is for the memory that W + dW takes.
+    """
+    alone = 0.0 if factor_needed else inner * (1.0 + 12.0 / rank)
+    return rows * (out + alone) >= 1.05 * inner * out
 
 
 def _merged_weight(

@@ -25,6 +25,7 @@ __all__ = [
     "CARDS",
     "EAGER",
     "READINGS",
+    "SPREAD",
     "Card",
     "Cost",
     "Sizes",
@@ -54,6 +55,10 @@ READINGS = (
     (50688, 3072, 768, 351.5),
     *((8192, 8192, 8192, us) for us in (1366.3, 1410.8)),
 )
+
+
+#: How far a reading is from the model at most.
+SPREAD = 0.08
 
 
 class Sizes(NamedTuple):

@@ -20,6 +20,7 @@ Where h comes from. Were each program to form its own part of h, U would be read
 at rank 16 and 64 columns. As tiles of their own the columns of U cost R / N. h is complete when the first launch ends, so the
 second cannot be saved; it moves L2's bytes.
 
+Operands that cannot be fetched 16 bytes at a time would go through registers, and spill: they take another form.
 None of this has been measured.
 """
 
@@ -196,7 +197,7 @@ def _cp_linear_few_finish_kernel(
         mask_h = mask_m[:, None] & mask_r[None, :]
         h = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
         low_ptrs = low_ptr + offs_m[:, None] * R + offs_r[None, :]
-        for _ in tl.range(0, low_splits, loop_unroll_factor=4):
+        for _ in tl.range(0, low_splits, loop_unroll_factor=2):
             h += tl.load(low_ptrs, mask=mask_h, other=0.0)
             low_ptrs += step_h
         if HAS_DROPOUT:
@@ -233,7 +234,7 @@ def few(x, weights, biases, u, v, gain, seed, scale, dropout_p, tf32, y, h) -> N
         _finish(part, low, group, seed, scale, dropout_p, tf32, columns, h if first else None)
 
 
-def few_config(x: torch.Tensor, out: int, rank: int) -> dict[str, int]:
+def few_config(x: torch.Tensor, out: int, rank: int, tf32: bool) -> dict[str, int]:
     """Tile and K of a split of the first launch; see the top of this file."""
     rows, inner = x.shape
     arch = device_arch(x.device)
@@ -243,8 +244,11 @@ def few_config(x: torch.Tensor, out: int, rank: int) -> dict[str, int]:
         config = {"BLOCK_M": block_m, "BLOCK_N": 32, "BLOCK_K": 16}
     else:
         best = (out * inner / (8 * sms)) ** 0.5
-        config = {"BLOCK_M": block_m, "BLOCK_N": 32 if best < 45 else 64 if best < 90 else 128}
-        config |= {"BLOCK_K": 128 // x.element_size(), "num_warps": 4, "num_stages": 4}
+        full = x.dtype == torch.float32 and not tf32  # its products take registers for every element of a tile
+        block_n = 32 if best < 45 else 64 if best < 90 or full else 128
+        config = {"BLOCK_M": block_m, "BLOCK_N": block_n}
+        warps = 8 if full and rows > 16 else 4
+        config |= {"BLOCK_K": 128 // x.element_size(), "num_warps": warps, "num_stages": 4}
         config |= launch_config("cp_linear_few", arch, shape_class(rows, out, inner, rank))
     splits = min(cdiv(2 * sms, cdiv(out, config["BLOCK_N"])), cdiv(inner, config["BLOCK_K"]))
     return config | {"k_per_split": cdiv(cdiv(inner, splits), config["BLOCK_K"]) * config["BLOCK_K"]}
@@ -257,10 +261,10 @@ def _partial(
     rows, inner = x.shape
     out = group.columns.stop - group.columns.start
     rank = group.v.shape[1]
-    config = few_config(x, out, rank)
+    config = few_config(x, out, rank, tf32)
     k_per_split = config.pop("k_per_split")
     splits = cdiv(inner, k_per_split)
-    block_r = rank_block(rank)
+    block_r = rank_block(rank, 16 if device_arch(x.device) == "interpret" else 64)
     part = torch.empty(splits, rows, out, dtype=torch.float32, device=x.device)
     low = None if u is None else torch.empty(splits, rows, rank, dtype=torch.float32, device=x.device)
     rank_tiles = 0 if u is None else cdiv(rank, block_r)
@@ -297,7 +301,7 @@ def _finish(part, low, group: Group, seed, scale, dropout_p, tf32, y, h) -> None
     launch(
         _cp_linear_few_finish_kernel,
         lambda c: (column_tiles(group, c["BLOCK_N"]), cdiv(rows, c["BLOCK_M"])),
-        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16 if interpreted else rank_block(rank)},
+        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": rank_block(rank, 16 if interpreted else 32), "num_warps": 2},
         part,
         low,
         *padded(group.biases),
@@ -338,19 +342,19 @@ _ALIGNED = ("N", "n0", "n1", "n2", "K", "R", "fold_n", "k_per_split")
 def _specs() -> list[Spec]:
     out = []
     unit = {"stride_xk": 1, "stride_wk": 1, "stride_ur": 1}
-    # (dtype, precision, rows, columns, K of a tile, rank tile, weights, aligned)
-    for dtype, precision, block_m, block_n, block_k, rank, pieces, aligned in (
+    # (dtype, precision, rows, columns, K of a tile, rank tile, weights, K a multiple of the tile)
+    for dtype, precision, block_m, block_n, block_k, rank, pieces, even in (
         ("bf16", "ieee", 16, 32, 64, 16, 1, True),
         ("bf16", "ieee", 16, 128, 64, 16, 1, True),
         ("bf16", "ieee", 16, 64, 64, 64, 3, True),
         ("bf16", "ieee", 64, 128, 64, 64, 3, True),
-        ("bf16", "ieee", 64, 128, 64, 64, 1, False),
+        ("bf16", "ieee", 32, 128, 64, 64, 1, False),
         ("fp16", "tf32", 32, 64, 64, 16, 1, True),
         ("fp32", "tf32", 64, 128, 32, 64, 3, True),
-        ("fp32", "ieee", 64, 128, 32, 64, 1, True),
+        ("fp32", "ieee", 64, 64, 32, 64, 1, True),
         ("fp32", "ieee", 16, 32, 32, 16, 1, True),
     ):
-        constexprs: dict[str, object] = unit | {"PIECES": pieces, "EVEN_K": aligned, "PRECISION": precision}
+        constexprs: dict[str, object] = unit | {"PIECES": pieces, "EVEN_K": even, "PRECISION": precision}
         constexprs |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": rank}
         if pieces == 1:
             constexprs |= dict.fromkeys(("w1_ptr", "w2_ptr"))
@@ -359,22 +363,21 @@ def _specs() -> list[Spec]:
             Spec(
                 _cp_linear_few_kernel,
                 f"{dtype}_{precision}_m{block_m}_n{block_n}_r{rank}{f'_{pieces}_weights' if pieces > 1 else ''}"
-                + ("" if aligned else "_ragged"),
+                + ("" if even else "_ragged"),
                 types,
                 constexprs,
-                num_warps=4,
+                num_warps=8 if dtype == "fp32" and precision == "ieee" and block_m > 16 else 4,
                 num_stages=4,
-                matrix=block_m == 64 and dtype == "bf16" and aligned,
-                aligned=_ALIGNED if aligned else (),
-                unaligned=() if aligned else tuple(n for n in types if n.startswith("stride_")),
+                matrix=block_m == 64 and (dtype == "bf16" or precision == "tf32"),
+                aligned=_ALIGNED,
             )
         )
     unit = {"stride_bias": 1, "stride_vr": 1, "stride_gr": 1}
     for dtype, precision, rank, pieces in (
         ("bf16", "ieee", 16, 1),
-        ("bf16", "ieee", 64, 3),
-        ("fp16", "tf32", 64, 3),
-        ("fp32", "ieee", 64, 3),
+        ("bf16", "ieee", 32, 3),
+        ("fp16", "tf32", 32, 3),
+        ("fp32", "ieee", 32, 3),
     ):
         constexprs = {**unit, "PIECES": pieces, "WHOLE": False, "HAS_BIAS": True, "HAS_GAIN": True, "HAS_DROPOUT": True}
         constexprs |= {"STORE_H": True, "WIDE": dtype == "fp16", "PRECISION": precision}
@@ -384,7 +387,7 @@ def _specs() -> list[Spec]:
         types = argument_types(_cp_linear_few_finish_kernel, constexprs, dtype)
         label = f"{dtype}_{precision}_r{rank}{f'_{pieces}_weights' if pieces > 1 else ''}"
         out.append(
-            Spec(_cp_linear_few_finish_kernel, label, types, constexprs, num_warps=4, num_stages=2, aligned=_ALIGNED)
+            Spec(_cp_linear_few_finish_kernel, label, types, constexprs, num_warps=2, num_stages=2, aligned=_ALIGNED)
         )
     return out
 

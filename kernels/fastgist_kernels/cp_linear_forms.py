@@ -16,9 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastgist_kernels.common import device_arch
-
-__all__ = ["FEW_ROWS", "FORMS", "PIECES", "can", "most_fused_rank"]
+__all__ = ["FEW_ROWS", "FORMS", "PIECES", "aligned", "can", "most_fused_rank"]
 
 #: A launch table holds positions in this tuple: new forms go to its end.
 FORMS = ("fused", "started", "blas", "few", "tma_fused", "tma_started")
@@ -33,6 +31,15 @@ def most_fused_rank(dtype: torch.dtype, tf32: bool) -> int:
     return 32 if dtype == torch.float32 and not tf32 else 64
 
 
+def aligned(t: torch.Tensor) -> bool:
+    """Whether a tile of ``t`` can be fetched 16 bytes at a time, as Triton sees it: it looks at strides for multiples of 16.
+
+    Else every load of the loop goes through registers: tiles with BLOCK_K = 64 then spill and, where u is not aligned
+    either, meet a fault of ptxas 12.8 (see :func:`fastgist_kernels.aot.undefined_uniform`).
+    """
+    return t.data_ptr() % 16 == 0 and all(s == 1 or s % 16 == 0 for s in t.stride())
+
+
 def can(
     form: str, x: torch.Tensor, weights: Sequence[torch.Tensor], rank: int, tf32: bool, *, forward: bool = True
 ) -> bool:
@@ -40,10 +47,10 @@ def can(
     of all N_i, and the same weights as the forward had them."""
     if form == "started":
         return True
-    if form == "fused":  # dL/dh of float16 may pass its range, and so may V times the gain, of which this form makes a copy
+    if form == "fused":  # its backward makes a copy of V times the gain, which may pass float16's range
         return rank <= most_fused_rank(x.dtype, tf32) and (forward or x.dtype != torch.float16)
     if form == "blas":  # its update would be rounded to float16 between the products
         return x.dtype != torch.float16
     if form == "few":
-        return forward and x.shape[0] <= FEW_ROWS
+        return forward and x.shape[0] <= FEW_ROWS and aligned(x) and all(map(aligned, weights))
     return False
