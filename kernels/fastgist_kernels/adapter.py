@@ -103,8 +103,8 @@ def _adapter_fwd_kernel(
     mask_m = offs_m < M
     mask_h = offs_h < H
     mask_e = offs_e < E
-    mean = 0.0
-    rstd = 0.0
+    mean = tl.zeros([BLOCK_M], tl.float32)
+    rstd = mean
     if HAS_NORM:
         if LOAD_STATS:
             mean = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)
@@ -329,11 +329,10 @@ def _spec(
     types = argument_types(_adapter_fwd_kernel, constexprs, dtype) | NORM_TYPES
     if block:
         types |= dict.fromkeys(WEIGHTS, "*fp32")
-    ending = ("_gate" * gated, f"_m{rows}", "" if sizes == "even" else f"_{sizes}", "_block" * block)
-    ending += ("_norm" * normed, "_drop" * dropped)
+    ending = f"_m{rows}{'' if sizes == 'even' else f'_{sizes}'}{'_block' * block}{'_norm' * normed}{'_drop' * dropped}"
     return Spec(
         _adapter_fwd_kernel,
-        f"{dtype}_{precision}_h{hidden}{''.join(ending)}",
+        f"{dtype}_{precision}_h{hidden}{'_gate' * gated}{ending}",
         types,
         constexprs,
         num_warps=warps,

@@ -115,8 +115,8 @@ def _adapter_bwd_dx_kernel(
     mask_h = offs_h < H
     mask_mh = mask_m[:, None] & mask_h[None, :]
 
-    mean = 0.0
-    rstd = 0.0
+    mean = tl.zeros([BLOCK_M], tl.float32)
+    rstd = mean
     if HAS_NORM:
         mean = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)
         rstd = tl.load(stats_ptr + M + offs_m, mask=mask_m, other=0.0)
@@ -439,11 +439,10 @@ def _spec(
     types = argument_types(_adapter_bwd_dx_kernel, constexprs, dtype) | {"stats_ptr": "*fp32", "norm_sums_ptr": "*fp32"}
     if block:
         types |= {name: "*fp32" for name in WEIGHTS if name in types}
-    ending = ("_gate" * gated, f"_m{rows}", "" if sizes == "even" else f"_{sizes}", "_block" * block)
-    ending += ("_norm" * normed, "_drop" * dropped)
+    ending = f"_m{rows}{'' if sizes == 'even' else f'_{sizes}'}{'_block' * block}{'_norm' * normed}{'_drop' * dropped}"
     return Spec(
         _adapter_bwd_dx_kernel,
-        f"{dtype}_{precision}_h{hidden}{''.join(ending)}",
+        f"{dtype}_{precision}_h{hidden}{'_gate' * gated}{ending}",
         types,
         constexprs,
         num_warps=warps,
