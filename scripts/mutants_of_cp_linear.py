@@ -62,8 +62,8 @@ CP_LINEAR_FORMS = [
         ),
         (
             "every launch forms h",
-            'fused = form == "fused" and i == 0',
-            'fused = form == "fused" and i == 1',
+            'fused = form.endswith("fused") and i == 0',
+            'fused = form.endswith("fused") and i == 1',
             "the first launch forms h, the others read it",
         ),
         (
@@ -208,5 +208,40 @@ CP_LINEAR_FORMS = [
         ),
         file="cp_linear_few",
         tests=_ALL,
+    ),
+    *kernel(
+        "cp_linear",
+        (
+            "only the first tile of each program",
+            "tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0))",
+            "tl.range(tl.program_id(0), tl.num_programs(0), tl.num_programs(0))",
+            "programs go on to further tiles",
+        ),
+        (
+            "rows of W from the first fold",
+            "first_n = fold * fold_n + first_j",
+            "first_n = first_j",
+            "folds stand side by side",
+        ),
+        (
+            "gain of the first fold",
+            "fold.to(tl.int64) * stride_gg",
+            "fold.to(tl.int64) * 0",
+            "a row of gain for each fold",
+        ),
+        (
+            "columns past the fold stored",
+            "mask_n = offs_j < fold_n",
+            "mask_n = offs_j < fold_n + 1",
+            "the next fold's column",
+        ),
+        (
+            "a transposed u described as it is",
+            "u if described(u) else u.clone(",
+            "u if True else u.clone(",
+            "rows of u",
+        ),
+        file="cp_linear_tma",
+        tests=_FORMS,
     ),
 ]

@@ -17,10 +17,10 @@ pytest.importorskip("triton")
 from fastgist_kernels import cp_linear as forward_kernels
 from fastgist_kernels import cp_linear_bwd as backward_kernels
 from fastgist_kernels import cp_linear_forms, cp_linear_parts
-from fastgist_kernels.cp_linear_forms import FORMS, can
+from fastgist_kernels.cp_linear_forms import can
 
 OP = "cp_linear"
-FORWARD = [form for form in FORMS if can(form, torch.empty(8, 64), [torch.empty(64, 64)], 5, False)]
+FORWARD = ["fused", "started", "blas", "few"]
 BACKWARD = ["fused", "started", "blas"]
 #: rows of the weights, and of v: folds as grouped queries have them, a row of v for each row, ends inside a tile, five weights
 #: (two launches), a weight without rows.
@@ -160,6 +160,39 @@ def test_no_weight_is_copied(impl, forms, form, monkeypatch):
     assert len(made) > 4 and all(t.numel() < 96 * 64 for t in made)
 
 
+@pytest.mark.parametrize(
+    ("rows", "inner", "out", "folds", "rank", "gain"),
+    [(35, 32, 70, 1, 8, "shared"), (21, 40, 37, 2, 24, "folds"), (33, 24, 36, 3, 16, "none")],
+)
+@pytest.mark.parametrize("form", ["tma_fused", "tma_started"])
+def test_tensor_descriptors(impl, forms, form, rows, inner, out, folds, rank, gain):
+    """More tiles than programs, and sizes that no tile divides, so that what is fetched lies past every end."""
+    dtype = torch.float32 if DEVICE == "cpu" else torch.float16
+    x, weights, biases, u, v, g = case(rows, inner, (out * folds,), rank, out, dtype)
+    if not can(form, x, weights, rank, False):
+        pytest.skip("no tensor descriptors here")
+    forms(form)
+    g = {"folds": g, "shared": g[0], "none": None}[gain]
+    biases = biases if folds > 1 else None
+    options = {"scale": 0.7, "dropout_p": 0.3, "training": folds == 2, "seed": torch.tensor([3], device=DEVICE)}
+    hold((x, weights, biases, u, v, g), upstream(weights, rows, dtype), impl, **options)
+
+
+@pytest.mark.parametrize("form", ["tma_fused", "tma_started"])
+def test_tensor_descriptors_of_slices_and_a_transposed_u(impl, forms, form):
+    dtype = torch.float32 if DEVICE == "cpu" else torch.float16
+    x, (weight,), biases, u, v, gain = case(21, 64, (48,), 8, 24, dtype)
+    wide = torch.full((21, 192), torch.nan, device=DEVICE, dtype=dtype)
+    wide[:, 64:128] = x
+    x, weight = wide[:, 64:128], torch.cat([weight, weight], 1)[:, :64]
+    if not can(form, x, [weight], 8, False):
+        pytest.skip("no tensor descriptors here")
+    forms(form)
+    y = cp_linear(x, weight, biases[0], u.t().contiguous().t(), v, gain, impl=impl)
+    given = (x, weight, biases[0], u, v, gain)
+    assert_within_budget(y, formula(*given), formula(*(t.double() for t in given)))
+
+
 def test_what_a_form_asks():
     x, weights = torch.empty(65, 64), [torch.empty(64, 64)]
     assert not can("few", x, weights, 4, False) and can("few", x[:64], weights, 4, False)
@@ -171,4 +204,18 @@ def test_what_a_form_asks():
     assert can("fused", x.half(), weights, 64, False) and not can("fused", x.half(), weights, 64, False, forward=False)
     assert not can("blas", x.half(), weights, 4, False) and can("blas", x, weights, 400, False)
     assert all(can("started", t, weights, 400, False) for t in (x, x.half(), x.bfloat16()))
+    with pytest.raises(ValueError, match="no form 'other'"):
+        can("other", x, weights, 4, False)
     assert cp_linear_forms.FORMS[:3] == ("fused", "started", "blas"), "launch tables hold positions"
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="what a CPU's tensors may do interpreted")
+def test_what_tensor_descriptors_ask():
+    x, weights = torch.empty(65, 64), [torch.empty(64, 64)]
+    assert can("tma_fused", x, weights, 4, False) and can("tma_started", x, weights, 400, False)
+    assert not can("tma_fused", x, weights, 5, False), "rows of u of 20 bytes"
+    assert not can("tma_fused", x, weights, 64, False), "a rank that fused products do not take"
+    assert not can("tma_started", x, weights, 4, False, forward=False)
+    assert not can("tma_started", x, weights * 2, 4, False)
+    assert not can("tma_started", x[:, 1:], weights, 4, False) and not can("tma_started", x.t(), weights, 4, False)
+    assert not can("tma_started", torch.empty(65, 66)[:, :64], weights, 4, False), "rows of 264 bytes"

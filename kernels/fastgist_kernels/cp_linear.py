@@ -39,6 +39,7 @@ from fastgist_kernels.cp_linear_plan import (
     rank_tile,
 )
 from fastgist_kernels.cp_linear_project import project
+from fastgist_kernels.cp_linear_tma import matmul_by_descriptors
 from fastgist_kernels.outer import argument_types, low_dot, narrow
 
 __all__ = ["SPECS", "cp_linear_fwd"]
@@ -246,14 +247,15 @@ def cp_linear_fwd(x, weights, biases, u, v, gain, seed, scale, dropout_p, tf32, 
         few(x, weights, biases, u, v, gain, seed, scale, dropout_p, tf32, y, h)
         return
     runs = list(groups(weights, biases, v, gain))
-    if h is None and (form == "started" or len(runs) > 1):
+    if h is None and (form.endswith("started") or len(runs) > 1):
         h = low_rank_empty(x, rank)
-    if form == "started":
+    if form.endswith("started"):
         project(x, u, None, seed, 1.0, dropout_p, tf32, h)
     for i, group in enumerate(runs):
-        fused = form == "fused" and i == 0
+        fused = form.endswith("fused") and i == 0
         own_u, own_seed = (u, seed) if fused else (None, None)
-        _matmul(x, group, own_u, own_seed, scale, dropout_p, tf32, y[:, group.columns], h, fused=fused)
+        matmul = matmul_by_descriptors if form.startswith("tma") else _matmul
+        matmul(x, group, own_u, own_seed, scale, dropout_p, tf32, y[:, group.columns], h, fused=fused)
 
 
 def _by_blas(x, weights, biases, u, v, gain, seed, scale, dropout_p, tf32, y, h) -> None:

@@ -65,8 +65,8 @@ def _cp_linear_dx_kernel(
 ):
     """Tiles as the forward names them: BLOCK_N columns of the result, BLOCK_K of what is summed.
 
-    FUSED: grad_h (R <= BLOCK_R) is computed from v (N, R), contiguous, and written. ADD: dx has sums of other weights, to which
-    these are added. Neither: grad_h is read, in rank blocks."""
+    FUSED: grad_h (R <= BLOCK_R) is computed from v (N, R), contiguous, and written. ADD: dx holds the sums of other weights,
+    to which these are added. Neither: grad_h is read, in rank blocks."""
     tiles_k = tl.cdiv(K, BLOCK_N)
     tiles_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
@@ -167,7 +167,7 @@ def dx_fused(grad, weights, folded, u, seed, scale, dropout_p, tf32, grad_x, gra
 
 
 def dx_started(grad, weights, u, tf32, grad_x, grad_h) -> None:
-    """Write dx from dy (M, N), weights (N_i, K), u (K, R) and grad_h (M, R), all of any strides but grad_h's. More weights than a
+    """Write dx from dy (M, N), weights (N_i, K), u (K, R), of any strides, and grad_h (M, R), contiguous. More weights than a
     launch takes are added to what the ones before wrote."""
     for i, group in enumerate(groups(weights, ())):
         columns = grad[:, group.columns]

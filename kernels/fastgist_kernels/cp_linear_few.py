@@ -4,7 +4,8 @@ Two launches, no atomics, one order of every sum:
 
 1. A grid of column tiles by ranges of K writes float32 partial products, (splits, M, N). The columns of U stand behind those
    of W as more tiles of the same grid and give partial sums of h = x U, (splits, M, R): U is read once, and no program waits.
-2. Each program adds the splits' parts of its tile of y and of h's rows, applies dropout, gain and scale, and adds h V^T and bias.
+2. Each program adds the splits' parts of its tile of y and of its rows of h, applies dropout, gain and scale to h, and adds
+   h V^T and the bias.
 
 How many programs. Memory of 4.3 TB/s that answers after some 0.8 us needs 3.4 MB under way, 26 KB on each of 132
 processors. A program has three tiles of W under way (four stages, BLOCK_K = 128 bytes of a row, each fetched 16 bytes at a
@@ -13,8 +14,8 @@ splits = 264 BLOCK_N / N. One program a column tile, as the ordinary form has th
 
 How wide a tile. x is read from L2 by every column tile, 2 M N K / BLOCK_N bytes in all, and the partial sums are written and
 read there, 8 M N splits = 8 * 264 M BLOCK_N. Together they are least at BLOCK_N = sqrt(N K / 1056), for any M: 24 at 768, 63
-at 2048, 126 at 4096, hence 32, 64 and 128 with 6, 8 and 8 splits. At 64 rows and 4096 columns that is 17 + 17 MB in L2 beside the 34
-of W from memory; at one row nothing of note.
+at 2048, 126 at 4096, hence 32, 64 and 128 with 6, 8 and 8 splits. At 64 rows and 4096 columns that is 17 + 17 MB in L2
+beside the 34 of W from memory; at one row nothing of note.
 
 Where h comes from. Were each program to form its own part of h, U would be read R / BLOCK_N times W's bytes: a quarter of W
 at rank 16 and 64 columns. As tiles of their own the columns of U cost R / N. h is complete when the first launch ends, so the

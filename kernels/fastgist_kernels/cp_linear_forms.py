@@ -4,7 +4,7 @@
 "started"      h comes from a kernel of its own, and the accumulator starts from the update.
 "blas"         the library's product, then the update added to what it wrote.
 "few"          up to 64 rows: W is read once, by so many programs that the memory has enough to do. Forward only.
-"tma_fused", "tma_started"   the first two as persistent programs that fetch by tensor descriptors. Forward only.
+"tma_fused", "tma_started"   the first two as persistent programs that fetch by tensor descriptors. Forward of one weight.
 
 In the backward a form says how dx = dy W + dL/dh U^T is computed. Which form pays is for cp_linear_plan.py to say;
 :func:`can` only says which would run.
@@ -16,10 +16,14 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["FEW_ROWS", "FORMS", "PIECES", "aligned", "can", "most_fused_rank"]
+from fastgist_kernels.common import device_arch
+
+__all__ = ["FEW_ROWS", "FORMS", "PIECES", "aligned", "can", "described", "most_fused_rank"]
 
 #: A launch table holds positions in this tuple: new forms go to its end.
 FORMS = ("fused", "started", "blas", "few", "tma_fused", "tma_started")
+#: Architectures whose copy engine the kernels were compiled for.
+TMA_ARCHITECTURES = ("sm_90", "sm_100", "sm_103")
 #: Rows of the form for few rows at most.
 FEW_ROWS = 64
 #: Weights that one launch takes: q, k and v. More of them go in groups that share h.
@@ -40,6 +44,11 @@ def aligned(t: torch.Tensor) -> bool:
     return t.data_ptr() % 16 == 0 and all(s == 1 or s % 16 == 0 for s in t.stride())
 
 
+def described(t: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can stand for the matrix ``t``: rows without gaps that begin on 16 bytes."""
+    return t.data_ptr() % 16 == 0 and t.stride(1) == 1 and t.stride(0) * t.dtype.itemsize % 16 == 0
+
+
 def can(
     form: str, x: torch.Tensor, weights: Sequence[torch.Tensor], rank: int, tf32: bool, *, forward: bool = True
 ) -> bool:
@@ -53,4 +62,10 @@ def can(
         return x.dtype != torch.float16
     if form == "few":
         return forward and x.shape[0] <= FEW_ROWS and aligned(x) and all(map(aligned, weights))
-    return False
+    if form in ("tma_fused", "tma_started"):
+        arch = device_arch(x.device)
+        ours = arch == "interpret" or (arch in TMA_ARCHITECTURES and x.dtype.itemsize == 2)
+        if not (forward and ours and len(weights) == 1 and described(x) and described(weights[0])):
+            return False
+        return form == "tma_started" or (can("fused", x, weights, rank, tf32) and rank * x.dtype.itemsize % 16 == 0)
+    raise ValueError(f"cp_linear has no form {form!r}")

@@ -14,7 +14,7 @@ import torch
 
 from fastgist_kernels.common import cdiv, device_arch, launch_config, next_power_of_2
 from fastgist_kernels.cp_linear_cost import Cost, Sizes, card_of, cost, dy_pass, narrow
-from fastgist_kernels.cp_linear_forms import FORMS, can
+from fastgist_kernels.cp_linear_forms import FORMS, aligned, can
 from fastgist_kernels.outer import processors, rank_block
 
 __all__ = [
@@ -81,15 +81,6 @@ def rank_tile(x: torch.Tensor, rank: int, tf32: bool, fused: bool) -> int:
     return rank_block(rank, most)
 
 
-def _aligned(t: torch.Tensor) -> bool:
-    """Whether a tile of ``t`` can be fetched 16 bytes at a time, as Triton sees it.
-
-    Else every load of the loop goes through registers: tiles with BLOCK_K = 64 then spill and, where u is not aligned
-    either, meet a fault of ptxas 12.8 (see :func:`fastgist_kernels.aot.undefined_uniform`).
-    """
-    return t.data_ptr() % 16 == 0 and all(s == 1 or s % 16 == 0 for s in t.stride())
-
-
 def _columns(weights: Sequence[torch.Tensor], forward: bool) -> int:
     """Of the product with weights (N_i, K): N forward, K backward."""
     return sum(w.shape[0] for w in weights) if forward else weights[0].shape[1]
@@ -136,7 +127,7 @@ def matmul_config(
         return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2}
     s = Sizes(_rows(rows), out, inner, rank, max(1, out // fold_n), _dtype_name(x.dtype, tf32))
     kind = _tile_kind(arch, _card_name(x.device), processors(x.device), s)
-    if kind in ("large", "medium") and not (_aligned(x) and all(map(_aligned, weights))):
+    if kind in ("large", "medium") and not (aligned(x) and all(map(aligned, weights))):
         kind = "ragged"
     default = dict(zip(TILE_NAMES, TILES[family(arch)][kind], strict=True)) | {"GROUP_M": 8}
     return default | launch_config("cp_linear_fwd", arch, shape_class(rows, out, inner, rank))
