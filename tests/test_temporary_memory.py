@@ -5,7 +5,7 @@ kernels themselves do not (benchmarks/launches.py): what they allocate is a matt
 factors' gradients) there may be:
 
 - M x R (M x H) numbers: h, dL/dh, z, act(z), float32 for float16;
-- N x K where plain PyTorch adds the update to the weight first (float32, M >= 2 K);
+- N x K where plain PyTorch adds the update to the weight first (float32 and many rows: reference.cp_linear.merge_pays);
 - N x R: V times each fold's gain;
 - partial sums of a weight's gradient, which the kernels add up in a second stage. They grow with the programs, not with M:
   up to four a processor, an eighth of what is read or one program a processor, whichever is more.
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.harness import cpu_allocations
 from fastgist import backends
 from fastgist import functional as F
+from fastgist.reference.cp_linear import merge_pays
 
 #: Bytes of scalars and the like.
 SMALL = 4096
@@ -80,8 +81,8 @@ PLAIN = {
     "merged": {"rows": 1600, "inner": 128, "out": 384, "rank": 16, "folds": 1},
     "merged, folds": {"rows": 1600, "inner": 128, "out": 384, "rank": 16, "folds": 3},
     "merged, lora": {"rows": 1600, "inner": 128, "out": 384, "rank": 16, "folds": 1, "gain": False},
-    "factored": {"rows": 200, "inner": 128, "out": 384, "rank": 16, "folds": 1},
-    "factored, folds": {"rows": 200, "inner": 128, "out": 384, "rank": 16, "folds": 3},
+    "factored": {"rows": 40, "inner": 128, "out": 384, "rank": 16, "folds": 1},
+    "factored, folds": {"rows": 40, "inner": 128, "out": 384, "rank": 16, "folds": 3},
     "dropout": {"rows": 1600, "inner": 128, "out": 384, "rank": 16, "folds": 3, "dropout": 0.1},
 }
 
@@ -93,7 +94,8 @@ def test_cp_linear_in_plain_pytorch_adds_nothing_as_large_as_y(form, dtype):
     rows, inner, out, rank = (sizes[n] for n in ("rows", "inner", "out", "rank"))
     b = dtype.itemsize
     trained, run = _cp(**sizes, dtype=dtype)
-    merges = form.startswith("merged") and dtype != torch.bfloat16
+    merges = dtype != torch.bfloat16 and not sizes.get("dropout") and merge_pays(rows, inner, out, rank, True)
+    assert merges == (form.startswith("merged") and dtype != torch.bfloat16)
     h, weight, folded = rows * rank * b, out * inner * b, out * rank * b
     wide = out * rank * 4 if dtype == torch.bfloat16 else 0  # P = dy^T h is summed up in float32
     forward, backward = _both(lambda: run("reference"), trained, rows * out * b, [h])
@@ -116,7 +118,8 @@ def test_cp_linear_in_plain_pytorch_adds_nothing_as_large_as_y(form, dtype):
 
 def test_several_weights_need_no_joined_weight_in_plain_pytorch():
     """Forward: products write into their columns of y. Backward: autograd's split puts the incoming gradients together."""
-    rows, inner, out, rank = 200, 128, 384, 16
+    rows, inner, out, rank = 100, 128, 384, 16
+    assert not merge_pays(rows, inner, out // 3, rank, True)
     trained, run = _cp(rows, inner, out, rank, 3, torch.float32, weights=3)
     (others, peak), (after, _) = _both(lambda: run("reference"), trained, rows * out * 4, [rows * rank * 4])
     assert max(others) <= max(rows * rank, out * rank) * 4 + SMALL
@@ -241,6 +244,41 @@ def test_cp_linear_on_a_card_adds_nothing_as_large_as_y(form, dtype, card):
     after = [size for size in after if not given or size < given]
     assert max(after) <= max(low, *parts) + SMALL
     assert peak_after <= given + low + sum(parts) + 2 * out * rank * 4 + SMALL
+
+
+@pytest.mark.parametrize("rows", [64, 16384])
+@pytest.mark.parametrize("weights", [1, 3])
+def test_every_form_of_cp_linear_adds_nothing_as_large_as_y(weights, rows, card, monkeypatch):
+    """Whatever the plan chooses: each form in turn, forward and backward."""
+    from fastgist_kernels import cp_linear, cp_linear_bwd
+    from fastgist_kernels.cp_linear_forms import FORMS, can
+
+    inner, out, rank = 768, 2304, 16
+    trained, run = _cp(rows, inner, out, rank, 3, torch.bfloat16, weights=weights)
+    x, pieces = trained[0].detach(), [torch.empty(out // weights, inner, dtype=torch.bfloat16)] * weights
+    low, folded = rows * rank * 2, out * rank * 2
+    seen = set()
+    for form in FORMS:
+        for forward, module in ((True, cp_linear), (False, cp_linear_bwd)):
+            operand = x if forward else torch.empty(rows, out, dtype=torch.bfloat16)
+            if not can(form, operand, pieces, rank, False, forward=forward):
+                continue
+            monkeypatch.setattr(module, "cp_linear_form", lambda *a, form=form, **k: form)
+            (others, peak), (after, peak_after) = _both(lambda: run("triton"), trained, rows * out * 2, [low])
+            if forward:  # few rows: sums of ranges of K, in float32, beside a y of few rows
+                parts = card.processors * 4 * 64 * 64 * 4 if form == "few" else 0
+                augmented = 2 * (low + folded) if form == "blas" and weights > 1 else 0  # the biases as one more rank
+                assert max(others, default=0) <= max(low, folded, parts, augmented) + SMALL, form
+                assert peak <= low + 3 * folded + parts + 2 * augmented + SMALL, form
+            else:
+                parts = [_partials(card, n, rank, rows * n * 2) for n in (out, inner)]
+                parts[0] = max(parts[0], rows // 128 * out * rank * 4)
+                given = rows * out * 2 * (weights > 1)
+                assert max(s for s in after if not given or s < given) <= max(low, folded, *parts) + SMALL, form
+                assert peak_after <= given + low + sum(parts) + 4 * out * rank * 4 + SMALL, form
+            seen.add((form, forward))
+    assert {("fused", True), ("started", True), ("blas", True), ("started", False), ("blas", False)} <= seen
+    assert (("few", True) in seen) == (rows == 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
