@@ -78,7 +78,7 @@ def test_peers_agree_with_the_formula(op, shape):
         if name.startswith("fastgist"):
             assert harness.parity(problem, provider) is None, name
         else:  # the same function; how exactly it sums is its own affair and the processor's
-            _, (exact, exact_grads) = harness._expected(op, problem.case, CPU)
+            _, (exact, exact_grads), _ = harness._expected(op, problem.case, CPU)
             out, grads = harness.run(problem, provider)
             pairs = [(out if problem.is_loss else harness._rows("x", out), exact)]
             pairs += [(harness._rows(leaf, grads[leaf]), exact_grads[leaf]) for leaf in problem.leaves]
@@ -206,3 +206,18 @@ def test_there_are_marks_for_every_provider_of_the_layers():
 
     names = {n.removesuffix(", compiled") for op in plot.LAYERS for n in PEERS[op]} - OTHER_FUNCTION
     assert len(names - {"fastgist cuda"}) <= len(plot.LINES)
+
+
+def test_the_scale_of_a_sum_is_that_of_its_terms():
+    """Of a bias's gradient, row by row: what the budget of sums that cancel is proportional to."""
+    problem = harness.make_problem("adapter", SMALL["adapter"], CPU)
+    found = harness._term_scales(problem)
+    assert set(found) == {"down", "down_bias", "up", "up_bias"}
+    grad = harness.incoming_rows(problem, 0, torch.empty(600, 48, dtype=torch.float64))
+    assert found["up_bias"] == pytest.approx(float(grad.abs().sum(0).max()))
+    x, down, down_bias, up, _ = (t.double() for t in problem.tensors.values())
+    z = x @ down.T + down_bias
+    dz = torch.ops.aten.gelu_backward(grad @ up, z)
+    assert found["down_bias"] == pytest.approx(float(dz.abs().sum(0).max()))
+    assert found["down"] == pytest.approx(float((dz.abs().T @ x.abs()).max()))
+    assert harness._term_scales(harness.make_problem("gist_loss", SMALL["gist_loss"], CPU)) == {}
