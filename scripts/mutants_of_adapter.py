@@ -319,8 +319,8 @@ ADAPTER = [
         ),
         (
             "deviations not kept",
-            "tl.store(stats_ptr + M + offs_m, rstd, mask=mask_m)",
-            "tl.store(stats_ptr + M + offs_m, rstd * 1.001, mask=mask_m)",
+            "tl.store(stats_ptr + (M + offs_m), rstd, mask=mask_m)",
+            "tl.store(stats_ptr + (M + offs_m), rstd * 1.001, mask=mask_m)",
             "the backward's statistics",
         ),
         tests=NORM,
@@ -344,7 +344,7 @@ ADAPTER = [
         ),
         (
             "sums of the first chunk for all",
-            "tl.load(norm_sums_ptr + first_h + offs_h, mask=mask_h, other=0.0)",
+            "tl.load(norm_sums_ptr + (first_h + offs_h), mask=mask_h, other=0.0)",
             "tl.load(norm_sums_ptr + offs_h, mask=mask_h, other=0.0)",
             "wide bottlenecks go in chunks",
         ),

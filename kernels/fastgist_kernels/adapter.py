@@ -108,12 +108,12 @@ def _adapter_fwd_kernel(
     if HAS_NORM:
         if LOAD_STATS:
             mean = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)
-            rstd = tl.load(stats_ptr + M + offs_m, mask=mask_m, other=0.0)
+            rstd = tl.load(stats_ptr + (M + offs_m), mask=mask_m, other=0.0)
         else:
             mean, rstd = row_statistics(x_ptr, offs_m, mask_m, D, stride_xm, stride_xd, norm_eps, BLOCK_M, BLOCK_D)
         if STORE_STATS:
             tl.store(stats_ptr + offs_m, mean, mask=mask_m)
-            tl.store(stats_ptr + M + offs_m, rstd, mask=mask_m)
+            tl.store(stats_ptr + (M + offs_m), rstd, mask=mask_m)
     z = project_down(
         x_ptr,
         down_ptr,
@@ -381,5 +381,13 @@ SPECS = [
         ("fp32", "tf32", 64, True, 64),
         ("fp32", "tf32", 128, False, 64),
         ("fp32", "ieee", 64, True, 64),
+        ("bf16", "ieee", 64, False, 64, "even", False, True, True),
+        ("bf16", "ieee", 64, False, 32, "even", True, True, True),
+        ("bf16", "ieee", 64, False, 64, "ragged", False, True, True),
+        ("bf16", "ieee", 128, True, 32, "even", False, True, True),
+        ("bf16", "ieee", 256, False, 64, "even", False, True, True),
+        ("bf16", "ieee", 64, False, 64, "even", False, False, True),
+        ("fp16", "tf32", 64, False, 64, "even", False, True, True),
+        ("fp32", "ieee", 64, True, 64, "even", False, True, True),
     )
 ]

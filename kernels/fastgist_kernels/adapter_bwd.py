@@ -119,7 +119,7 @@ def _adapter_bwd_dx_kernel(
     rstd = mean
     if HAS_NORM:
         mean = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)
-        rstd = tl.load(stats_ptr + M + offs_m, mask=mask_m, other=0.0)
+        rstd = tl.load(stats_ptr + (M + offs_m), mask=mask_m, other=0.0)
     if not LOAD_Z:
         z = project_down(
             x_ptr,
@@ -198,8 +198,8 @@ def _adapter_bwd_dx_kernel(
     if NEED_DX:
         if HAS_NORM:  # the row's means of (dz D) w and of that times xhat, where D w xhat = z - (b_d + D b)
             all_h = tl.cast(unit_width, tl.int64) * E
-            of_weight = tl.load(norm_sums_ptr + first_h + offs_h, mask=mask_h, other=0.0)
-            of_bias = tl.load(norm_sums_ptr + all_h + first_h + offs_h, mask=mask_h, other=0.0)
+            of_weight = tl.load(norm_sums_ptr + (first_h + offs_h), mask=mask_h, other=0.0)
+            of_bias = tl.load(norm_sums_ptr + (all_h + first_h + offs_h), mask=mask_h, other=0.0)
             if not WIDE:  # as it enters the product: what is left of dx of a row without variance is rounding
                 dz = narrow(dz, dy_ptr.dtype.element_ty).to(tl.float32)
             c1 = tl.sum(dz * of_weight[None, :], 1) / D
@@ -485,5 +485,12 @@ SPECS = [
         ("fp16", "tf32", 64, True, 64),
         ("fp32", "tf32", 64, True, 64),
         ("fp32", "ieee", 64, True, 64),
+        ("bf16", "ieee", 16, False, 64, "even", True, True),
+        ("bf16", "ieee", 64, False, 64, "even", True, True),
+        ("bf16", "ieee", 64, False, 32, "ragged", True, True),
+        ("bf16", "ieee", 256, False, 32, "even", True, True),
+        ("bf16", "ieee", 64, False, 64, "even", False, True),
+        ("fp16", "tf32", 64, False, 64, "even", True, True),
+        ("fp32", "ieee", 64, False, 64, "even", True, True),
     )
 ]

@@ -66,7 +66,7 @@ def _adapter_norm_sums_kernel(
         bias = tl.load(down_bias_ptr + offs_h * stride_db, mask=mask_h, other=0.0)
         of_bias += narrow(bias, DTYPE).to(tl.float32)
     tl.store(out_ptr + offs_h, of_weight, mask=mask_h)
-    tl.store(out_ptr + H + offs_h, of_bias, mask=mask_h)
+    tl.store(out_ptr + (H + offs_h), of_bias, mask=mask_h)
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def _adapter_norm_outer_kernel(
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
         dz = tl.load(z_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         mean = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)
-        rstd = tl.load(stats_ptr + M + offs_m, mask=mask_m, other=0.0)
+        rstd = tl.load(stats_ptr + (M + offs_m), mask=mask_m, other=0.0)
         acc = low_dot(tl.trans(normalised(x, mean, rstd)), dz, acc, WIDE, PRECISION)
     part_ptrs = part_ptr + split * (tl.cast(D, tl.int64) * H) + offs_c[:, None] * H + offs_r[None, :]
     tl.store(part_ptrs, acc, mask=mask_c[:, None] & mask_r[None, :])

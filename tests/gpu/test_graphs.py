@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import fastgist as fg
 from fastgist.backends import OPS
-from fastgist.functional import cp_linear
 
 on_gpu = pytest.mark.gpu
 
@@ -58,10 +57,11 @@ def test_replay_equals_eager(op, dtype):
 
 
 @on_gpu
-def test_dropout_in_a_graph_draws_anew_at_each_replay():
-    call = make("cp_linear", device="cuda", rows=64)
+@pytest.mark.parametrize("op", ["cp_linear", "adapter"])
+def test_dropout_in_a_graph_draws_anew_at_each_replay(op):
+    call = make(op, device="cuda", rows=64)
     values = call.values(grad=False)
-    graph, out = _capture(lambda: cp_linear(*values, dropout_p=0.5, training=True, impl="triton"))
+    graph, out = _capture(lambda: call(*values, dropout_p=0.5, training=True, impl="triton"))
     replays = []
     for _ in range(4):
         graph.replay()
