@@ -12,14 +12,14 @@ import logging
 import threading
 from pathlib import Path
 
-__all__ = ["build_info", "has_cuda", "load"]
+__all__ = ["build_info", "has_cuda", "load", "vector_bytes"]
 
 _logger = logging.getLogger("fastgist")
 _lock = threading.Lock()
 _FOLDER = Path(__file__).resolve().parent
 _PROBE = "fastgist_native::bidirectional_kl_fwd"
 #: What this version's extension holds for CPUs at least; one left over from an older version may not.
-_HOLDS = ("bidirectional_kl_fwd_bwd", "gist_loss_fwd_bwd", "adapter_fwd", "adapter_bwd", "dropout")
+_HOLDS = ("bidirectional_kl_fwd_bwd", "gist_loss_fwd_bwd", "adapter_bwd", "dropout")
 
 
 def _load() -> str | None:
@@ -66,6 +66,16 @@ def has_cuda() -> bool:
     import torch
 
     return torch._C._dispatch_has_kernel_for_dispatch_key(_PROBE, "CUDA")
+
+
+@functools.cache
+def vector_bytes() -> int:
+    """Bytes of a vector in the instruction set that the extension takes here (64, 32 or 16); 0 where it is not loaded."""
+    if load() is not None:
+        return 0
+    import torch
+
+    return torch.ops.fastgist_native.vector_bytes()
 
 
 def build_info() -> dict[str, object] | None:

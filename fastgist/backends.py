@@ -16,7 +16,7 @@ import torch
 
 from fastgist import _extension
 
-__all__ = ["IMPLEMENTATIONS", "OPS", "available", "explain", "resolve", "interpreting"]
+__all__ = ["IMPLEMENTATIONS", "OPS", "available", "explain", "resolve", "interpreting", "vector_bytes"]
 
 IMPLEMENTATIONS = ("auto", "triton", "cuda", "native", "reference")
 OPS = ("bidirectional_kl", "gist_loss", "gist_linear_loss", "topk_kl", "cp_linear", "adapter", "gelu")
@@ -45,8 +45,9 @@ _SERVES: dict[tuple[str, str], _Implementation] = {
     ("gist_loss", "cuda"): _Implementation("cuda", _ALL),
 }
 
-#: The order in which "auto" asks. What is compiled for CPUs is faster than plain PyTorch at every shape measured (DESIGN.md,
-#: "The CPU path"). On a GPU Triton comes first: neither its one-launch losses nor those in CUDA C++ have been timed on a card.
+#: The order in which "auto" asks. The losses compiled for CPUs are faster than plain PyTorch at every shape measured
+#: (DESIGN.md, "The CPU path"), adapter at most. On a GPU Triton comes first: neither its one-launch losses nor those in CUDA
+#: C++ have been timed on a card.
 #: (In two launches CUDA C++ was the faster on an H200: bidirectional_kl of 8192 rows, bfloat16, forward and backward, 0.48 ms
 #: against 0.66 at 1,000 classes, 1.00 against 1.33 at 32,000, 3.58 against 4.72 at 128,256, host included.)
 _AUTO = {"cuda": ("triton", "cuda"), "cpu": ("native",)}
@@ -110,14 +111,29 @@ def _auto_order(device: str) -> tuple[str, ...]:
     return ("triton",) if interpreting() and device == "cpu" else _AUTO.get(device, ())
 
 
+def _worth_it(op: str, impl: str, dtype: torch.dtype) -> bool:
+    """Whether "auto" takes what could run. adapter in C++ lost to BLAS with vectors of 16 bytes and in float64 (in which
+    formulas are checked); fastgist.ops.adapter decides further, by size."""
+    return (op, impl) != ("adapter", "native") or (dtype != torch.float64 and _extension.vector_bytes() >= 32)
+
+
+def _runs(op: str, impl: str, device: str, dtype: torch.dtype) -> bool:
+    return _obstacle(op, impl, device, dtype) is None and _worth_it(op, impl, dtype)
+
+
 @functools.cache
 def _resolve(op: str, impl: str, device: str, dtype: torch.dtype) -> str:
     if impl == "auto":
-        return next((name for name in _auto_order(device) if _obstacle(op, name, device, dtype) is None), "reference")
+        return next((name for name in _auto_order(device) if _runs(op, name, device, dtype)), "reference")
     obstacle = _obstacle(op, impl, device, dtype)
     if obstacle:
         raise RuntimeError(f"{op}: impl={impl!r} cannot run here: {obstacle}")
     return impl
+
+
+def vector_bytes() -> int:
+    """Bytes of a vector in the instruction set that the compiled extension takes here; 0 where it is not loaded."""
+    return _extension.vector_bytes()
 
 
 def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:

@@ -145,7 +145,7 @@ CP_LINEAR = [
         ),
         (
             "no dropout in the backward",
-            "        grad_h = _dropped(grad_h, dropout_p, seed)\n",
+            "        grad_h = (drop or _dropped)(grad_h, dropout_p, seed)\n",
             "",
             "the mask of the forward",
         ),

@@ -20,10 +20,13 @@ struct DropoutRows {
         const uint32_t* const drawn = words.get() + r * 4 * rule.quads;
         const A* const h = load_any(args.from.dtype, args.from.data, (row + r) * args.from.stride_m, args.from.stride_n,
                                     args.columns, buffer.get());
-        A* const to = buffer.get();
+        // Where the result holds numbers of type A it is written at once.
+        A* const to = holds<A>(args.from.dtype) ? static_cast<A*>(args.to) + (row + r) * args.columns : buffer.get();
 #pragma omp simd
         for (int64_t i = 0; i < args.columns; ++i) to[i] = (drawn[i] >> 1) >= least ? h[i] / keep : A(0);
-        store_any(args.from.dtype, static_cast<const A*>(to), args.to, (row + r) * args.columns, args.columns);
+        if (!holds<A>(args.from.dtype)) {
+          store_any(args.from.dtype, static_cast<const A*>(to), args.to, (row + r) * args.columns, args.columns);
+        }
       }
     }
   }

@@ -7,9 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from fastgist import backends
 from fastgist.ops import _common
+from fastgist.reference.cp_linear import Dropout
 
-__all__ = ["cast_for_autocast", "check_dropout", "check_number", "empty_unless"]
+__all__ = ["cast_for_autocast", "check_dropout", "check_number", "dropout_for", "empty_unless"]
 
 
 def check_number(op: str, name: str, value: object) -> float:
@@ -41,6 +43,22 @@ def check_dropout(
     if seed is None:  # by the default generator, which checkpointing and graph capture know how to replay
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     return dropout_p, seed
+
+
+def _dropped_in_place(h: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """The dropout of :mod:`fastgist.reference.cp_linear` in C++, bit for bit, over h itself where that is contiguous."""
+    if seed is None or h.numel() == 0:
+        return h
+    out = h if h.is_contiguous() else torch.empty_like(h, memory_format=torch.contiguous_format)
+    torch.ops.fastgist_native.dropout(h, seed, dropout_p, out)
+    return out
+
+
+def dropout_for(impl: str, seed: Tensor | None) -> Dropout | None:
+    """What drops out x U where plain PyTorch multiplies: C++ on CPUs where the extension is there. None: the reference's
+    own, also where ``impl``, as the caller gave it, is "reference"."""
+    native = impl == "auto" and seed is not None and seed.device.type == "cpu" and backends.vector_bytes() > 0
+    return _dropped_in_place if native else None
 
 
 def cast_for_autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:

@@ -28,6 +28,20 @@ def _saves_z(impl: str, hidden: int) -> bool:
     return impl != "triton" or hidden > _RECOMPUTED_WIDTH
 
 
+def _resolve(impl: str, x: Tensor, weight: int) -> str:
+    """The implementation for ``x`` (M, ..) and weights of so many elements. "auto" passes over C++ where BLAS was faster
+    (DESIGN.md, "adapter in C++"): weights too large for the rows that they are packed for, or for the cache that they are
+    read from again and again; and bfloat16, which the products of plain PyTorch have instructions for."""
+    chosen = backends.resolve(_OP, impl, x)
+    if impl != "auto" or chosen != "native":
+        return chosen
+    rows = x.shape[0]
+    if x.dtype == torch.bfloat16:
+        return chosen if rows <= 64 and weight <= 2**16 else "reference"
+    most = 2**20 if backends.vector_bytes() == 64 else 2**16
+    return chosen if weight <= min(most, 2**15 * rows) else "reference"
+
+
 # -- raw ops ---------------------------------------------------------------------------------------------------------
 # 2-D throughout: x (M, D), down (H, D), up (D', H), up_bias (D',) or (E, D'), residual and branch (M, D'), gate (M, E).
 # Weights and biases are x's dtype, or float32 beside a half-precision x: those of the products are rounded to x's where
@@ -56,7 +70,7 @@ def _fwd(
     need_z: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    impl = backends.resolve(_OP, impl, x)
+    impl = _resolve(impl, x, down_weight.numel())
     save_z = need_z and _saves_z(impl, down_weight.shape[0])
     if impl == "reference" or x.numel() == 0:
         down_weight, up_weight = down_weight.to(x.dtype), up_weight.to(x.dtype)
@@ -128,7 +142,7 @@ def _bwd(
     weight_dtype: torch.dtype,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    impl = backends.resolve(_OP, impl, grad)
+    impl = _resolve(impl, grad, max(0 if w is None else w.numel() for w in (down_weight, up_weight)))
     options = (activation, scale, residual_scale, residual_is_x, dropout_p)
     if impl == "reference" or grad.numel() == 0 or (x is not None and x.numel() == 0):
         dtype = grad.dtype

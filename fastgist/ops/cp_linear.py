@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgist import backends
 from fastgist.ops import _common
-from fastgist.ops._low_rank import cast_for_autocast, check_number, empty_unless
+from fastgist.ops._low_rank import cast_for_autocast, check_number, dropout_for, empty_unless
 from fastgist.reference import cp_linear as reference
 from fastgist.reference.cp_linear import low_rank_dtype
 
@@ -39,9 +39,10 @@ def _fwd(
     need_h: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    drop = dropout_for(impl, seed)
     impl = backends.resolve(_OP, impl, x)
     if impl == "reference" or x.numel() == 0:
-        y, h = reference.forward(x, weights, biases, u, v, gain, seed, scale, dropout_p, need_h)
+        y, h = reference.forward(x, weights, biases, u, v, gain, seed, scale, dropout_p, need_h, drop)
         return y, empty_unless(h if need_h else None, x)
     from fastgist_kernels import cp_linear as kernels
 
@@ -77,13 +78,14 @@ def _bwd(
     needs: list[bool],
     impl: str,
 ) -> tuple[Tensor, ...]:
+    drop = dropout_for(impl, seed)
     impl = backends.resolve(_OP, impl, grad)
     need_x, need_weight, need_bias, need_u, need_v, need_gain = needs
     grad_weight = torch.mm(grad.transpose(0, 1), x) if need_weight else None
     grad_bias = grad.sum(0) if need_bias else None
     wanted = (need_x, need_u, need_v, need_gain)
     if impl == "reference" or grad.numel() == 0 or (x is not None and x.numel() == 0):
-        grads = reference.backward(grad, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, *wanted)
+        grads = reference.backward(grad, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, *wanted, drop)
     elif any(wanted):
         from fastgist_kernels import cp_linear_bwd as kernels
 

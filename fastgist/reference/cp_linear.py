@@ -12,7 +12,7 @@ expression with other names for its factors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -52,6 +52,10 @@ def _folded_v(v: Tensor, gain: Tensor | None, folds: int) -> Tensor:
 def _folds(weight: Tensor, v: Tensor) -> int:
     """How many folds of v's width a piece of the weight has; one where it has no rows, and so no part of v."""
     return weight.shape[0] // v.shape[0] if len(v) else 1
+
+
+#: (h (M, R), p, seed or None) -> h dropped out, in h's own memory or not.
+Dropout = Callable[[Tensor, float, "Tensor | None"], Tensor]
 
 
 def _dropped(h: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -173,9 +177,11 @@ def forward(
     scale: float,
     dropout_p: float,
     need_h: bool,
+    drop: Dropout | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y (M, N), and h = drop(x U) (M, R) in low_rank_dtype where needed. The weight (N, K) comes in pieces, one above the
-    other, none of which is copied; ``biases`` is empty or as long. gain: (1, R) or (G, R)."""
+    other, none of which is copied; ``biases`` is empty or as long. gain: (1, R) or (G, R). ``drop``: what drops out h
+    in place of the function here, to the same result."""
     y = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
     h = None
     for i, (rows, weight, own_v, own_gain) in enumerate(_pieces(weights, v, gain)):
@@ -186,14 +192,14 @@ def forward(
         else:
             torch.mm(x, used.transpose(0, 1), out=out)
         if merged is None:
-            h = _dropped(x @ u, dropout_p, seed) if h is None else h
+            h = (drop or _dropped)(x @ u, dropout_p, seed) if h is None else h
             folds = _folds(weight, own_v)
             if _on_rows(own_gain, folds, x.shape[0], weight.shape[0]):
                 out.addmm_(h * own_gain, own_v.transpose(0, 1), alpha=scale)
             else:
                 out.addmm_(h, _folded_v(own_v, own_gain, folds).transpose(0, 1), alpha=scale)
     if need_h and h is None:
-        h = _dropped(x @ u, dropout_p, seed)
+        h = (drop or _dropped)(x @ u, dropout_p, seed)
     return y, h
 
 
@@ -214,6 +220,7 @@ def backward(
     need_u: bool,
     need_v: bool,
     need_gain: bool,
+    drop: Dropout | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, u, v and gain from grad = dL/dy (M, N), the weight in pieces as :func:`forward` takes it (none
     where need_x is False). With P_g = s dy_g^T h for each fold, dV = sum_g P_g * g_g and dgain_g = colsum(P_g * V): the
@@ -228,7 +235,7 @@ def backward(
     if through_h:
         low = torch.mm(grad, v if on_rows else _folded_v(v, gain, folds))
         grad_h = _scaled(low * gain if on_rows else low, scale)
-        grad_h = _dropped(grad_h, dropout_p, seed)
+        grad_h = (drop or _dropped)(grad_h, dropout_p, seed)
     if need_x:
         for (rows, weight, *_), m in zip(pieces, merged, strict=True):
             used = m if whole else weight
