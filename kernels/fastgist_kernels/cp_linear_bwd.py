@@ -19,7 +19,7 @@ from fastgist_kernels.cp_linear import dropout_args, dropped, gain_strides, low_
 from fastgist_kernels.cp_linear_plan import cp_linear_form, family, product_precision
 from fastgist_kernels.outer import argument_types, low_dot, narrow, outer, outer_partials, rank_block
 
-__all__ = ["SPECS", "cp_linear_bwd"]
+__all__ = ["SPECS", "cp_linear_bwd", "low_rank_grads"]
 
 
 @triton.jit
@@ -157,7 +157,25 @@ def cp_linear_bwd(
     """Write the gradients that are not None: grad_x (M, K), grad_u (K, R), grad_v (n, R), grad_gain (1 or G, R), contiguous,
     from grad (M, N) of any strides. Inputs that none of them needs may be None."""
     rank = h.shape[1] if v is None else v.shape[1]
-    need_grad_h = grad_x is not None or grad_u is not None
+    need_grad_h = grad_x is not None
+    grad_h = low_rank_grads(
+        grad, x, v, gain, seed, h, folds, scale, dropout_p, tf32, need_grad_h, grad_u, grad_v, grad_gain
+    )
+    if grad_x is None:
+        return
+    if cp_linear_form(grad, weight.t(), weight.shape[1], rank, tf32, forward=False) == "blas":
+        torch.mm(grad, weight, out=grad_x)
+        grad_x.addmm_(grad_h, u.t())
+    else:
+        matmul(grad, weight.t(), None, None, u, None, None, 1.0, 0.0, tf32, grad_x, grad_h, fused=False)
+
+
+def low_rank_grads(
+    grad, x, v, gain, seed, h, folds, scale, dropout_p, tf32, need_grad_h, grad_u, grad_v, grad_gain
+) -> torch.Tensor | None:
+    """Write the factors' gradients that are not None, and return dL/dh (M, R) where it is needed for them or asked for."""
+    rank = h.shape[1] if v is None else v.shape[1]
+    need_grad_h = need_grad_h or grad_u is not None
     need_outer = grad_v is not None or grad_gain is not None
     grad_h = low_rank_empty(grad, rank) if need_grad_h else None
     part = None
@@ -170,13 +188,7 @@ def cp_linear_bwd(
         _reduce(part, v, gain, grad.shape[1], rank, folds, scale, grad_v, grad_gain)
     if grad_u is not None:
         outer(x, grad_h, grad_u, tf32=tf32)
-    if grad_x is None:
-        return
-    if cp_linear_form(grad, weight.t(), weight.shape[1], rank, tf32, forward=False) == "blas":
-        torch.mm(grad, weight, out=grad_x)
-        grad_x.addmm_(grad_h, u.t())
-    else:
-        matmul(grad, weight.t(), None, None, u, None, None, 1.0, 0.0, tf32, grad_x, grad_h, fused=False)
+    return grad_h
 
 
 def _one_pass(grad: torch.Tensor, rank: int) -> bool:
