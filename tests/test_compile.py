@@ -257,7 +257,9 @@ def test_a_raw_op_refuses_what_requires_grad(op, by):
             a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in _detached(args)
         )
         if raw._schema.is_mutable:  # nothing that it returns could raise in a backward
-            with pytest.raises(RuntimeError, match=rf"computes without autograd.*fastgist\.functional\.{op} for gradients"):
+            with pytest.raises(
+                RuntimeError, match=rf"computes without autograd.*fastgist\.functional\.{op} for gradients"
+            ):
                 raw(*leaves)
             continue
         results = raw(*leaves)

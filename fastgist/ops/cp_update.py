@@ -143,15 +143,15 @@ class _CPUpdate(torch.autograd.Function):
         need_h = need_v or need_gain
         given = (x, u, v, gain, seed, scale, dropout_p, need_h, impl)
         shape = (x.shape[0], y.shape[-1])
-        if inplace and _flat_in_place(y, x):
-            ctx.mark_dirty(y)
-            out, h = y, _fwd_inplace_op(y.view(shape), *given)
+        target = _rows_in_place(y, x, shape) if inplace else None
+        if target is not None:
+            out, h = y, _fwd_inplace_op(target, *given)
         else:
             out, h = _fwd_op(y.reshape(shape), *given)
             out = out.view(y.shape)
-            if inplace:
-                ctx.mark_dirty(y)
-                out = y.copy_(out)
+            out = y.copy_(out) if inplace else out
+        if inplace:
+            ctx.mark_dirty(y)
         through_h = need_x or need_u  # both need dL/dh
         ctx.save_for_backward(
             x if need_u else None,
@@ -179,15 +179,14 @@ class _CPUpdate(torch.autograd.Function):
         return grad if ctx.needs_input_grad[0] else None, *grads, None, None, None, None, None, None
 
 
-def _flat_in_place(y: Tensor, x: Tensor) -> bool:
-    """Whether y's rows can be written where they lie: as a matrix without a copy, and not in memory that x is read from."""
+def _rows_in_place(y: Tensor, x: Tensor, shape: tuple[int, int]) -> Tensor | None:
+    """y as a matrix of rows to write to; None where that would be a copy, or memory that x is read from."""
     if y.untyped_storage()._cdata == x.untyped_storage()._cdata:
-        return False
-    rows = [(size, stride) for size, stride in zip(y.shape[:-1], y.stride()[:-1], strict=True) if size != 1]
-    return all(
-        outer == inner_size * inner
-        for (_, outer), (inner_size, inner) in zip(rows, rows[1:], strict=False)
-    )  # fmt: skip
+        return None
+    try:
+        return y.view(shape)
+    except RuntimeError:
+        return None
 
 
 # -- the public function ---------------------------------------------------------------------------------------------
@@ -203,7 +202,9 @@ def _check_shapes(y: Tensor, x: Tensor, u: Tensor, v: Tensor, gain: Tensor | Non
             f"{_OP}: expected at least 1 input feature and a rank of at least 1, got u of shape {(columns, rank)}"
         )
     if x.dim() == 0 or x.shape[-1] != columns:
-        raise ValueError(f"{_OP}: expected x.shape[-1] == {columns} (u is {columns} x {rank}), got x of {tuple(x.shape)}")
+        raise ValueError(
+            f"{_OP}: expected x.shape[-1] == {columns} (u is {columns} x {rank}), got x of {tuple(x.shape)}"
+        )
     if y.dim() != x.dim() or y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"{_OP}: expected y and x to have the same rows, got {tuple(y.shape)} and {tuple(x.shape)}")
     if v.shape[1] != rank:
@@ -310,7 +311,7 @@ def cp_update(
     dropout_p, seed = _check_dropout(x, dropout_p, training, seed, _OP)
     record = torch.is_grad_enabled()
     compiling = torch.compiler.is_compiling()
-    if inplace:
+    if inplace and not compiling:
         _check_in_place(y, record and any(t is not None and t.requires_grad for t in (y, x, u, v, gain)))
     leading = x.shape[:-1]
     out = _CPUpdate.apply(

@@ -183,8 +183,8 @@ def _config(out: torch.Tensor, x: torch.Tensor | None, rank: int, tf32: bool) ->
 
 
 def _update(y, x, u, v, gain, seed, h, scale, dropout_p, tf32, out) -> None:
-    """out (M, N) = y (0 where None) + scale * (h * gain) v^T, h being computed from x and u (stored where not None) or, where x
-    is None, read."""
+    """out (M, N) = y (0 where None) + scale * (h * gain) v^T. Where x is None h is read, else it is computed from x and u, and
+    stored where it is not None."""
     rows, columns = out.shape
     fold_n, rank = v.shape
     fused = x is not None
@@ -286,7 +286,7 @@ def _specs() -> list[Spec]:
         flags |= {"STORE_H": fused, "EVEN_K": even, "WIDE": dtype == "fp16", "PRECISION": precision, "BLOCK_R": rank}
         constexprs: dict[str, object] = {**unit, **flags, **tile}
         types = argument_types(_cp_update_fwd_kernel, constexprs, dtype)
-        types |= {name: f"*{factors}" for name in ("u_ptr", "v_ptr", "gain_ptr")}
+        types |= dict.fromkeys(("u_ptr", "v_ptr", "gain_ptr"), f"*{factors}")
         form = "fused" if fused else "read"
         out.append(
             Spec(
