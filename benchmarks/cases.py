@@ -65,6 +65,8 @@ CASES: dict[tuple[str, str], list[Case]] = {
             if (m, d) != (16384, 4096)
         ),
     ],
+    ("cp_update", "cpu"): [case(torch.float32, M=3152, d=768, R=32), case(torch.bfloat16, M=512, d=2048, R=16)],
+    ("cp_update", "cuda"): [case(torch.bfloat16, M=16384, d=d, R=r) for d in (1024, 4096) for r in (16, 64)],
     ("adapter", "cpu"): [case(torch.float32, M=3152, d=768, H=8), case(torch.float32, M=3152, d=768, H=64)],
     ("adapter", "cuda"): [case(torch.bfloat16, M=16384, d=d, H=h) for d in (768, 1024, 4096) for h in (8, 64)],
     ("gelu", "cpu"): [case(torch.float32, M=3152, d=3072)],
@@ -111,6 +113,8 @@ DIRECTIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("topk_kl", "cuda"): ("fwd", "fwd_bwd"),
     ("cp_linear", "cpu"): ("fwd_bwd",),
     ("cp_linear", "cuda"): ("fwd", "bwd"),
+    ("cp_update", "cpu"): ("fwd_bwd",),
+    ("cp_update", "cuda"): ("fwd", "bwd"),
     ("adapter", "cpu"): ("fwd_bwd",),
     ("adapter", "cuda"): ("fwd", "bwd"),
     ("gelu", "cpu"): ("fwd_bwd",),
@@ -162,6 +166,11 @@ def _cp_linear(case: Case, b: int):
     return forward, backward
 
 
+def _cp_update(case: Case, b: int):
+    m, d, r = case["M"], case["d"], case["R"]
+    return ((3 * m * d + 2 * d * r) * b, 4 * m * d * r), ((3 * m * d + 4 * d * r + m * r) * b, 8 * m * d * r)
+
+
 def _adapter(case: Case, b: int):
     m, d, h = case["M"], case["d"], case["H"]
     return ((2 * m * d + 2 * d * h) * b, 4 * m * d * h), ((3 * m * d + 4 * d * h) * b, 10 * m * d * h)
@@ -178,6 +187,7 @@ _COSTS = {
     "gist_linear_loss": _gist_linear,
     "topk_kl": _topk,
     "cp_linear": _cp_linear,
+    "cp_update": _cp_update,
     "adapter": _adapter,
     "gelu": _gelu,
 }

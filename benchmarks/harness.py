@@ -19,7 +19,7 @@ from benchmarks.cases import Case, costs
 from fastgist.testing import within_budget
 
 #: Tensors whose first dimension is the rows M: parity compares their first and last rows.
-ROWWISE = {"z", "g", "x", "log_probs", "indices", "hidden", "gist_hidden", "target"}
+ROWWISE = {"z", "g", "x", "y", "log_probs", "indices", "hidden", "gist_hidden", "target"}
 CHUNK = 256
 
 
@@ -39,7 +39,7 @@ class Problem:
 
     @property
     def is_loss(self) -> bool:
-        return self.op not in ("cp_linear", "adapter", "gelu")
+        return self.op not in ("cp_linear", "cp_update", "adapter", "gelu")
 
 
 def make_problem(op: str, case: Case, device: torch.device) -> Problem:
@@ -78,6 +78,10 @@ def make_problem(op: str, case: Case, device: torch.device) -> Problem:
         tensors = {"x": randn(m, d), "weight": randn(d, d, spread=d**-0.5), "bias": randn(d, spread=0.1)}
         tensors |= {"u": randn(d, r, spread=d**-0.5), "v": randn(d, r, spread=0.3), "gain": randn(r)}
         return Problem(op, case, tensors, ("x", "u", "v", "gain"))
+    if op == "cp_update":
+        r = case["R"]
+        tensors = {"y": randn(m, d), "x": randn(m, d), "u": randn(d, r, spread=d**-0.5), "v": randn(d, r, spread=0.3)}
+        return Problem(op, case, tensors, tuple(tensors))
     h = case["H"]
     tensors = {"x": randn(m, d), "down": randn(h, d, spread=d**-0.5), "down_bias": randn(h, spread=0.1)}
     tensors |= {"up": randn(d, h, spread=h**-0.5), "up_bias": randn(d, spread=0.1)}
@@ -376,6 +380,11 @@ def _cpu_floor(problem: Problem) -> tuple[Callable[[], object], str]:
         low = torch.randn(rows, case["R"], dtype=width)
         # The update can be added to W for what it costs to form it: no product with a factor is needed for y and dx.
         products = [product(x, w.T), product(x, w), product(x, u), product(x, v), product(low.T, x), product(low.T, x)]
+    elif problem.op == "cp_update":
+        x, u, v = t["x"], t["u"], t["v"]
+        low = torch.randn(rows, case["R"], dtype=width)
+        products = [product(x, u), product(low, v.T), product(x, v), product(low, u.T)]
+        products += [product(low.T, x), product(low.T, x)]
     elif problem.op == "adapter":
         x, down, up = t["x"], t["down"], t["up"]
         low = torch.randn(rows, case["H"], dtype=width)

@@ -22,6 +22,7 @@ SMALL = {
     "gist_linear_loss": case(torch.float32, M=40, V=65, H=24),
     "topk_kl": case(torch.float32, M=40, V=65, K=7),
     "cp_linear": case(torch.float32, M=600, d=48, R=5),
+    "cp_update": case(torch.float32, M=600, d=48, R=5),
     "adapter": case(torch.float32, M=600, d=48, H=9),
     "gelu": case(torch.float32, M=600, d=48),
 }
@@ -44,6 +45,8 @@ def test_every_operation_is_timed_everywhere():
         ("topk_kl", "fwd_bwd", {"M": 8192, "V": 128256, "K": 64}, 981),
         ("cp_linear", "fwd", {"M": 16384, "d": 768, "R": 16}, 25.5),
         ("cp_linear", "bwd", {"M": 16384, "d": 4096, "R": 64}, 739),
+        ("cp_update", "fwd", {"M": 16384, "d": 4096, "R": 16}, 93.7),
+        ("cp_update", "bwd", {"M": 16384, "d": 4096, "R": 16}, 94),
         ("adapter", "fwd", {"M": 16384, "d": 768, "H": 64}, 11.8),
         ("adapter", "bwd", {"M": 16384, "d": 1024, "H": 64}, 23.5),
         ("gelu", "fwd", {"M": 50688, "d": 3072}, 145),

@@ -89,9 +89,10 @@ def _bwd(
     impl: str,
 ) -> tuple[Tensor, ...]:
     impl = backends.resolve(_OP, impl, grad)
+    grads: tuple[Tensor | None, ...]
     if impl == "reference" or grad.numel() == 0 or (x is not None and x.numel() == 0):
-        grads = reference.backward(grad, x, u, v, gain, seed, h, folds, scale, dropout_p, *needs)
-        grads = (grads[0], *(None if g is None else g.to(dtype) for g in grads[1:]))
+        grad_x, *low_rank = reference.backward(grad, x, u, v, gain, seed, h, folds, scale, dropout_p, dtype, *needs)
+        grads = (grad_x, *(None if g is None else g.to(dtype) for g in low_rank))
     else:
         from fastgist_kernels import cp_update as kernels
 

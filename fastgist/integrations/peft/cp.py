@@ -76,13 +76,13 @@ class FastgistCPLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         if len(active) == 1 and self.base_layer is base and is_plain(base) and not is_hooked(base):
-            u, v, gain = (None if t is None else t.to(base.weight.dtype) for t in self.factors(active[0]))
+            u, v, gain = _cast(self.factors(active[0]), base.weight.dtype)
             return functional.cp_linear(x, base.weight, base.bias, u, v, gain, **self._options(active[0]))
         y = self.base_layer(x, *args, **kwargs)
         for name in active:
             factors = self.factors(name)
             wide = y.dtype in (torch.bfloat16, torch.float16) and factors.u.dtype == torch.float32
-            u, v, gain = factors if wide else (None if t is None else t.to(y.dtype) for t in factors)
+            u, v, gain = factors if wide else _cast(factors, y.dtype)
             y = functional.cp_update(y, x.to(y.dtype), u, v, gain, **self._options(name))
         return y
 
@@ -117,6 +117,11 @@ class FastgistCPLayer(nn.Module, BaseTunerLayer):
         weight = self.get_base_layer().weight
         while self.merged_adapters:
             weight.sub_(self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype))
+
+
+def _cast(factors: Factors, dtype: torch.dtype) -> Factors:
+    u, v, gain = factors
+    return Factors(u.to(dtype), v.to(dtype), None if gain is None else gain.to(dtype))
 
 
 class FastgistCPModel(BaseTuner):
