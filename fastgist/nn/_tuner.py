@@ -155,10 +155,11 @@ class TunerLinear(nn.Module, ABC):
     """A linear layer with a low-rank update of its frozen weight, ``y = x W^T + b + scale * (x U * gain) V^T``.
 
     ``base_layer`` is kept as it is. A plain ``nn.Linear`` is fused with the update in one operation
-    (:func:`fastgist.functional.cp_linear`); anything else (a quantised, sharded, parametrised or wrapped layer, a layer with
-    hooks) is called, and the update added to what it returns by another (:func:`fastgist.functional.cp_update`): into the same
-    memory where the layer is known to give its output away (see :func:`_gives_away`) and the output is no view. The layer has
-    no ``weight``: code that reads the weight past the layer fails instead of losing the update.
+    (:func:`fastgist.functional.cp_linear`); anything else (a quantised, sharded, parametrised or wrapped layer, a layer
+    with hooks) is called, and the update added to what it returns by another (:func:`fastgist.functional.cp_update`).
+    That goes into the same memory where the layer is known to give its output away (see :func:`_gives_away`) and
+    autograd does not hold it for a view. The layer has no ``weight``: code that reads the weight past the layer fails
+    instead of losing the update.
 
     Factors in another dtype than the base's are cast at the edge, so float32 factors serve a bfloat16 model. Beside a layer
     that is called float32 factors stay as they are.
@@ -233,7 +234,7 @@ class TunerLinear(nn.Module, ABC):
             not torch.compiler.is_compiling()
             and type(y) is Tensor
             and y is not x
-            and not y._is_view()
+            and not (y._is_view() and torch.is_grad_enabled())  # autograd would go through what it is a view of
             and not (y.is_leaf and y.requires_grad)
             and _gives_away(self.base_layer)
         )

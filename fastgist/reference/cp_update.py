@@ -112,8 +112,9 @@ def backward(
     need_v: bool,
     need_gain: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients from grad = dL/dy' (M, N), which is y's own: of x in its dtype, of u, v and gain, whose dtype is ``factors``, in
-    whatever they were summed in. With P_g = s dy_g^T h, dV = sum_g P_g * g_g and dgain_g = colsum(P_g * V). What no wanted gradient asks is None."""
+    """Gradients from grad = dL/dy' (M, N), which is y's own: of x in its dtype, of u, v and gain, whose dtype is
+    ``factors``, in whatever they were summed in. With P_g = s dy_g^T h, dV = sum_g P_g * g_g and dgain_g = colsum(P_g * V).
+    What no wanted gradient asks is None."""
     grad_x = grad_u = grad_v = grad_gain = grad_h = None
     u, v, gain, h = _in_dtype(_product_dtype(grad.dtype, factors), u, v, gain, h)
     if need_x or need_u:
