@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from quantised import K, N, dense
@@ -52,11 +54,24 @@ def shard(model, how):
     return False
 
 
-def work(rank: int, how: str, form: str) -> dict[str, torch.Tensor]:
+HOWS = ("fsdp", "fsdp, the base too", "columns", "rows")
+
+
+def work(rank: int) -> dict[str, torch.Tensor]:
+    """Every way and form one after the other: processes take longer to start than to compute."""
     seen = []
     for op in ("cp_linear", "cp_update"):
         original = getattr(functional, op)
         setattr(functional, op, lambda *a, o=op, f=original, **k: (seen.append((o, k.get("inplace"))), f(*a, **k))[1])
+    found = {}
+    for how, form in itertools.product(HOWS, FORMS):
+        seen.clear()
+        found |= {f"{how}/{form}/{name}": t for name, t in sharded(rank, how, form).items()}
+        assert seen == [("cp_linear", None) if how == "fsdp" else ("cp_update", False)]
+    return found
+
+
+def sharded(rank: int, how: str, form: str) -> dict[str, torch.Tensor]:
     model = prepared(form)
     x, grad = batch()
     if shard(model, how):
@@ -66,11 +81,15 @@ def work(rank: int, how: str, form: str) -> dict[str, torch.Tensor]:
     x.requires_grad_()
     y = model(x)
     y.backward(grad)
-    assert seen == [("cp_linear", None) if how == "fsdp" else ("cp_update", False)]
     found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     if how.startswith("fsdp"):
         found = {n: g.full_tensor() * RANKS for n, g in found.items()}  # FSDP2 takes the mean over the processes
     return found | {"y": y.detach(), "x": x.grad}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    return on_two_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
 def alone(form, dtype):
@@ -82,10 +101,11 @@ def alone(form, dtype):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("how", ["fsdp", "fsdp, the base too", "columns", "rows"])
-def test_two_processes_have_the_gradients_of_one(how, form, tmp_path):
+@pytest.mark.parametrize("how", HOWS)
+def test_two_processes_have_the_gradients_of_one(how, form, both):
     plain, exact = alone(form, torch.float32), alone(form, torch.float64)
-    found = on_two_ranks(work, tmp_path, how, form)
+    prefix = f"{how}/{form}/"
+    found = [{n.removeprefix(prefix): t for n, t in f.items() if n.startswith(prefix)} for f in both]
     if how.startswith("fsdp"):  # each has its half of the rows
         found[0] |= {n: torch.cat([f[n] for f in found]) for n in ("y", "x")}
         found = found[:1]
