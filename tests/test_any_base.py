@@ -192,6 +192,7 @@ def test_a_model_may_be_quantised_after_it_was_wrapped(calls):
         after = layer(x)
     assert len(calls) == 1
     torch.testing.assert_close(after, before, atol=0.05, rtol=0.05)
+    assert layer.forward_slice(x, 0, 32) is None, "only the whole can be computed"
     with pytest.raises(TypeError, match="Int8Tensor"):
         layer.merge()
 
