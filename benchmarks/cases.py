@@ -89,6 +89,8 @@ CASES: dict[tuple[str, str], list[Case]] = {
         *(case(torch.bfloat16, M=16384, d=768, H=h) for h in (4, 16, 256)),
         *(case(torch.bfloat16, M=4096, d=8192, H=h) for h in (16, 256)),
     ],
+    ("cp_update", "cpu"): [case(torch.float32, M=3152, d=768, R=32), case(torch.bfloat16, M=512, d=2048, R=16)],
+    ("cp_update", "cuda"): [case(torch.bfloat16, M=16384, d=d, R=r) for d in (1024, 4096) for r in (16, 64)],
     ("gelu", "cpu"): [case(torch.float32, M=3152, d=3072)],
     ("gelu", "cuda"): [case(torch.bfloat16, M=m, d=3072) for m in (6336, 50688)],
 }
@@ -133,6 +135,8 @@ DIRECTIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("topk_kl", "cuda"): ("fwd", "fwd_bwd"),
     ("cp_linear", "cpu"): ("fwd_bwd",),
     ("cp_linear", "cuda"): ("fwd", "bwd"),
+    ("cp_update", "cpu"): ("fwd_bwd",),
+    ("cp_update", "cuda"): ("fwd", "bwd"),
     ("adapter", "cpu"): ("fwd_bwd",),
     ("adapter", "cuda"): ("fwd", "bwd"),
     ("gelu", "cpu"): ("fwd_bwd",),
@@ -191,6 +195,11 @@ def _cp_linear(case: Case, b: int):
     return forward, backward
 
 
+def _cp_update(case: Case, b: int):
+    m, d, r = case["M"], case["d"], case["R"]
+    return ((3 * m * d + 2 * d * r) * b, 4 * m * d * r), ((3 * m * d + 4 * d * r + m * r) * b, 8 * m * d * r)
+
+
 def outputs(case: Case) -> int:
     """Of cp_linear: how often the d outputs there are, as weights or as folds."""
     return case.get("W", 1) * case.get("G", 1)
@@ -212,6 +221,7 @@ _COSTS = {
     "gist_linear_loss": _gist_linear,
     "topk_kl": _topk,
     "cp_linear": _cp_linear,
+    "cp_update": _cp_update,
     "adapter": _adapter,
     "gelu": _gelu,
 }

@@ -20,7 +20,7 @@ from benchmarks.cases import Case, costs, outputs
 from fastgist.testing import within_budget
 
 #: Tensors whose first dimension is the rows M: parity compares their first and last rows.
-ROWWISE = {"z", "g", "x", "log_probs", "indices", "hidden", "gist_hidden", "target"}
+ROWWISE = {"z", "g", "x", "y", "log_probs", "indices", "hidden", "gist_hidden", "target"}
 CHUNK = 256
 
 
@@ -40,7 +40,7 @@ class Problem:
 
     @property
     def is_loss(self) -> bool:
-        return self.op not in ("cp_linear", "adapter", "gelu")
+        return self.op not in ("cp_linear", "cp_update", "adapter", "gelu")
 
 
 def make_problem(op: str, case: Case, device: torch.device) -> Problem:
@@ -80,6 +80,10 @@ def make_problem(op: str, case: Case, device: torch.device) -> Problem:
         tensors = {"x": randn(m, d), "weight": randn(n, d, spread=d**-0.5), "bias": randn(n, spread=0.1)}
         tensors |= {"u": randn(d, r, spread=d**-0.5), "v": randn(d, r, spread=0.3), "gain": randn(*many, r)}
         return Problem(op, case, tensors, ("x", "u", "v", "gain"))
+    if op == "cp_update":
+        r = case["R"]
+        tensors = {"y": randn(m, d), "x": randn(m, d), "u": randn(d, r, spread=d**-0.5), "v": randn(d, r, spread=0.3)}
+        return Problem(op, case, tensors, tuple(tensors))
     h = case["H"]
     tensors = {"x": randn(m, d), "down": randn(h, d, spread=d**-0.5), "down_bias": randn(h, spread=0.1)}
     tensors |= {"up": randn(d, h, spread=h**-0.5), "up_bias": randn(d, spread=0.1)}
@@ -451,6 +455,11 @@ def _cpu_floor(problem: Problem) -> tuple[Callable[[], object], str]:
         # The update can be added to W for what it costs to form it: no product with a factor is needed for y and dx.
         products = [product(x, w.T), product(y, w), product(x, u), product(y, factor)]
         products += [product(low.T, x), product(low.T, y)]
+    elif problem.op == "cp_update":
+        x, u, v = t["x"], t["u"], t["v"]
+        low = torch.randn(rows, case["R"], dtype=width)
+        products = [product(x, u), product(low, v.T), product(x, v), product(low, u.T)]
+        products += [product(low.T, x), product(low.T, x)]
     elif problem.op == "adapter":
         x, down, up = t["x"], t["down"], t["up"]
         low = torch.randn(rows, case["H"], dtype=width)

@@ -293,6 +293,15 @@ def _peft_adalora(weight: Tensor, bias: Tensor, tensors: dict[str, Tensor]) -> C
     return run
 
 
+def update_added(y: Tensor, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """The update as a product of its own, added to y: what wrappers around quantised layers do."""
+    return y + (x @ u) @ v.T
+
+
+def update_addmm(y: Tensor, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    return torch.addmm(y, x @ u, v.T)
+
+
 def adapter_eager(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
     return x + F.linear(F.gelu(F.linear(x, down, down_bias)), up, up_bias)
 
@@ -382,6 +391,7 @@ PEERS: dict[str, dict[str, Build]] = {
     | {"frozen linear alone": _plain(frozen_linear), "autograd.Function": _plain(cp_chain)}
     | {"PEFT LoRA": _peft_lora, "PEFT LoRA, compiled": _compiled_build(_peft_lora)}
     | {"PEFT AdaLoRA": _peft_adalora, "PEFT AdaLoRA, compiled": _compiled_build(_peft_adalora)},
+    "cp_update": _implementations("cp_update") | _both("added", update_added) | _both("addmm", update_addmm),
     "adapter": _implementations("adapter")
     | _both("eager", adapter_eager)
     | {"autograd.Function": _plain(adapter_chain)},

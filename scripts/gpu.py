@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = ("bidirectional_kl", "gist_loss", "gist_linear_loss", "topk_kl", "cp_linear", "adapter", "gelu")
+OPS = ("bidirectional_kl", "gist_loss", "gist_linear_loss", "topk_kl", "cp_linear", "cp_update", "adapter", "gelu")
 STAGES = ("build", "parity", "hard", "bitwise", "sanitizer", "tune", "warm", "bench", "ncu")
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=20")
 TABLE = ROOT / "kernels" / "fastgist_kernels" / "launch_tables.json"
@@ -248,6 +248,9 @@ def run_small(ops: list[str]) -> int:
             elif op == "cp_linear":
                 args = [leaf(*s, dtype=dtype) for s in ((37, 72), (48, 72), (48,), (72, 5), (24, 5), (2, 5))]
                 out = F.cp_linear(*args, dropout_p=0.1, training=True, impl="triton")
+            elif op == "cp_update":
+                args = [leaf(*s, dtype=dtype) for s in ((37, 48), (37, 72), (72, 5), (24, 5), (2, 5))]
+                out = F.cp_update(*args, dropout_p=0.1, training=True, impl="triton")
             elif op == "gelu":
                 out = F.gelu(leaf(37, 72, dtype=dtype), impl="triton")
             else:

@@ -23,6 +23,7 @@ SMALL = {
     "gist_linear_loss": case(torch.float32, M=40, V=65, H=24),
     "topk_kl": case(torch.float32, M=40, V=65, K=7),
     "cp_linear": case(torch.float32, M=600, d=48, R=5),
+    "cp_update": case(torch.float32, M=600, d=48, R=5),
     "adapter": case(torch.float32, M=600, d=48, H=9),
     "gelu": case(torch.float32, M=600, d=48),
 }
@@ -51,6 +52,8 @@ def test_every_operation_is_timed_everywhere():
         # bytes: 16384 (768 + 3072) 2 + 3072 768 2 + ...; FLOPs: 2 16384 (768 3072 + 16 3840)
         ("cp_linear", "fwd", {"M": 16384, "d": 768, "R": 16, "G": 4}, 100.4),
         ("cp_linear", "fwd", {"M": 16384, "d": 768, "R": 16, "W": 4}, 100.4),
+        ("cp_update", "fwd", {"M": 16384, "d": 4096, "R": 16}, 93.7),
+        ("cp_update", "bwd", {"M": 16384, "d": 4096, "R": 16}, 94),
         ("adapter", "fwd", {"M": 16384, "d": 768, "H": 64}, 11.8),
         ("adapter", "bwd", {"M": 16384, "d": 1024, "H": 64}, 23.5),
         ("gelu", "fwd", {"M": 50688, "d": 3072}, 145),
