@@ -17,18 +17,22 @@ class Case:
     sizes: tuple[tuple[str, int], ...]
     dtype: torch.dtype
     launch_bound: bool = False
+    forward_only: bool = False
 
     def __getitem__(self, key: str) -> int:
         return dict(self.sizes)[key]
+
+    def get(self, key: str, default: int) -> int:
+        return dict(self.sizes).get(key, default)
 
     @property
     def id(self) -> str:
         return f"{self.name}-{str(self.dtype).removeprefix('torch.')}"
 
 
-def case(dtype: torch.dtype, *, launch_bound: bool = False, **sizes: int) -> Case:
+def case(dtype: torch.dtype, *, launch_bound: bool = False, forward_only: bool = False, **sizes: int) -> Case:
     name = "_".join(f"{key}{value}" for key, value in sizes.items())
-    return Case(name, tuple(sizes.items()), dtype, launch_bound)
+    return Case(name, tuple(sizes.items()), dtype, launch_bound, forward_only)
 
 
 #: (op, device type) -> cases.
@@ -54,6 +58,8 @@ CASES: dict[tuple[str, str], list[Case]] = {
     ("cp_linear", "cpu"): [
         case(torch.float32, M=3152, d=768, R=32),
         *(case(torch.float32, M=m, d=2048, R=16) for m in (1, 512)),
+        case(torch.float32, M=1576, d=768, R=16, W=3),  # q, k, v: W weights with one input
+        case(torch.float32, M=788, d=768, R=16, G=4),  # a feed-forward's first layer: G folds of outputs, a gain each
     ],
     ("cp_linear", "cuda"): [
         *(case(torch.bfloat16, M=16384, d=d, R=r) for d in (768, 1024, 4096) for r in (16, 64)),
@@ -64,9 +70,27 @@ CASES: dict[tuple[str, str], list[Case]] = {
             for m in (1, 512, 4096, 16384)
             if (m, d) != (16384, 4096)
         ),
+        # Decoding in small batches; one row is above.
+        *(
+            case(torch.bfloat16, launch_bound=True, forward_only=True, M=m, d=d, R=16)
+            for d in (2048, 4096)
+            for m in (16, 64)
+        ),
+        # q, k, v: W weights with one input; a feed-forward's first layer: G folds of outputs, a gain each.
+        *(case(torch.bfloat16, M=16384, d=d, R=16, W=3) for d in (768, 1024, 4096)),
+        *(case(torch.bfloat16, M=16384, d=d, R=16, G=4) for d in (768, 1024)),
     ],
-    ("adapter", "cpu"): [case(torch.float32, M=3152, d=768, H=8), case(torch.float32, M=3152, d=768, H=64)],
-    ("adapter", "cuda"): [case(torch.bfloat16, M=16384, d=d, H=h) for d in (768, 1024, 4096) for h in (8, 64)],
+    ("adapter", "cpu"): [
+        *(case(torch.float32, M=3152, d=768, H=h) for h in (8, 64, 4, 16, 256)),
+        case(torch.float32, M=256, d=8192, H=64),
+    ],
+    ("adapter", "cuda"): [
+        *(case(torch.bfloat16, M=16384, d=d, H=h) for d in (768, 1024, 4096) for h in (8, 64)),
+        *(case(torch.bfloat16, M=16384, d=768, H=h) for h in (4, 16, 256)),
+        *(case(torch.bfloat16, M=4096, d=8192, H=h) for h in (16, 256)),
+    ],
+    ("cp_update", "cpu"): [case(torch.float32, M=3152, d=768, R=32), case(torch.bfloat16, M=512, d=2048, R=16)],
+    ("cp_update", "cuda"): [case(torch.bfloat16, M=16384, d=d, R=r) for d in (1024, 4096) for r in (16, 64)],
     ("gelu", "cpu"): [case(torch.float32, M=3152, d=3072)],
     ("gelu", "cuda"): [case(torch.bfloat16, M=m, d=3072) for m in (6336, 50688)],
 }
@@ -111,6 +135,8 @@ DIRECTIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("topk_kl", "cuda"): ("fwd", "fwd_bwd"),
     ("cp_linear", "cpu"): ("fwd_bwd",),
     ("cp_linear", "cuda"): ("fwd", "bwd"),
+    ("cp_update", "cpu"): ("fwd_bwd",),
+    ("cp_update", "cuda"): ("fwd", "bwd"),
     ("adapter", "cpu"): ("fwd_bwd",),
     ("adapter", "cuda"): ("fwd", "bwd"),
     ("gelu", "cpu"): ("fwd_bwd",),
@@ -122,6 +148,11 @@ DIRECTIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("decode", "cpu"): ("token",),
     ("decode", "cuda"): ("token",),
 }
+
+
+def directions(op: str, kind: str, case: Case) -> tuple[str, ...]:
+    """Of :data:`DIRECTIONS` those that ``case`` is timed in."""
+    return ("fwd",) if case.forward_only else DIRECTIONS[op, kind]
 
 
 def costs(op: str, case: Case, direction: str) -> tuple[int, int]:
@@ -156,10 +187,22 @@ def _gist_linear(case: Case, b: int):
 
 
 def _cp_linear(case: Case, b: int):
+    """W weights (d, d) with one input, or one of G d rows: U and V (d, R) are shared, V's product is as wide as the output."""
     m, d, r = case["M"], case["d"], case["R"]
-    forward = (2 * m * d + d * d + 2 * d * r) * b, 2 * m * d * (d + 2 * r)
-    backward = (3 * m * d + d * d + 2 * d * r + m * r) * b, 2 * m * d * d + 8 * m * d * r
+    n = d * outputs(case)
+    forward = (m * d + m * n + d * n + 2 * d * r) * b, 2 * m * (d * n + d * r + n * r)
+    backward = (2 * m * d + m * n + d * n + 2 * d * r + m * r) * b, 2 * m * d * n + 4 * m * r * (d + n)
     return forward, backward
+
+
+def _cp_update(case: Case, b: int):
+    m, d, r = case["M"], case["d"], case["R"]
+    return ((3 * m * d + 2 * d * r) * b, 4 * m * d * r), ((3 * m * d + 4 * d * r + m * r) * b, 8 * m * d * r)
+
+
+def outputs(case: Case) -> int:
+    """Of cp_linear: how often the d outputs there are, as weights or as folds."""
+    return case.get("W", 1) * case.get("G", 1)
 
 
 def _adapter(case: Case, b: int):
@@ -178,6 +221,7 @@ _COSTS = {
     "gist_linear_loss": _gist_linear,
     "topk_kl": _topk,
     "cp_linear": _cp_linear,
+    "cp_update": _cp_update,
     "adapter": _adapter,
     "gelu": _gelu,
 }

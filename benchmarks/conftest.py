@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
 from benchmarks import harness  # noqa: E402
-from benchmarks.cases import CASES, DIRECTIONS  # noqa: E402
+from benchmarks.cases import CASES, directions  # noqa: E402
 from benchmarks.peers import OTHER_FUNCTION, PEERS, Missing  # noqa: E402
 
 KIND = os.environ.get("FASTGIST_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,7 +69,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             )
             for case in CASES[op, KIND]
             for provider in providers
-            for direction in DIRECTIONS[op, KIND]
+            for direction in directions(op, KIND, case)
             if wanted(case, provider)
         ]
         metafunc.parametrize(("case", "direction", "provider"), rows)
@@ -98,7 +98,7 @@ def timed(request: pytest.FixtureRequest, benchmark):
 
         step = harness.make_step(problem, call, direction)
         floor, how = harness.floor_seconds(problem, direction)
-        row["bytes"], row["flops"] = harness.costs(op, case, direction)
+        row |= harness.roofline(op, case, direction, DEVICE)
         row |= {"floor_s": floor, "floor": how, "peak_bytes": harness.peak_bytes(step, DEVICE)}
         rounds = harness.rounds_for(step, CLOCK, request.config.getoption("--seconds"))
         benchmark.pedantic(CLOCK.timed(step), rounds=rounds, iterations=1, warmup_rounds=2)
@@ -109,6 +109,7 @@ def timed(request: pytest.FixtureRequest, benchmark):
             low, _, high = statistics.quantiles(stats.data, n=4)
             row |= {"median_s": stats.median, "min_s": stats.min, "spread_s": high - low, "rounds": stats.rounds}
             row["ratio_to_floor"] = stats.median / floor
+            row["ratio_to_roofline"] = stats.median / row["roofline_s"]
         row["load_average"] = round(os.getloadavg()[0], 2)
         benchmark.extra_info.update({k: v for k, v in row.items() if k not in ("median_s", "min_s", "spread_s")})
 
@@ -118,7 +119,8 @@ def timed(request: pytest.FixtureRequest, benchmark):
 @functools.lru_cache(maxsize=1)
 def _provider(op: str, case, provider: str):
     """Built once for all directions of a case: torch.compile's work is not done again."""
-    return PEERS[op][provider](harness.make_problem(op, case, DEVICE).tensors)
+    problem = harness.make_problem(op, case, DEVICE)
+    return PEERS[op][provider](harness.given(problem, problem.tensors))
 
 
 def _parity(problem: harness.Problem, call, provider: str) -> str:
@@ -142,6 +144,52 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         mine = [row for row in rows if row["op"] == op]
         path.write_text(json.dumps({"environment": described, "rows": mine}, indent=1) + "\n")
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    rows = [row for row in config.stash[ROWS] if "roofline_s" in row and "median_s" in row]
+    if rows:
+        terminalreporter.section("rows beside their rooflines")
+        for line in table(rows):
+            terminalreporter.write_line(line)
+
+
+def table(rows: list[dict]) -> list[str]:
+    """A line a row: time, floor, and the roofline by bytes and by FLOPs, with the ratios to both."""
+    head = (
+        "op",
+        "case",
+        "direction",
+        "provider",
+        "ms",
+        "floor",
+        "x",
+        "MB",
+        "bytes ms",
+        "GFLOP",
+        "FLOPs ms",
+        "x",
+        "parity",
+    )
+    cells = [head]
+    for r in rows:
+        times = [f"{1e3 * r[name]:.4g}" for name in ("median_s", "floor_s", "bytes_s", "flops_s")]
+        verdict = "ok" if r["parity"] == "within the budget" else r["parity"].split(":")[0][:24]
+        what = r["op"], f"{r['case']} {r['dtype']}", r["direction"], r["provider"]
+        least = (
+            f"{r['bytes'] / 1e6:.4g}",
+            times[2],
+            f"{r['flops'] / 1e9:.4g}",
+            times[3],
+            f"{r['ratio_to_roofline']:.2f}",
+        )
+        cells.append((*what, *times[:2], f"{r['ratio_to_floor']:.2f}", *least, verdict))
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    left = (0, 1, 2, 3, 12)
+    return [
+        "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
 
 
 def _cpu_model() -> str:
@@ -177,6 +225,8 @@ def environment() -> dict[str, object]:
         name = f"cpu {_cpu_model()}"
         found |= {"device": _cpu_model(), "threads": torch.get_num_threads(), "cpu_capability": _capability()}
         allocator = "freed memory kept by malloc (mallopt)" if KEPT else "malloc as it comes"
+        found["ceilings"] = {"copy_bytes_per_s": harness.cpu_copy_rate()}
+        found["ceilings"]["matmul_float32_flops_per_s"] = harness.cpu_matmul_rate()
         found |= {"timing": f"CPU wall clock, median; {allocator}; load_average stands beside each row"}
     found["device_slug"] = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
     found["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}

@@ -11,15 +11,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, costs
+from benchmarks.cases import Case, costs, outputs
 from fastgist.testing import within_budget
 
 #: Tensors whose first dimension is the rows M: parity compares their first and last rows.
-ROWWISE = {"z", "g", "x", "log_probs", "indices", "hidden", "gist_hidden", "target"}
+ROWWISE = {"z", "g", "x", "y", "log_probs", "indices", "hidden", "gist_hidden", "target"}
 CHUNK = 256
 
 
@@ -39,7 +40,7 @@ class Problem:
 
     @property
     def is_loss(self) -> bool:
-        return self.op not in ("cp_linear", "adapter", "gelu")
+        return self.op not in ("cp_linear", "cp_update", "adapter", "gelu")
 
 
 def make_problem(op: str, case: Case, device: torch.device) -> Problem:
@@ -75,13 +76,30 @@ def make_problem(op: str, case: Case, device: torch.device) -> Problem:
         return Problem(op, case, {"x": randn(m, d)}, ("x",))
     if op == "cp_linear":
         r = case["R"]
-        tensors = {"x": randn(m, d), "weight": randn(d, d, spread=d**-0.5), "bias": randn(d, spread=0.1)}
-        tensors |= {"u": randn(d, r, spread=d**-0.5), "v": randn(d, r, spread=0.3), "gain": randn(r)}
+        n, many = d * outputs(case), (outputs(case),) if outputs(case) > 1 else ()
+        tensors = {"x": randn(m, d), "weight": randn(n, d, spread=d**-0.5), "bias": randn(n, spread=0.1)}
+        tensors |= {"u": randn(d, r, spread=d**-0.5), "v": randn(d, r, spread=0.3), "gain": randn(*many, r)}
         return Problem(op, case, tensors, ("x", "u", "v", "gain"))
+    if op == "cp_update":
+        r = case["R"]
+        tensors = {"y": randn(m, d), "x": randn(m, d), "u": randn(d, r, spread=d**-0.5), "v": randn(d, r, spread=0.3)}
+        return Problem(op, case, tensors, tuple(tensors))
     h = case["H"]
     tensors = {"x": randn(m, d), "down": randn(h, d, spread=d**-0.5), "down_bias": randn(h, spread=0.1)}
     tensors |= {"up": randn(d, h, spread=h**-0.5), "up_bias": randn(d, spread=0.1)}
     return Problem(op, case, tensors, tuple(tensors))
+
+
+def given(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What a provider is built from and called with: of cp_linear's W weights, one above the other, each by itself."""
+    count = problem.case.get("W", 1)
+    if count == 1:
+        return tensors
+    return tensors | {name: tensors[name].chunk(count) for name in ("weight", "bias")}
+
+
+def joined(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return out if isinstance(out, Tensor) else torch.cat(out, -1)
 
 
 def incoming(problem: Problem, out: Tensor, direction: str) -> Tensor:
@@ -151,16 +169,45 @@ def incoming_rows(problem: Problem, start: int, out: Tensor) -> Tensor:
     return grad[start : start + out.shape[0]].to(out.dtype)
 
 
+def _term_scales(problem: Problem) -> dict[str, float]:
+    """Of small gradients of a layer that are sums over its rows (a bias's, a gain's): the largest sum of the absolute terms,
+    which is what rounding is proportional to where they cancel."""
+    names = [n for n in problem.leaves if n not in ROWWISE and problem.tensors[n].numel() <= 4096]
+    if problem.is_loss or not names:
+        return {}
+    formula = _formula(problem.op)
+    wide = {n: t.detach().double() for n, t in problem.tensors.items()}
+    rowwise = [n for n in problem.tensors if n in ROWWISE]
+    totals = {n: torch.zeros_like(wide[n]) for n in names}
+
+    def row(leaves: dict[str, Tensor], grad: Tensor, *rows: Tensor) -> Tensor:
+        given = wide | dict(zip(rowwise, (r[None] for r in rows), strict=True)) | leaves
+        return (formula(*(given[n] for n in problem.tensors), **problem.options) * grad).sum()
+
+    each = torch.func.vmap(torch.func.grad(row), in_dims=(None, 0, *(0 for _ in rowwise)))
+    with torch.no_grad():
+        width = formula(*(wide[n][:1] if n in rowwise else wide[n] for n in problem.tensors), **problem.options).shape[
+            1
+        ]
+    for start in range(0, problem.case["M"], CHUNK):
+        rows = [wide[n][start : start + CHUNK] for n in rowwise]
+        grads = incoming_rows(problem, start, rows[0].new_empty(rows[0].shape[0], width))
+        for name, found in each({n: wide[n] for n in names}, grads, *rows).items():
+            totals[name] += found.abs().sum(0)
+    return {n: float(t.max()) for n, t in totals.items()}
+
+
 @functools.lru_cache(maxsize=1)
 def _expected(op: str, case: Case, device: torch.device):
-    """(plain, exact): the formula in the case's dtype and in float64. Kept while one case's providers are compared."""
+    """(plain, exact, scales): the formula in the case's dtype and in float64, and :func:`_term_scales`. Kept while one case's
+    providers are compared."""
     problem = make_problem(op, case, device)
-    return _evaluate(problem, case.dtype), _evaluate(problem, torch.float64)
+    return _evaluate(problem, case.dtype), _evaluate(problem, torch.float64), _term_scales(problem)
 
 
 def parity(problem: Problem, provider: Callable[..., Tensor]) -> str | None:
     """None if the provider's result and gradients are within the error budget, else what is wrong."""
-    (plain, plain_grads), (exact, exact_grads) = _expected(problem.op, problem.case, problem.device)
+    (plain, plain_grads), (exact, exact_grads), scales = _expected(problem.op, problem.case, problem.device)
     out, grads = run(problem, provider)
     if problem.is_loss:
         out = out.to(plain.dtype)
@@ -173,7 +220,7 @@ def parity(problem: Problem, provider: Callable[..., Tensor]) -> str | None:
         if grads[name] is None:
             return f"no gradient for {name}"
         ours = _rows(name, grads[name]).cpu()
-        wrong = within_budget(ours, plain_grads[name], exact_grads[name])
+        wrong = within_budget(ours, plain_grads[name], exact_grads[name], scale=scales.get(name))
         if wrong:
             return f"gradient of {name}: {wrong}"
     return None
@@ -185,7 +232,7 @@ def leaves(problem: Problem) -> dict[str, Tensor]:
 
 def run(problem: Problem, provider: Callable[..., Tensor], direction: str = "fwd_bwd"):
     tensors = leaves(problem)
-    out = provider(*tensors.values())
+    out = joined(provider(*given(problem, tensors).values()))
     wanted = [tensors[name] for name in problem.leaves]
     grads = torch.autograd.grad(out, wanted, incoming(problem, out, direction), allow_unused=True)
     return out.detach(), dict(zip(problem.leaves, grads, strict=True))
@@ -197,15 +244,22 @@ def run(problem: Problem, provider: Callable[..., Tensor], direction: str = "fwd
 def make_step(problem: Problem, provider: Callable[..., Tensor], direction: str) -> Callable[[], object]:
     """A call that does ``direction`` once."""
     tensors = leaves(problem)
-    args, wanted = list(tensors.values()), [tensors[name] for name in problem.leaves]
+    args, wanted = list(given(problem, tensors).values()), [tensors[name] for name in problem.leaves]
     if direction == "fwd":
         return lambda: provider(*args)
+
+    def gradients(out: Tensor | tuple[Tensor, ...]) -> Tensor | list[Tensor]:
+        whole = incoming(problem, joined(out), direction)
+        return (
+            whole if isinstance(out, Tensor) else [g.contiguous() for g in whole.split([t.shape[-1] for t in out], -1)]
+        )
+
     if direction == "bwd":
         out = provider(*args)
-        grad = incoming(problem, out, direction)
+        grad = gradients(out)
         return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True, allow_unused=True)
     with torch.no_grad():
-        grad = incoming(problem, provider(*args), direction)
+        grad = gradients(provider(*args))
     return lambda: torch.autograd.grad(provider(*args), wanted, grad, allow_unused=True)
 
 
@@ -303,14 +357,19 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
     live = peak = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
+    for size in cpu_allocations(step):
+        live += size
         peak = max(peak, live)
     return peak
+
+
+def cpu_allocations(step: Callable[[], object]) -> list[int]:
+    """Bytes of each allocation of one call on a CPU in their order, negative where memory is freed."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
 
 
 # -- floors ------------------------------------------------------------------------------------------------------------
@@ -329,27 +388,45 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 
 @functools.cache
-def cpu_matmul_rate() -> float:
-    """FLOP/s of a float32 product of this machine, random data."""
-    a, b = (torch.randn(1024, 1024) for _ in range(2))
+def cpu_matmul_rate(dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a product of this machine, random data."""
+    a, b = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
     times = sample(functools.partial(torch.mm, a, b), Clock(torch.device("cpu")), 13)[3:]
     return 2 * 1024**3 / statistics.median(times)
 
 
-def _copy_bandwidth(device: torch.device, clock: Clock) -> float:
-    source = torch.randint(0, 255, (2**31,), dtype=torch.uint8, device=device)
+@functools.cache
+def cpu_copy_rate() -> float:
+    """Bytes read plus written per second by a copy that no cache holds."""
+    return _copy_bandwidth(torch.device("cpu"), Clock(torch.device("cpu")), 2**28)
+
+
+def _copy_bandwidth(device: torch.device, clock: Clock, size: int = 2**31) -> float:
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / statistics.median(sample(lambda: target.copy_(source), clock, 20))
 
 
+def roofline(op: str, case: Case, direction: str, device: torch.device) -> dict[str, float | int]:
+    """Of a row: the bytes and FLOPs that it cannot do without, what each takes at this device's measured ceilings, and the
+    larger of both. On a CPU a case that a cache holds may be faster than its bytes: the ceiling is memory's."""
+    moved, flops = costs(op, case, direction)
+    name = str(case.dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        top = ceilings(device)
+        copy, rate = top["copy_bytes_per_s"], top.get(f"matmul_{name}_flops_per_s", math.inf)
+    else:
+        copy, rate = cpu_copy_rate(), cpu_matmul_rate(case.dtype) if flops else math.inf
+    by = {"bytes_s": moved / copy, "flops_s": flops / rate}
+    return {"bytes": moved, "flops": flops, **by, "roofline_s": max(by.values())}
+
+
 def floor_seconds(problem: Problem, direction: str) -> tuple[float, str]:
     """(seconds that no implementation can beat here, how they were found)."""
-    moved, flops = costs(problem.op, problem.case, direction)
     if problem.device.type == "cuda":
-        top = ceilings(problem.device)
-        name = str(problem.case.dtype).removeprefix("torch.")
-        by_bytes, by_flops = moved / top["copy_bytes_per_s"], flops / top[f"matmul_{name}_flops_per_s"]
-        return max(by_bytes, by_flops), "bytes / copy bandwidth" if by_bytes >= by_flops else "FLOPs / matmul rate"
+        found = roofline(problem.op, problem.case, direction, problem.device)
+        by_bytes = found["bytes_s"] >= found["flops_s"]
+        return found["roofline_s"], "bytes / copy bandwidth" if by_bytes else "FLOPs / matmul rate"
     clock = Clock(problem.device)
     work, what = _cpu_floor(problem)
     return statistics.median(sample(work, clock, rounds_for(work, clock, 1.0))), what
@@ -372,10 +449,17 @@ def _cpu_floor(problem: Problem) -> tuple[Callable[[], object], str]:
         return a, b, torch.empty(a.shape[0], b.shape[1], dtype=width)
 
     if problem.op == "cp_linear":
-        x, w, u, v = t["x"], t["weight"], t["u"], t["v"]
-        low = torch.randn(rows, case["R"], dtype=width)
+        x, w, u = t["x"], t["weight"], t["u"]
+        low, y = torch.randn(rows, case["R"], dtype=width), torch.randn(rows, w.shape[0], dtype=width)
+        factor = t["v"].repeat(outputs(case), 1)
         # The update can be added to W for what it costs to form it: no product with a factor is needed for y and dx.
-        products = [product(x, w.T), product(x, w), product(x, u), product(x, v), product(low.T, x), product(low.T, x)]
+        products = [product(x, w.T), product(y, w), product(x, u), product(y, factor)]
+        products += [product(low.T, x), product(low.T, y)]
+    elif problem.op == "cp_update":
+        x, u, v = t["x"], t["u"], t["v"]
+        low = torch.randn(rows, case["R"], dtype=width)
+        products = [product(x, u), product(low, v.T), product(x, v), product(low, u.T)]
+        products += [product(low.T, x), product(low.T, x)]
     elif problem.op == "adapter":
         x, down, up = t["x"], t["down"], t["up"]
         low = torch.randn(rows, case["H"], dtype=width)

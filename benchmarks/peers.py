@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -143,35 +144,113 @@ def pooled_kl(z: Tensor, log_probs: Tensor, indices: Tensor) -> Tensor:
 
 
 # -- the layers --------------------------------------------------------------------------------------------------------
+# cp_linear: several weights come as a tuple, as do their biases and results; a row of the gain (G, R) is a fold's, or a
+# weight's. Liger has no layer of this kind, nor has PEFT a bottleneck adapter: neither is among the peers.
+
+Weights = Tensor | tuple[Tensor, ...]
 
 
+def _layer_by_layer(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Of one layer, for several with one input as well: each called by itself, as in a model."""
+
+    def run(
+        x: Tensor, weight: Weights, bias: Weights, u: Tensor, v: Tensor, gain: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
+        if isinstance(weight, Tensor):
+            return function(x, weight, bias, u, v, gain)
+        return tuple(function(x, w, b, u, v, gain[i]) for i, (w, b) in enumerate(zip(weight, bias, strict=True)))
+
+    return run
+
+
+def folded(v: Tensor, gain: Tensor) -> Tensor:
+    """V' (G n, R): V times each fold's gain, the folds one above the other."""
+    return v * gain if gain.dim() == 1 else (v * gain[:, None]).flatten(0, 1)
+
+
+@_layer_by_layer
 def cp_factored(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> Tensor:
-    return F.linear(x, weight, bias) + ((x @ u) * gain) @ v.T
+    h = x @ u
+    if gain.dim() == 1:
+        return F.linear(x, weight, bias) + (h * gain) @ v.T
+    return F.linear(x, weight, bias) + ((h[..., None, :] * gain) @ v.T).flatten(-2)
 
 
+@_layer_by_layer
 def cp_dense(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> Tensor:
     """The update materialised and added to the weight at every step, as CaRA and Aurora's code do."""
-    return F.linear(x, weight, bias) + F.linear(x, (v * gain) @ u.T)
+    return F.linear(x, weight, bias) + F.linear(x, folded(v, gain) @ u.T)
 
 
+@_layer_by_layer
 def cp_released(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> Tensor:
     """An R x R core between the factors, as PETAL's released code has it; here its diagonal."""
-    return F.linear(x, weight, bias) + ((x @ u) @ torch.diag(gain)) @ v.T
+    h, gains = x @ u, gain.reshape(-1, gain.shape[-1])
+    return F.linear(x, weight, bias) + torch.cat([(h @ torch.diag(g)) @ v.T for g in gains], -1)
 
 
+@_layer_by_layer
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> Tensor:
     """The frozen layer alone: what any update costs more than."""
     return F.linear(x, weight, bias)
 
 
-def _peft_lora(tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
+class _Chain(torch.autograd.Function):
+    """y_i = x W_i^T + b_i + (x U) V_i'^T for layers with one input, by formula both ways, in the manner of Unsloth's: products
+    accumulate into buffers (addmm_), x U is formed again, and nothing beside inputs is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, u: Tensor, count: int, *rest: Tensor) -> tuple[Tensor, ...]:
+        weights, biases, updates = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        h, out = x @ u, []
+        for w, b, v in zip(weights, biases, updates, strict=True):
+            out.append(torch.addmm(b, x, w.t()).addmm_(h, v.t()))
+        ctx.save_for_backward(x, u, *weights, *updates)
+        ctx.count = count
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, u, *rest = ctx.saved_tensors
+        weights, updates = rest[: ctx.count], rest[ctx.count :]
+        h = x @ u
+        grad_h, grad_x = grads[0] @ updates[0], grads[0] @ weights[0]
+        for grad, w, v in zip(grads[1:], weights[1:], updates[1:], strict=True):
+            grad_h.addmm_(grad, v)
+            grad_x.addmm_(grad, w)
+        grad_x.addmm_(grad_h, u.t())
+        of_updates = [grad.t() @ h for grad in grads]
+        return grad_x, x.t() @ grad_h, None, *[None] * (2 * ctx.count), *of_updates
+
+
+def cp_chain(x: Tensor, weight: Weights, bias: Weights, u: Tensor, v: Tensor, gain: Tensor) -> Any:
+    if isinstance(weight, Tensor):
+        return _Chain.apply(x, u, 1, weight, bias, folded(v, gain))[0]
+    return _Chain.apply(x, u, len(weight), *weight, *bias, *(v * g for g in gain))
+
+
+def _each_layer(build: Callable[[Tensor, Tensor, dict[str, Tensor]], Callable[..., Tensor]]) -> Build:
+    """A peer that is a module around one layer, built for each of several."""
+
+    def built(tensors: dict[str, Any]) -> Callable[..., Any]:
+        weight, bias = tensors["weight"], tensors["bias"]
+        if isinstance(weight, Tensor):
+            one = build(weight, bias, tensors)
+            return lambda x, weight, bias, *factors: one(x, *factors)
+        layers = [build(w, b, tensors) for w, b in zip(weight, bias, strict=True)]
+        return lambda x, weight, bias, u, v, gain: tuple(layer(x, u, v, gain[i]) for i, layer in enumerate(layers))
+
+    return built
+
+
+@_each_layer
+def _peft_lora(weight: Tensor, bias: Tensor, tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
     _need("peft")
     from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.lora import LoraConfig
 
-    weight, u = tensors["weight"], tensors["u"]
+    rank = tensors["u"].shape[1]
     base = torch.nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
-    rank = u.shape[1]
     try:
         layer = LoraLinear(base, "default", config=LoraConfig(r=rank, lora_alpha=rank), r=rank, lora_alpha=rank)
     except TypeError:
@@ -182,17 +261,71 @@ def _peft_lora(tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
     for linear in (base, down, up):
         del linear.weight
     del base.bias
-    base.weight, base.bias = weight, tensors["bias"]
+    base.weight, base.bias = weight, bias
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> Tensor:
-        down.weight, up.weight = u.T, v * gain
+    def run(x: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> Tensor:
+        down.weight, up.weight = u.T, folded(v, gain)
         return layer(x)
 
     return run
 
 
+@_each_layer
+def _peft_adalora(weight: Tensor, bias: Tensor, tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
+    """A = U^T, B = V and the singular values in the gain's place."""
+    _need("peft")
+    if isinstance(tensors["weight"], Tensor) and tensors["gain"].dim() == 2:
+        raise Missing("AdaLoRA has one row of singular values a layer, not one a fold")
+    from peft.tuners.adalora import AdaLoraConfig, SVDLinear
+
+    rank = tensors["u"].shape[1]
+    base = torch.nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+    config = AdaLoraConfig(init_r=rank, target_r=rank, lora_alpha=1, total_step=1)
+    layer = SVDLinear(base, "default", config, r=rank, lora_alpha=1).to(weight.device, weight.dtype)
+    layer.ranknum["default"].data.fill_(1.0 - 1e-5)  # it divides by this + 1e-5
+    del base.weight, base.bias, layer.lora_A, layer.lora_B, layer.lora_E
+    base.weight, base.bias = weight, bias
+
+    def run(x: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> Tensor:
+        layer.lora_A, layer.lora_B, layer.lora_E = {"default": u.T}, {"default": v}, {"default": gain[:, None]}
+        return layer(x)
+
+    return run
+
+
+def update_added(y: Tensor, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """The update as a product of its own, added to y: what wrappers around quantised layers do."""
+    return y + (x @ u) @ v.T
+
+
+def update_addmm(y: Tensor, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    return torch.addmm(y, x @ u, v.T)
+
+
 def adapter_eager(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
     return x + F.linear(F.gelu(F.linear(x, down, down_bias)), up, up_bias)
+
+
+class _AdapterChain(torch.autograd.Function):
+    """Forward and backward by formula; the bottleneck is formed again, nothing beside inputs is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, down, down_bias, up)
+        return torch.addmm(up_bias, F.gelu(torch.addmm(down_bias, x, down.t())), up.t()).add_(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, down, down_bias, up = ctx.saved_tensors
+        z = torch.addmm(down_bias, x, down.t())
+        grad_z = torch.ops.aten.gelu_backward(grad @ up, z)
+        return (
+            torch.addmm(grad, grad_z, down), grad_z.t() @ x, grad_z.sum(0), grad.t() @ F.gelu(z), grad.sum(0),
+        )  # fmt: skip
+
+
+def adapter_chain(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
+    return _AdapterChain.apply(x, down, down_bias, up, up_bias)
 
 
 # -- fastgist itself and the table -------------------------------------------------------------------------------------
@@ -202,7 +335,7 @@ def _ours(op: str, impl: str) -> Build:
     def build(tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
         from fastgist import backends, functional
 
-        any_tensor = next(iter(tensors.values()))
+        any_tensor = next(t for t in tensors.values() if isinstance(t, Tensor))
         try:
             backends.resolve(op, impl, any_tensor)
         except RuntimeError as e:
@@ -255,9 +388,13 @@ PEERS: dict[str, dict[str, Build]] = {
     | _both("released", cp_released)
     | _both("factored", cp_factored)
     | _both("dense delta", cp_dense)
-    | {"frozen linear alone": _plain(frozen_linear), "PEFT LoRA": _peft_lora}
-    | {"PEFT LoRA, compiled": _compiled_build(_peft_lora)},
-    "adapter": _implementations("adapter") | _both("eager", adapter_eager),
+    | {"frozen linear alone": _plain(frozen_linear), "autograd.Function": _plain(cp_chain)}
+    | {"PEFT LoRA": _peft_lora, "PEFT LoRA, compiled": _compiled_build(_peft_lora)}
+    | {"PEFT AdaLoRA": _peft_adalora, "PEFT AdaLoRA, compiled": _compiled_build(_peft_adalora)},
+    "cp_update": _implementations("cp_update") | _both("added", update_added) | _both("addmm", update_addmm),
+    "adapter": _implementations("adapter")
+    | _both("eager", adapter_eager)
+    | {"autograd.Function": _plain(adapter_chain)},
     "gelu": _implementations("gelu") | _both("eager", F.gelu),
 }
 #: Providers that compute something else, there for their cost: their result is not held against the formula.

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """``make plot``: draws the committed results (benchmarks/results/<device>/<op>.json): docs/benchmark.svg for the CPUs,
-docs/benchmark-gpu.svg for the GPUs, and of the losses bandwidth and memory by number of classes, docs/losses-<device>.svg.
+docs/benchmark-gpu.svg for the GPUs; of the losses bandwidth and memory by number of classes, docs/losses-<device>.svg; of
+cp_linear and adapter the time over the floor, case by case and provider by provider, docs/layers-<device>.svg.
 
 Throughput (a line marks what the floor of the case would allow) and peak memory; each panel names its device. Functions
 that compute something else are not drawn; a peer beyond the error budget says so.
@@ -12,6 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS, PEER, AXIS = "#1f77b4", "#b9c4cf", "#d62728"
@@ -50,10 +52,13 @@ def panels(results: list[tuple[dict, list[dict]]]) -> list[tuple[str, str, list[
             device += f", {environment['threads']} threads"
         device = f"measured on {device}, torch {environment['versions']['torch']}, {environment['date']}"
         groups: dict[tuple[str, ...], list[dict]] = {}
+        elsewhere = {*LOSSES, *(op for op in LAYERS if len({r["case"] for r in rows if r["op"] == op}) > 1)}
         for row in rows:
+            if row["op"] in elsewhere and "threads" in environment and row["case"] not in SHOWN[row["op"]]:
+                continue  # by_classes or by_layers draws it
             if row["op"] in LOSSES and "threads" in environment:
-                if (row["case"], row["dtype"], row["direction"]) not in SHOWN:
-                    continue  # by_classes draws them
+                if (row["dtype"], row["direction"]) != ("float32", "fwd_bwd"):
+                    continue
             key = row["op"], row["case"].replace("_", " "), row["dtype"], row["direction"].replace("_", "+", 1)
             groups.setdefault(key, []).append(row)
         for key, members in groups.items():
@@ -103,12 +108,13 @@ def draw(results: list[tuple[dict, list[dict]]], out: Path) -> None:
 
 
 LOSSES = ("bidirectional_kl", "gist_loss")
-#: Of the losses' cases on a CPU those that have panels of their own.
-SHOWN = [(case, "float32", "fwd_bwd") for case in ("M512_V1000", "M256_V32000")]
+LAYERS = ("cp_linear", "adapter")
+#: Of an operation's cases on a CPU those that have panels of their own.
+SHOWN = dict.fromkeys(LOSSES, ("M512_V1000", "M256_V32000"))
+SHOWN |= {"cp_linear": ("M3152_d768_R32",), "adapter": ("M3152_d768_H8", "M3152_d768_H64")}
 #: Okabe and Ito's colours, told apart in every common form of colour blindness; shapes differ as well.
-LINES = tuple(
-    zip(("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#666666"), "osx^DvP", strict=True)
-)
+_COLOURS = "#0072B2 #56B4E9 #D55E00 #E69F00 #009E73 #CC79A7 #666666 #000000 #882255 #44AA99 #F0E442 #332288".split()
+LINES = tuple(zip(_COLOURS, "osx^DvP*<>hd", strict=True))
 
 
 def by_classes(results: list[tuple[dict, list[dict]]]) -> dict[str, dict[str, list[dict]]]:
@@ -168,6 +174,70 @@ def draw_by_classes(device: str, of_op: dict[str, list[dict]], out: Path) -> Non
         pyplot.close(figure)
 
 
+def by_layers(results: list[tuple[dict, list[dict]]]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """device -> op -> case -> provider -> time over the floor, where there are several cases; a peer as it is fastest,
+    compiled or not."""
+    found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for environment, rows in results:
+        for op in LAYERS:
+            cases: dict[str, dict[str, float]] = {}
+            for row in rows:
+                if row["op"] == op and not row["parity"].startswith("another function"):
+                    direction = (
+                        row["direction"].replace("_", " + ").replace("fwd", "forward").replace("bwd", "backward")
+                    )
+                    of_case = cases.setdefault(f"{row['case'].replace('_', ' ')}, {row['dtype']}, {direction}", {})
+                    name = row["provider"].removesuffix(", compiled")
+                    of_case[name] = min(row["median_s"] / row["floor_s"], of_case.get(name, float("inf")))
+            if len(cases) > 1:
+                found.setdefault(environment["device_slug"], {})[op] = cases
+    return found
+
+
+def draw_by_layers(device: str, of_op: dict[str, dict[str, dict[str, float]]], out: Path) -> None:
+    """A row a case, a mark a provider, at its time over the case's floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style = {"svg.fonttype": "none", "svg.hashsalt": "fastgist", "font.size": 8, "font.family": "sans-serif"}
+    names = list(dict.fromkeys(n for cases in of_op.values() for found in cases.values() for n in found))
+    looks = dict(zip(names, LINES, strict=False))
+    with pyplot.rc_context(style):
+        heights = [len(cases) + 1.5 for cases in of_op.values()]
+        figure, axes = pyplot.subplots(
+            len(of_op), 1, figsize=(10, 0.35 * sum(heights) + 0.8), height_ratios=heights, squeeze=False,
+            layout="constrained",
+        )  # fmt: skip
+        for (axis,), (op, cases) in zip(axes, of_op.items(), strict=True):
+            for name, (colour, marker) in looks.items():
+                points = [(found[name], place) for place, found in enumerate(cases.values()) if name in found]
+                axis.plot(
+                    *zip(*points, strict=True) if points else ((), ()), marker, color=colour, label=name, markersize=5
+                )
+            axis.axvline(1.0, color=AXIS, linestyle="--", linewidth=1, label="floor")
+            axis.set_yticks(range(len(cases)), list(cases))
+            axis.set_ylim(len(cases) - 0.5, -0.5)
+            axis.set_xscale("log")
+            largest = max(ratio for found in cases.values() for ratio in found.values())
+            ticks = [t for t in (0.5, 1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100) if t <= 1.2 * largest]
+            axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.set_title(
+                f"{op}: time over the floor, a peer as it is fastest (compiled or not)", loc="left", fontsize=8
+            )
+        handles: dict[str, Any] = {}
+        for (axis,) in axes:
+            handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
+        figure.suptitle(f"measured on {device}", fontsize=9)
+        figure.savefig(out, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
 def _count(row: dict) -> int:
     """Rows of an operation, images of a training step."""
     return row["M"] if "M" in row else row["B"]
@@ -206,6 +276,9 @@ def main(argv: list[str] | None = None) -> int:
         for device, of_op in by_classes(results).items():
             drawn.append(args.out / f"losses-{device}.svg")
             draw_by_classes(device, of_op, drawn[-1])
+        for device, of_layer in by_layers(results).items():
+            drawn.append(args.out / f"layers-{device}.svg")
+            draw_by_layers(device, of_layer, drawn[-1])
     for path in drawn:
         print(path)
     if not drawn:

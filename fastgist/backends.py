@@ -19,7 +19,7 @@ from fastgist import _extension
 __all__ = ["IMPLEMENTATIONS", "OPS", "available", "explain", "resolve", "interpreting", "vector_bytes"]
 
 IMPLEMENTATIONS = ("auto", "triton", "cuda", "native", "reference")
-OPS = ("bidirectional_kl", "gist_loss", "gist_linear_loss", "topk_kl", "cp_linear", "adapter", "gelu")
+OPS = ("bidirectional_kl", "gist_loss", "gist_linear_loss", "topk_kl", "cp_linear", "cp_update", "adapter", "gelu")
 
 _HALF_AND_FLOAT = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _ALL = _HALF_AND_FLOAT | {torch.float64}

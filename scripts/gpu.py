@@ -29,8 +29,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = ("bidirectional_kl", "gist_loss", "gist_linear_loss", "topk_kl", "cp_linear", "adapter", "gelu")
-STAGES = ("build", "parity", "hard", "bitwise", "sanitizer", "tune", "warm", "bench")
+OPS = ("bidirectional_kl", "gist_loss", "gist_linear_loss", "topk_kl", "cp_linear", "cp_update", "adapter", "gelu")
+STAGES = ("build", "parity", "hard", "bitwise", "sanitizer", "tune", "warm", "bench", "ncu")
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=20")
 TABLE = ROOT / "kernels" / "fastgist_kernels" / "launch_tables.json"
 
@@ -62,13 +62,15 @@ class HealthCheck:
 
 @dataclass
 class Step:
-    """One command of a stage. ``gate``: the step before it in the stage that must have passed."""
+    """One command of a stage. ``gate``: the step before it in the stage that must have passed. ``needs``: the tool without
+    which it is not run; the command begins with "None" then."""
 
     stage: str
     name: str
     command: tuple[str, ...]
     gate: str | None = None
     env: dict[str, str] = field(default_factory=dict)
+    needs: str = ""
 
 
 @dataclass
@@ -123,6 +125,16 @@ def plan(stages: tuple[str, ...], ops: tuple[str, ...], out: Path, minutes: floa
                 command = (python, "-m", "pytest", f"benchmarks/bench_{op}.py", "--benchmark-only", "-q", "-rs")
                 command += ("-p", "no:cacheprovider", "--seconds", "0.1", "--save-results", str(out.parent))
                 yield Step(stage, f"time {op}", command)
+        elif stage == "ncu":  # bytes that the device's memory moved
+            timed = [op for op in ops if op in ("cp_linear", "adapter")]
+            for op in timed:
+                command = (python, "scripts/ncu.py", "--op", op, "--out", str(out / "ncu" / f"{op}.json"))
+                command += ("--minutes", str(round(0.9 * minutes / len(timed), 1)))
+                yield Step(stage, f"ncu {op}", command if _ncu() else ("None", *command), needs="ncu")
+
+
+def _ncu() -> bool:
+    return bool(shutil.which("ncu")) or Path("/usr/local/cuda/bin/ncu").exists()
 
 
 def _recheck(op: str) -> tuple[str, ...]:
@@ -137,7 +149,7 @@ def _sanitizer(ops: tuple[str, ...]) -> Iterator[Step]:
     for tool in ("memcheck", "racecheck", "initcheck"):
         command = (str(binary), "--tool", tool, "--target-processes", "all", "--error-exitcode", "9", *script)
         uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        yield Step("sanitizer", tool, command, gate="plain run", env=uncached)
+        yield Step("sanitizer", tool, command, gate="plain run", env=uncached, needs="compute-sanitizer")
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
@@ -198,9 +210,8 @@ def run_steps(steps: list[Step], minutes: float, out: Path) -> list[Result]:
                 why = f"not run: '{step.gate}' is not green"
                 results.append(Result(step.stage, step.name, why, 0.0, "", ""))
             elif step.command[0] == "None":
-                results.append(
-                    Result(step.stage, step.name, "not run: compute-sanitizer is not installed", 0.0, "", "")
-                )
+                why = f"not run: {step.needs} is not installed"
+                results.append(Result(step.stage, step.name, why, 0.0, "", ""))
             elif left < 5:
                 results.append(Result(step.stage, step.name, "out of time", 0.0, "", ""))
             else:
@@ -237,6 +248,9 @@ def run_small(ops: list[str]) -> int:
             elif op == "cp_linear":
                 args = [leaf(*s, dtype=dtype) for s in ((37, 72), (48, 72), (48,), (72, 5), (24, 5), (2, 5))]
                 out = F.cp_linear(*args, dropout_p=0.1, training=True, impl="triton")
+            elif op == "cp_update":
+                args = [leaf(*s, dtype=dtype) for s in ((37, 48), (37, 72), (72, 5), (24, 5), (2, 5))]
+                out = F.cp_update(*args, dropout_p=0.1, training=True, impl="triton")
             elif op == "gelu":
                 out = F.gelu(leaf(37, 72, dtype=dtype), impl="triton")
             else:
@@ -340,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
     for r in results:
         print(f"{f'{r.stage}: {r.step}':<{width}}  {r.verdict:<12} {r.seconds:>7.1f} s  {r.last_line[:90]}")
     print(f"{summary}\n{tar}")
-    return int(any(r.verdict != "passed" for r in results if r.stage != "build"))
+    return int(any(r.verdict != "passed" for r in results if r.stage not in ("build", "ncu")))
 
 
 if __name__ == "__main__":

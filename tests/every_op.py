@@ -82,6 +82,10 @@ def make(op: str, dtype: torch.dtype = torch.float32, device: str = DEVICE, rows
         tensors = {"x": randn(rows, 72), "weight": randn(48, 72, spread=0.1), "bias": randn(48)}
         tensors |= {"u": randn(72, 5, spread=0.1), "v": randn(24, 5), "gain": randn(2, 5)}
         return Call(op, tensors, ("x", "u", "v", "gain"), {"scale": 0.5})
+    if op == "cp_update":
+        tensors = {"y": randn(rows, 48), "x": randn(rows, 72), "u": randn(72, 5, spread=0.1)}
+        tensors |= {"v": randn(24, 5), "gain": randn(2, 5)}
+        return Call(op, tensors, tuple(tensors), {"scale": 0.5})
     if op == "gelu":
         return Call(op, {"x": randn(rows, 72)}, ("x",))
     tensors = {"x": randn(rows, 72), "down": randn(9, 72, spread=0.1), "down_bias": randn(9)}

@@ -66,6 +66,15 @@ def test_hard_18_bottlenecks(impl, device, hidden, normed):
     check(inputs, torch.randn(21, 44, device=device), impl, norm_eps=EPS if normed else None, **dropping(device))
 
 
+@pytest.mark.parametrize(("inner", "hidden"), [(64, 4), (8192, 4), (65, 255), (771, 100), (64, 256)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_the_ends_of_the_stated_ranges(impl, device, inner, hidden, normed):
+    """Bottlenecks of 4 to 256, widths of 64 to 8192, and odd ones."""
+    inputs = case(5, inner, hidden, device=device, norm=normed)
+    options = {"norm_eps": EPS} | dropping(device) if normed else {}
+    check(inputs, torch.randn(5, inner, device=device), impl, **options)
+
+
 @pytest.mark.parametrize("experts", [1, 2, 6])
 @pytest.mark.parametrize("per_expert_bias", [False, True])
 @pytest.mark.parametrize("kind", ["x", "none", "tensor", "wider"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.cases import CASES, DIRECTIONS, case, costs
+from benchmarks.cases import CASES, DIRECTIONS, case, costs, directions
 from benchmarks.peers import OTHER_FUNCTION, PEERS, Missing
 from fastgist.backends import OPS
 
@@ -22,9 +23,13 @@ SMALL = {
     "gist_linear_loss": case(torch.float32, M=40, V=65, H=24),
     "topk_kl": case(torch.float32, M=40, V=65, K=7),
     "cp_linear": case(torch.float32, M=600, d=48, R=5),
+    "cp_update": case(torch.float32, M=600, d=48, R=5),
     "adapter": case(torch.float32, M=600, d=48, H=9),
     "gelu": case(torch.float32, M=600, d=48),
 }
+#: More forms of an operation whose peers must agree too.
+FORMS = list(SMALL.items())
+FORMS += [("cp_linear", case(torch.float32, M=600, d=48, R=5, **many)) for many in ({"W": 3}, {"G": 4}, {"G": 2})]
 
 
 def test_every_operation_is_timed_everywhere():
@@ -44,6 +49,11 @@ def test_every_operation_is_timed_everywhere():
         ("topk_kl", "fwd_bwd", {"M": 8192, "V": 128256, "K": 64}, 981),
         ("cp_linear", "fwd", {"M": 16384, "d": 768, "R": 16}, 25.5),
         ("cp_linear", "bwd", {"M": 16384, "d": 4096, "R": 64}, 739),
+        # bytes: 16384 (768 + 3072) 2 + 3072 768 2 + ...; FLOPs: 2 16384 (768 3072 + 16 3840)
+        ("cp_linear", "fwd", {"M": 16384, "d": 768, "R": 16, "G": 4}, 100.4),
+        ("cp_linear", "fwd", {"M": 16384, "d": 768, "R": 16, "W": 4}, 100.4),
+        ("cp_update", "fwd", {"M": 16384, "d": 4096, "R": 16}, 93.7),
+        ("cp_update", "bwd", {"M": 16384, "d": 4096, "R": 16}, 94),
         ("adapter", "fwd", {"M": 16384, "d": 768, "H": 64}, 11.8),
         ("adapter", "bwd", {"M": 16384, "d": 1024, "H": 64}, 23.5),
         ("gelu", "fwd", {"M": 50688, "d": 3072}, 145),
@@ -57,21 +67,21 @@ def test_floors_are_those_derived_by_hand(op, direction, sizes, microseconds):
     assert max(moved / 4.3e12, flops / 790e12) * 1e6 == pytest.approx(microseconds, rel=0.02)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_peers_agree_with_the_formula(op):
-    problem = harness.make_problem(op, SMALL[op], CPU)
+@pytest.mark.parametrize(("op", "shape"), FORMS, ids=lambda v: v if isinstance(v, str) else v.name)
+def test_peers_agree_with_the_formula(op, shape):
+    problem = harness.make_problem(op, shape, CPU)
     checked = []
     for name, build in PEERS[op].items():
         if name in OTHER_FUNCTION or name.endswith("compiled"):
             continue
         try:
-            provider = build(problem.tensors)
+            provider = build(harness.given(problem, problem.tensors))
         except Missing:
             continue
         if name.startswith("fastgist"):
             assert harness.parity(problem, provider) is None, name
         else:  # the same function; how exactly it sums is its own affair and the processor's
-            _, (exact, exact_grads) = harness._expected(op, problem.case, CPU)
+            _, (exact, exact_grads), _ = harness._expected(op, problem.case, CPU)
             out, grads = harness.run(problem, provider)
             pairs = [(out if problem.is_loss else harness._rows("x", out), exact)]
             pairs += [(harness._rows(leaf, grads[leaf]), exact_grads[leaf]) for leaf in problem.leaves]
@@ -105,3 +115,112 @@ def test_steps_time_what_they_say():
     seconds, how = harness.floor_seconds(problem, "fwd_bwd")
     assert seconds > 0
     assert "same run" in how
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd", "fwd_bwd"])
+def test_several_results_are_timed_as_they_come(direction):
+    """q, k and v: three results, each with its gradient, and the same gradients as those of one tall layer."""
+    shape = case(torch.float32, M=600, d=48, R=5, W=3)
+    problem = harness.make_problem("cp_linear", shape, CPU)
+    given = harness.given(problem, problem.tensors)
+    assert [w.shape for w in given["weight"]] == [(48, 48)] * 3
+    provider = PEERS["cp_linear"]["fastgist reference"](given)
+    result = harness.make_step(problem, provider, direction)()
+    if direction == "fwd":
+        assert len(result) == 3
+        return
+    _, wanted = harness.run(problem, provider)
+    assert len(result) == len(problem.leaves)
+    for ours, name in zip(result, problem.leaves, strict=True):
+        torch.testing.assert_close(ours, wanted[name])
+
+
+def test_a_row_carries_its_roofline(monkeypatch):
+    shape = case(torch.float32, M=600, d=48, R=5)
+    monkeypatch.setattr(harness, "cpu_copy_rate", lambda: 1e9)
+    monkeypatch.setattr(harness, "cpu_matmul_rate", lambda dtype: {torch.float32: 2e9}[dtype])
+    found = harness.roofline("cp_linear", shape, "fwd", CPU)
+    moved, flops = costs("cp_linear", shape, "fwd")
+    assert found == {
+        "bytes": moved, "flops": flops, "bytes_s": moved / 1e9, "flops_s": flops / 2e9, "roofline_s": flops / 2e9,
+    }  # fmt: skip
+    moved, _ = costs("gelu", SMALL["gelu"], "fwd_bwd")
+    assert harness.roofline("gelu", SMALL["gelu"], "fwd_bwd", CPU)["roofline_s"] == moved / 1e9
+    row = {"op": "cp_linear", "case": "M1", "dtype": "float32", "direction": "fwd", "provider": "x", "median_s": 2e-3}
+    row |= found | {"floor_s": 1e-3, "ratio_to_floor": 2.0, "ratio_to_roofline": 2e-3 / found["roofline_s"]}
+    pytest.importorskip("pytest_benchmark")
+    from benchmarks.conftest import table
+
+    lines = table(
+        [row | {"parity": "within the budget"}, row | {"parity": "gradient of u: error 1 exceeds the budget"}]
+    )
+    assert len(lines) == 3
+    for said in (f"{found['bytes'] / 1e6:.4g}", f"{row['ratio_to_roofline']:.2f}", "2.00", "ok"):
+        assert said in lines[1]
+    assert lines[2].endswith("gradient of u")
+
+
+def test_decoding_is_timed_forward_alone():
+    assert directions("cp_linear", "cuda", case(torch.bfloat16, forward_only=True, M=16, d=2048, R=16)) == ("fwd",)
+    assert directions("cp_linear", "cuda", SMALL["cp_linear"]) == ("fwd", "bwd")
+    assert any(c.forward_only for c in CASES["cp_linear", "cuda"])
+
+
+def test_plot_draws_the_layers_by_their_time_over_the_floor(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import plot
+
+    times = {"fastgist native": 1.1, "eager": 3.0, "eager, compiled": 2.0, "frozen linear alone": 0.5, "wrong": 0.1}
+    verdicts = {"frozen linear alone": "another function, there for its cost", "wrong": "no gradient for x"}
+    rows = [
+        {"op": op, "case": f"M{m}_d768", "dtype": "float32", "direction": "fwd_bwd", "provider": provider, "M": m}
+        | {"median_s": ratio * 1e-3, "floor_s": 1e-3, "floor": "why", "peak_bytes": 1, "bytes": 1}
+        | {"parity": verdicts.get(provider, "within the budget")}
+        for op in ("cp_linear", "adapter")
+        for m in (3, 5)
+        for provider, ratio in times.items()
+    ]
+    environment = {
+        "device": "A CPU",
+        "device_slug": "cpu-a",
+        "threads": 2,
+        "versions": {"torch": "2.0"},
+        "date": "today",
+    }
+    (tmp_path / "cpu-a").mkdir()
+    for op in ("cp_linear", "adapter"):
+        mine = [r for r in rows if r["op"] == op]
+        (tmp_path / "cpu-a" / f"{op}.json").write_text(json.dumps({"environment": environment, "rows": mine}))
+    found = plot.by_layers(plot.load(tmp_path, [], cpu=True))["cpu-a"]
+    assert set(found) == {"cp_linear", "adapter"}
+    assert list(found["adapter"]) == [f"M{m} d768, float32, forward + backward" for m in (3, 5)]
+    ratios = found["adapter"]["M3 d768, float32, forward + backward"]
+    assert ratios == {"fastgist native": pytest.approx(1.1), "eager": pytest.approx(2.0)}, (
+        "compiled, the faster of the two"
+    )
+    assert plot.main(["--results", str(tmp_path), "--out", str(tmp_path / "figures")]) == 0
+    drawn = (tmp_path / "figures" / "layers-cpu-a.svg").read_text()
+    assert "M5 d768, float32, forward + backward" in drawn and ">fastgist native<" in drawn
+    assert "frozen" not in drawn and "wrong" not in drawn
+
+
+def test_there_are_marks_for_every_provider_of_the_layers():
+    from benchmarks import plot
+
+    names = {n.removesuffix(", compiled") for op in plot.LAYERS for n in PEERS[op]} - OTHER_FUNCTION
+    assert len(names - {"fastgist cuda"}) <= len(plot.LINES)
+
+
+def test_the_scale_of_a_sum_is_that_of_its_terms():
+    """Of a bias's gradient, row by row: what the budget of sums that cancel is proportional to."""
+    problem = harness.make_problem("adapter", SMALL["adapter"], CPU)
+    found = harness._term_scales(problem)
+    assert set(found) == {"down", "down_bias", "up", "up_bias"}
+    grad = harness.incoming_rows(problem, 0, torch.empty(600, 48, dtype=torch.float64))
+    assert found["up_bias"] == pytest.approx(float(grad.abs().sum(0).max()))
+    x, down, down_bias, up, _ = (t.double() for t in problem.tensors.values())
+    z = x @ down.T + down_bias
+    dz = torch.ops.aten.gelu_backward(grad @ up, z)
+    assert found["down_bias"] == pytest.approx(float(dz.abs().sum(0).max()))
+    assert found["down"] == pytest.approx(float((dz.abs().T @ x.abs()).max()))
+    assert harness._term_scales(harness.make_problem("gist_loss", SMALL["gist_loss"], CPU)) == {}

@@ -52,6 +52,7 @@ NUMBERS = {
     "gist_linear_loss": ("temperature", "alpha", "beta"),
     "topk_kl": ("temperature",),
     "cp_linear": ("scale",),
+    "cp_update": ("scale",),
     "adapter": ("scale", "residual_scale"),
     "gelu": (),
 }
@@ -76,7 +77,7 @@ def test_fullgraph_with_other_numbers(op, by):
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETING, reason="the ordinary run has shown it")
-@pytest.mark.parametrize("op", ["gist_loss", "cp_linear"])
+@pytest.mark.parametrize("op", ["gist_loss", "cp_linear", "cp_update"])
 def test_inductor(op):
     call = make(op)
     torch._dynamo.reset()
@@ -143,7 +144,7 @@ def test_checkpointing(op, by, reentrant):
     _same(again, call.run(impl=by))
 
 
-@pytest.mark.parametrize(("op", "by"), [pair for pair in PAIRS if pair[0] == "cp_linear"])
+@pytest.mark.parametrize(("op", "by"), [pair for pair in PAIRS if pair[0] in ("cp_linear", "cp_update")])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_sees_one_dropout_mask(op, by, reentrant):
     call = make(op)
@@ -231,7 +232,10 @@ class _RawOps(TorchDispatchMode):
 
 def _raw_calls(op: str, by: str) -> list:
     with _RawOps() as seen:
-        make(op).run(impl=by)
+        call = make(op)
+        call.run(impl=by)
+        if op == "cp_update":
+            call.run(lambda y, *rest: call(y * 1.0, *rest, impl=by, inplace=True))
     assert seen.calls, f"{op} called no raw op: nothing was checked"
     return seen.calls
 
@@ -252,6 +256,12 @@ def test_a_raw_op_refuses_what_requires_grad(op, by):
         leaves = tuple(
             a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in _detached(args)
         )
+        if raw._schema.is_mutable:  # nothing that it returns could raise in a backward
+            with pytest.raises(
+                RuntimeError, match=rf"computes without autograd.*fastgist\.functional\.{op} for gradients"
+            ):
+                raw(*leaves)
+            continue
         results = raw(*leaves)
         with pytest.raises(RuntimeError, match=rf"computes without autograd.*fastgist\.functional\.{op} for gradients"):
             sum(r.sum() for r in results).backward()

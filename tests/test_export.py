@@ -30,6 +30,7 @@ CONFIGS = {
     "ssf": fg.SSFConfig(),
     "bitfit": fg.BitFitConfig(),
     "adapter": fg.AdapterConfig(bottleneck_dim=3, placement="shared", scale=0.7),
+    "normed adapter": fg.AdapterConfig(bottleneck_dim=3, placement="adaptformer", norm=True, dropout=0.1),
     "prefix": fg.PrefixConfig(length=2),
 }
 MERGING = ("lora", "cp", "ssf", "bitfit")
@@ -55,7 +56,7 @@ def test_the_copy_is_merged_where_it_can_be_and_the_model_left_alone(name: str) 
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     kinds = {type(layer).__name__ for layer in plain.modules()}
     assert not kinds & {"LoRALinear", "CPLinear", "ScaleShift", "BiasShift"}
-    assert "GistInsert" in kinds and ("Adapter" in kinds) == (name == "adapter")
+    assert "GistInsert" in kinds and ("Adapter" in kinds) == name.endswith("adapter")
     x = images(5)
     with torch.no_grad():
         eager = model.eval()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as every_module
 
 from fastgist import functional
 
@@ -26,6 +27,9 @@ __all__ = [
 #: Rows of what is decoded step by step.
 _FEW = 16
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
+#: Packages whose linear layers, by a forward of their own, return a new tensor and keep no hold of it.
+_KNOWN = ("bitsandbytes", "torchao")
 
 
 class Factors(NamedTuple):
@@ -93,6 +97,26 @@ def is_plain(layer: nn.Module) -> bool:
     )
 
 
+def _gives_away(layer: nn.Module) -> bool:
+    """Whether the tensor that ``layer(x)`` returns is the caller's alone, so that it may be written to.
+
+    True of linear layers that are known: nn.Linear and its subclasses with its forward (a parametrised one, a weight of
+    torchao), bitsandbytes' layers, and PEFT's around such a one. Not where a hook may have kept the output. Of other
+    layers, such as one that ends in an activation which needs its result in the backward, nothing is known.
+    """
+    if every_module._global_forward_hooks:
+        return False
+    while not is_hooked(layer):
+        package = type(layer).__module__.split(".", 1)[0]
+        if isinstance(layer, nn.Linear):
+            return type(layer).forward is nn.Linear.forward or package in _KNOWN
+        inner = getattr(layer, "base_layer", None)
+        if package != "peft" or not isinstance(inner, nn.Module):
+            return False
+        layer = inner
+    return False
+
+
 def keep_original_state(layer: Any) -> None:
     """Make ``layer``'s state_dict the same merged or not, and refuse to load into it while it is merged.
 
@@ -131,11 +155,14 @@ class TunerLinear(nn.Module, ABC):
     """A linear layer with a low-rank update of its frozen weight, ``y = x W^T + b + scale * (x U * gain) V^T``.
 
     ``base_layer`` is kept as it is. A plain ``nn.Linear`` is fused with the update in one operation
-    (:func:`fastgist.functional.cp_linear`); anything else (a quantised layer, a layer with hooks) is called, and the
-    update added. The layer has no ``weight``: code that reads the weight past the layer fails instead of losing the
-    update.
+    (:func:`fastgist.functional.cp_linear`); anything else (a quantised, sharded, parametrised or wrapped layer, a layer
+    with hooks) is called, and the update added to what it returns by another (:func:`fastgist.functional.cp_update`).
+    That goes into the same memory where the layer is known to give its output away (see :func:`_gives_away`) and
+    autograd does not hold it for a view. The layer has no ``weight``: code that reads the weight past the layer fails
+    instead of losing the update.
 
-    Factors in another dtype than the base's are cast at the edge, so float32 factors serve a bfloat16 model.
+    Factors in another dtype than the base's are cast at the edge, so float32 factors serve a bfloat16 model. Beside a layer
+    that is called float32 factors stay as they are.
 
     Raises:
         TypeError: ``base_layer`` has no ``in_features`` and ``out_features`` (nor ``nx`` and ``nf``).
@@ -155,9 +182,12 @@ class TunerLinear(nn.Module, ABC):
             raise TypeError(f"{owner}: base_layer must be a linear layer, got {type(base_layer).__name__}")
         self.base_layer = base_layer
         self.in_features, self.out_features = sizes
-        self._plain = is_plain(base_layer)
         self.register_buffer("_original_weight", None, persistent=False)
         keep_original_state(self)
+
+    @property
+    def _plain(self) -> bool:
+        return is_plain(self.base_layer)  # asked anew: a model may be quantised after it was wrapped
 
     # -- what a subclass says ---------------------------------------------------------------------------------------
     scale: float = 1.0
@@ -179,18 +209,35 @@ class TunerLinear(nn.Module, ABC):
             return base(x)
         factors = self.get_factors()
         p = self.dropout_p if self.training else 0.0
-        if self._plain and not is_hooked(base):
-            if p == 0.0 and self._is_few(x, factors.u.dtype):
-                return self._few_rows(x, factors)
+        few = p == 0.0 and self._is_few(x, factors.u.dtype)
+        if is_plain(base) and not is_hooked(base):
+            if few and x.dtype == base.weight.dtype:
+                return self._few_rows(nn.functional.linear(x, base.weight, base.bias), x, factors)
             u, v, gain = self._cast(factors, base.weight)
             return functional.cp_linear(
                 x, base.weight, base.bias, u, v, gain, scale=self.scale, dropout_p=p, training=self.training
             )
         y = base(x)
+        if few and x.dtype == y.dtype:
+            return self._few_rows(y, x, factors)
+        if not autocast_enabled(y.device):
+            x = x.to(y.dtype)
+            if not (y.dtype in _HALF and factors.u.dtype == torch.float32):
+                factors = self._cast(factors, y)
         u, v, gain = factors
-        h = nn.functional.dropout(x.to(u.dtype) @ u, p, self.training)
-        update = h @ self._folded(v, gain).transpose(0, 1)
-        return torch.add(y, update.to(y.dtype), alpha=self.scale)
+        options: dict[str, Any] = {"dropout_p": p, "training": self.training, "inplace": self._in_place(y, x)}
+        return functional.cp_update(y, x, u, v, gain, scale=self.scale, **options)
+
+    def _in_place(self, y: Tensor, x: Tensor) -> bool:
+        """Whether the update may be written into ``y``, which the base layer has returned. A compiler decides by itself."""
+        return (
+            not torch.compiler.is_compiling()
+            and type(y) is Tensor
+            and y is not x
+            and not (y._is_view() and torch.is_grad_enabled())  # autograd would go through what it is a view of
+            and not (y.is_leaf and y.requires_grad)
+            and _gives_away(self.base_layer)
+        )
 
     def _is_few(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether x is a few rows on a CPU without autograd, autocast or a compiler, such as a token that is decoded, and
@@ -202,16 +249,14 @@ class TunerLinear(nn.Module, ABC):
             and x.dim() > 0
             and x.shape[-1] == self.in_features
             and 0 < x.numel() <= _FEW * self.in_features
-            and x.dtype == self.base_layer.weight.dtype
             and torch.promote_types(x.dtype, dtype) == dtype != torch.float16
             and not torch.is_autocast_enabled("cpu")
         )
 
-    def _few_rows(self, x: Tensor, factors: Factors) -> Tensor:
-        """:meth:`forward` without autograd for a few rows, whose products take less than an operation's checks: x and h are
-        widened to the factors' dtype instead of the factors being narrowed."""
-        base, (u, v, gain) = self.base_layer, factors
-        y = nn.functional.linear(x, base.weight, base.bias)
+    def _few_rows(self, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        """y, the base layer's, with the update of a few rows x, without autograd. Such products take less than an operation's
+        checks: x and h are widened to the factors' dtype instead of the factors being narrowed."""
+        u, v, gain = factors
         h = torch.mm(x.reshape(-1, x.shape[-1]).to(u.dtype), u)
         folds = self.out_features // v.shape[0]
         if folds == 1:
@@ -219,7 +264,7 @@ class TunerLinear(nn.Module, ABC):
         else:  # a row for each fold of a row
             h = h[:, None] if gain is None else h[:, None] * gain
             h = h.expand(-1, folds, -1).reshape(-1, v.shape[1])
-        total = torch.addmm(y.view(-1, v.shape[0]).to(u.dtype), h, v.transpose(0, 1), alpha=self.scale)
+        total = torch.addmm(y.reshape(-1, v.shape[0]).to(u.dtype), h, v.transpose(0, 1), alpha=self.scale)
         return total.to(y.dtype).view_as(y)
 
     def forward_slice(self, x: Tensor, start: int, stop: int) -> Tensor | None:
@@ -248,6 +293,7 @@ class TunerLinear(nn.Module, ABC):
 
     @staticmethod
     def _cast(factors: Factors, weight: Tensor) -> Factors:
+        """``factors`` in the dtype of ``weight`` (or of any tensor), unless autocast sees to that."""
         if factors.u.dtype == weight.dtype or autocast_enabled(weight.device):
             return factors
         u, v, gain = factors

@@ -46,6 +46,7 @@ def define(schema: str, implementation: Callable, fake: Callable, public: str) -
     """
     name = schema.split("(", 1)[0]
     directly = _without_autocast(implementation)
+    mutates = "!" in schema
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, directly, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgist::{name}", fake, lib=_LIBRARY)
@@ -57,14 +58,15 @@ def define(schema: str, implementation: Callable, fake: Callable, public: str) -
     )
 
     def guard(*args):
-        with torch._C._AutoDispatchBelowAutograd():
-            results = op(*args)
-        # torch.export traces a Function's inside with gradients on; it exports a forward, so none can be lost.
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return results
         given = [t for a in args for t in (a if isinstance(a, list) else (a,))]
         leaves = [t for t in given if isinstance(t, Tensor) and t.requires_grad]
-        if not leaves:
+        # torch.export traces a Function's inside with gradients on; it exports a forward, so none can be lost.
+        lost = bool(leaves) and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if lost and mutates:  # what it writes to is no result that could raise later
+            raise RuntimeError(message)
+        with torch._C._AutoDispatchBelowAutograd():
+            results = op(*args)
+        if not lost:
             return results
         if isinstance(results, Tensor):
             return _NotDifferentiable.apply(message, 1, results, *leaves)[0]

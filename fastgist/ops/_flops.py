@@ -15,6 +15,7 @@ import fastgist.ops._attention
 import fastgist.ops._projection
 import fastgist.ops.adapter
 import fastgist.ops.cp_linear
+import fastgist.ops.cp_update
 import fastgist.ops.gist_linear_loss  # noqa: F401 - all of these define operators
 
 __all__ = ["tell"]
@@ -42,6 +43,23 @@ def _cp_linear_bwd(
     per_row = inner * out * (need_x + need_weight)  # dy W, dy^T x
     per_row += out * rank * ((need_x or need_u) + (need_v or need_gain))  # dh = dy V', dy^T h
     return 2 * rows * (per_row + inner * rank * (need_x + need_u))  # dh U^T, x^T dh
+
+
+@register_flop_formula([_ops.cp_update_fwd, _ops.cp_update_fwd_])
+def _cp_update_fwd(y: Shape, x: Shape, u: Shape, *others: Any, **_: Any) -> int:
+    return 2 * x[0] * (x[1] + y[1]) * u[1]
+
+
+@register_flop_formula(_ops.cp_update_bwd)
+def _cp_update_bwd(
+    grad: Shape, x: Shape, u: Shape, v: Shape, gain: Any, seed: Any, h: Shape, folds: Any, scale: Any, dropout_p: Any,
+    dtype: Any, needs: list[bool], *others: Any, **_: Any,
+) -> int:  # fmt: skip
+    need_x, need_u, need_v, need_gain = needs
+    inner = (x or u or (0, 0))[-1 if x else 0]
+    rank = (v or h or (0, 0))[1]
+    wide = grad[1] * ((need_x or need_u) + (need_v or need_gain))  # dh = dy V', dy^T h
+    return 2 * grad[0] * rank * (wide + inner * (need_x + need_u))  # dh U^T, x^T dh
 
 
 @register_flop_formula(_ops.adapter_fwd)

@@ -247,17 +247,19 @@ def _check_shapes(
         )
 
 
-def _check_dropout(x: Tensor, dropout_p: object, training: bool, seed: Tensor | None) -> tuple[float, Tensor | None]:
+def _check_dropout(
+    x: Tensor, dropout_p: object, training: bool, seed: Tensor | None, op: str = _OP
+) -> tuple[float, Tensor | None]:
     """p and the seed, both zeroed where dropout is not active; a seed is drawn, on the device, where none is given."""
-    dropout_p = check_number(_OP, "dropout_p", dropout_p)
+    dropout_p = check_number(op, "dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{_OP}: expected 0 <= dropout_p < 1, got {dropout_p}")
+        raise ValueError(f"{op}: expected 0 <= dropout_p < 1, got {dropout_p}")
     if seed is not None:
         if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
-            raise TypeError(f"{_OP}: seed must be an int64 Tensor, got {getattr(seed, 'dtype', type(seed).__name__)}")
+            raise TypeError(f"{op}: seed must be an int64 Tensor, got {getattr(seed, 'dtype', type(seed).__name__)}")
         if seed.numel() != 1:
-            raise ValueError(f"{_OP}: seed must hold one number, got shape {tuple(seed.shape)}")
-        _common.check_same_device(_OP, x=x, seed=seed)
+            raise ValueError(f"{op}: seed must hold one number, got shape {tuple(seed.shape)}")
+        _common.check_same_device(op, x=x, seed=seed)
     if not training or dropout_p == 0.0:
         return 0.0, None
     if seed is None:  # by the default generator, which checkpointing and graph capture know how to replay

@@ -135,6 +135,8 @@ def _cases(
     qkv, qkv_bias = make(3 * dim, dim, trained=False), make(3 * dim, trained=False)
     u, v, gain = make(dim, rank), make(dim, rank), make(3, rank)
     yield "cp_linear", runner(F.cp_linear, x, qkv, qkv_bias, u, v, gain, dropout_p=0.1, training=True)
+    y = make(batch, tokens, 3 * dim, trained=False)
+    yield "cp_update", runner(F.cp_update, y, x, u, v, gain, dropout_p=0.1, training=True)
     down, up = make(bottleneck_dim, dim), make(dim, bottleneck_dim)
     yield "adapter", runner(F.adapter, x, down, make(bottleneck_dim), up, make(dim))
     yield "gelu", runner(F.gelu, make(batch, tokens, 4 * dim))

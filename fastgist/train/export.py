@@ -131,6 +131,15 @@ def _cp_linear_fwd(
     return cp_linear(x, weight, bias, u, v, gain, scale=scale), x.new_empty(0)
 
 
+def _cp_update_fwd(
+    y: Tensor, x: Tensor, u: Tensor, v: Tensor, gain: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
+    need_h: bool, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from fastgist.reference.cp_update import cp_update
+
+    return cp_update(y, x, u, v, gain, scale=scale), x.new_empty(0)
+
+
 def _gelu_fwd(x: Tensor, impl: str) -> Tensor:
     return nn.functional.gelu(x)
 
@@ -140,7 +149,7 @@ def _plain_expressions() -> dict[Any, Callable[..., Any]]:
 
     ops = torch.ops.fastgist
     found = {ops.adapter_fwd.default: _adapter_fwd, ops.cp_linear_fwd.default: _cp_linear_fwd}
-    return found | {ops.gelu_fwd.default: _gelu_fwd}
+    return found | {ops.cp_update_fwd.default: _cp_update_fwd, ops.gelu_fwd.default: _gelu_fwd}
 
 
 def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:

@@ -103,17 +103,17 @@ def _adapter_fwd_kernel(
     mask_m = offs_m < M
     mask_h = offs_h < H
     mask_e = offs_e < E
-    mean = 0.0
-    rstd = 0.0
+    mean = tl.zeros([BLOCK_M], tl.float32)
+    rstd = mean
     if HAS_NORM:
         if LOAD_STATS:
             mean = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)
-            rstd = tl.load(stats_ptr + M + offs_m, mask=mask_m, other=0.0)
+            rstd = tl.load(stats_ptr + (M + offs_m), mask=mask_m, other=0.0)
         else:
             mean, rstd = row_statistics(x_ptr, offs_m, mask_m, D, stride_xm, stride_xd, norm_eps, BLOCK_M, BLOCK_D)
         if STORE_STATS:
             tl.store(stats_ptr + offs_m, mean, mask=mask_m)
-            tl.store(stats_ptr + M + offs_m, rstd, mask=mask_m)
+            tl.store(stats_ptr + (M + offs_m), rstd, mask=mask_m)
     z = project_down(
         x_ptr,
         down_ptr,
@@ -329,11 +329,10 @@ def _spec(
     types = argument_types(_adapter_fwd_kernel, constexprs, dtype) | NORM_TYPES
     if block:
         types |= dict.fromkeys(WEIGHTS, "*fp32")
-    ending = ("_gate" * gated, f"_m{rows}", "" if sizes == "even" else f"_{sizes}", "_block" * block)
-    ending += ("_norm" * normed, "_drop" * dropped)
+    ending = f"_m{rows}{'' if sizes == 'even' else f'_{sizes}'}{'_block' * block}{'_norm' * normed}{'_drop' * dropped}"
     return Spec(
         _adapter_fwd_kernel,
-        f"{dtype}_{precision}_h{hidden}{''.join(ending)}",
+        f"{dtype}_{precision}_h{hidden}{'_gate' * gated}{ending}",
         types,
         constexprs,
         num_warps=warps,
@@ -382,5 +381,13 @@ SPECS = [
         ("fp32", "tf32", 64, True, 64),
         ("fp32", "tf32", 128, False, 64),
         ("fp32", "ieee", 64, True, 64),
+        ("bf16", "ieee", 64, False, 64, "even", False, True, True),
+        ("bf16", "ieee", 64, False, 32, "even", True, True, True),
+        ("bf16", "ieee", 64, False, 64, "ragged", False, True, True),
+        ("bf16", "ieee", 128, True, 32, "even", False, True, True),
+        ("bf16", "ieee", 256, False, 64, "even", False, True, True),
+        ("bf16", "ieee", 64, False, 64, "even", False, False, True),
+        ("fp16", "tf32", 64, False, 64, "even", False, True, True),
+        ("fp32", "ieee", 64, True, 64, "even", False, True, True),
     )
 ]

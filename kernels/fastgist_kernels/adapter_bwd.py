@@ -115,11 +115,11 @@ def _adapter_bwd_dx_kernel(
     mask_h = offs_h < H
     mask_mh = mask_m[:, None] & mask_h[None, :]
 
-    mean = 0.0
-    rstd = 0.0
+    mean = tl.zeros([BLOCK_M], tl.float32)
+    rstd = mean
     if HAS_NORM:
         mean = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)
-        rstd = tl.load(stats_ptr + M + offs_m, mask=mask_m, other=0.0)
+        rstd = tl.load(stats_ptr + (M + offs_m), mask=mask_m, other=0.0)
     if not LOAD_Z:
         z = project_down(
             x_ptr,
@@ -198,8 +198,8 @@ def _adapter_bwd_dx_kernel(
     if NEED_DX:
         if HAS_NORM:  # the row's means of (dz D) w and of that times xhat, where D w xhat = z - (b_d + D b)
             all_h = tl.cast(unit_width, tl.int64) * E
-            of_weight = tl.load(norm_sums_ptr + first_h + offs_h, mask=mask_h, other=0.0)
-            of_bias = tl.load(norm_sums_ptr + all_h + first_h + offs_h, mask=mask_h, other=0.0)
+            of_weight = tl.load(norm_sums_ptr + (first_h + offs_h), mask=mask_h, other=0.0)
+            of_bias = tl.load(norm_sums_ptr + (all_h + first_h + offs_h), mask=mask_h, other=0.0)
             if not WIDE:  # as it enters the product: what is left of dx of a row without variance is rounding
                 dz = narrow(dz, dy_ptr.dtype.element_ty).to(tl.float32)
             c1 = tl.sum(dz * of_weight[None, :], 1) / D
@@ -439,11 +439,10 @@ def _spec(
     types = argument_types(_adapter_bwd_dx_kernel, constexprs, dtype) | {"stats_ptr": "*fp32", "norm_sums_ptr": "*fp32"}
     if block:
         types |= {name: "*fp32" for name in WEIGHTS if name in types}
-    ending = ("_gate" * gated, f"_m{rows}", "" if sizes == "even" else f"_{sizes}", "_block" * block)
-    ending += ("_norm" * normed, "_drop" * dropped)
+    ending = f"_m{rows}{'' if sizes == 'even' else f'_{sizes}'}{'_block' * block}{'_norm' * normed}{'_drop' * dropped}"
     return Spec(
         _adapter_bwd_dx_kernel,
-        f"{dtype}_{precision}_h{hidden}{''.join(ending)}",
+        f"{dtype}_{precision}_h{hidden}{'_gate' * gated}{ending}",
         types,
         constexprs,
         num_warps=warps,
@@ -486,5 +485,12 @@ SPECS = [
         ("fp16", "tf32", 64, True, 64),
         ("fp32", "tf32", 64, True, 64),
         ("fp32", "ieee", 64, True, 64),
+        ("bf16", "ieee", 16, False, 64, "even", True, True),
+        ("bf16", "ieee", 64, False, 64, "even", True, True),
+        ("bf16", "ieee", 64, False, 32, "ragged", True, True),
+        ("bf16", "ieee", 256, False, 32, "even", True, True),
+        ("bf16", "ieee", 64, False, 64, "even", False, True),
+        ("fp16", "tf32", 64, False, 64, "even", True, True),
+        ("fp32", "ieee", 64, False, 64, "even", True, True),
     )
 ]

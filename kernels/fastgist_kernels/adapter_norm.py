@@ -17,9 +17,9 @@ import triton.language as tl
 from fastgist_kernels.adapter_parts import normalised
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, device_arch, launch
-from fastgist_kernels.outer import low_dot, narrow, processors, rank_block
+from fastgist_kernels.outer import argument_types, low_dot, narrow, processors, rank_block
 
-__all__ = ["SPECS", "constant_sums", "finish", "normalised_partials"]
+__all__ = ["SPECS", "constant_sums", "every_tile", "finish", "normalised_partials"]
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _adapter_norm_sums_kernel(
         bias = tl.load(down_bias_ptr + offs_h * stride_db, mask=mask_h, other=0.0)
         of_bias += narrow(bias, DTYPE).to(tl.float32)
     tl.store(out_ptr + offs_h, of_weight, mask=mask_h)
-    tl.store(out_ptr + H + offs_h, of_bias, mask=mask_h)
+    tl.store(out_ptr + (H + offs_h), of_bias, mask=mask_h)
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def _adapter_norm_outer_kernel(
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
         dz = tl.load(z_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         mean = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)
-        rstd = tl.load(stats_ptr + M + offs_m, mask=mask_m, other=0.0)
+        rstd = tl.load(stats_ptr + (M + offs_m), mask=mask_m, other=0.0)
         acc = low_dot(tl.trans(normalised(x, mean, rstd)), dz, acc, WIDE, PRECISION)
     part_ptrs = part_ptr + split * (tl.cast(D, tl.int64) * H) + offs_c[:, None] * H + offs_r[None, :]
     tl.store(part_ptrs, acc, mask=mask_c[:, None] & mask_r[None, :])
@@ -178,8 +178,8 @@ def _adapter_norm_finish_kernel(
             tl.store(grad_ptrs, narrow(outer, grad_down_ptr.dtype.element_ty), mask=mask)
         if NEED_DOWN_BIAS:
             if tl.program_id(0) == 0:
-                total = narrow(total, grad_down_bias_ptr.dtype.element_ty)
-                tl.store(grad_down_bias_ptr + offs_r, total, mask=mask_r)
+                rounded = narrow(total, grad_down_bias_ptr.dtype.element_ty)
+                tl.store(grad_down_bias_ptr + offs_r, rounded, mask=mask_r)
     if NEED_NORM_WEIGHT:
         tl.store(grad_norm_weight_ptr + offs_c, narrow(grad_weight, grad_norm_weight_ptr.dtype.element_ty), mask=mask_c)
     if NEED_NORM_BIAS:
@@ -188,6 +188,8 @@ def _adapter_norm_finish_kernel(
 
 # -- launching -------------------------------------------------------------------------------------------------------
 
+#: Few units a program: a bottleneck of 64 makes 32 programs.
+_SUMS_TILE = {"BLOCK_H": 2, "BLOCK_D": 512}
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -199,7 +201,7 @@ def constant_sums(down_weight, down_bias, norm_weight, norm_bias, dtype: torch.d
     launch(
         _adapter_norm_sums_kernel,
         lambda c: (cdiv(hidden, c["BLOCK_H"]),),
-        {"BLOCK_H": 4, "BLOCK_D": 32} if interpreted else {"BLOCK_H": 2, "BLOCK_D": 512},
+        {"BLOCK_H": 4, "BLOCK_D": 32} if interpreted else _SUMS_TILE,
         down_weight,
         down_bias,
         norm_weight,
@@ -266,6 +268,12 @@ def normalised_partials(x, dz, stats, *, tf32: bool) -> torch.Tensor:
     return part
 
 
+def _finish_tile(hidden: int) -> dict[str, int]:
+    """4,096 numbers of the pieces at a time, 16 pieces deep."""
+    block_r = rank_block(hidden, 64)
+    return {"BLOCK_S": 16, "BLOCK_C": 256 // block_r, "BLOCK_R": block_r, "num_warps": 4}
+
+
 def finish(
     part, total, down_weight, norm_weight, norm_bias, dtype: torch.dtype,
     grad_down, grad_down_bias, grad_norm_weight, grad_norm_bias,
@@ -274,8 +282,7 @@ def finish(
     all contiguous. part: :func:`normalised_partials`, or None where only ``total``, s (H,) in float32, is needed; None in
     its turn where the former is all. ``dtype``: x's."""
     hidden, inner = down_weight.shape if down_weight is not None else grad_down.shape
-    block_r = rank_block(hidden, 64)
-    block = {"BLOCK_S": 16, "BLOCK_C": max(2, 256 // block_r), "BLOCK_R": block_r, "num_warps": 4}
+    block = _finish_tile(hidden)
     if device_arch(part.device if part is not None else total.device) == "interpret":
         block = {"BLOCK_S": 4, "BLOCK_C": 32, "BLOCK_R": rank_block(hidden, 32)}
     launch(
@@ -308,4 +315,65 @@ def finish(
     )
 
 
-SPECS: list[Spec] = []
+# -- ahead-of-time specs ---------------------------------------------------------------------------------------------
+
+_TL = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+
+
+def _outer_spec(dtype: str, precision: str, hidden: int, aligned: bool = True) -> Spec:
+    tile = _outer_tile(dtype == "fp32", dtype == "fp16", hidden)
+    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+    constexprs = {"stride_xd": 1, "WIDE": dtype == "fp16", "PRECISION": precision} | tile
+    return Spec(
+        _adapter_norm_outer_kernel,
+        f"{dtype}_{precision}_h{hidden}{'' if aligned else '_ragged'}",
+        argument_types(_adapter_norm_outer_kernel, constexprs, dtype) | {"stats_ptr": "*fp32"},
+        constexprs,
+        num_warps=warps,
+        num_stages=stages,
+        matrix=tile["BLOCK_C"] >= 64 and (dtype, precision) != ("fp32", "ieee"),
+        aligned=("D", "H") if aligned else (),
+        unaligned=() if aligned else ("stride_xm", "stride_zm"),
+    )
+
+
+def _finish_spec(dtype: str, hidden: int) -> Spec:
+    tile = _finish_tile(hidden)
+    warps = tile.pop("num_warps")
+    flags = dict.fromkeys(("HAS_PARTS", "HAS_NORM_WEIGHT", "HAS_NORM_BIAS", "NEED_DOWN", "NEED_DOWN_BIAS"), True)
+    flags |= {"NEED_NORM_WEIGHT": True, "NEED_NORM_BIAS": True, "DTYPE": _TL[dtype]}
+    constexprs = {"stride_dd": 1, "stride_nw": 1, "stride_nb": 1} | flags | tile
+    types = argument_types(_adapter_norm_finish_kernel, constexprs, dtype) | {"total_ptr": "*fp32", "splits": "i32"}
+    return Spec(
+        _adapter_norm_finish_kernel, f"{dtype}_h{hidden}", types, constexprs, num_warps=warps, aligned=("D", "H")
+    )
+
+
+def _sums_spec(dtype: str) -> Spec:
+    flags = dict.fromkeys(("HAS_DOWN_BIAS", "HAS_NORM_WEIGHT", "HAS_NORM_BIAS"), True) | {"DTYPE": _TL[dtype]}
+    constexprs = {"stride_dd": 1, "stride_db": 1, "stride_nw": 1, "stride_nb": 1} | flags | _SUMS_TILE
+    types = argument_types(_adapter_norm_sums_kernel, constexprs, dtype) | {"out_ptr": "*fp32"}
+    return Spec(_adapter_norm_sums_kernel, dtype, types, constexprs, aligned=("D", "H"))
+
+
+#: (dtype, precision of its products, most hidden units a tile)
+_KINDS = (("bf16", "ieee", 128), ("fp16", "tf32", 64), ("fp32", "tf32", 64), ("fp32", "ieee", 64))
+
+
+def every_tile() -> list[Spec]:
+    """Every combination that a launch can take."""
+    widths = [(dtype, precision, h) for dtype, precision, most in _KINDS for h in (16, 32, 64, 128) if h <= most]
+    outers = [_outer_spec(d, precision, h, aligned) for d, precision, h in widths for aligned in (True, False)]
+    return outers + [_finish_spec(dtype, h) for dtype in _TL for h in (16, 32, 64)]
+
+
+SPECS = [
+    *(_outer_spec(dtype, precision, most) for dtype, precision, most in _KINDS),
+    _outer_spec("bf16", "ieee", 16),
+    _outer_spec("bf16", "ieee", 64),
+    _finish_spec("bf16", 16),
+    _finish_spec("bf16", 64),
+    _finish_spec("fp32", 64),
+    _sums_spec("bf16"),
+    _sums_spec("fp32"),
+]

@@ -31,7 +31,7 @@ def row_tiles(
     if kernel == "adapter_bwd":
         few = block_h > 128 or (gated and block_h == 128) or ragged
     else:
-        few = (gated and block_h == 256) or cast
+        few = (gated and (block_h == 256 or (normed and block_h == 128))) or cast
     return (16, 32) if few else (16, 32, 64)
 
 
@@ -60,7 +60,9 @@ def tile_defaults(
     width = 128 if not ragged and block_h <= (64 if not backward and not gated else 16) else 64
     if backward and block_h == 128:
         width = 32
-    warps = 8 if block_h > 64 or (gated and kernel == "adapter_bwd") else 4
+    warps = 8 if block_h > 64 or (backward and (gated or normed)) else 4
+    if normed and backward and ragged and block_h == 16:
+        warps = 4
     return {"BLOCK_D": width, "BLOCK_N": width, "num_warps": warps, "num_stages": 3}
 
 

@@ -40,8 +40,9 @@ def test_no_host_sync_with_masks(reduction, no_sync):
     bidirectional_kl(z, o, mask=mask, reduction=reduction).sum().backward()
 
 
-def test_no_host_sync_with_dropout(no_sync):
-    call = make("cp_linear", device="cuda")
+@pytest.mark.parametrize("op", ["cp_linear", "adapter"])
+def test_no_host_sync_with_dropout(op, no_sync):
+    call = make(op, device="cuda")
     values = call.values()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -63,3 +63,22 @@ def test_adapter(rows, width, hidden, dtype):
     tensors |= {"down_bias": _randn(hidden, dtype=dtype), "up": _randn(width, hidden, spread=0.3, dtype=dtype)}
     tensors |= {"up_bias": _randn(width, dtype=dtype)}
     _hold(adapter, tensors, tuple(tensors), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width", "hidden"), ADAPTER)
+def test_adapter_behind_a_norm_with_dropout(rows, width, hidden, dtype):
+    tensors = {
+        "x": 3 + _randn(rows, width, dtype=dtype),
+        "down": _randn(hidden, width, spread=width**-0.5, dtype=dtype),
+    }
+    tensors |= {"down_bias": _randn(hidden, dtype=dtype), "up": _randn(width, hidden, spread=0.3, dtype=dtype)}
+    tensors |= {"up_bias": _randn(width, dtype=dtype), "weight": 1 + _randn(width, spread=0.2, dtype=dtype)}
+    tensors |= {"bias": _randn(width, spread=0.2, dtype=dtype)}
+    seed = torch.tensor([12345], device="cuda")
+
+    def call(*values, impl):
+        norm = (*values[5:], 1e-5)
+        return adapter(*values[:5], norm=norm, dropout_p=0.3, training=True, seed=seed, impl=impl)
+
+    _hold(call, tensors, tuple(tensors), dtype)

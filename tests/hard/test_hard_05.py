@@ -22,7 +22,7 @@ def _spread(t: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _inputs(op: str) -> tuple[str, ...]:
-    layers = {"cp_linear": ("x", "weight"), "adapter": ("x",), "gelu": ("x",)}
+    layers = {"cp_linear": ("x", "weight"), "cp_update": ("y", "x"), "adapter": ("x",), "gelu": ("x",)}
     return (layers | {"gist_linear_loss": ("hidden", "weight")}).get(op, ("z",))
 
 

@@ -76,19 +76,19 @@ class FastgistCPLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         if len(active) == 1 and self.base_layer is base and is_plain(base) and not is_hooked(base):
-            return self._update(x, base.weight, base.bias, active[0])
+            u, v, gain = _cast(self.factors(active[0]), base.weight.dtype)
+            return functional.cp_linear(x, base.weight, base.bias, u, v, gain, **self._options(active[0]))
         y = self.base_layer(x, *args, **kwargs)
         for name in active:
-            zero = torch.zeros_like(base.weight, dtype=self.factors(name).u.dtype)
-            y = y + self._update(x.to(zero.dtype), zero, None, name).to(y.dtype)
+            factors = self.factors(name)
+            wide = y.dtype in (torch.bfloat16, torch.float16) and factors.u.dtype == torch.float32
+            u, v, gain = factors if wide else _cast(factors, y.dtype)
+            y = functional.cp_update(y, x.to(y.dtype), u, v, gain, **self._options(name))
         return y
 
-    def _update(self, x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    def _options(self, name: str) -> dict[str, Any]:
         factors: Any = self.fastgist_cp_factors[name]
-        u, v, gain = self.factors(name)
-        gain = None if gain is None else gain.to(weight.dtype)
-        options: dict[str, Any] = {"dropout_p": factors.dropout, "training": self.training}
-        return functional.cp_linear(x, weight, bias, u.to(weight.dtype), v.to(weight.dtype), gain, **options)
+        return {"dropout_p": factors.dropout, "training": self.training}
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """(out, in)."""
@@ -97,7 +97,13 @@ class FastgistCPLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        weight = self.get_base_layer().weight
+        base: Any = self.get_base_layer()
+        if not is_plain(base):
+            raise TypeError(
+                f"FASTGIST_CP: base_layer is {type(base).__name__}; only a dense floating-point torch.nn.Linear can be merged "
+                "into (a quantised weight would lose most of the update)"
+            )
+        weight = base.weight
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.fastgist_cp_factors:
                 merged = weight + self.get_delta_weight(name).to(weight.dtype)
@@ -111,6 +117,11 @@ class FastgistCPLayer(nn.Module, BaseTunerLayer):
         weight = self.get_base_layer().weight
         while self.merged_adapters:
             weight.sub_(self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype))
+
+
+def _cast(factors: Factors, dtype: torch.dtype) -> Factors:
+    u, v, gain = factors
+    return Factors(u.to(dtype), v.to(dtype), None if gain is None else gain.to(dtype))
 
 
 class FastgistCPModel(BaseTuner):

@@ -1,0 +1,208 @@
+"""Mutants of cp_update and of the layers that take it: (name, text, its replacement, why a test must notice)."""
+
+from __future__ import annotations
+
+from mutant_list import Mutant, kernel, op, reference
+
+__all__ = ["CP_UPDATE"]
+
+_LAYERS = ("tests/test_any_base.py",)
+
+
+def _tuner(*rows: tuple[str, str, str, str]) -> list[Mutant]:
+    file = "fastgist/nn/_tuner.py"
+    return [Mutant(f"nn/_tuner: {n}", "cp_update", file, old, new, why, False, _LAYERS) for n, old, new, why in rows]
+
+
+CP_UPDATE = [
+    *kernel(
+        "cp_update",
+        ("y left out", "        if HAS_Y:\n", "        if HAS_Y and scale > 1e9:\n", "the base layer's output stays"),
+        (
+            "fold's columns from the first fold",
+            "offs_n = fold * fold_n + offs_c",
+            "offs_n = offs_c",
+            "folds stand side by side",
+        ),
+        (
+            "one gain for all folds",
+            "gain = tl.load(gain_ptr + fold * stride_gg + offs_r * stride_gr, mask=mask_r, other=0.0)",
+            "gain = tl.load(gain_ptr + offs_r * stride_gr, mask=mask_r, other=0.0)",
+            "a row of gain for each fold",
+        ),
+        (
+            "one gain for all folds, h read",
+            "gain = tl.load(gain_ptr + fold * stride_gg + offs_q * stride_gr, mask=mask_q, other=0.0)",
+            "gain = tl.load(gain_ptr + offs_q * stride_gr, mask=mask_q, other=0.0)",
+            "a row of gain for each fold",
+        ),
+        ("scale left out", "        h = h * scale\n", "        h = h * 1.0\n", "scale"),
+        (
+            "scale left out, h read",
+            "other=0.0).to(tl.float32) * scale",
+            "other=0.0).to(tl.float32)",
+            "scale at ranks above a tile",
+        ),
+        (
+            "tiles beyond a part's own",
+            "tl.minimum(first_tile + each, tiles)",
+            "tl.minimum(first_tile + each + 1, tiles)",
+            "in place a tile that two programs write has the update twice",
+        ),
+        ("tiles lost", "each = tl.cdiv(tiles, parts)", "each = tiles // parts", "tiles that no part has"),
+        (
+            "no inner mask",
+            "mask_k = offs_k < K - first_k",
+            "mask_k = offs_k < BLOCK_K",
+            "K that is no multiple of the tile",
+        ),
+        (
+            "strides of y for the result",
+            "out_ptr + offs_m[:, None] * stride_om",
+            "out_ptr + offs_m[:, None] * stride_ym",
+            "y of any layout, and a contiguous result",
+        ),
+        (
+            "strides of v swapped",
+            "v_ptrs = v_ptr + offs_r[:, None] * stride_vr + offs_c[None, :] * stride_vn",
+            "v_ptrs = v_ptr + offs_r[:, None] * stride_vn + offs_c[None, :] * stride_vr",
+            "v of any layout",
+        ),
+        ("h not stored", "STORE_H=fused and h is not None", "STORE_H=False", "the backward reads h"),
+        (
+            "h of a second mask",
+            "_update(y, None, None, v, gain, None, h, scale, 0.0, tf32, out)",
+            "_update(y, None, None, v, None, None, h, scale, 0.0, tf32, out)",
+            "the gain at ranks above a tile",
+        ),
+        (
+            "dx of y's gradient without U",
+            "_update(None, None, None, u, None, None, grad_h, 1.0, 0.0, tf32, grad_x)",
+            "_update(None, None, None, u, None, None, grad_h, 2.0, 0.0, tf32, grad_x)",
+            "dx = dL/dh U^T",
+        ),
+    ),
+    *kernel(
+        "cp_update",
+        (
+            "h's gradient left out where U alone is trained",
+            "    need_grad_h = need_grad_h or grad_u is not None\n",
+            "    need_grad_h = need_grad_h\n",
+            "dU = x^T dL/dh",
+        ),
+        (
+            "dropout left out of dL/dh",
+            "    elif need_grad_h:\n        project(grad, v, gain, seed, scale, dropout_p, tf32, grad_h)",
+            "    elif need_grad_h:\n        project(grad, v, gain, None, scale, dropout_p, tf32, grad_h)",
+            "the mask of the forward, where no one pass is taken",
+        ),
+        file="cp_linear_bwd",
+    ),
+    *reference(
+        "cp_update",
+        (
+            "update not scaled in place",
+            "here.addmm_(h[rows], v, alpha=scale)",
+            "here.addmm_(h[rows], v)",
+            "scale, in place",
+        ),
+        (
+            "update not scaled",
+            "torch.addmm(y[rows], h[rows], v, alpha=scale, out=here)",
+            "torch.addmm(y[rows], h[rows], v, out=here)",
+            "scale",
+        ),
+        (
+            "half precision not scaled",
+            "here.copy_(torch.mm(h[rows], v).mul_(scale).add_(y[rows]))",
+            "here.copy_(torch.mm(h[rows], v).add_(y[rows]))",
+            "scale, in half precision",
+        ),
+        (
+            "float32 factors rounded",
+            "torch.bfloat16 if x == factors == torch.bfloat16 else accumulate_dtype(x)",
+            "torch.bfloat16 if x == torch.bfloat16 else accumulate_dtype(x)",
+            "float32 factors are taken as they are",
+        ),
+        (
+            "blocks of the first rows",
+            "torch.mm(a[rows].to(b.dtype), b, out=h[rows])",
+            "torch.mm(a[: rows.stop - rows.start].to(b.dtype), b, out=h[rows])",
+            "each block has its rows",
+        ),
+        (
+            "no dropout in the backward",
+            "grad_h = _dropped(_project(grad, _folded_v(v, gain, folds)).mul_(scale), dropout_p, seed)",
+            "grad_h = _project(grad, _folded_v(v, gain, folds)).mul_(scale)",
+            "the mask of the forward",
+        ),
+        (
+            "gain left out of dV",
+            "(outer if gain is None else outer * accumulate(gain)[:, None]).sum(0)",
+            "outer.sum(0)",
+            "dV = sum_g P_g * gain_g",
+        ),
+    ),
+    *op(
+        "cp_update",
+        ("y's gradient lost", "return grad if ctx.needs_input_grad[0] else None,", "return None,", "dL/dy = dL/dy'"),
+        ("not marked", "            ctx.mark_dirty(y)\n", "            pass\n", "autograd must know that y changed"),
+        (
+            "written where x is read",
+            "    if y.untyped_storage()._cdata == x.untyped_storage()._cdata:\n        return None\n",
+            "",
+            "y and x in one memory",
+        ),
+        (
+            "leaves overwritten",
+            "if y.requires_grad and y.is_leaf:",
+            "if False:",
+            "a leaf is refused before it is written to",
+        ),
+        ("views taken", "if recorded and y._is_view():", "if False:", "views are refused where gradients are recorded"),
+        (
+            "always x kept",
+            "            x if need_u else None,\n",
+            "            x,\n",
+            "x is kept for U's gradient alone",
+        ),
+    ),
+    *_tuner(
+        (
+            "written under hooks",
+            "    while not is_hooked(layer):\n",
+            "    while True:\n",
+            "a hook may have kept the output",
+        ),
+        (
+            "written under everybody's hooks",
+            "    if every_module._global_forward_hooks:\n        return False\n",
+            "",
+            "a hook on every module may have kept the output",
+        ),
+        (
+            "written to any subclass's output",
+            "return type(layer).forward is nn.Linear.forward or package in _KNOWN",
+            "return True",
+            "an activation keeps its output for the backward",
+        ),
+        (
+            "never in place",
+            "            and _gives_away(self.base_layer)\n",
+            "            and False\n",
+            "known layers' output is written to",
+        ),
+        (
+            "plain for ever",
+            "        return is_plain(self.base_layer)  # asked",
+            "        return True  # asked",
+            "a model may be quantised after it was wrapped",
+        ),
+        (
+            "few rows of another layer's weight",
+            "        if few and x.dtype == y.dtype:\n            return self._few_rows(y, x, factors)\n",
+            "        if few and x.dtype == y.dtype:\n            return self._few_rows(y * 0.0, x, factors)\n",
+            "the base layer's output stays",
+        ),
+    ),
+]

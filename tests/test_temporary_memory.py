@@ -1,0 +1,304 @@
+"""What cp_linear and adapter allocate while they run: an update of a layer adds no temporary as large as the layer's output.
+
+Plain PyTorch runs, and its allocations are seen by torch's profiler. Of the kernels the launchers run as on a card, and the
+kernels themselves do not (benchmarks/launches.py): what they allocate is a matter of host code. Beside results (y; dx and the
+factors' gradients) there may be:
+
+- M x R (M x H) numbers: h, dL/dh, z, act(z), float32 for float16;
+- N x K where plain PyTorch adds the update to the weight first (float32 and many rows: reference.cp_linear.merge_pays);
+- N x R: V times each fold's gain;
+- partial sums of a weight's gradient, which the kernels add up in a second stage. They grow with the programs, not with M:
+  up to four a processor, an eighth of what is read or one program a processor, whichever is more.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.harness import cpu_allocations
+from fastgist import backends
+from fastgist import functional as F
+from fastgist.reference.cp_linear import merge_pays
+
+#: Bytes of scalars and the like.
+SMALL = 4096
+
+
+def temporaries(step: Callable[[], object], results: list[int]) -> tuple[list[int], int]:
+    """(sizes of the allocations beside ``results``, largest first; the peak less the results). Each result must have been
+    allocated, once."""
+    sizes = cpu_allocations(step)
+    live = peak = 0
+    for size in sizes:
+        live += size
+        peak = max(peak, live)
+    others = sorted((s for s in sizes if s > 0), reverse=True)
+    for size in results:
+        fitting = [s for s in others if size <= s < size + SMALL // 4]  # malloc's alignment
+        assert fitting, f"no allocation of {size} bytes"
+        others.remove(fitting[-1])
+    return others, peak - sum(results)
+
+
+def _cp(rows, inner, out, rank, folds, dtype, weights=1, dropout=0.0, gain=True):
+    x, u, v = torch.randn(rows, inner), torch.randn(inner, rank), torch.randn(out // folds, rank)
+    trained = [t.to(dtype).requires_grad_() for t in (x, u, v)]
+    trained += [torch.randn(folds, rank).to(dtype).requires_grad_()] if gain else []
+    ws = [torch.randn(out // weights, inner).to(dtype) for _ in range(weights)]
+    bs = [torch.randn(out // weights).to(dtype) for _ in range(weights)]
+    x, *factors = trained
+
+    def run(impl: str):
+        base = (ws, bs) if weights > 1 else (ws[0], bs[0])
+        return F.cp_linear(x, *base, *factors, dropout_p=dropout, training=True, impl=impl)
+
+    return trained, run
+
+
+def _both(run: Callable[[], object], trained: list, y_bytes: int, kept: list[int]):
+    """Temporaries of a forward, which leaves y and ``kept``, and of a backward, which leaves gradients."""
+    run()
+    held: list = []
+    forward = temporaries(lambda: held.append(run()), [y_bytes, *kept])
+    ys = held[0] if isinstance(held[0], tuple) else held
+    grads = [torch.ones_like(y) for y in ys]
+    backward = temporaries(
+        lambda: held.append(torch.autograd.grad(ys, trained, grads)), [t.numel() * t.element_size() for t in trained]
+    )
+    return forward, backward
+
+
+# -- plain PyTorch -----------------------------------------------------------------------------------------------------
+
+PLAIN = {
+    "merged": {"rows": 1600, "inner": 128, "out": 384, "rank": 16, "folds": 1},
+    "merged, folds": {"rows": 1600, "inner": 128, "out": 384, "rank": 16, "folds": 3},
+    "merged, lora": {"rows": 1600, "inner": 128, "out": 384, "rank": 16, "folds": 1, "gain": False},
+    "factored": {"rows": 40, "inner": 128, "out": 384, "rank": 16, "folds": 1},
+    "factored, folds": {"rows": 40, "inner": 128, "out": 384, "rank": 16, "folds": 3},
+    "dropout": {"rows": 1600, "inner": 128, "out": 384, "rank": 16, "folds": 3, "dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("form", PLAIN)
+def test_cp_linear_in_plain_pytorch_adds_nothing_as_large_as_y(form, dtype):
+    sizes = PLAIN[form]
+    rows, inner, out, rank = (sizes[n] for n in ("rows", "inner", "out", "rank"))
+    b = dtype.itemsize
+    trained, run = _cp(**sizes, dtype=dtype)
+    merges = dtype != torch.bfloat16 and not sizes.get("dropout") and merge_pays(rows, inner, out, rank, True)
+    assert merges == (form.startswith("merged") and dtype != torch.bfloat16)
+    h, weight, folded = rows * rank * b, out * inner * b, out * rank * b
+    wide = out * rank * 4 if dtype == torch.bfloat16 else 0  # P = dy^T h is summed up in float32
+    forward, backward = _both(lambda: run("reference"), trained, rows * out * b, [h])
+    if sizes.get("dropout"):  # the mask's rule in int64, a few numbers of eight bytes for each of h's
+        most, peaks = (
+            8 * rows * rank,
+            (16 * 8 * rows * rank + folded, 16 * 8 * rows * rank + folded + 5 * out * rank * b),
+        )
+    else:
+        most = max(h, folded, wide, weight if merges else 0)
+        peaks = (folded + weight * merges, h + 2 * folded + weight * merges + 4 * max(out * rank * b, wide))
+    if (
+        dtype == torch.bfloat16
+    ):  # a CPU's products pack their operands: theirs with factors and with W, no larger than both
+        most, peaks = max(most, weight + folded), tuple(p + 2 * (weight + h + folded) for p in peaks)
+    for (others, peak), allowed in zip((forward, backward), peaks, strict=True):
+        assert max(others, default=0) <= most + SMALL
+        assert peak <= allowed + SMALL
+
+
+def test_several_weights_need_no_joined_weight_in_plain_pytorch():
+    """Forward: products write into their columns of y. Backward: autograd's split puts the incoming gradients together."""
+    rows, inner, out, rank = 100, 128, 384, 16
+    assert not merge_pays(rows, inner, out // 3, rank, True)
+    trained, run = _cp(rows, inner, out, rank, 3, torch.float32, weights=3)
+    (others, peak), (after, _) = _both(lambda: run("reference"), trained, rows * out * 4, [rows * rank * 4])
+    assert max(others) <= max(rows * rank, out * rank) * 4 + SMALL
+    assert peak <= (rows * rank + 2 * out * rank) * 4 + SMALL
+    large = [size for size in after if size > out * rank * 4 + SMALL]
+    assert len(large) == 1 and large[0] == pytest.approx(rows * out * 4, abs=SMALL), "dy, and no weight"
+
+
+@pytest.mark.parametrize("hidden", [8, 48, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adapter_in_plain_pytorch_adds_numbers_of_the_bottleneck_only(dtype, hidden):
+    """Forward: z, which is kept, act(z), and that beside a column of ones. Backward: those two, dL/dh and dz."""
+    rows, width, b = 512, 384, dtype.itemsize
+    shapes = ((rows, width), (hidden, width), (hidden,), (width, hidden), (width,))
+    trained = [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
+    low, weights = rows * (hidden + 1) * b, 4 * width * (hidden + 1) * b
+    forward, backward = _both(
+        lambda: F.adapter(*trained, impl="reference"), trained, rows * width * b, [rows * hidden * b]
+    )
+    for (others, peak), count in ((forward, 2), (backward, 4)):
+        assert max(others) <= max(low, weights // 4) + SMALL
+        assert peak <= count * low + weights + SMALL
+
+
+# -- C++ ---------------------------------------------------------------------------------------------------------------
+
+
+def _peak_of_process(step: Callable[[], object]) -> int:
+    """Bytes by which the process was largest during ``step``, over what it was before: memory of every allocator."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def read(name: str) -> int:
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(name))
+
+    try:
+        clear.write_text("5")  # the high-water mark falls to what is resident now
+    except OSError:
+        pytest.skip("this system does not say how large a process was")
+    before = read("VmRSS")
+    step()
+    return read("VmHWM") - before
+
+
+def test_adapter_in_cpp_adds_one_m_by_h_at_most():
+    """Beside results, forward and backward, in whatever memory: blocks of rows stay in buffers of a thread's own."""
+    x = torch.randn(40000, 256)
+    try:
+        backends.resolve("adapter", "native", x)
+    except RuntimeError as e:
+        pytest.skip(str(e))
+    rows, width, hidden = *x.shape, 64
+    trained = [x.requires_grad_()]
+    trained += [torch.randn(s).requires_grad_() for s in ((hidden, width), (hidden,), (width, hidden), (width,))]
+    gate = torch.rand(rows, 4)
+
+    def run():
+        return F.adapter(*trained, gate=gate, impl="native")
+
+    torch.autograd.grad(run(), trained, torch.ones_like(x))  # code is memory too, once
+    held: list = []
+    y, z, slack = rows * width * 4, rows * hidden * 4, 2**21
+    assert _peak_of_process(lambda: held.append(run())) <= y + z + z + slack
+    grad = torch.ones_like(x)
+    assert _peak_of_process(lambda: held.append(torch.autograd.grad(held[0], trained, grad))) <= y + z + slack
+    with torch.no_grad():
+        assert _peak_of_process(lambda: held.append(run())) <= y + z + slack
+    hungry = _peak_of_process(lambda: torch.nn.functional.gelu(x @ trained[1].t()) * 2.0)
+    assert hungry > 2 * z, "a form with temporaries is seen"
+
+
+# -- the kernels' host code --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def card():
+    pytest.importorskip("triton")
+    pytest.importorskip("timm")
+    from benchmarks.launches import HOPPER, Ledger, on_a_card
+
+    with on_a_card(HOPPER), Ledger(forms_only=True):  # a CPU's products pack their operands, a card's do not
+        yield HOPPER
+
+
+def _partials(card, columns: int, rank: int, read: int) -> int:
+    """Bytes of the first stage's sums of a (columns, rank) gradient, at most, made from ``read`` bytes."""
+    return max(read // 8, card.processors * 128 * rank * 4) + columns * rank * 4
+
+
+CARD = {
+    "one pass over dy": {"rank": 16, "out": 768, "folds": 1},
+    "qkv": {"rank": 16, "out": 2304, "folds": 3},
+    "qkv, dropout": {"rank": 16, "out": 2304, "folds": 3, "dropout": 0.1},
+    "lora": {"rank": 16, "out": 768, "folds": 1, "gain": False},
+    "wide rank": {"rank": 64, "out": 768, "folds": 1},
+    "q, k, v": {"rank": 64, "out": 2304, "folds": 3, "weights": 3},
+    "library's product": {"rank": 64, "out": 4096, "inner": 4096, "folds": 1, "rows": 4096},
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        *((form, torch.bfloat16) for form in CARD),
+        *((form, torch.float16) for form in ("qkv, dropout", "wide rank")),
+        *((form, torch.float32) for form in ("one pass over dy", "wide rank")),
+    ],
+)
+def test_cp_linear_on_a_card_adds_nothing_as_large_as_y(form, dtype, card):
+    sizes = {"rows": 16384, "inner": 768} | CARD[form]
+    rows, inner, out, rank = (sizes[n] for n in ("rows", "inner", "out", "rank"))
+    b, weights = dtype.itemsize, sizes.get("weights", 1)
+    trained, run = _cp(**sizes, dtype=dtype)
+    low = rows * rank * (4 if dtype == torch.float16 else b)
+    folded = out * rank * b
+    (others, peak), (after, peak_after) = _both(lambda: run("triton"), trained, rows * out * b, [low])
+    assert max(others, default=0) <= folded + SMALL
+    assert peak <= 2 * folded + SMALL
+    given = rows * out * b * (weights > 1)  # autograd's split puts the incoming gradients together
+    parts = [_partials(card, out, rank, rows * out * b), _partials(card, inner, rank, rows * inner * b)]
+    if rank <= 32 and dtype != torch.float32:  # a sum of each 128 rows: rank / 64 of dy in half precision
+        parts[0] = max(parts[0], rows // 128 * out * rank * 4)
+    after = [size for size in after if not given or size < given]
+    assert max(after) <= max(low, *parts) + SMALL
+    assert peak_after <= given + low + sum(parts) + 2 * out * rank * 4 + SMALL
+
+
+@pytest.mark.parametrize("rows", [64, 16384])
+@pytest.mark.parametrize("weights", [1, 3])
+def test_every_form_of_cp_linear_adds_nothing_as_large_as_y(weights, rows, card, monkeypatch):
+    """Whatever the plan chooses: each form in turn, forward and backward."""
+    from fastgist_kernels import cp_linear, cp_linear_bwd
+    from fastgist_kernels.cp_linear_forms import FORMS, can
+
+    inner, out, rank = 768, 2304, 16
+    trained, run = _cp(rows, inner, out, rank, 3, torch.bfloat16, weights=weights)
+    x, pieces = trained[0].detach(), [torch.empty(out // weights, inner, dtype=torch.bfloat16)] * weights
+    low, folded = rows * rank * 2, out * rank * 2
+    seen = set()
+    for form in FORMS:
+        for forward, module in ((True, cp_linear), (False, cp_linear_bwd)):
+            operand = x if forward else torch.empty(rows, out, dtype=torch.bfloat16)
+            if not can(form, operand, pieces, rank, False, forward=forward):
+                continue
+            monkeypatch.setattr(module, "cp_linear_form", lambda *a, form=form, **k: form)
+            (others, peak), (after, peak_after) = _both(lambda: run("triton"), trained, rows * out * 2, [low])
+            if forward:  # few rows: sums of ranges of K, in float32, beside a y of few rows
+                parts = card.processors * 4 * 64 * 64 * 4 if form == "few" else 0
+                augmented = 2 * (low + folded) if form == "blas" and weights > 1 else 0  # the biases as one more rank
+                assert max(others, default=0) <= max(low, folded, parts, augmented) + SMALL, form
+                assert peak <= low + 3 * folded + parts + 2 * augmented + SMALL, form
+            else:
+                parts = [_partials(card, n, rank, rows * n * 2) for n in (out, inner)]
+                parts[0] = max(parts[0], rows // 128 * out * rank * 4)
+                given = rows * out * 2 * (weights > 1)
+                assert max(s for s in after if not given or s < given) <= max(low, folded, *parts) + SMALL, form
+                assert peak_after <= given + low + sum(parts) + 4 * out * rank * 4 + SMALL, form
+            seen.add((form, forward))
+    assert {("fused", True), ("started", True), ("blas", True), ("started", False), ("blas", False)} <= seen
+    assert (("few", True) in seen) == (rows == 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("hidden", "experts"), [(4, None), (8, None), (48, 6), (64, None), (256, None)])
+def test_adapter_on_a_card_adds_numbers_of_the_bottleneck_and_partial_sums(hidden, experts, dtype, card):
+    rows, width, b = 16384, 768, dtype.itemsize
+    shapes = [(rows, width), (hidden, width), (hidden,), (width, hidden), (width,)]
+    shapes += [(rows, experts)] if experts else []
+    trained = [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
+
+    def run():
+        return F.adapter(*trained[:5], gate=trained[5] if experts else None, impl="triton")
+
+    low = rows * hidden * b
+    chunked = rows * width * 4 * (dtype == torch.float32 and hidden > 64)  # hidden units in parts, collected in float32
+    kept = [low] if hidden > 64 else []
+    (others, peak), (after, peak_after) = _both(run, trained, rows * width * b, kept)
+    assert max(others, default=0) <= chunked + SMALL
+    assert peak <= chunked + SMALL
+    part = max(_partials(card, width, hidden, rows * width * b), 2 * card.processors * 2 * width * 9 * 4)
+    assert max(after) <= max(low, part, chunked) + SMALL
+    gates = 3 * rows * (experts or 0) * 4
+    assert peak_after <= 2 * low + part + chunked + gates + 2 * width * hidden * 4 + rows // 16 * (width + hidden) * 4
