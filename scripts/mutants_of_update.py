@@ -86,14 +86,14 @@ CP_UPDATE = [
         "cp_update",
         (
             "h's gradient left out where U alone is trained",
-            "    need_grad_h = need_grad_h or grad_u is not None\n",
-            "    need_grad_h = need_grad_h\n",
+            "    if grad_h is None and (need_grad_h or grad_u is not None):",
+            "    if grad_h is None and need_grad_h:",
             "dU = x^T dL/dh",
         ),
         (
             "dropout left out of dL/dh",
-            "    elif need_grad_h:\n        project(grad, v, gain, seed, scale, dropout_p, tf32, grad_h)",
-            "    elif need_grad_h:\n        project(grad, v, gain, None, scale, dropout_p, tf32, grad_h)",
+            "        else:\n            project(grad, v, gain, seed, scale, dropout_p, tf32, grad_h)",
+            "        else:\n            project(grad, v, gain, None, scale, dropout_p, tf32, grad_h)",
             "the mask of the forward, where no one pass is taken",
         ),
         file="cp_linear_bwd",
