@@ -302,3 +302,25 @@ def test_adapter_on_a_card_adds_numbers_of_the_bottleneck_and_partial_sums(hidde
     assert max(after) <= max(low, part, chunked) + SMALL
     gates = 3 * rows * (experts or 0) * 4
     assert peak_after <= 2 * low + part + chunked + gates + 2 * width * hidden * 4 + rows // 16 * (width + hidden) * 4
+
+
+def _update_in_place(impl: str, rows: int, dtype: torch.dtype) -> tuple[list[int], int]:
+    """What cp_update allocates when it writes over y, and its peak."""
+    y, x, u, v = (torch.randn(s).to(dtype) for s in ((rows, 768), (rows, 512), (512, 16), (768, 16)))
+    factors = [t.requires_grad_() for t in (u, v)]
+    F.cp_update(y.clone(), x, *factors, inplace=True, impl=impl)
+    return temporaries(lambda: F.cp_update(y, x, *factors, inplace=True, impl=impl), [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_update_in_place_allocates_h_alone_in_plain_pytorch(dtype):
+    others, peak = _update_in_place("reference", 2000, dtype)
+    assert max(others) <= 2000 * 16 * dtype.itemsize + SMALL
+    assert peak <= 2 * 2000 * 16 * dtype.itemsize + SMALL
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_in_place_allocates_h_alone_on_a_card(dtype, card):
+    others, peak = _update_in_place("triton", 16384, dtype)
+    assert max(others) <= 16384 * 16 * dtype.itemsize + SMALL
+    assert peak <= 2 * 16384 * 16 * dtype.itemsize + SMALL
