@@ -33,6 +33,7 @@ import triton.language as tl
 
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, device_arch, dot, launch, launch_config
+from fastgist_kernels.cp_linear_forms import aligned
 from fastgist_kernels.cp_linear_parts import (
     Group,
     column_tiles,
@@ -265,7 +266,8 @@ def _partial(
     config = few_config(x, out, rank, tf32)
     k_per_split = config.pop("k_per_split")
     splits = cdiv(inner, k_per_split)
-    block_r = rank_block(rank, 16 if device_arch(x.device) == "interpret" else 64)
+    few_ranks = device_arch(x.device) == "interpret" or (u is not None and not aligned(u))  # through registers: they spill
+    block_r = rank_block(rank, 16 if few_ranks else 64)
     part = torch.empty(splits, rows, out, dtype=torch.float32, device=x.device)
     low = None if u is None else torch.empty(splits, rows, rank, dtype=torch.float32, device=x.device)
     rank_tiles = 0 if u is None else cdiv(rank, block_r)
@@ -343,17 +345,18 @@ _ALIGNED = ("N", "n0", "n1", "n2", "K", "R", "fold_n", "k_per_split")
 def _specs() -> list[Spec]:
     out = []
     unit = {"stride_xk": 1, "stride_wk": 1, "stride_ur": 1}
-    # (dtype, precision, rows, columns, K of a tile, rank tile, weights, K a multiple of the tile)
-    for dtype, precision, block_m, block_n, block_k, rank, pieces, even in (
-        ("bf16", "ieee", 16, 32, 64, 16, 1, True),
-        ("bf16", "ieee", 16, 128, 64, 16, 1, True),
-        ("bf16", "ieee", 16, 64, 64, 64, 3, True),
-        ("bf16", "ieee", 64, 128, 64, 64, 3, True),
-        ("bf16", "ieee", 32, 128, 64, 64, 1, False),
-        ("fp16", "tf32", 32, 64, 64, 16, 1, True),
-        ("fp32", "tf32", 64, 128, 32, 64, 3, True),
-        ("fp32", "ieee", 64, 64, 32, 64, 1, True),
-        ("fp32", "ieee", 16, 32, 32, 16, 1, True),
+    # (dtype, precision, rows, columns, K of a tile, rank tile, weights, K a multiple of the tile, u of rows that 16 divides)
+    for dtype, precision, block_m, block_n, block_k, rank, pieces, even, whole in (
+        ("bf16", "ieee", 16, 32, 64, 16, 1, True, True),
+        ("bf16", "ieee", 16, 128, 64, 16, 1, True, True),
+        ("bf16", "ieee", 16, 64, 64, 64, 3, True, True),
+        ("bf16", "ieee", 16, 64, 64, 16, 3, True, False),
+        ("bf16", "ieee", 64, 128, 64, 64, 3, True, True),
+        ("bf16", "ieee", 32, 128, 64, 64, 1, False, True),
+        ("fp16", "tf32", 32, 64, 64, 16, 1, True, True),
+        ("fp32", "tf32", 64, 128, 32, 64, 3, True, True),
+        ("fp32", "ieee", 64, 64, 32, 64, 1, True, True),
+        ("fp32", "ieee", 16, 32, 32, 16, 1, True, True),
     ):
         constexprs: dict[str, object] = unit | {"PIECES": pieces, "EVEN_K": even, "PRECISION": precision}
         constexprs |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": rank}
@@ -364,13 +367,15 @@ def _specs() -> list[Spec]:
             Spec(
                 _cp_linear_few_kernel,
                 f"{dtype}_{precision}_m{block_m}_n{block_n}_r{rank}{f'_{pieces}_weights' if pieces > 1 else ''}"
-                + ("" if even else "_ragged"),
+                + ("" if even else "_ragged")
+                + ("" if whole else "_ragged_u"),
                 types,
                 constexprs,
                 num_warps=8 if dtype == "fp32" and precision == "ieee" and block_m > 16 else 4,
                 num_stages=4,
                 matrix=block_m == 64 and (dtype == "bf16" or precision == "tf32"),
                 aligned=_ALIGNED,
+                unaligned=() if whole else ("u_ptr", "stride_uk"),
             )
         )
     unit = {"stride_bias": 1, "stride_vr": 1, "stride_gr": 1}
