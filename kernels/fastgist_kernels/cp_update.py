@@ -154,7 +154,7 @@ _TILES = {
     "few": (16, 64, 64, 4, 4),
     "ragged": (64, 64, 32, 8, 3),
     "tf32": (64, 64, 32, 8, 3),
-    "ieee": (32, 32, 32, 4, 2),
+    "ieee": (32, 32, 32, 8, 2),
 }
 
 
@@ -167,7 +167,8 @@ def _is_aligned(t: torch.Tensor) -> bool:
     return t.data_ptr() % 16 == 0 and all(s == 1 or s % 16 == 0 for s in t.stride())
 
 
-def _config(out: torch.Tensor, x: torch.Tensor | None, rank: int, tf32: bool) -> dict[str, int]:
+def _config(out: torch.Tensor, others: tuple[torch.Tensor | None, ...], rank: int, tf32: bool) -> dict[str, int]:
+    """``others``: y, x, u and v. Loads that are not of 16 bytes take registers for their addresses and masks."""
     arch = device_arch(out.device)
     if arch == "interpret":
         return {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16}
@@ -177,7 +178,7 @@ def _config(out: torch.Tensor, x: torch.Tensor | None, rank: int, tf32: bool) ->
     elif rows <= 32:
         kind = "few"
     else:
-        kind = "half" if x is None or _is_aligned(x) else "ragged"
+        kind = "half" if all(t is None or _is_aligned(t) for t in (out, *others)) else "ragged"
     default = dict(zip(_TILE_NAMES, _TILES[kind], strict=True))
     shape = f"m{next_power_of_2(rows)}_n{next_power_of_2(columns)}_r{next_power_of_2(rank)}"
     return default | launch_config("cp_update_fwd", arch, shape)
@@ -189,7 +190,7 @@ def _update(y, x, u, v, gain, seed, h, scale, dropout_p, tf32, out) -> None:
     rows, columns = out.shape
     fold_n, rank = v.shape
     fused = x is not None
-    config = _config(out, x, rank, tf32)
+    config = _config(out, (y, x, u, v), rank, tf32)
     most = 16 if device_arch(out.device) == "interpret" and not fused else _most_fused_rank(out.dtype, tf32)
     tiles = (columns // fold_n) * cdiv(fold_n, config["BLOCK_N"])
     wanted = processors(out.device) * (1 if fused else 4)
@@ -272,7 +273,9 @@ def _specs() -> list[Spec]:
         ("bf16", "fp32", "ieee", "half", 64, True, True),
         ("bf16", "bf16", "ieee", "half", 64, False, True),
         ("bf16", "fp32", "ieee", "few", 16, True, True),
+        ("bf16", "fp32", "ieee", "ragged", 16, True, False),
         ("bf16", "fp32", "ieee", "ragged", 64, True, False),
+        ("bf16", "fp32", "ieee", "ragged", 64, False, True),
         ("fp16", "fp32", "tf32", "half", 64, True, True),
         ("fp16", "fp32", "tf32", "half", 64, False, True),
         ("fp16", "fp16", "tf32", "ragged", 64, True, False),
