@@ -66,6 +66,7 @@ SPACES: dict[str, dict[str, tuple[int, ...]]] = {
     "cp_linear_few": {"BLOCK_N": (32, 64, 128), "BLOCK_K": (32, 64, 128), "num_warps": (4,), "num_stages": (3, 4, 5)},
     "cp_linear_tma": {"BLOCK_M": (64, 128), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64, 128), "GROUP_M": (8,)}
     | _TILE,
+    "cp_update_fwd": {"BLOCK_M": (32, 64, 128), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64, 128)} | _TILE,
     "adapter_fwd": _ADAPTER,
     "adapter_bwd": _ADAPTER,
     "gelu_fwd": _FLAT,
