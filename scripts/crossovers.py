@@ -221,14 +221,15 @@ def cpu_page() -> str:
         "## On a CPU: measured",
         "",
         "Time of the factored form over the merged one (above 1: merging is faster), medians over pairs taken in turn;",
-        "**bold** where `merge_pays` (fastgist/reference/cp_linear.py) merges. float32, one thread. The machine did other",
-        "work meanwhile: the ratio of a pair counts, not its milliseconds.",
+        "**bold** where `merge_pays` (fastgist/reference/cp_linear.py) merges. float32, one thread, its processor time. The",
+        "machine did other work meanwhile: the ratio of a pair counts, not its milliseconds.",
         "",
     ]
     for environment, grid, benchmark in measured_on_cpus():
         versions = environment["versions"]
         lines += [f"{environment['device']}, torch {versions['torch']}, {environment['date']}:", "", *_on_cpu(grid)]
-        lines += ["The benchmark's cases, forward and backward, ours in either form and the eager ones:", ""]
+        lines += ["The benchmark's cases, forward and backward, ours in either form and the eager ones. At M = 1 the"]
+        lines += ["products are eager's; what ours takes beside them is the operation's Python:", ""]
         lines += [*_of_cpu_cases(benchmark), ""]
     return "\n".join(lines).rstrip() + "\n"
 
