@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks.cases import CASES  # noqa: E402
+from benchmarks.cases import square  # noqa: E402
 from fastgist.reference.cp_linear import merge_pays  # noqa: E402
 from fastgist_kernels import cp_linear_cost as model  # noqa: E402
 from fastgist_kernels import cp_linear_plan as plan  # noqa: E402
@@ -38,7 +38,7 @@ def record() -> dict[str, object]:
     """Predicted seconds of each form, of the eager forms and the floor, for the benchmark's shapes."""
     card = model.card_of(*CARD)
     rows = []
-    for case in CASES["cp_linear", "cuda"]:
+    for case in square("cuda"):
         s = model.Sizes(case["M"], case["d"], case["d"], case["R"], 1, str(case.dtype).removeprefix("torch."))
         for direction in DIRECTIONS:
             forward = direction == "fwd"

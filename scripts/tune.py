@@ -280,12 +280,12 @@ def _forms_of_all(overrides: Overrides, deadline: float, args: argparse.Namespac
     """Write the table's entries and, under ``args.out``, cp_linear_forms.json."""
     import torch
 
-    from benchmarks.cases import CASES
+    from benchmarks.cases import square
     from fastgist_kernels import common
 
     device = torch.device("cuda", torch.cuda.current_device())
     rows: list[dict[str, object]] = []
-    for case in CASES["cp_linear", "cuda"]:
+    for case in square("cuda"):
         if time.monotonic() < deadline:
             rows += measure_forms(case, form_timer(case, device, overrides))
     arch = common.device_arch(device)

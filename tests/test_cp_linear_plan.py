@@ -98,10 +98,10 @@ def _wrong(row: dict, chosen: str) -> str | None:
 
 
 def test_every_shape_of_the_benchmark_is_recorded():
-    from benchmarks.cases import CASES
+    from benchmarks.cases import square
 
     recorded = {(row["case"], row["direction"]) for row in _recorded()}
-    assert recorded >= {(case.name, d) for case in CASES["cp_linear", "cuda"] for d in ("fwd", "bwd")}
+    assert recorded >= {(case.name, d) for case in square("cuda") for d in ("fwd", "bwd")}
     assert {row["source"] for row in _recorded()} <= {"predicted", "measured"}
     assert all(row["source"] == "predicted" for row in _predicted_rows()), "no clock has made that file"
 
@@ -381,11 +381,11 @@ def _merges(row: dict) -> bool:
 
 
 def test_a_cpu_was_measured_with_both_forms_and_the_eager_ones():
-    from benchmarks.cases import CASES
+    from benchmarks.cases import square
 
     assert _cpu_records()
     for record in _cpu_records():
-        assert [row["case"] for row in record["benchmark"]] == [case.name for case in CASES["cp_linear", "cpu"]]
+        assert [row["case"] for row in record["benchmark"]] == [case.name for case in square("cpu")]
         assert all(
             set(row["seconds"]) == {"merged", "factored", "eager factored", "eager dense"}
             for row in record["benchmark"]
