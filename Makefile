@@ -172,6 +172,7 @@ bench: setup ## benchmarks on this machine's devices (pytest-benchmark)
 
 plot: setup ## the figures, from the committed results
 	@$(PY) benchmarks/plot.py $(ARGS)
+	$(PY) scripts/crossovers.py
 
 aot: setup ## compile every kernel for sm_80, sm_90 and sm_100 and check what came out
 	@$(PY) -m pytest tests/aot $(ARGS)

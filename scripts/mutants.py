@@ -37,11 +37,12 @@ from mutant_list import Mutant
 from mutants_of_layers import LAYERS
 from mutants_of_losses import LOSSES
 from mutants_of_petal import PETAL
+from mutants_of_plan import PLAN
 from mutants_of_topk import TOPK_KL
 from mutants_of_update import CP_UPDATE
 
 T = TypeVar("T")
-MUTANTS: list[Mutant] = [*LOSSES, *TOPK_KL, *LAYERS, *CP_UPDATE, *PETAL]
+MUTANTS: list[Mutant] = [*LOSSES, *TOPK_KL, *LAYERS, *PLAN, *CP_UPDATE, *PETAL]
 ROOT = Path(__file__).resolve().parents[1]
 #: What a copy needs: sources, tests, and the extension where it is built.
 COPIED = ("fastgist", "kernels", "tests", "csrc", "benchmarks", "pyproject.toml")

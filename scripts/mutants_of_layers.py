@@ -3,92 +3,11 @@
 from __future__ import annotations
 
 from mutant_list import kernel, reference
+from mutants_of_cp_linear import CP_LINEAR_FORMS
 
 __all__ = ["LAYERS"]
 
 CP_LINEAR = [
-    *kernel(
-        "cp_linear",
-        ("dropout not rescaled", "tl.where(keep, h * inv_keep, 0.0)", "tl.where(keep, h, 0.0)", "inverted dropout"),
-        (
-            "dropout mask inverted",
-            "return tl.where(keep, h * inv_keep, 0.0)",
-            "return tl.where(keep, 0.0, h * inv_keep)",
-            "which are kept",
-        ),
-        (
-            "no rank mask",
-            "mask_r = offs_r < R\n    x_ptrs",
-            "mask_r = offs_r < BLOCK_R\n    x_ptrs",
-            "ranks that are no power of two",
-        ),
-        (
-            "no inner mask",
-            "mask_k = offs_k < K - first_k",
-            "mask_k = offs_k < BLOCK_K",
-            "K that is no multiple of the tile",
-        ),
-        (
-            "fold's columns from the first fold",
-            "offs_n = fold * fold_n + offs_j",
-            "offs_n = offs_j",
-            "folds stand side by side",
-        ),
-        (
-            "one gain for all folds, started",
-            "gain = tl.load(gain_ptr + fold * stride_gg + offs_q * stride_gr, mask=mask_q, other=0.0)",
-            "gain = tl.load(gain_ptr + offs_q * stride_gr, mask=mask_q, other=0.0)",
-            "a row of gain for each fold",
-        ),
-        (
-            "scale left out of the fused update",
-            "        h = h * scale\n        if HAS_GAIN:\n",
-            "        if HAS_GAIN:\n",
-            "scale",
-        ),
-        (
-            "bias left out",
-            "        acc += bias.to(tl.float32)[None, :]\n",
-            "        acc += 0.0 * bias.to(tl.float32)[None, :]\n",
-            "the base layer's bias",
-        ),
-        (
-            "strides of u swapped",
-            "u_ptrs = u_ptr + offs_r[None, :] * stride_ur + offs_k[:, None] * stride_uk",
-            "u_ptrs = u_ptr + offs_r[None, :] * stride_uk + offs_k[:, None] * stride_ur",
-            "u of any layout",
-        ),
-        (
-            "strides of v swapped, fused",
-            "v_ptrs = v_ptr + offs_r[:, None] * stride_vr + offs_j[None, :] * stride_vn",
-            "v_ptrs = v_ptr + offs_r[:, None] * stride_vn + offs_j[None, :] * stride_vr",
-            "v of any layout",
-        ),
-        (
-            "h is not stored for the backward",
-            "STORE_H=fused and h is not None",
-            "STORE_H=False",
-            "the backward reads h",
-        ),
-        (
-            "projection forgets the fold",
-            "(first_n + offs_c)[None, :] * stride_an",
-            "offs_c[None, :] * stride_an",
-            "dL/dh sums over the folds",
-        ),
-        (
-            "projection forgets the scale",
-            "    h = h * scale\n    if HAS_DROPOUT:",
-            "    if HAS_DROPOUT:",
-            "scale in dL/dh",
-        ),
-        (
-            "dropout counts from 0 in each rank block",
-            "h = dropped(h, seed_ptr, offs_m, first_r, R,",
-            "h = dropped(h, seed_ptr, offs_m, 0, R,",
-            "the mask belongs to the rank",
-        ),
-    ),
     *kernel(
         "cp_linear",
         (
@@ -189,9 +108,27 @@ CP_LINEAR = [
         "cp_linear",
         (
             "update not scaled",
-            "out.addmm_(h, folded.transpose(0, 1), alpha=scale)",
-            "out.addmm_(h, folded.transpose(0, 1))",
+            "out.addmm_(h, _folded_v(own_v, own_gain, folds).transpose(0, 1), alpha=scale)",
+            "out.addmm_(h, _folded_v(own_v, own_gain, folds).transpose(0, 1))",
             "scale",
+        ),
+        (
+            "few rows without their gain",
+            "out.addmm_(h * own_gain, own_v",
+            "out.addmm_(h, own_v",
+            "the gain goes to the side with fewer rows, not away",
+        ),
+        (
+            "few rows: gain left out of dV",
+            "_scaled(h * gain, scale)",
+            "_scaled(h.clone(), scale)",
+            "dV = dy^T (h * gain)",
+        ),
+        (
+            "few rows: the gain's gradient behind the gain",
+            "(low * h).sum(0, keepdim=True)",
+            "(grad_h * h).sum(0, keepdim=True)",
+            "dgain = sum of (dy V) * h",
         ),
         (
             "merged update not scaled",
@@ -220,8 +157,8 @@ CP_LINEAR = [
         ("dgain without V", "by_fold = (outer * accumulate(v)).sum(1)", "by_fold = outer.sum(1)", "colsum(P * V)"),
         (
             "half merges its weight",
-            "seed is not None or a.dtype not in (torch.float32, torch.float64) or",
-            "seed is not None or",
+            "    if seed is not None or a.dtype not in (torch.float32, torch.float64):\n",
+            "    if seed is not None:\n",
             "small updates vanish in bfloat16",
         ),
     ),
@@ -524,4 +461,4 @@ GELU = [
     ),
 ]
 
-LAYERS = [*CP_LINEAR, *ADAPTER, *GELU]
+LAYERS = [*CP_LINEAR_FORMS, *CP_LINEAR, *ADAPTER, *GELU]

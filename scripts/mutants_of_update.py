@@ -85,9 +85,9 @@ CP_UPDATE = [
     *kernel(
         "cp_update",
         (
-            "h's gradient left out where U alone is trained",
-            "    need_grad_h = need_grad_h or grad_u is not None\n",
-            "    need_grad_h = need_grad_h\n",
+            "h's gradient left out where U is trained",
+            "    need_grad_h = grad_h is not None and not known\n",
+            "    need_grad_h = grad_h is not None and not known and grad_u is None\n",
             "dU = x^T dL/dh",
         ),
         (

@@ -2,11 +2,15 @@
 """Measures launch parameters on this GPU and writes them to kernels/fastgist_kernels/launch_tables.json.
 
     python scripts/tune.py --op bidirectional_kl          tune what its benchmark cases launch
-    python scripts/tune.py --minutes 9 --out results/     stop in time; the measurements go to results/tuning-<op>.json
+    python scripts/tune.py --minutes 9 --out results/     stop in time; the measurements go to results/tuning.json
+    python scripts/tune.py --op cp_linear                 first every form of cp_linear at every shape of its benchmark
 
 For each case of benchmarks/cases.py it notes which entries of the table the kernels ask for, then tries candidates for
 one entry after the other: a candidate must pass the parity check, and replaces the default only if it is faster by more
 than the spread between two timings of the default. Entries of other architectures and shapes are kept.
+
+The forms of cp_linear, forward and backward, are timed beside the eager ones; the fastest that is right becomes the table's
+entry, and all times go to cp_linear_forms.json under --out, which is committed as benchmarks/results/<gpu>/.
 """
 
 from __future__ import annotations
@@ -54,10 +58,14 @@ SPACES: dict[str, dict[str, tuple[int, ...]]] = {
     "topk_kl_fwd": {name: values for name, values in _ROWS.items() if name != "BLOCK_M"},
     "topk_kl_bwd_rest": _ROWS,
     "outer_partial": {"BLOCK_M": (32, 64, 128), "BLOCK_C": (64, 128, 256)} | _TILE,
-    "cp_linear_form": {"form": (0, 1, 2)},
+    "cp_linear_form": {"form": (0, 1, 2, 3, 4, 5)},  # positions in cp_linear_forms.FORMS
+    "cp_linear_one_pass": {"one_pass": (0, 1)},
     "cp_linear_fwd": {"BLOCK_M": (64, 128), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64, 128), "GROUP_M": (8,)}
     | _TILE,
     "cp_linear_project": {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128)} | _TILE,
+    "cp_linear_few": {"BLOCK_N": (32, 64, 128), "BLOCK_K": (32, 64, 128), "num_warps": (4,), "num_stages": (3, 4, 5)},
+    "cp_linear_tma": {"BLOCK_M": (64, 128), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64, 128), "GROUP_M": (8,)}
+    | _TILE,
     "adapter_fwd": _ADAPTER,
     "adapter_bwd": _ADAPTER,
     "gelu_fwd": _FLAT,
@@ -125,6 +133,10 @@ class Overrides:
             if hasattr(module, "launch_config"):
                 module.launch_config = self
 
+    def forget(self) -> None:
+        """Read the table again."""
+        self._table.cache_clear()
+
     def __call__(self, kernel: str, arch: str, shape_class: str) -> Config:
         key = kernel, arch, shape_class
         self.asked.add(key)
@@ -169,6 +181,86 @@ def tune_case(op: str, case, device, overrides: Overrides, deadline: float, limi
             yield Trial(*key, case.id, chosen[0], chosen[1], "kept")
 
 
+# -- the forms of cp_linear --------------------------------------------------------------------------------------------
+
+#: How a form is timed: (name, direction) -> (seconds, spread of a timing), or None where it cannot run or is wrong there.
+#: Names are the forms and "eager <peer>".
+Timer = Callable[[str, str], tuple[float, float] | None]
+#: The eager forms' providers in benchmarks/peers.py.
+EAGER = {"factored": "factored", "dense": "dense delta"}
+
+
+def measure_forms(case, timer: Timer) -> list[dict[str, object]]:
+    """Rows of cp_linear_forms.json for ``case``: seconds of each form that is right, forward and backward."""
+    from fastgist_kernels.cp_linear_forms import FORMS
+
+    rows: list[dict[str, object]] = []
+    for direction in ("fwd", "bwd"):
+        times = {form: timer(form, direction) for form in FORMS}
+        eager = {name: timer(f"eager {name}", direction) for name in EAGER}
+        found = {form: t for form, t in times.items() if t is not None}
+        if not found:
+            continue
+        row: dict[str, object] = {"case": case.name, "direction": direction, **dict(case.sizes)}
+        row |= {"dtype": str(case.dtype).removeprefix("torch."), "source": "measured"}
+        row["spread"] = max(spread / seconds for seconds, spread in found.values())
+        row["forms"] = {form: seconds for form, (seconds, _) in found.items()}
+        row["eager"] = {name: t[0] for name, t in eager.items() if t is not None}
+        rows.append(row)
+    return rows
+
+
+def form_entries(rows: list[dict], arch: str) -> dict[Key, Config]:
+    """The launch table's entries: the fastest form of each row."""
+    from fastgist_kernels.cp_linear_cost import Sizes
+    from fastgist_kernels.cp_linear_forms import FORMS
+    from fastgist_kernels.cp_linear_plan import form_class
+
+    found: dict[Key, Config] = {}
+    for row in rows:
+        sizes = Sizes(row["M"], row["d"], row["d"], row["R"], 1, row["dtype"])
+        fastest = min(row["forms"], key=row["forms"].__getitem__)
+        found["cp_linear_form", arch, form_class(sizes, row["direction"] == "fwd")] = {"form": FORMS.index(fastest)}
+    return found
+
+
+def form_timer(case, device, overrides: Overrides) -> Timer:
+    """Times on this card, as a graph's replay, each form behind its parity check."""
+    from benchmarks import harness
+    from benchmarks.peers import PEERS
+    from fastgist_kernels import cp_linear_plan as plan
+    from fastgist_kernels.cp_linear_cost import Sizes
+    from fastgist_kernels.cp_linear_forms import FORMS
+
+    problem = harness.make_problem("cp_linear", case, device)
+    x, weight, rank = problem.tensors["x"], problem.tensors["weight"], case["R"]
+    sizes = Sizes(case["M"], case["d"], case["d"], rank, 1, str(case.dtype).removeprefix("torch."))
+    clock = harness.Clock(device)
+
+    def timer(name: str, direction: str) -> tuple[float, float] | None:
+        eager = name.removeprefix("eager ")
+        provider = PEERS["cp_linear"][EAGER.get(eager, "fastgist triton")](problem.tensors)
+        forward = direction == "fwd"
+        if name in FORMS:
+            if not plan.can(name, x, [weight], rank, False, forward=forward):
+                return None
+            key = "cp_linear_form", plan.device_arch(device), plan.form_class(sizes, forward)
+            overrides.active[key] = {"form": FORMS.index(name)}
+        try:
+            step = harness.make_step(problem, provider, direction)
+            check = functools.partial(harness.parity, problem, provider) if name in FORMS else lambda: None
+            seconds, verdict = _try(check, lambda: min(harness.graph_replay(step, clock) or 1e9 for _ in range(2)))
+            again = harness.graph_replay(step, clock) if seconds is not None else None
+        finally:
+            overrides.active.clear()
+        if seconds is None or again is None or seconds > 1e8:
+            print(f"{case.id} {direction} {name}: {verdict}", file=sys.stderr)
+            return None
+        return seconds, abs(again - seconds)
+
+    return timer
+
+
 def _try(check: Callable[[], str | None], measure: Callable[[], float]) -> tuple[float | None, str]:
     import torch
     from triton.runtime.errors import OutOfResources
@@ -181,6 +273,28 @@ def _try(check: Callable[[], str | None], measure: Callable[[], float]) -> tuple
         return None, f"does not fit: {e}"
     except Exception as e:  # a candidate that the compiler refuses is one that does not count, not the end of tuning
         return None, f"fails: {type(e).__name__}: {e}"
+
+
+def _forms_of_all(overrides: Overrides, deadline: float, args: argparse.Namespace) -> None:
+    """Write the table's entries and, under ``args.out``, cp_linear_forms.json."""
+    import torch
+
+    from benchmarks.cases import CASES
+    from fastgist_kernels import common
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    rows: list[dict[str, object]] = []
+    for case in CASES["cp_linear", "cuda"]:
+        if time.monotonic() < deadline:
+            rows += measure_forms(case, form_timer(case, device, overrides))
+    arch = common.device_arch(device)
+    write_table(form_entries(rows, arch), args.table)
+    common._tables.cache_clear()  # what is tuned next runs in the forms just found
+    overrides.forget()
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        found = {"device": torch.cuda.get_device_name(device), "arch": arch, "rows": rows}
+        (args.out / "cp_linear_forms.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -211,6 +325,8 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * args.minutes
     trials: list[Trial] = []
     failures: list[str] = []
+    if "cp_linear" in ops:
+        _forms_of_all(overrides, deadline, args)
     work = [(op, case) for op in ops for case in CASES[op, "cuda"]]
     for op, case in tqdm(work, desc="cases", unit="case"):
         if time.monotonic() > deadline:

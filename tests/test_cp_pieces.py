@@ -16,7 +16,7 @@ NAMES = ("x", "u", "v", "gain")
 
 def case(rows=37, inner=40, outs=(24, 24, 48), rank=5, fold=24, dtype=torch.float32):
     """x, weights, biases, u, v, gain; ``fold`` None: v has a row for each of all rows, and there is no gain."""
-    randn = lambda *shape: (torch.randn(*shape) * shape[-1] ** -0.5).to(DEVICE, dtype)  # noqa: E731
+    randn = lambda *shape: (torch.randn(*shape) * max(shape[-1], 1) ** -0.5).to(DEVICE, dtype)  # noqa: E731
     total = sum(outs)
     v, gain = (randn(total, rank), None) if fold is None else (randn(fold, rank), randn(total // fold, rank) + 1)
     return (

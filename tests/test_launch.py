@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from fastgist_kernels import adapter_bwd_once as once
 from fastgist_kernels import common
 from fastgist_kernels.common import _specialisation, cdiv, launch, next_power_of_2
-from fastgist_kernels.cp_linear import _aligned
+from fastgist_kernels.cp_linear_forms import aligned as fetched_whole
 from fastgist_kernels.outer import _splits
 
 
@@ -44,7 +44,7 @@ def test_launches_are_told_apart_as_triton_does():
     ],
 )
 def test_what_can_be_fetched_sixteen_bytes_at_a_time(tensor, aligned):
-    assert _aligned(tensor) == aligned
+    assert fetched_whole(tensor) == aligned
 
 
 def test_rows_are_split_over_four_programs_a_processor_while_partial_sums_stay_small():

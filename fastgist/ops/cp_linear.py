@@ -26,10 +26,6 @@ _OP = "cp_linear"
 # gradient needs are None (no weights) in the backward.
 
 
-def _stacked(pieces: list[Tensor]) -> Tensor | None:
-    return None if not pieces else pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
 def _fwd(
     x: Tensor,
     weights: list[Tensor],
@@ -51,8 +47,7 @@ def _fwd(
 
     y, h = _empty_results(x, weights, u, need_h)
     tf32 = _common.tf32_allowed()
-    stacked = (_stacked(weights), _stacked(biases))  # for as long as the kernels run
-    kernels.cp_linear_fwd(x, *stacked, u, v, gain, seed, scale, dropout_p, tf32, y, h)
+    kernels.cp_linear_fwd(x, weights, biases, u, v, gain, seed, scale, dropout_p, tf32, y, h)
     return y, empty_unless(h, x)
 
 
@@ -94,7 +89,7 @@ def _bwd(
 
         grads = _empty_grads(grad, x, weights, v, gain, h, folds, wanted)
         tf32 = _common.tf32_allowed()
-        kernels.cp_linear_bwd(grad, x, _stacked(weights), u, v, gain, seed, h, folds, scale, dropout_p, tf32, *grads)
+        kernels.cp_linear_bwd(grad, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, tf32, *grads)
     else:
         grads = (None, None, None, None)
     grad_x, grad_u, grad_v, grad_gain = grads

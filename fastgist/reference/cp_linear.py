@@ -26,6 +26,7 @@ __all__ = [
     "delta_weight",
     "forward",
     "low_rank_dtype",
+    "merge_pays",
 ]
 
 
@@ -88,16 +89,37 @@ def cp_linear(
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _merged_weight(
-    a: Tensor, weight: Tensor, u: Tensor, v: Tensor, gain: Tensor | None, seed: Tensor | None, scale: float
-) -> Tensor | None:
-    """W + dW where multiplying ``a`` by the sum is cheaper than by W and a factor, else None.
+def merge_pays(rows: int, inner: int, out: int, rank: int, factor_needed: bool) -> bool:
+    """Whether (M, inner) times W + dW is faster than times W and then a low-rank update of the (M, out) result.
 
-    With ``a`` (M, inner) the sum costs N K R and two passes over W; the factor costs M R (N K / inner) and a second pass
-    over the output. In float32 and wider the sum rounds as the base product itself does; in half precision small
-    updates would vanish. Dropout acts between the factors and rules it out.
+    The sum costs R products and two passes for each of inner * out elements, the update as much for each of M * out. Where
+    nobody else asks for x U, that is spared as well: R products for each of M * inner, and a read of x that takes as long as
+    12 more. Measured (docs/crossovers.md) the two break even when both sides are equal, at every rank and width; the twentieth
+    is for the memory that W + dW takes.
     """
-    if seed is not None or a.dtype not in (torch.float32, torch.float64) or a.shape[0] < 2 * a.shape[1]:
+    alone = 0.0 if factor_needed else inner * (1.0 + 12.0 / rank)
+    return rows * (out + alone) >= 1.05 * inner * out
+
+
+def _merged_weight(
+    a: Tensor,
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor,
+    gain: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    factor_needed: bool,
+) -> Tensor | None:
+    """W + dW where multiplying ``a`` (M, inner) by the sum is cheaper than by W and a factor, else None.
+
+    In float32 and wider the sum rounds as the base product itself does; in half precision small updates would vanish.
+    Dropout acts between the factors and rules it out. ``factor_needed``: whether x U (dL/dh) is computed in any case.
+    """
+    if seed is not None or a.dtype not in (torch.float32, torch.float64):
+        return None
+    inner = a.shape[1]
+    if not merge_pays(a.shape[0], inner, sum(weight.shape) - inner, u.shape[1], factor_needed):
         return None
     folded = _folded_v(v, gain, _folds(weight, v))
     return torch.addmm(weight, folded, u.transpose(0, 1), alpha=scale)
@@ -120,6 +142,25 @@ def _pieces(
         start = rows.stop
 
 
+def _on_rows(gain: Tensor | None, folds: int, rows: int, out: int) -> bool:
+    """Whether the gain is put on x U (M, R) rather than on V (n, R): of few rows, for decoding and small batches, passes over
+    V are what is seen of the operation. More folds have a gain each."""
+    return gain is not None and folds == 1 and rows < out
+
+
+def _scaled(t: Tensor, scale: float) -> Tensor:
+    """scale * t, in place."""
+    return t if scale == 1.0 else t.mul_(scale)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b (C, R), contiguous, from a (M, C) and the narrow b (M, R). Over many rows as its transpose: at (768, 65) 1.7 ms
+    instead of 2.5; of a few rows the copy that turns it back would be most of it."""
+    if a.shape[0] <= b.shape[1]:
+        return torch.mm(a.transpose(0, 1), b)
+    return torch.mm(b.transpose(0, 1), a).transpose(0, 1).contiguous()
+
+
 @half_in_float32(narrowed=slice(0, 1))
 def forward(
     x: Tensor,
@@ -138,7 +179,7 @@ def forward(
     y = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
     h = None
     for i, (rows, weight, own_v, own_gain) in enumerate(_pieces(weights, v, gain)):
-        merged = _merged_weight(x, weight, u, own_v, own_gain, seed, scale)
+        merged = _merged_weight(x, weight, u, own_v, own_gain, seed, scale, need_h)
         used, out = weight if merged is None else merged, y[:, rows]
         if biases:
             torch.addmm(biases[i], x, used.transpose(0, 1), out=out)
@@ -146,8 +187,11 @@ def forward(
             torch.mm(x, used.transpose(0, 1), out=out)
         if merged is None:
             h = _dropped(x @ u, dropout_p, seed) if h is None else h
-            folded = _folded_v(own_v, own_gain, _folds(weight, own_v))
-            out.addmm_(h, folded.transpose(0, 1), alpha=scale)
+            folds = _folds(weight, own_v)
+            if _on_rows(own_gain, folds, x.shape[0], weight.shape[0]):
+                out.addmm_(h * own_gain, own_v.transpose(0, 1), alpha=scale)
+            else:
+                out.addmm_(h, _folded_v(own_v, own_gain, folds).transpose(0, 1), alpha=scale)
     if need_h and h is None:
         h = _dropped(x @ u, dropout_p, seed)
     return y, h
@@ -177,10 +221,13 @@ def backward(
     grad_x = grad_u = grad_v = grad_gain = grad_h = None
     if need_x:
         pieces = list(_pieces(weights, v, gain))
-        merged = [_merged_weight(grad[:, rows], w, u, own, g, seed, scale) for rows, w, own, g in pieces]
+        merged = [_merged_weight(grad[:, rows], w, u, own, g, seed, scale, need_u) for rows, w, own, g in pieces]
         whole = all(m is not None for m in merged)
-    if need_u or (need_x and not whole):
-        grad_h = torch.mm(grad, _folded_v(v, gain, folds)).mul_(scale)
+    through_h = need_u or (need_x and not whole)
+    on_rows = _on_rows(gain, folds, grad.shape[0], grad.shape[1]) and (through_h or not need_gain)
+    if through_h:
+        low = torch.mm(grad, v if on_rows else _folded_v(v, gain, folds))
+        grad_h = _scaled(low * gain if on_rows else low, scale)
         grad_h = _dropped(grad_h, dropout_p, seed)
     if need_x:
         for (rows, weight, *_), m in zip(pieces, merged, strict=True):
@@ -189,10 +236,12 @@ def backward(
         if not whole:
             grad_x.addmm_(grad_h, u.transpose(0, 1))
     if need_u:
-        grad_u = torch.mm(grad_h.transpose(0, 1), x).transpose(0, 1).contiguous()
-    if need_v or need_gain:
-        outer = accumulate(torch.mm(h.transpose(0, 1), grad)).mul_(scale).transpose(0, 1)
-        outer = outer.contiguous().view(folds, -1, h.shape[1])
+        grad_u = _outer(x, grad_h)
+    if on_rows:
+        grad_v = _outer(grad, _scaled(h * gain, scale)) if need_v else None
+        grad_gain = _scaled((low * h).sum(0, keepdim=True), scale) if need_gain else None
+    elif need_v or need_gain:
+        outer = _scaled(accumulate(_outer(grad, h)), scale).view(folds, -1, h.shape[1])
         if need_v:
             weighted = outer if gain is None else outer * accumulate(gain)[:, None]
             grad_v = weighted.sum(0).to(grad.dtype)

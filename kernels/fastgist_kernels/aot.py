@@ -25,11 +25,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-__all__ = ["ARCHITECTURES", "MODULES", "SHARED_LIMIT", "Resources", "Spec", "all_kernels", "all_specs", "compile_spec"]
+__all__ = [
+    "ARCHITECTURES",
+    "MODULES",
+    "SHARED_LIMIT",
+    "TENSOR_MEMORY_LIMIT",
+    "Resources",
+    "Spec",
+    "all_kernels",
+    "all_specs",
+    "compile_spec",
+]
 
 ARCHITECTURES = (80, 90, 100)
 #: Shared memory a block may take, bytes.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+#: Columns of Blackwell's tensor memory. A kernel that asks for more compiles to next to nothing, without an error.
+TENSOR_MEMORY_LIMIT = 512
 #: Every module beside this one that may hold kernels.
 MODULES = tuple(
     sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in {"__init__", "aot", "common"})
@@ -239,7 +251,9 @@ def _row(task: tuple[bool, int, int]) -> dict[str, Any]:
     every, index, arch = task
     spec = (every_tile if every else all_specs)()[index]
     row: dict[str, Any] = {"triton": triton.__version__, "kernel": spec.name, "arch": arch, "matrix": spec.matrix}
-    found, sass = resources(compile_spec(spec, arch))
+    compiled = compile_spec(spec, arch)
+    found, sass = resources(compiled)
+    row["tensor_memory"] = int(getattr(compiled.metadata, "tmem_size", 0) or 0)
     row |= asdict(found) | {"undefined": undefined_uniform(sass) if arch == 90 else []}  # Blackwell's reads otherwise
     if spec.wide:
         narrow = narrow_accesses(sass)

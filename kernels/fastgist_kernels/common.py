@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["INTERPRET", "LOG2E", "cdiv", "device_arch", "dot", "launch", "launch_config", "next_power_of_2"]
 
@@ -92,7 +93,7 @@ _READY: dict[tuple, _Ready] = {}
 
 def _specialisation(args: tuple) -> list:
     """What Triton distinguishes arguments by: dtypes and 16-byte alignment of pointers; of integers whether they are 1, a
-    multiple of 16, and how wide; the kind of anything else."""
+    multiple of 16, and how wide; of tensor descriptors dtype and tile; the kind of anything else."""
     found: list = []
     for a in args:
         kind = type(a)
@@ -101,6 +102,8 @@ def _specialisation(args: tuple) -> list:
         elif isinstance(a, torch.Tensor):
             found.append(a.dtype)
             found.append(a.data_ptr() & 15 == 0)
+        elif isinstance(a, TensorDescriptor):
+            found.append((a.base.dtype, *a.block_shape))
         else:
             found.append(kind)
     return found

@@ -1,9 +1,10 @@
-"""The backward of cp_linear in Triton: dL/dh and dV from dy, then dx as a matmul that starts from the update, and dU.
+"""The backward of cp_linear in Triton: dL/dh and dV from dy, dx (cp_linear_dx.py), and dU.
 
     dL/dh = drop'(scale * sum_g (dy_g V) * gain_g)      P_g = scale * dy_g^T h      dV = sum_g P_g * gain_g
     dx = dy W + dL/dh U^T      dU = x^T dL/dh           dgain_g = colsum(P_g * V): no reduction over M
 
-At small ranks one kernel takes dL/dh and P from a single read of dy; else a projection and outer.py read it once each.
+Where dx is fused, dL/dh comes out of its loop and outer.py takes P from another read of dy. Else one kernel takes dL/dh and P
+from a single read of dy at small ranks, a projection and outer.py at larger ones, and dx starts from dL/dh U^T.
 Every sum over rows is made of partial sums in float32, added in a fixed order.
 """
 
@@ -15,8 +16,10 @@ import triton.language as tl
 
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, device_arch, dot, launch
-from fastgist_kernels.cp_linear import dropout_args, dropped, gain_strides, low_rank_empty, matmul, project
-from fastgist_kernels.cp_linear_plan import cp_linear_form, family, product_precision
+from fastgist_kernels.cp_linear_dx import dx_by_blas, dx_fused, dx_started
+from fastgist_kernels.cp_linear_parts import dropout_args, dropped, folded_v, gain_strides, groups, low_rank_empty
+from fastgist_kernels.cp_linear_plan import cp_linear_form, one_pass, product_precision
+from fastgist_kernels.cp_linear_project import project
 from fastgist_kernels.outer import argument_types, low_dot, narrow, outer, outer_partials, rank_block
 
 __all__ = ["SPECS", "cp_linear_bwd", "low_rank_grads"]
@@ -152,34 +155,56 @@ def _cp_linear_bwd_reduce_kernel(
 
 
 def cp_linear_bwd(
-    grad, x, weight, u, v, gain, seed, h, folds, scale, dropout_p, tf32, grad_x, grad_u, grad_v, grad_gain
+    grad,
+    x,
+    weights,
+    u,
+    v,
+    gain,
+    seed,
+    h,
+    folds,
+    scale,
+    dropout_p,
+    tf32,
+    grad_x,
+    grad_u,
+    grad_v,
+    grad_gain,
+    form: str | None = None,
 ) -> None:
     """Write the gradients that are not None: grad_x (M, K), grad_u (K, R), grad_v (n, R), grad_gain (1 or G, R), contiguous,
-    from grad (M, N) of any strides. Inputs that none of them needs may be None."""
+    from grad (M, N) of any strides. Inputs that none of them needs may be None, or no weights. ``form``: how dx is computed,
+    one that can run here; None takes what the plan says."""
     rank = h.shape[1] if v is None else v.shape[1]
-    need_grad_h = grad_x is not None
-    grad_h = low_rank_grads(
-        grad, x, v, gain, seed, h, folds, scale, dropout_p, tf32, need_grad_h, grad_u, grad_v, grad_gain
-    )
-    if grad_x is None:
+    need_grad_h = grad_x is not None or grad_u is not None
+    grad_h = low_rank_empty(grad, rank) if need_grad_h else None
+    weights = [w for w in weights if w.shape[0]]
+    if grad_x is not None and form is None:
+        form = cp_linear_form(grad, weights, grad_x.shape[1], rank, tf32, forward=False)
+    fused = grad_x is not None and form == "fused" and len(list(groups(weights, ()))) == 1
+    if fused:
+        dx_fused(grad, weights, folded_v(v, gain, folds), u, seed, scale, dropout_p, tf32, grad_x, grad_h)
+    of_factors = (grad_u, grad_v, grad_gain)
+    low_rank_grads(grad, x, v, gain, seed, h, folds, scale, dropout_p, tf32, grad_h, *of_factors, known=fused)
+    if grad_x is None or fused:
         return
-    if cp_linear_form(grad, weight.t(), weight.shape[1], rank, tf32, forward=False) == "blas":
-        torch.mm(grad, weight, out=grad_x)
-        grad_x.addmm_(grad_h, u.t())
+    if form == "blas":
+        dx_by_blas(grad, weights, u, grad_x, grad_h)
     else:
-        matmul(grad, weight.t(), None, None, u, None, None, 1.0, 0.0, tf32, grad_x, grad_h, fused=False)
+        dx_started(grad, weights, u, tf32, grad_x, grad_h)
 
 
 def low_rank_grads(
-    grad, x, v, gain, seed, h, folds, scale, dropout_p, tf32, need_grad_h, grad_u, grad_v, grad_gain
-) -> torch.Tensor | None:
-    """Write the factors' gradients that are not None, and return dL/dh (M, R) where it is needed for them or asked for."""
-    rank = h.shape[1] if v is None else v.shape[1]
-    need_grad_h = need_grad_h or grad_u is not None
+    grad, x, v, gain, seed, h, folds, scale, dropout_p, tf32, grad_h, grad_u, grad_v, grad_gain, *, known: bool = False
+) -> None:
+    """Write dL/dh into grad_h (M, R) and the factors' gradients, of each what is not None. ``known``: grad_h holds it already.
+    grad_u is made of grad_h."""
+    need_grad_h = grad_h is not None and not known
     need_outer = grad_v is not None or grad_gain is not None
-    grad_h = low_rank_empty(grad, rank) if need_grad_h else None
+    rank = h.shape[1] if v is None else v.shape[1]
     part = None
-    if need_grad_h and need_outer and _one_pass(grad, rank):
+    if need_grad_h and need_outer and one_pass(grad, rank):
         part = _dy_pass(grad, v, gain, seed, h, scale, dropout_p, tf32, grad_h)
     elif need_grad_h:
         project(grad, v, gain, seed, scale, dropout_p, tf32, grad_h)
@@ -188,16 +213,6 @@ def low_rank_grads(
         _reduce(part, v, gain, grad.shape[1], rank, folds, scale, grad_v, grad_gain)
     if grad_u is not None:
         outer(x, grad_h, grad_u, tf32=tf32)
-    return grad_h
-
-
-def _one_pass(grad: torch.Tensor, rank: int) -> bool:
-    """Whether one kernel takes both dL/dh and dV from dy. It writes N R floats a row block (128 rows), so a second read of
-    dy is cheaper from rank 32 on; and what it writes must stay small beside dy."""
-    arch = device_arch(grad.device)
-    if arch == "interpret":
-        return rank <= 16
-    return family(arch) == "sm_90" and grad.dtype != torch.float32 and rank <= 32 and grad.shape[0] <= 32768
 
 
 def _dy_pass(grad, v, gain, seed, h, scale, dropout_p, tf32, grad_h) -> torch.Tensor:

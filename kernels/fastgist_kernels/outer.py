@@ -219,7 +219,7 @@ def outer(a, b, out, *, tf32: bool, factor: float = 1.0) -> None:
 
 # -- ahead-of-time specs ---------------------------------------------------------------------------------------------
 
-_FLOAT32 = ("part_ptr", "grad_gain_ptr", "sum_dz_ptr", "sum_dy_ptr", "gate_sum_ptr", "base_ptr")
+_FLOAT32 = ("part_ptr", "low_ptr", "grad_gain_ptr", "sum_dz_ptr", "sum_dy_ptr", "gate_sum_ptr", "base_ptr")
 _LOW_RANK = ("h_ptr", "grad_h_ptr", "z_ptr", "dz_ptr")
 _FLOATS = ("scale", "residual_scale", "inv_keep", "factor")
 

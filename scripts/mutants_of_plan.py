@@ -1,0 +1,63 @@
+"""Mutants of the choice among cp_linear's forms. See scripts/mutants.py."""
+
+from __future__ import annotations
+
+from mutant_list import kernel, reference
+
+PLAN = [
+    *reference(
+        "cp_linear",
+        (
+            "x U is free where nobody asks for it",
+            "return rows * (out + alone) >= 1.05 * inner * out",
+            "return rows * out >= 1.05 * inner * out",
+            "the merged form spares it",
+        ),
+        tests=("tests/test_cp_linear_plan.py",),
+    ),
+    *kernel(
+        "cp_linear",
+        (
+            "a last wave costs its share of the card",
+            "waves = cdiv(tiles, c.processors)",
+            "waves = tiles / c.processors",
+            "half a wave takes as long as a whole one",
+        ),
+        (
+            "no pass over y to add the update",
+            "+ y + _added(c, s)",
+            "+ y",
+            "the library's result is read and written once more",
+        ),
+        file="cp_linear_cost",
+        tests=("tests/test_cp_linear_plan.py",),
+    ),
+    *kernel(
+        "cp_linear",
+        (
+            "a form of the table that cannot run",
+            "return next(form for form in order if can(form, x, weights, rank, tf32, forward=forward))",
+            "return order[0]",
+            "an entry is for all shapes of its class",
+        ),
+        (
+            "descriptors on the model's word",
+            "if form not in MEASURED_ONLY)",
+            "if form)",
+            "not before a card has shown them right",
+        ),
+        file="cp_linear_plan",
+        tests=("tests/test_cp_linear_plan.py",),
+    ),
+    *kernel(
+        "cp_linear",
+        (
+            "the library's narrow product without gain",
+            "torch.mm(a, folded_v(b, gain, columns // fold_n), out=h)",
+            "torch.mm(a, folded_v(b, None, columns // fold_n), out=h)",
+            "each fold by its gain",
+        ),
+        file="cp_linear_project",
+        tests=("tests/test_cp_linear_plan.py",),
+    ),
+]
