@@ -85,15 +85,15 @@ CP_UPDATE = [
     *kernel(
         "cp_update",
         (
-            "h's gradient left out where U alone is trained",
-            "    if grad_h is None and (need_grad_h or grad_u is not None):",
-            "    if grad_h is None and need_grad_h:",
+            "h's gradient left out where U is trained",
+            "    need_grad_h = grad_h is not None and not known\n",
+            "    need_grad_h = grad_h is not None and not known and grad_u is None\n",
             "dU = x^T dL/dh",
         ),
         (
             "dropout left out of dL/dh",
-            "        else:\n            project(grad, v, gain, seed, scale, dropout_p, tf32, grad_h)",
-            "        else:\n            project(grad, v, gain, None, scale, dropout_p, tf32, grad_h)",
+            "    elif need_grad_h:\n        project(grad, v, gain, seed, scale, dropout_p, tf32, grad_h)",
+            "    elif need_grad_h:\n        project(grad, v, gain, None, scale, dropout_p, tf32, grad_h)",
             "the mask of the forward, where no one pass is taken",
         ),
         file="cp_linear_bwd",
