@@ -191,9 +191,8 @@ def _dx(grad, weights, v, u, seed, scale, dropout_p, tf32, grad_x, grad_h, *, fu
     rows, columns = grad_x.shape
     rank = u.shape[1]
     config = matmul_config(grad, weights, columns, rank, tf32, forward=False)
-    block_r = rank_tile(grad, rank, tf32, fused)
-    if grad.dtype == torch.float32 and not (tf32 or fused):
-        block_r = 16  # 32 made Triton 3.6 keep values on the stack
+    if grad.dtype == torch.float32 and not (tf32 or fused) and grad.is_cuda:
+        config["num_warps"] = 4  # for eight, ptxas keeps values on the stack to fit three programs on a processor
     launch(
         _cp_linear_dx_kernel,
         lambda c: (cdiv(rows, c["BLOCK_M"]) * cdiv(columns, c["BLOCK_N"]),),
@@ -221,7 +220,7 @@ def _dx(grad, weights, v, u, seed, scale, dropout_p, tf32, grad_x, grad_h, *, fu
         EVEN_N=all(w.shape[0] % config["BLOCK_K"] == 0 for w in weights),
         WIDE=grad.dtype == torch.float16,
         PRECISION=product_precision(grad.dtype, tf32),
-        BLOCK_R=block_r,
+        BLOCK_R=rank_tile(grad, rank, tf32, fused),
     )
 
 
@@ -246,7 +245,7 @@ def _specs() -> list[Spec]:
         ("fp16", "tf32", "medium", 64, False, True, 3),
         ("fp32", "tf32", "tf32", 64, True, True, 3),
         ("fp32", "ieee", "ieee", most_fused_rank(torch.float32, False), True, True, 3),
-        ("fp32", "ieee", "ieee", 16, False, True, 1),
+        ("fp32", "ieee", "ieee", 32, False, True, 1),
     ]
     seen = set()
     for family_name, archs in (("sm_90", (90, 100)), ("sm_80", (80,))):
@@ -257,6 +256,7 @@ def _specs() -> list[Spec]:
                 continue
             seen.add((dtype, kind, rank, fused, pieces))
             warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+            warps = 4 if kind == "ieee" and not fused else warps
             flags: dict[str, object] = {"PIECES": pieces, "FUSED": fused, "ADD": False, "HAS_DROPOUT": fused}
             flags |= {"EVEN_N": even, "WIDE": dtype == "fp16", "PRECISION": precision, "BLOCK_R": rank, "GROUP_M": 8}
             if pieces == 1:
