@@ -266,6 +266,17 @@ def test_dropout_is_the_rule_bit_for_bit(seed, p, dtype):
         assert_same([h], [wanted], "in place")
 
 
+def test_dropout_keeps_what_is_at_the_threshold():
+    zero = torch.zeros(1, dtype=torch.int64)
+    words = philox.philox4x32((zero, zero, zero, zero), (SEED & 0xFFFFFFFF, (SEED >> 32) & 0xFFFFFFFF))
+    for i, word in enumerate(words):
+        draw = int(word) >> 1
+        for p, kept in ((draw / 2**31, True), ((draw + 1) / 2**31, False)):
+            out = torch.full((1, 4), NAN)
+            native.dropout(torch.ones(1, 4), SEED, p, out)
+            assert bool(out[0, i] != 0) == kept
+
+
 def test_dropout_of_nothing():
     for shape in ((0, 4), (4, 0)):
         native.dropout(torch.empty(shape), SEED, 0.5, torch.empty(shape))
