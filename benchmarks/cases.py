@@ -150,6 +150,11 @@ DIRECTIONS: dict[tuple[str, str], tuple[str, ...]] = {
 }
 
 
+def square(kind: str) -> list[Case]:
+    """cp_linear's cases of one square weight: those that records of its forms hold."""
+    return [case for case in CASES["cp_linear", kind] if outputs(case) == 1]
+
+
 def directions(op: str, kind: str, case: Case) -> tuple[str, ...]:
     """Of :data:`DIRECTIONS` those that ``case`` is timed in."""
     return ("fwd",) if case.forward_only else DIRECTIONS[op, kind]

@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from tqdm import tqdm
 
-    from benchmarks.cases import CASES
+    from benchmarks.cases import square
     from benchmarks.conftest import environment  # it also asks malloc to keep what is freed
 
     torch.set_num_threads(1)
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.only != "grid":
         found["benchmark"] = [
             {"case": case.name, **dict(case.sizes)} | summary(take_turns(benchmark_forms(case), 5 * args.seconds))
-            for case in tqdm(CASES["cp_linear", "cpu"], desc="cases", unit="case")
+            for case in tqdm(square("cpu"), desc="cases", unit="case")
         ]
         path.write_text(json.dumps(found, indent=1) + "\n")
     if args.only != "benchmark":

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks.cases import CASES  # noqa: E402
+from benchmarks.cases import square  # noqa: E402
 from fastgist.reference.cp_linear import merge_pays  # noqa: E402
 from fastgist_kernels import cp_linear_cost as model  # noqa: E402
 from fastgist_kernels import cp_linear_plan as plan  # noqa: E402
@@ -38,7 +38,7 @@ def record() -> dict[str, object]:
     """Predicted seconds of each form, of the eager forms and the floor, for the benchmark's shapes."""
     card = model.card_of(*CARD)
     rows = []
-    for case in CASES["cp_linear", "cuda"]:
+    for case in square("cuda"):
         s = model.Sizes(case["M"], case["d"], case["d"], case["R"], 1, str(case.dtype).removeprefix("torch."))
         for direction in DIRECTIONS:
             forward = direction == "fwd"
@@ -221,14 +221,15 @@ def cpu_page() -> str:
         "## On a CPU: measured",
         "",
         "Time of the factored form over the merged one (above 1: merging is faster), medians over pairs taken in turn;",
-        "**bold** where `merge_pays` (fastgist/reference/cp_linear.py) merges. float32, one thread. The machine did other",
-        "work meanwhile: the ratio of a pair counts, not its milliseconds.",
+        "**bold** where `merge_pays` (fastgist/reference/cp_linear.py) merges. float32, one thread, its processor time. The",
+        "machine did other work meanwhile: the ratio of a pair counts, not its milliseconds.",
         "",
     ]
     for environment, grid, benchmark in measured_on_cpus():
         versions = environment["versions"]
         lines += [f"{environment['device']}, torch {versions['torch']}, {environment['date']}:", "", *_on_cpu(grid)]
-        lines += ["The benchmark's cases, forward and backward, ours in either form and the eager ones:", ""]
+        lines += ["The benchmark's cases, forward and backward, ours in either form and the eager ones. At M = 1 the"]
+        lines += ["products are eager's; what ours takes beside them is the operation's Python:", ""]
         lines += [*_of_cpu_cases(benchmark), ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -244,35 +245,35 @@ COLOURS = dict(zip(plan.FORMS, ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#E6
 
 
 def draw(out: Path) -> None:
-    """Above: predicted time over the floor against M, a panel a width. Below: factored over merged on each CPU."""
+    """Above: predicted time over the best eager form's against M, a panel a width. Below: factored over merged on each CPU."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     style = {"svg.fonttype": "none", "svg.hashsalt": "fastgist", "font.size": 8, "font.family": "sans-serif"}
-    widths, cpus = (768, 2048, 4096), list(measured_on_cpus())
+    cpus = list(measured_on_cpus())
     with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(
-            1 + len(cpus), 3, figsize=(10, 3.1 * (1 + len(cpus))), squeeze=False, layout="constrained"
+        figure = pyplot.figure(figsize=(10, 3.4 * (1 + len(cpus))), layout="constrained")
+        parts = figure.subfigures(1 + len(cpus), 1, squeeze=False)[:, 0]
+        parts[0].suptitle(
+            "PREDICTED for an H200, not measured: forward in bfloat16, R = 16, time over the best eager form's",
+            fontsize=9,
         )
-        for panel, d in zip(axes[0], widths, strict=True):
+        panels = parts[0].subplots(1, 3, sharey=True)
+        for panel, d in zip(panels, (768, 2048, 4096), strict=True):
             _draw_predicted(panel, d)
-        axes[0, 0].set_ylabel("time / floor")
-        for row, (environment, grid, _) in zip(axes[1:], cpus, strict=True):
-            for panel, d in zip(row, (256, 768, 2048), strict=True):
-                _draw_measured(panel, d, [r for r in grid if r["direction"] == "fwd" and r["N"] == r["K"] == d])
-            row[0].set_ylabel("factored / merged")
-            row[0].set_title(
-                f"measured on {environment['device']}, one thread\n{row[0].get_title(loc='left')}",
-                loc="left",
-                fontsize=8,
+        panels[0].legend(frameon=False, fontsize=7)
+        for part, (environment, grid, _) in zip(parts[1:], cpus, strict=True):
+            part.suptitle(
+                f"Measured on {environment['device']}, one thread, {environment['date']}: y and x U in float32, time of the "
+                "factored form over the merged one's;\nbands: quartiles, dotted: merged from here on",
+                fontsize=9,
             )
-        for panel in axes.flat:
-            panel.grid(alpha=0.3)
-            panel.spines[["top", "right"]].set_visible(False)
-        axes[0, 0].legend(frameon=False, fontsize=7)
-        axes[-1, 0].legend(frameon=False, fontsize=7)
+            panels = part.subplots(1, 3)
+            for panel, d in zip(panels, (256, 768, 2048), strict=True):
+                _draw_measured(panel, d, [r for r in grid if r["direction"] == "fwd" and r["N"] == r["K"] == d])
+            panels[0].legend(frameon=False, fontsize=7)
         figure.savefig(out, format="svg", metadata={"Date": None})
         pyplot.close(figure)
 
@@ -281,30 +282,18 @@ def _draw_predicted(panel, d: int) -> None:
     rows = [2**i for i in range(15)]
     card = model.card_of(*CARD)
     times: dict[str, list[float]] = {form: [] for form in plan.FORMS}
-    eager: list[float] = []
     for m in rows:
         s = model.Sizes(m, d, d, 16)
-        floor = model.roofline(s, card).seconds
+        eager = min(model.eager_cost(name, s, card).seconds for name in model.EAGER)
         found = dict(plan.predicted(*CARD, s, True))
         for form in plan.FORMS:
-            times[form].append(found[form].seconds / floor if form in found else float("nan"))
-        eager.append(min(model.eager_cost(name, s, card).seconds for name in model.EAGER) / floor)
+            times[form].append(found[form].seconds / eager if form in found else float("nan"))
     for form, own in times.items():
-        panel.plot(
-            rows,
-            own,
-            color=COLOURS[form],
-            linewidth=1.2,
-            label=form,
-            linestyle=":" if form in plan.MEASURED_ONLY else "-",
-        )
-    panel.plot(rows, eager, color="#666666", linestyle="--", linewidth=1, label="best eager form")
-    panel.set_xscale("log", base=2)
-    panel.set_ylim(1, 8)
-    panel.set_xlabel("rows M")
-    panel.set_title(
-        f"PREDICTED for an H200, not measured\nforward, bfloat16, N = K = {d}, R = 16", loc="left", fontsize=8
-    )
+        reserved = form in plan.MEASURED_ONLY
+        panel.plot(rows, own, color=COLOURS[form], linewidth=1.2, label=form, linestyle=":" if reserved else "-")
+    panel.axhline(1.0, color="#666666", linewidth=0.8)
+    panel.set_ylim(0.3, 1.5)
+    _finish(panel, "rows M", f"N = K = {d}")
 
 
 def _draw_measured(panel, d: int, rows: list[dict]) -> None:
@@ -317,9 +306,15 @@ def _draw_measured(panel, d: int, rows: list[dict]) -> None:
     first = next(m for m in range(1, 8 * d + 1) if merge_pays(m, d, d, 1, True))
     panel.axvline(first / d, color="#d62728", linestyle=":", linewidth=1)
     panel.axhline(1.0, color="#666666", linewidth=0.8)
+    _finish(panel, "M / K", f"N = K = {d}")
+
+
+def _finish(panel, below: str, title: str) -> None:
     panel.set_xscale("log", base=2)
-    panel.set_xlabel("M / K")
-    panel.set_title(f"y and x U, float32, N = K = {d}; dotted: merged from here", loc="left", fontsize=8)
+    panel.set_xlabel(below)
+    panel.set_title(title, loc="left", fontsize=8)
+    panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -126,7 +126,7 @@ def plan(stages: tuple[str, ...], ops: tuple[str, ...], out: Path, minutes: floa
                 command += ("-p", "no:cacheprovider", "--seconds", "0.1", "--save-results", str(out.parent))
                 yield Step(stage, f"time {op}", command)
         elif stage == "ncu":  # bytes that the device's memory moved
-            timed = [op for op in ops if op in ("cp_linear", "adapter")]
+            timed = [op for op in ops if op in ("cp_linear", "cp_update", "adapter")]
             for op in timed:
                 command = (python, "scripts/ncu.py", "--op", op, "--out", str(out / "ncu" / f"{op}.json"))
                 command += ("--minutes", str(round(0.9 * minutes / len(timed), 1)))

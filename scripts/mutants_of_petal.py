@@ -29,8 +29,8 @@ PETAL = [
         ),
         (
             "x U formed for every piece",
-            "h = _dropped(x @ u, dropout_p, seed) if h is None else h",
-            "h = _dropped(x @ u, dropout_p, seed)",
+            "h = (drop or _dropped)(x @ u, dropout_p, seed) if h is None else h",
+            "h = (drop or _dropped)(x @ u, dropout_p, seed)",
             "the products are counted",
         ),
     ),

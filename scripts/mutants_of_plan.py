@@ -9,8 +9,8 @@ PLAN = [
         "cp_linear",
         (
             "x U is free where nobody asks for it",
-            "return rows * (out + alone) >= 1.25 * inner * out",
-            "return rows * out >= 1.25 * inner * out",
+            "return rows * (out + alone) >= 1.3 * inner * out",
+            "return rows * out >= 1.3 * inner * out",
             "the merged form spares it",
         ),
         tests=("tests/test_cp_linear_plan.py",),

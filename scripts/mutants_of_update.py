@@ -85,9 +85,9 @@ CP_UPDATE = [
     *kernel(
         "cp_update",
         (
-            "h's gradient left out where U alone is trained",
-            "    need_grad_h = need_grad_h or grad_u is not None\n",
-            "    need_grad_h = need_grad_h\n",
+            "h's gradient left out where U is trained",
+            "    need_grad_h = grad_h is not None and not known\n",
+            "    need_grad_h = grad_h is not None and not known and grad_u is None\n",
             "dU = x^T dL/dh",
         ),
         (
@@ -148,12 +148,6 @@ CP_UPDATE = [
         ("y's gradient lost", "return grad if ctx.needs_input_grad[0] else None,", "return None,", "dL/dy = dL/dy'"),
         ("not marked", "            ctx.mark_dirty(y)\n", "            pass\n", "autograd must know that y changed"),
         (
-            "written where x is read",
-            "    if y.untyped_storage()._cdata == x.untyped_storage()._cdata:\n        return None\n",
-            "",
-            "y and x in one memory",
-        ),
-        (
             "leaves overwritten",
             "if y.requires_grad and y.is_leaf:",
             "if False:",
@@ -166,6 +160,14 @@ CP_UPDATE = [
             "            x,\n",
             "x is kept for U's gradient alone",
         ),
+    ),
+    Mutant(
+        "ops/cp_update: written where x is read",
+        "cp_update",
+        "fastgist/ops/cp_update.py",
+        "    if y.untyped_storage()._cdata == x.untyped_storage()._cdata:\n        return None\n",
+        "",
+        "of y and x in one memory a program would read what another has written",
     ),
     *_tuner(
         (

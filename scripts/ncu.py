@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 METRIC = "dram__bytes.sum"
-OPS = ("cp_linear", "adapter")
+OPS = ("cp_linear", "cp_update", "adapter")
 PROVIDER = "fastgist triton"
 _UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
 

@@ -66,6 +66,7 @@ SPACES: dict[str, dict[str, tuple[int, ...]]] = {
     "cp_linear_few": {"BLOCK_N": (32, 64, 128), "BLOCK_K": (32, 64, 128), "num_warps": (4,), "num_stages": (3, 4, 5)},
     "cp_linear_tma": {"BLOCK_M": (64, 128), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64, 128), "GROUP_M": (8,)}
     | _TILE,
+    "cp_update_fwd": {"BLOCK_M": (32, 64, 128), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64, 128)} | _TILE,
     "adapter_fwd": _ADAPTER,
     "adapter_bwd": _ADAPTER,
     "gelu_fwd": _FLAT,
@@ -279,12 +280,12 @@ def _forms_of_all(overrides: Overrides, deadline: float, args: argparse.Namespac
     """Write the table's entries and, under ``args.out``, cp_linear_forms.json."""
     import torch
 
-    from benchmarks.cases import CASES
+    from benchmarks.cases import square
     from fastgist_kernels import common
 
     device = torch.device("cuda", torch.cuda.current_device())
     rows: list[dict[str, object]] = []
-    for case in CASES["cp_linear", "cuda"]:
+    for case in square("cuda"):
         if time.monotonic() < deadline:
             rows += measure_forms(case, form_timer(case, device, overrides))
     arch = common.device_arch(device)

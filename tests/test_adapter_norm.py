@@ -390,6 +390,13 @@ def test_hard_21_seeds_are_drawn_from_the_default_generator(impl, device):
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("normed", [False, True])
+def test_shapes_that_one_pass_serves_without_dropout(impl, device, normed):
+    inputs = case(37, 48, 4, device=device, norm=normed)
+    options = {"norm_eps": EPS} if normed else dropping(device)
+    check(inputs, torch.randn(37, 48, device=device), impl, residual_scale=-0.5, **options)
+
+
 def test_output_bias_is_not_dropped(impl, device):
     inputs = case(19, 40, 6, experts=2, device=device)
     zero = torch.zeros_like

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -97,10 +98,10 @@ def _wrong(row: dict, chosen: str) -> str | None:
 
 
 def test_every_shape_of_the_benchmark_is_recorded():
-    from benchmarks.cases import CASES
+    from benchmarks.cases import square
 
     recorded = {(row["case"], row["direction"]) for row in _recorded()}
-    assert recorded >= {(case.name, d) for case in CASES["cp_linear", "cuda"] for d in ("fwd", "bwd")}
+    assert recorded >= {(case.name, d) for case in square("cuda") for d in ("fwd", "bwd")}
     assert {row["source"] for row in _recorded()} <= {"predicted", "measured"}
     assert all(row["source"] == "predicted" for row in _predicted_rows()), "no clock has made that file"
 
@@ -174,6 +175,8 @@ def test_more_work_is_never_cheaper(s, card, which, more):
     larger = s._replace(
         **{which: getattr(s, which) + 48 * more if which in ("out", "inner") else getattr(s, which) + more}
     )
+    if (s.rows <= cp_linear_forms.FEW_ROWS) != (larger.rows <= cp_linear_forms.FEW_ROWS):
+        return  # few rows wait for W from memory, which the others find in L2: two regimes, and a step between them
     for form in ("fused", "started", "blas"):
         small, large = (model.cost(form, sizes, card, (128, 256)) for sizes in (s, larger))
         assert large.seconds >= small.seconds * (1 - 1e-12), form
@@ -357,13 +360,17 @@ def _cpu_records() -> list[dict]:
     ]
 
 
+#: What one formula for all sizes may miss of a call's time.
+MISSED = 0.03
+
+
 def _cpu_wrong(row: dict, merged: bool) -> str | None:
     """What is wrong with merging or not by a record's quartiles of factored / merged: they lie on the other side of 1, by more
-    than the tenth of a low-rank product that the rule leaves, one percent of the whole."""
+    than MISSED."""
     low, _, high = row["over_merged"]["factored"]
-    if merged and high < 0.99:
+    if merged and high < 1 - MISSED:
         return f"merging takes 1 / {high:.3f} of the factored form's time or more"
-    if not merged and low > 1.01:
+    if not merged and low > 1 + MISSED:
         return f"the factored form takes {low:.3f} of the merged one's time or more"
     return None
 
@@ -374,11 +381,11 @@ def _merges(row: dict) -> bool:
 
 
 def test_a_cpu_was_measured_with_both_forms_and_the_eager_ones():
-    from benchmarks.cases import CASES
+    from benchmarks.cases import square
 
     assert _cpu_records()
     for record in _cpu_records():
-        assert [row["case"] for row in record["benchmark"]] == [case.name for case in CASES["cp_linear", "cpu"]]
+        assert [row["case"] for row in record["benchmark"]] == [case.name for case in square("cpu")]
         assert all(
             set(row["seconds"]) == {"merged", "factored", "eager factored", "eager dense"}
             for row in record["benchmark"]
@@ -390,6 +397,9 @@ def test_the_choice_on_a_cpu_agrees_with_what_was_measured():
     wrong = [(row["direction"], row["M"], row["N"], row["K"], row["R"], problem) for record in _cpu_records()
              for row in record["grid"] if (problem := _cpu_wrong(row, _merges(row)))]  # fmt: skip
     assert not wrong
+    lost = [ratio - 1 if not _merges(row) else 1 / ratio - 1 for record in _cpu_records() for row in record["grid"]
+            if (ratio := row["over_merged"]["factored"][1])]  # fmt: skip
+    assert statistics.mean(max(0.0, x) for x in lost) < 0.002, "of all sizes measured"
 
 
 def test_the_benchmark_s_choice_on_a_cpu_is_not_slower_than_eager():

@@ -455,3 +455,22 @@ def test_runs_are_bitwise_equal(impl, device):
     first = evaluate(cp_update, inputs, [True] * 5, grad, impl=impl)
     again = evaluate(cp_update, inputs, [True] * 5, grad, impl=impl)
     assert torch.equal(first[0], again[0]) and all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
+
+
+def test_unaligned_operands_take_the_tile_that_spills_nothing(monkeypatch):
+    kernels = pytest.importorskip("fastgist_kernels.cp_update")
+    monkeypatch.setattr(kernels, "device_arch", lambda device: "sm_90")
+    monkeypatch.setattr(kernels, "launch_config", lambda *args: {})
+    y, x, u, v = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((64, 96), (64, 32), (32, 16), (96, 16)))
+
+    def warps(*others, out=y):
+        return kernels._config(out, others, 16, False)["num_warps"]
+
+    assert warps(y, x, u, v) == 4 and warps(None, None, None, v) == 4
+    others = [y, x, u, v]
+    for i, t in enumerate(others):
+        odd = torch.empty(t.shape[0], t.shape[1] + 1, dtype=t.dtype)[:, 1:]
+        assert warps(*others[:i], odd, *others[i + 1 :]) == 8
+        assert i > 0 or warps(*others, out=odd) == 8
+    assert kernels._config(y[:32], (y, x, u, v), 16, False)["BLOCK_M"] == 16
+    assert kernels._config(y.float(), (y, x, u, v), 16, False) != kernels._config(y.float(), (y, x, u, v), 16, True)

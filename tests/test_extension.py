@@ -541,7 +541,7 @@ def test_under_sanitizers_in_every_instruction_set(tmp_path):
     program = tmp_path / "check_cpu"
     built = subprocess.run(
         [COMPILER, *flags, *sanitizers, *map(str, sources), "-o", str(program)],
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip
     assert built.returncode == 0, built.stderr
     for isa in ("portable", "avx2", "avx512"):

@@ -41,6 +41,23 @@ def test_cp_linear(trained):
     assert ours == theirs
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("trained", ["y", "x", "factors", "all"])
+def test_cp_update(trained, inplace):
+    def leaf(*shape, of):
+        return torch.randn(*shape).requires_grad_(trained in (of, "all"))
+
+    y, x, u, v = leaf(M, 2 * D, of="y"), leaf(M, D, of="x"), leaf(D, 4, of="factors"), leaf(D, 4, of="factors")
+    gains = torch.ones(2, 4)
+
+    def plain():
+        h = x @ u
+        return y + torch.cat([(h * g) @ v.T for g in gains], -1)
+
+    ours, theirs = both(lambda: functional.cp_update(y * 1.0, x, u, v, gains, inplace=inplace), plain)
+    assert ours == theirs
+
+
 @pytest.mark.parametrize("trained", ["x", "weights", "all"])
 def test_adapter(trained):
     def leaf(*shape, of):

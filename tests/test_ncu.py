@@ -82,7 +82,7 @@ def test_the_gpu_run_leaves_out_what_is_not_installed(monkeypatch, tmp_path):
     gpu = importlib.import_module("gpu")
     monkeypatch.setattr(gpu, "_ncu", lambda: False)
     steps = list(gpu.plan(("ncu",), gpu.OPS, tmp_path, 9.5))
-    assert [s.name for s in steps] == ["ncu cp_linear", "ncu adapter"]
+    assert [s.name for s in steps] == ["ncu cp_linear", "ncu cp_update", "ncu adapter"]
     results = gpu.run_steps(steps, 1.0, tmp_path)
     assert {r.verdict for r in results} == {"not run: ncu is not installed"}
     monkeypatch.setattr(gpu, "_ncu", lambda: True)

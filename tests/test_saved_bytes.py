@@ -220,6 +220,25 @@ def test_nothing_is_kept_without_gradients(way):
     assert kept(given, lambda: run(way)) == Kept()
 
 
+@_every("cp_update")
+@pytest.mark.parametrize("inplace", [False, True])
+def test_cp_update_keeps_x_and_h_and_nothing_of_y(inplace, way):
+    """The same around a layer that can only be called: its result is not kept, so the update may be written over it."""
+    for trained in _subsets(("y", "x", "u", "v", "gain")):
+        shapes = {"y": (M, N), "x": (M, K), "u": (K, R), "v": (N, R), "gain": (R,)}
+        given: dict[str, Tensor | None] = {n: torch.randn(s).requires_grad_(n in trained) for n, s in shapes.items()}
+
+        def run(given=given):
+            y = given["y"] * 1.0 if inplace else given["y"]  # a leaf cannot be changed in place
+            return F.cp_update(y, *list(given.values())[1:], dropout_p=0.25, training=True, inplace=inplace, impl=way)
+
+        found = kept(given, run)
+        own = [M * R * 4] if trained & {"v", "gain"} else []
+        assert sorted(found.own) == sorted(own + ([8] if trained & {"x", "u"} else [])), trained
+        assert ("x" in found.given) == ("u" in trained), trained
+        assert "y" not in found.given, trained
+
+
 # -- adapter -----------------------------------------------------------------------------------------------------------
 #
 # dh = s dy U, dz = dh * gate * act'(z), dx = dz D (+ dy), dD = dz^T x, dU = s dy^T (act(z) * gate), dgate from dh * act(z).

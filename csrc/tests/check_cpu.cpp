@@ -1,6 +1,6 @@
 // The CPU ops without torch or Python, for a build with sanitizers: every format, layout and length against the formula
-// in long double; bidirectional_kl here, gist_loss in check_gist_loss.cpp. Exits with 1 where something failed.
-// tests/test_extension.py builds and runs it, once for each instruction set (FASTGIST_CPU_ISA).
+// in long double; bidirectional_kl here, the others in check_gist_loss.cpp and check_adapter.cpp. Exits with 1 where
+// something failed. tests/test_extension.py builds and runs it, once for each instruction set (FASTGIST_CPU_ISA).
 #include "../cpu/bidirectional_kl.h"
 #include "check.h"
 
@@ -156,12 +156,14 @@ void check_bidirectional_kl(const char* type, DType dtype, double storage_eps, i
 
 }  // namespace
 
+void check_adapter();
 void check_gist_loss();
 
 int main() {
   check_exp();
   everywhere([]<typename T>(auto... arguments) { check_bidirectional_kl<T>(arguments...); });
   check_gist_loss();
+  check_adapter();
   std::printf("%s: %d failures\n", cpu::name(cpu::isa()), failures);
   return failures == 0 ? 0 : 1;
 }

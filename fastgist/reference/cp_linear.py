@@ -99,10 +99,10 @@ def merge_pays(rows: int, inner: int, out: int, rank: int, factor_needed: bool) 
     The sum costs R products and two passes for each of inner * out elements, the update as much for each of M * out. Where
     nobody else asks for x U, that is spared as well: R products for each of M * inner, and a read of x that takes as long as
     eight more. Measured (docs/crossovers.md) the two break even near the point where both sides are equal, at every rank and
-    width; a quarter is for the memory that W + dW takes and for the caches that it leaves cold.
+    width; three tenths are for the memory that W + dW takes and for the caches that it leaves cold.
     """
     alone = 0.0 if factor_needed else inner * (1.0 + 8.0 / rank)
-    return rows * (out + alone) >= 1.25 * inner * out
+    return rows * (out + alone) >= 1.3 * inner * out
 
 
 def _merged_weight(

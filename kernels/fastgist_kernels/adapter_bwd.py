@@ -491,6 +491,5 @@ SPECS = [
         ("bf16", "ieee", 256, False, 32, "even", True, True),
         ("bf16", "ieee", 64, False, 64, "even", False, True),
         ("fp16", "tf32", 64, False, 64, "even", True, True),
-        ("fp32", "ieee", 64, False, 64, "even", True, True),
     )
 ]

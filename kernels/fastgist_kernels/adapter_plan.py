@@ -32,6 +32,7 @@ def row_tiles(
         few = block_h > 128 or (gated and block_h == 128) or ragged
     else:
         few = (gated and (block_h == 256 or (normed and block_h == 128))) or cast
+        few = few or (normed and ragged and block_h == 64)
     return (16, 32) if few else (16, 32, 64)
 
 
@@ -57,7 +58,8 @@ def tile_defaults(
             "num_warps": 8,
             "num_stages": 2 if backward and ragged and block_h == 64 and not gated else 3,
         }
-    width = 128 if not ragged and block_h <= (64 if not backward and not gated else 16) else 64
+    widest = 16 if backward or gated else 32 if normed else 64
+    width = 128 if not ragged and block_h <= widest else 64
     if backward and block_h == 128:
         width = 32
     warps = 8 if block_h > 64 or (backward and (gated or normed)) else 4

@@ -177,19 +177,16 @@ def cp_linear_bwd(
     from grad (M, N) of any strides. Inputs that none of them needs may be None, or no weights. ``form``: how dx is computed,
     one that can run here; None takes what the plan says."""
     rank = h.shape[1] if v is None else v.shape[1]
+    need_grad_h = grad_x is not None or grad_u is not None
+    grad_h = low_rank_empty(grad, rank) if need_grad_h else None
     weights = [w for w in weights if w.shape[0]]
     if grad_x is not None and form is None:
         form = cp_linear_form(grad, weights, grad_x.shape[1], rank, tf32, forward=False)
     fused = grad_x is not None and form == "fused" and len(list(groups(weights, ()))) == 1
-    grad_h = None
     if fused:
-        grad_h = low_rank_empty(grad, rank)
         dx_fused(grad, weights, folded_v(v, gain, folds), u, seed, scale, dropout_p, tf32, grad_x, grad_h)
-    grads = grad_u, grad_v, grad_gain
-    need_grad_h = grad_x is not None
-    grad_h = low_rank_grads(
-        grad, x, v, gain, seed, h, folds, scale, dropout_p, tf32, need_grad_h, *grads, grad_h=grad_h
-    )
+    of_factors = (grad_u, grad_v, grad_gain)
+    low_rank_grads(grad, x, v, gain, seed, h, folds, scale, dropout_p, tf32, grad_h, *of_factors, known=fused)
     if grad_x is None or fused:
         return
     if form == "blas":
@@ -199,25 +196,23 @@ def cp_linear_bwd(
 
 
 def low_rank_grads(
-    grad, x, v, gain, seed, h, folds, scale, dropout_p, tf32, need_grad_h, grad_u, grad_v, grad_gain, grad_h=None
-) -> torch.Tensor | None:
-    """Write the factors' gradients that are not None, and return dL/dh (M, R) where it is needed for them or asked for.
-    ``grad_h``: dL/dh, where it is there already."""
-    rank = h.shape[1] if v is None else v.shape[1]
+    grad, x, v, gain, seed, h, folds, scale, dropout_p, tf32, grad_h, grad_u, grad_v, grad_gain, *, known: bool = False
+) -> None:
+    """Write dL/dh into grad_h (M, R) and the factors' gradients, of each what is not None. ``known``: grad_h holds it already.
+    grad_u is made of grad_h."""
+    need_grad_h = grad_h is not None and not known
     need_outer = grad_v is not None or grad_gain is not None
+    rank = h.shape[1] if v is None else v.shape[1]
     part = None
-    if grad_h is None and (need_grad_h or grad_u is not None):
-        grad_h = low_rank_empty(grad, rank)
-        if need_outer and one_pass(grad, rank):
-            part = _dy_pass(grad, v, gain, seed, h, scale, dropout_p, tf32, grad_h)
-        else:
-            project(grad, v, gain, seed, scale, dropout_p, tf32, grad_h)
+    if need_grad_h and need_outer and one_pass(grad, rank):
+        part = _dy_pass(grad, v, gain, seed, h, scale, dropout_p, tf32, grad_h)
+    elif need_grad_h:
+        project(grad, v, gain, seed, scale, dropout_p, tf32, grad_h)
     if need_outer:
         part = outer_partials(grad, h, tf32=tf32) if part is None else part
         _reduce(part, v, gain, grad.shape[1], rank, folds, scale, grad_v, grad_gain)
     if grad_u is not None:
         outer(x, grad_h, grad_u, tf32=tf32)
-    return grad_h
 
 
 def _dy_pass(grad, v, gain, seed, h, scale, dropout_p, tf32, grad_h) -> torch.Tensor:

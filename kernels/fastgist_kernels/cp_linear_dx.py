@@ -191,6 +191,8 @@ def _dx(grad, weights, v, u, seed, scale, dropout_p, tf32, grad_x, grad_h, *, fu
     rows, columns = grad_x.shape
     rank = u.shape[1]
     config = matmul_config(grad, weights, columns, rank, tf32, forward=False)
+    if grad.dtype == torch.float32 and not (tf32 or fused) and grad.is_cuda:
+        config["num_warps"] = 4  # for eight, ptxas keeps values on the stack to fit three programs on a processor
     launch(
         _cp_linear_dx_kernel,
         lambda c: (cdiv(rows, c["BLOCK_M"]) * cdiv(columns, c["BLOCK_N"]),),
@@ -254,6 +256,7 @@ def _specs() -> list[Spec]:
                 continue
             seen.add((dtype, kind, rank, fused, pieces))
             warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+            warps = 4 if kind == "ieee" and not fused else warps
             flags: dict[str, object] = {"PIECES": pieces, "FUSED": fused, "ADD": False, "HAS_DROPOUT": fused}
             flags |= {"EVEN_N": even, "WIDE": dtype == "fp16", "PRECISION": precision, "BLOCK_R": rank, "GROUP_M": 8}
             if pieces == 1:

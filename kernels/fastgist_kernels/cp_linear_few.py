@@ -4,8 +4,8 @@ Two launches, no atomics, one order of every sum:
 
 1. A grid of column tiles by ranges of K writes float32 partial products, (splits, M, N). The columns of U stand behind those
    of W as more tiles of the same grid and give partial sums of h = x U, (splits, M, R): U is read once, and no program waits.
-2. Each program adds the splits' parts of its tile of y and of its rows of h, applies dropout, gain and scale to h, and adds
-   h V^T and the bias.
+2. Each program adds the splits' parts of its tile of y and of its rows of h, which come by asynchronous copies, three at a
+   time; it applies dropout, gain and scale to h, and adds h V^T and the bias.
 
 How many programs. Memory of 4.3 TB/s that answers after some 0.8 us needs 3.4 MB under way, 26 KB on each of 132
 processors. A program has three tiles of W under way (four stages, BLOCK_K = 128 bytes of a row, each fetched 16 bytes at a
@@ -33,6 +33,7 @@ import triton.language as tl
 
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, device_arch, dot, launch, launch_config
+from fastgist_kernels.cp_linear_forms import aligned
 from fastgist_kernels.cp_linear_parts import (
     Group,
     column_tiles,
@@ -188,7 +189,7 @@ def _cp_linear_few_finish_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     part_ptrs = part_ptr + offs_m[:, None] * N + (start + offs_n)[None, :]
     step_y = tl.cast(M, tl.int64) * N
-    for _ in tl.range(0, splits, loop_unroll_factor=4):
+    for _ in tl.range(0, splits, num_stages=4):
         acc += tl.load(part_ptrs, mask=mask_y, other=0.0)
         part_ptrs += step_y
     step_h = tl.cast(M, tl.int64) * R
@@ -198,7 +199,7 @@ def _cp_linear_few_finish_kernel(
         mask_h = mask_m[:, None] & mask_r[None, :]
         h = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
         low_ptrs = low_ptr + offs_m[:, None] * R + offs_r[None, :]
-        for _ in tl.range(0, low_splits, loop_unroll_factor=2):
+        for _ in tl.range(0, low_splits, num_stages=4):
             h += tl.load(low_ptrs, mask=mask_h, other=0.0)
             low_ptrs += step_h
         if HAS_DROPOUT:
@@ -265,7 +266,10 @@ def _partial(
     config = few_config(x, out, rank, tf32)
     k_per_split = config.pop("k_per_split")
     splits = cdiv(inner, k_per_split)
-    block_r = rank_block(rank, 16 if device_arch(x.device) == "interpret" else 64)
+    few_ranks = device_arch(x.device) == "interpret" or (
+        u is not None and not aligned(u)
+    )  # through registers: they spill
+    block_r = rank_block(rank, 16 if few_ranks else 64)
     part = torch.empty(splits, rows, out, dtype=torch.float32, device=x.device)
     low = None if u is None else torch.empty(splits, rows, rank, dtype=torch.float32, device=x.device)
     rank_tiles = 0 if u is None else cdiv(rank, block_r)
@@ -298,11 +302,10 @@ def _partial(
 def _finish(part, low, group: Group, seed, scale, dropout_p, tf32, y, h) -> None:
     splits, rows, out = part.shape
     rank = group.v.shape[1]
-    interpreted = device_arch(y.device) == "interpret"
     launch(
         _cp_linear_few_finish_kernel,
         lambda c: (column_tiles(group, c["BLOCK_N"]), cdiv(rows, c["BLOCK_M"])),
-        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": rank_block(rank, 16 if interpreted else 32), "num_warps": 2},
+        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16, "num_warps": 4 if y.dtype == torch.float32 else 2},
         part,
         low,
         *padded(group.biases),
@@ -343,17 +346,18 @@ _ALIGNED = ("N", "n0", "n1", "n2", "K", "R", "fold_n", "k_per_split")
 def _specs() -> list[Spec]:
     out = []
     unit = {"stride_xk": 1, "stride_wk": 1, "stride_ur": 1}
-    # (dtype, precision, rows, columns, K of a tile, rank tile, weights, K a multiple of the tile)
-    for dtype, precision, block_m, block_n, block_k, rank, pieces, even in (
-        ("bf16", "ieee", 16, 32, 64, 16, 1, True),
-        ("bf16", "ieee", 16, 128, 64, 16, 1, True),
-        ("bf16", "ieee", 16, 64, 64, 64, 3, True),
-        ("bf16", "ieee", 64, 128, 64, 64, 3, True),
-        ("bf16", "ieee", 32, 128, 64, 64, 1, False),
-        ("fp16", "tf32", 32, 64, 64, 16, 1, True),
-        ("fp32", "tf32", 64, 128, 32, 64, 3, True),
-        ("fp32", "ieee", 64, 64, 32, 64, 1, True),
-        ("fp32", "ieee", 16, 32, 32, 16, 1, True),
+    # (dtype, precision, rows, columns, K of a tile, rank tile, weights, K a multiple of the tile, u of rows that 16 divides)
+    for dtype, precision, block_m, block_n, block_k, rank, pieces, even, whole in (
+        ("bf16", "ieee", 16, 32, 64, 16, 1, True, True),
+        ("bf16", "ieee", 16, 128, 64, 16, 1, True, True),
+        ("bf16", "ieee", 16, 64, 64, 64, 3, True, True),
+        ("bf16", "ieee", 16, 64, 64, 16, 3, True, False),
+        ("bf16", "ieee", 64, 128, 64, 64, 3, True, True),
+        ("bf16", "ieee", 32, 128, 64, 64, 1, False, True),
+        ("fp16", "tf32", 32, 64, 64, 16, 1, True, True),
+        ("fp32", "tf32", 64, 128, 32, 64, 3, True, True),
+        ("fp32", "ieee", 64, 64, 32, 64, 1, True, True),
+        ("fp32", "ieee", 16, 32, 32, 16, 1, True, True),
     ):
         constexprs: dict[str, object] = unit | {"PIECES": pieces, "EVEN_K": even, "PRECISION": precision}
         constexprs |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": rank}
@@ -364,31 +368,35 @@ def _specs() -> list[Spec]:
             Spec(
                 _cp_linear_few_kernel,
                 f"{dtype}_{precision}_m{block_m}_n{block_n}_r{rank}{f'_{pieces}_weights' if pieces > 1 else ''}"
-                + ("" if even else "_ragged"),
+                + ("" if even else "_ragged")
+                + ("" if whole else "_ragged_u"),
                 types,
                 constexprs,
                 num_warps=8 if dtype == "fp32" and precision == "ieee" and block_m > 16 else 4,
                 num_stages=4,
                 matrix=block_m == 64 and (dtype == "bf16" or precision == "tf32"),
                 aligned=_ALIGNED,
+                unaligned=() if whole else ("u_ptr", "stride_uk"),
             )
         )
     unit = {"stride_bias": 1, "stride_vr": 1, "stride_gr": 1}
-    for dtype, precision, rank, pieces in (
-        ("bf16", "ieee", 16, 1),
-        ("bf16", "ieee", 32, 3),
-        ("fp16", "tf32", 32, 3),
-        ("fp32", "ieee", 32, 3),
+    for dtype, precision, warps, pieces in (
+        ("bf16", "ieee", 2, 1),
+        ("bf16", "ieee", 2, 3),
+        ("fp16", "tf32", 2, 3),
+        ("fp32", "ieee", 4, 3),
     ):
         constexprs = {**unit, "PIECES": pieces, "WHOLE": False, "HAS_BIAS": True, "HAS_GAIN": True, "HAS_DROPOUT": True}
         constexprs |= {"STORE_H": True, "WIDE": dtype == "fp16", "PRECISION": precision}
-        constexprs |= {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": rank}
+        constexprs |= {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16}
         if pieces == 1:
             constexprs |= dict.fromkeys(("bias1_ptr", "bias2_ptr"))
         types = argument_types(_cp_linear_few_finish_kernel, constexprs, dtype)
-        label = f"{dtype}_{precision}_r{rank}{f'_{pieces}_weights' if pieces > 1 else ''}"
+        label = f"{dtype}_{precision}{f'_{pieces}_weights' if pieces > 1 else ''}"
         out.append(
-            Spec(_cp_linear_few_finish_kernel, label, types, constexprs, num_warps=2, num_stages=2, aligned=_ALIGNED)
+            Spec(
+                _cp_linear_few_finish_kernel, label, types, constexprs, num_warps=warps, num_stages=2, aligned=_ALIGNED
+            )
         )
     return out
 
