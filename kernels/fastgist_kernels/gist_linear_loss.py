@@ -344,7 +344,7 @@ def gist_linear_loss_classes(
 SPECS = [
     Spec(
         _gist_linear_loss_chunk_kernel,
-        f"{dtype}_{label}",
+        f"{dtype}_{label}{'_stats' if stats else ''}",
         {
             "logits_ptr": f"*{dtype}",
             "target_ptr": "*i64",
@@ -355,12 +355,12 @@ SPECS = [
         | {"M": "i32", "V": "i32", "stride_lm": "i64", "stride_tm": "i64"}
         | SCALAR_TYPES,
         {"stride_tv": 0, "stride_scale": 0, "SOFT": False, "SMOOTH": False, "POWER": 3}
-        | {"ALPHA": True, "KL_Z": True, "KL_G": True, "NEED_GRAD": True, "STATS": True}
+        | {"ALPHA": True, "KL_Z": True, "KL_G": True, "NEED_GRAD": True, "STATS": stats}
         | {"VEC": vec, "BLOCK_M": block_m, "BLOCK_V": block_v},
         num_stages=1,
         unaligned=SIZES,
     )
-    for dtype, width in (("bf16", 8), ("fp32", 4))
+    for dtype, width, stats in (("bf16", 8, False), ("fp32", 4, False), ("bf16", 8, True))
     for label, vec, block_m, block_v in (
         ("small_v", width, 4, 128),
         ("small_v_ragged", 1, 4, 128),
@@ -368,20 +368,19 @@ SPECS = [
         ("long_v_ragged", 1, 1, 1024),
     )
 ]
-
+#: Only a half-precision head takes a second pass.
 SPECS += [
     Spec(
         _gist_linear_loss_classes_kernel,
-        f"{dtype}_{label}",
-        {"logits_ptr": f"*{dtype}", "target_ptr": "*i64", "scale_ptr": "*fp32", "stats_ptr": "*fp32"}
+        f"bf16_{label}",
+        {"logits_ptr": "*bf16", "target_ptr": "*i64", "scale_ptr": "*fp32", "stats_ptr": "*fp32"}
         | {"M": "i32", "N": "i32", "V": "i32", "first": "i32", "stride_lm": "i64", "stride_tm": "i64"}
         | SCALAR_TYPES,
         {"stride_tv": 0, "stride_scale": 0, "SOFT": False, "SMOOTH": False, "POWER": 3}
         | {"ALPHA": True, "KL_Z": True, "KL_G": True, "NEED_G": True}
-        | {"VEC": vec, "BLOCK_M": 1, "BLOCK_V": block_v},
+        | {"VEC": vec, "BLOCK_M": 1, "BLOCK_V": 1024},
         num_stages=1,
         unaligned=(*SIZES, "N", "first"),
     )
-    for dtype, width in (("bf16", 8), ("fp32", 4))
-    for label, vec, block_v in (("long_v", width, 128 * width), ("long_v_ragged", 1, 1024))
+    for label, vec in (("long_v", 8), ("long_v_ragged", 1))
 ]
