@@ -259,7 +259,8 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {first_name} is on {first.device} and {name} is on {t.device}")
 
 
-def check_temperature(op: str, temperature: object) -> float:
+def check_temperature(op: str, temperature: object, dtype: torch.dtype) -> float:
+    """T as a float. ``dtype``: what exponentials are taken in, where log2(e) / T has to be a number."""
     if isinstance(temperature, Tensor):
         raise TypeError(f"{op}: temperature must be a Python number (reading a tensor would synchronise), got a Tensor")
     if not isinstance(temperature, (int, float, Real)) or isinstance(temperature, bool):
@@ -267,6 +268,10 @@ def check_temperature(op: str, temperature: object) -> float:
     temperature = float(temperature)
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"{op}: temperature must be finite and > 0, got {temperature}")
+    if math.log2(math.e) / temperature > torch.finfo(dtype).max:
+        raise ValueError(
+            f"{op}: temperature must be finite and > 0, and its inverse finite in {dtype_name(dtype)}, got {temperature}"
+        )
     return temperature
 
 

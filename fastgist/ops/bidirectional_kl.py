@@ -241,11 +241,11 @@ def bidirectional_kl(
         RuntimeError: an explicit ``impl`` that cannot run here.
     """
     logits, other_logits = _check(logits, other_logits, mask)
-    temperature = _common.check_temperature(_OP, temperature)
+    dtype = accumulate_dtype(logits.dtype)
+    temperature = _common.check_temperature(_OP, temperature, dtype)
     _common.check_reduction(_OP, reduction)
     leading, classes = logits.shape[:-1], logits.shape[-1]
     rows = math.prod(leading)
-    dtype = accumulate_dtype(logits.dtype)
     divisor = _finished.divisor_of(_OP, divisor, reduction, logits, dtype)
     mask = None if mask is None else mask.reshape(rows)
     scale, divisor = _finished.loss_scale(

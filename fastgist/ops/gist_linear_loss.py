@@ -260,12 +260,12 @@ def gist_linear_loss(
     leading, (classes, width) = hidden.shape[:-1], weight.shape
     check_target(_OP, target, leading, classes)
     _common.check_same_device(_OP, hidden=hidden, gist_hidden=gist_hidden, weight=weight, bias=bias, target=target)
-    temperature = _common.check_temperature(_OP, temperature)
+    dtype = accumulate_dtype(hidden.dtype)
+    temperature = _common.check_temperature(_OP, temperature, dtype)
     check_options(_OP, alpha, beta, label_smoothing, ignore_index, reduction, detach)
     _check_chunks(chunk_rows, memory_budget)
     rows = math.prod(leading)
     target = target.reshape(rows, classes) if target.is_floating_point() else target.reshape(rows)
-    dtype = accumulate_dtype(hidden.dtype)
     divisor = _finished.divisor_of(_OP, divisor, reduction, hidden, dtype)
     counted = (
         reference.kept_rows(target, ignore_index) if divisor is None and reduction in ("mean", "batchmean") else None

@@ -298,13 +298,13 @@ def gist_loss(
     leading, classes = logits.shape[:-1], logits.shape[-1]
     check_target(_OP, target, leading, classes)
     _common.check_same_device(_OP, logits=logits, target=target)
-    temperature = _common.check_temperature(_OP, temperature)
+    dtype = accumulate_dtype(logits.dtype)
+    temperature = _common.check_temperature(_OP, temperature, dtype)
     check_options(_OP, alpha, beta, label_smoothing, ignore_index, reduction, detach)
     rows = math.prod(leading)
     if logits.dim() != 2:
         logits, gist_logits = logits.reshape(rows, classes), gist_logits.reshape(rows, classes)
         target = target.reshape(rows, classes) if target.is_floating_point() else target.reshape(rows)
-    dtype = accumulate_dtype(logits.dtype)
     divisor = _finished.divisor_of(_OP, divisor, reduction, logits, dtype)
     counted = None
     if divisor is None and reduction in ("mean", "batchmean"):
