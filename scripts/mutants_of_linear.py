@@ -129,8 +129,8 @@ GIST_LINEAR_LOSS = [
         ("no pass too many", "if fewer >= LEAST_ROWS:", "if fewer >= 1:", "few rows pass over dW too often"),
         (
             "labels of the first block",
-            "part = start, self.all_classes",
-            "part = 0, self.all_classes",
+            "part = start, self.all_classes\n            self.ops",
+            "part = 0, self.all_classes\n            self.ops",
             "classes are counted from the block's first",
         ),
         (
