@@ -55,6 +55,22 @@ void gist_loss_bwd_cpu(const Tensor& logits, const Tensor& gist_logits, const Te
   cpu::gist_loss_bwd(in, args, threads());
 }
 
+void gist_loss_bwd_classes_cpu(const Tensor& logits, const Tensor& gist_logits, const Tensor& target,
+                               const Tensor& stats, const Tensor& row_grad, double alpha, double beta,
+                               double beta_logits, double beta_gist, double temperature, double label_smoothing,
+                               int64_t ignore_index, int64_t first_class, int64_t every_class,
+                               const std::optional<Tensor>& grad_logits, const std::optional<Tensor>& grad_gist) {
+  GistLossInputs in = check_gist(kGistBwdClasses, logits, gist_logits, target, alpha, beta, beta_logits, beta_gist,
+                                 temperature, label_smoothing, ignore_index);
+  STD_TORCH_CHECK(first_class >= 0 && first_class <= every_class - in.logits.classes, kGistBwdClasses, ": classes ",
+                  first_class, " to ", first_class + in.logits.classes, " are not within ", every_class);
+  in.first_class = first_class;
+  in.every_class = every_class;
+  const BackwardArguments args =
+      check_backward(kGistBwdClasses, logits, stats, row_grad, grad_logits, "grad_gist", grad_gist, kGistStats);
+  cpu::gist_loss_bwd(in, args, threads());
+}
+
 void gist_loss_fwd_bwd_cpu(const Tensor& logits, const Tensor& gist_logits, const Tensor& target,
                            const std::optional<Tensor>& divisor, double alpha, double beta, double beta_logits,
                            double beta_gist, double temperature, double label_smoothing, int64_t ignore_index,
@@ -85,6 +101,11 @@ STABLE_TORCH_LIBRARY(fastgist_native, m) {
       "gist_loss_bwd(Tensor logits, Tensor gist_logits, Tensor target, Tensor stats, Tensor row_grad, float alpha, "
       "float beta, float beta_logits, float beta_gist, float temperature, float label_smoothing, int ignore_index, "
       "Tensor(c!)? grad_logits, Tensor(d!)? grad_gist) -> ()");
+  // Of a block of the classes, those from first_class on of every_class, with the statistics of whole rows. CPU alone.
+  m.def(
+      "gist_loss_bwd_classes(Tensor logits, Tensor gist_logits, Tensor target, Tensor stats, Tensor row_grad, "
+      "float alpha, float beta, float beta_logits, float beta_gist, float temperature, float label_smoothing, "
+      "int ignore_index, int first_class, int every_class, Tensor(c!)? grad_logits, Tensor(d!)? grad_gist) -> ()");
   m.def(
       "bidirectional_kl_fwd_bwd(Tensor logits, Tensor other_logits, Tensor? mask, Tensor? divisor, float temperature, "
       "float scale, Tensor(a!) row_loss, Tensor(b!) loss, Tensor(c!)? grad_logits, Tensor(d!)? grad_other) -> ()");
@@ -100,5 +121,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastgist_native, CPU, m) {
   m.impl("bidirectional_kl_fwd_bwd", TORCH_BOX(&fastgist::bidirectional_kl_fwd_bwd_cpu));
   m.impl("gist_loss_fwd", TORCH_BOX(&fastgist::gist_loss_fwd_cpu));
   m.impl("gist_loss_bwd", TORCH_BOX(&fastgist::gist_loss_bwd_cpu));
+  m.impl("gist_loss_bwd_classes", TORCH_BOX(&fastgist::gist_loss_bwd_classes_cpu));
   m.impl("gist_loss_fwd_bwd", TORCH_BOX(&fastgist::gist_loss_fwd_bwd_cpu));
 }

@@ -24,6 +24,7 @@ inline constexpr const char* kBwd = "fastgist_native::bidirectional_kl_bwd";
 inline constexpr const char* kFwdBwd = "fastgist_native::bidirectional_kl_fwd_bwd";
 inline constexpr const char* kGistFwd = "fastgist_native::gist_loss_fwd";
 inline constexpr const char* kGistBwd = "fastgist_native::gist_loss_bwd";
+inline constexpr const char* kGistBwdClasses = "fastgist_native::gist_loss_bwd_classes";
 inline constexpr const char* kGistFwdBwd = "fastgist_native::gist_loss_fwd_bwd";
 
 // torch's own thread pool: it honours torch.set_num_threads and there is no second OpenMP runtime to compete with it.
@@ -194,6 +195,8 @@ inline GistLossInputs check_gist(const char* op, const Tensor& logits, const Ten
   in.beta_o = beta_gist;
   in.label_smoothing = label_smoothing;
   in.ignore_index = ignore_index;
+  in.first_class = 0;
+  in.every_class = in.logits.classes;
   return in;
 }
 

@@ -29,6 +29,10 @@ struct GistLossInputs {
   double beta_o;
   double label_smoothing;
   int64_t ignore_index;  // a row with this class counts nowhere and its logits are not read
+  // A backward on a CPU may be given a block of the classes, with the statistics of whole rows: logits and soft targets
+  // are those from first_class on, of every_class in all; what is a class as a target does not change.
+  int64_t first_class;
+  int64_t every_class;
 };
 
 // Further rows of the (kGistStats, rows) tensor of statistics: the sums of exp(zc) and exp(oc), and W. A row whose

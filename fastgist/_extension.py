@@ -19,7 +19,7 @@ _lock = threading.Lock()
 _FOLDER = Path(__file__).resolve().parent
 _PROBE = "fastgist_native::bidirectional_kl_fwd"
 #: What this version's extension holds for CPUs at least; one left over from an older version may not.
-_HOLDS = ("bidirectional_kl_fwd_bwd", "gist_loss_fwd_bwd", "adapter_bwd", "dropout")
+_HOLDS = ("bidirectional_kl_fwd_bwd", "gist_loss_fwd_bwd", "gist_loss_bwd_classes", "adapter_bwd", "dropout")
 
 
 def _load() -> str | None:

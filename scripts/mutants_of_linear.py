@@ -7,6 +7,7 @@ from mutant_list import kernel, op
 __all__ = ["GIST_LINEAR_LOSS"]
 
 _LINEAR = ("tests/test_gist_linear_loss.py", "tests/test_gist_linear_loss_chunks.py")
+_CLASSES = ("tests/test_gist_linear_loss_classes.py",)
 
 GIST_LINEAR_LOSS = [
     *kernel(
@@ -19,8 +20,8 @@ GIST_LINEAR_LOSS = [
         ),
         (
             "row scale not used",
-            "scale = tl.load(scale_ptr + offs_m * stride_scale, mask=mask_m, other=0.0)",
-            "scale = tl.full(offs_m.shape, 1.0, tl.float32)",
+            "scale = tl.load(scale_ptr + offs_m * stride_scale, mask=mask_m, other=0.0)\n        gist_finish",
+            "scale = tl.full(offs_m.shape, 1.0, tl.float32)\n        gist_finish",
             "each row's gradient has its factor",
         ),
         (
@@ -36,16 +37,42 @@ GIST_LINEAR_LOSS = [
             "an ignored row's loss is 0",
         ),
     ),
+    *kernel(
+        "gist_linear_loss",
+        (
+            "a block's classes counted from 0",
+            "        label - first,\n",
+            "        label,\n",
+            "labels are of the whole head",
+        ),
+        (
+            "the block's own number of classes",
+            "target_rows(target_ptr, offs_m, mask_m, stride_tm, V, ignore_index, SOFT)\n    m_z = tl.load",
+            "target_rows(target_ptr, offs_m, mask_m, stride_tm, N, ignore_index, SOFT)\n    m_z = tl.load",
+            "a label outside the block is a class",
+        ),
+        (
+            "one sum for the other",
+            "s_q = tl.load(stats_ptr + 3 * rows",
+            "s_q = tl.load(stats_ptr + 2 * rows",
+            "each side has its own",
+        ),
+        (
+            "a row of the block's scale for all",
+            "scale = tl.load(scale_ptr + offs_m * stride_scale, mask=mask_m, other=0.0)\n    gist_ptr",
+            "scale = tl.load(scale_ptr + offs_m * 0, mask=mask_m, other=0.0)\n    gist_ptr",
+            "row gradients differ",
+        ),
+        tests=_CLASSES,
+    ),
     *op(
         "gist_linear_loss",
-        ("chunks overwrite dW", "beta = self.sum, 1.0 if self.begun else 0.0", "beta = self.sum, 0.0", "chunks add up"),
         (
             "dW from the scattered gradients",
             "torch.mm(logits[pairs:], weight, out=grad_gist[part])",
             "torch.mm(logits[:pairs], weight, out=grad_gist[part])",
             "the gist's rows are the second half",
         ),
-        ("bias left out", "        if bias is None:\n", "        if True:\n", "the head's bias is part of the logits"),
         (
             "last chunk dropped",
             "for first in range(0, rows, chunk_rows):",
@@ -54,20 +81,86 @@ GIST_LINEAR_LOSS = [
         ),
         (
             "target of the first chunk for all",
-            "work(logits, target[part], row_scale",
-            "work(logits, target[:pairs], row_scale",
+            "work.rows(logits, target[part], row_scale",
+            "work.rows(logits, target[:pairs], row_scale",
             "a chunk has its own targets",
         ),
         tests=_LINEAR,
     ),
     *op(
         "gist_linear_loss",
+        ("chunks overwrite dW", "beta = self.sum, 1.0 if self.begun else 0.0", "beta = self.sum, 0.0", "chunks add up"),
+        ("bias left out", "    if bias is None:\n", "    if True:\n", "the head's bias is part of the logits"),
         (
             "a bfloat16 sum",
-            "kept = self.narrow_to if chunks == 1 else dtype",
-            "kept = self.narrow_to",
+            "kept if chunks == 1 else dtype",
+            "kept",
             "dW of many chunks is summed in float32",
         ),
+        file="_linear_head",
+        tests=_LINEAR,
+    ),
+    *op(
+        "gist_linear_loss",
+        (
+            "a block with all of the bias",
+            "None if bias is None else bias[part]",
+            "None if bias is None else bias[: part.stop - start]",
+            "a block has its own classes",
+        ),
+        (
+            "last block dropped",
+            "for start in range(0, classes, block):",
+            "for start in range(0, classes // block * block, block):",
+            "classes % block classes remain",
+        ),
+        (
+            "the gist token's half left out",
+            "used = rows if silent else 2 * rows\n    grad",
+            "used = rows\n    grad",
+            "both heads' rows make dW",
+        ),
+        file="_linear_head",
+        tests=_CLASSES,
+    ),
+    *op(
+        "gist_linear_loss",
+        ("the sum wherever", "    if sum_bytes <= room:\n", "    if True:\n", "a float32 sum of dW has no room"),
+        ("no pass too many", "if fewer >= LEAST_ROWS:", "if fewer >= 1:", "few rows pass over dW too often"),
+        (
+            "labels of the first block",
+            "part = start, self.all_classes\n            self.ops",
+            "part = 0, self.all_classes\n            self.ops",
+            "classes are counted from the block's first",
+        ),
+        (
+            "statistics of the first rows",
+            "own = stats[:, rows].contiguous()",
+            "own = stats[:, : rows.stop - first].contiguous()",
+            "rows have their own statistics",
+        ),
+        file="_linear_chunks",
+        tests=_CLASSES,
+    ),
+    *op(
+        "gist_linear_loss",
+        (
+            "a block's classes counted from 0",
+            "rest = self._about(aim, self.first + start, width)",
+            "rest = self._about(aim, self.first, width)",
+            "labels are of the whole head",
+        ),
+        (
+            "soft targets of the first block",
+            "aim = target[rows, start : start + width] if",
+            "aim = target[rows, :width] if",
+            "a block has its own classes",
+        ),
+        file="_row_state",
+        tests=_CLASSES,
+    ),
+    *op(
+        "gist_linear_loss",
         (
             "the gist token always learns",
             "silent = alpha == 0.0 and beta_gist == 0.0",
@@ -105,8 +198,8 @@ GIST_LINEAR_LOSS = [
         ("budget exceeded", "fit = budget // max(", "fit = 2 * budget // max(", "a budget is kept"),
         (
             "blocks of the first rows",
-            "ops.gist_loss_bwd(z[rows], gist[rows], target[rows], stats, scale[rows]",
-            "ops.gist_loss_bwd(z[rows], gist[rows], target[rows], stats, scale[: rows.stop - rows.start]",
+            "ops.gist_loss_bwd(z[rows], gist[rows], target[rows], own, scale[rows]",
+            "ops.gist_loss_bwd(z[rows], gist[rows], target[rows], own, scale[: rows.stop - rows.start]",
             "row gradients differ",
         ),
         file="_linear_chunks",
@@ -144,6 +237,11 @@ GIST_LINEAR_LOSS = [
             "label_smoothing / max(mine, 1)",
             "smoothing is over all classes",
         ),
+        file="_row_state",
+        tests=("tests/test_vocab_parallel.py",),
+    ),
+    *op(
+        "gist_linear_loss",
         (
             "hidden gradients not summed",
             "for s in shares if s is not None]",

@@ -55,6 +55,7 @@ SPACES: dict[str, dict[str, tuple[int, ...]]] = {
     "gist_loss_split": _LONG,
     "scale_unless_one": _FLAT,
     "gist_linear_loss_chunk": _ROWS,
+    "gist_linear_loss_classes": _ROWS,
     "topk_kl_fwd": {name: values for name, values in _ROWS.items() if name != "BLOCK_M"},
     "topk_kl_bwd_rest": _ROWS,
     "outer_partial": {"BLOCK_M": (32, 64, 128), "BLOCK_C": (64, 128, 256)} | _TILE,

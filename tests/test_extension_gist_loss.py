@@ -260,3 +260,26 @@ def test_an_extension_of_an_older_version_is_left_alone(monkeypatch):
         pytest.skip("no extension here")
     monkeypatch.setattr(_extension, "_HOLDS", (*_extension._HOLDS, "an_operation_of_tomorrow_fwd"))
     assert "older version, without an_operation_of_tomorrow_fwd" in _extension._load()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_blocks_of_classes_have_the_gradients_of_whole_rows(dtype, soft, smoothing):
+    """With the rows' statistics, and the same bits."""
+    z, g, target = case(7, 2100, dtype, soft)
+    if not soft:
+        target[2], target[3] = -100, 2100  # ignored, impossible
+    grad = torch.randn(7, dtype=accumulates(dtype))
+    _, stats, *whole = run(z, g, target, smoothing=smoothing, grad=grad)
+    options = (ALPHA, BETA, BETA, BETA, 3.0, smoothing, -100)
+    for start, stop in ((0, 2100), (0, 1), (5, 1500), (1500, 2100)):
+        part = slice(start, stop)
+        grads = [torch.full((7, stop - start), NAN, dtype=dtype) for _ in range(2)]
+        aim = target[:, part] if soft else target
+        native.gist_loss_bwd_classes(z[:, part], g[:, part], aim, stats, grad, *options, start, 2100, *grads)
+        for ours, wanted in zip(grads, whole, strict=True):
+            assert_same(ours, wanted[:, part])
+    for first, every in ((-1, 2100), (1, 2100), (0, 2099)):
+        with pytest.raises(RuntimeError, match=rf"gist_loss_bwd_classes: classes {first} to .* are not within {every}"):
+            native.gist_loss_bwd_classes(z, g, target, stats, grad, *options, first, every, *whole)

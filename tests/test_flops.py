@@ -78,3 +78,16 @@ def test_gist_linear_loss():
         lambda: functional.gist_loss(hidden @ weight.T, gist @ weight.T, target),
     )
     assert ours == theirs
+
+
+def test_gist_linear_loss_that_forms_logits_twice():
+    """Where the head's gradient is formed by blocks of classes in a second pass."""
+    hidden, gist = (torch.randn(M, D).bfloat16().requires_grad_() for _ in range(2))
+    weight, target = torch.randn(30, D).bfloat16().requires_grad_(), torch.randint(30, (M,))
+
+    def ours(rows):
+        return count(
+            lambda: functional.gist_linear_loss(hidden, gist, weight, None, target, chunk_rows=rows).backward()
+        )
+
+    assert ours(4) == ours(M) + 2 * (2 * M) * D * 30

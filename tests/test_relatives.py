@@ -248,3 +248,31 @@ def test_sparse_distillation(ignored) -> None:
         kl = (q * (q.log() - (z / 2).log_softmax(-1))).sum(-1)
         ours = sparse_distillation(z, *known, y, 0.7, 2.0, divisor=divisor)
         same(ours, (F.cross_entropy(z, y, reduction="sum") + 0.7 * 4 * kl[kept].sum()) / n, (z,))
+
+
+def test_hard_15_without_gist_logits_an_ignored_row_may_hold_anything():
+    logits = torch.randn(4, 7)
+    target = torch.tensor([1, -100, 3, -100])
+    logits[1], logits[3] = torch.nan, torch.inf
+    logits.requires_grad_()
+    loss = GistLoss(label_smoothing=0.1)(logits, target)
+    loss.backward()
+    clean = logits.detach()[[0, 2]].requires_grad_()
+    want = torch.nn.functional.cross_entropy(clean, target[[0, 2]], label_smoothing=0.1)
+    want.backward()
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(logits.grad[[0, 2]], clean.grad)
+    assert not logits.grad[[1, 3]].any()
+
+
+@pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification", "regression"])
+@pytest.mark.parametrize("divisor", [0, -1.0, float("nan"), float("inf"), torch.ones(2)])
+def test_what_a_mean_divides_by_is_checked_without_gist_logits_too(problem, divisor):
+    logits, target = torch.randn(4, 7), torch.zeros(4, dtype=torch.int64)
+    if problem != "single_label_classification":
+        target = torch.rand(4, 7)
+    loss = GistLoss(problem_type=problem)
+    with pytest.raises(ValueError, match="divisor must be"):
+        loss(logits, target, divisor=divisor)
+    assert loss(logits, target, divisor=8) == loss(logits, target, divisor=torch.tensor(8)) == loss(logits, target) / 2
+    assert loss(logits.new_zeros(0, 7), target[:0], divisor=torch.tensor(0)) == 0

@@ -13,7 +13,7 @@ from losses import evaluate, gradient_terms
 from ranks import RANKS, on_two_ranks
 
 from fastgist.functional import gist_linear_loss, gist_loss
-from fastgist.ops import _vocab_parallel as vp
+from fastgist.ops import _row_state
 from fastgist.reference.gist_linear_loss import gist_linear_loss as formula
 from fastgist.reference.gist_loss import gist_loss as loss_formula
 from fastgist.testing import assert_within_budget
@@ -29,15 +29,15 @@ def merged(z, g, target, cuts, alpha=0.5, beta=0.75, detach=None, temperature=3.
     parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
     soft = target.is_floating_point()
     rows = [
-        vp.Rows(target[:, p] if soft else target, p.start, classes, p.stop - p.start, label_smoothing, -100)
+        _row_state.Rows(target[:, p] if soft else target, p.start, classes, p.stop - p.start, label_smoothing, -100)
         for p in parts
     ]
-    states = [vp.state(z[:, p], g[:, p], r, temperature) for p, r in zip(parts, rows, strict=True)]
-    whole = vp.merge(torch.stack(states), temperature)
-    loss, e_p, e_q = vp.row_loss(whole, rows[0], alpha, beta, temperature)
+    states = [_row_state.state(z[:, p], g[:, p], r, temperature) for p, r in zip(parts, rows, strict=True)]
+    whole = _row_state.merge(torch.stack(states), temperature)
+    loss, e_p, e_q = _row_state.row_loss(whole, rows[0], alpha, beta, temperature)
     betas = (0.0 if detach == "logits" else beta, 0.0 if detach == "gist_logits" else beta)
     grads = [
-        vp.gradients(z[:, p], g[:, p], whole, e_p, e_q, r, alpha, *betas, temperature)
+        _row_state.gradients(z[:, p], g[:, p], whole, e_p, e_q, r, alpha, *betas, temperature)
         for p, r in zip(parts, rows, strict=True)
     ]
     cleared = [[r.cleared(x) for x in pair] for r, pair in zip(rows, grads, strict=True)]

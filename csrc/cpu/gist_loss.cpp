@@ -14,7 +14,8 @@ int unit_power(double temperature) {
   return kUnitAnew;
 }
 
-// What stands in a row's place in the target.
+// What stands in a row's place in the target. The label is counted from the first class of the logits, and may be
+// outside them.
 struct RowTarget {
   int64_t label = 0;
   bool counts = true, valid = true;
@@ -23,7 +24,8 @@ struct RowTarget {
     if (in.target.classes == nullptr) return;
     label = in.target.classes[row * in.target.stride_m];
     counts = label != in.ignore_index;
-    valid = label >= 0 && label < in.logits.classes;
+    valid = label >= 0 && label < in.every_class;
+    if (valid) label -= in.first_class;
   }
 };
 
@@ -35,7 +37,7 @@ FASTGIST_INLINE const A* load_weights(const GistLossInputs& in, int64_t row, int
   const A* given = load_any(target.dtype, target.weights, offset, target.stride_v, n, buffer);
   if (in.label_smoothing == 0) return given;
   const A keep = static_cast<A>(1 - in.label_smoothing);
-  const A smooth = static_cast<A>(in.label_smoothing / in.logits.classes);
+  const A smooth = static_cast<A>(in.label_smoothing / in.every_class);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) buffer[i] = given[i] * keep + smooth;
   return buffer;
@@ -148,7 +150,7 @@ struct GistLoss {
     if (soft) {
       sums.dots.add(z, o, load_weights(in, row, start, n, buffer), n, c_z, c_o);
     } else if (in.label_smoothing != 0) {
-      sums.dots.add_even(z, o, in.label_smoothing / pair.classes, n, c_z, c_o);
+      sums.dots.add_even(z, o, in.label_smoothing / in.every_class, n, c_z, c_o);
     }
   }
 
@@ -199,7 +201,7 @@ struct GistLoss {
 
   template <bool kFma>
   FASTGIST_INLINE void finish(const Block<A>& block, const Scalars& row) const {
-    const A smooth = static_cast<A>(in.label_smoothing / pair.classes);
+    const A smooth = static_cast<A>(in.label_smoothing / in.every_class);
     const A* weights = soft ? load_weights(in, block.row, block.start, block.n, block.buffers->weights) : &smooth;
     finish_gist<kFma>(power, block, row, weights, !soft);
     if (soft) return;

@@ -78,6 +78,7 @@ void check(Kind kind, double temperature, const char* type, DType dtype, double 
                stride_v, o.buffer.get(), stride_m, stride_v,    nullptr,        0};
   in.target = {soft ? nullptr : labels.get(), weights.buffer.get(), dtype, soft ? stride_m : 1, stride_v};
   in.alpha = alpha, in.beta = in.beta_z = in.beta_o = beta, in.label_smoothing = smoothing, in.ignore_index = -100;
+  in.first_class = 0, in.every_class = classes;
   cpu::gist_loss_fwd(in, {row_loss.get(), stats.get()}, threads(3));
   const BackwardArguments both = {stats.get(), row_grad.get(), 1, grad_z.buffer.get(), grad_o.buffer.get()};
   cpu::gist_loss_bwd(in, both, threads(3));

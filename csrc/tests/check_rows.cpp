@@ -234,6 +234,7 @@ void check(int64_t rows, int64_t classes, const Device& device, Path path, int c
     if (with.target == Options::kSoft) in.target = {nullptr, soft.data(), kDType<T>, stride_m, with.stride_v};
     if (with.target == Options::kSoftFloat) in.target = {nullptr, soft_float.data(), DType::kFloat32, classes + 1, 1};
     in.alpha = with.alpha, in.beta = with.beta, in.label_smoothing = with.smoothing, in.ignore_index = -100;
+    in.first_class = 0, in.every_class = classes;
     in.beta_z = with.detach_z ? 0 : with.beta, in.beta_o = with.detach_o ? 0 : with.beta;
     args = arguments_of<A>(in);
     expect(kLoss == kGistAny || args.power == 3, "power", 0, 0, args.power, 3);

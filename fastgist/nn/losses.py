@@ -183,6 +183,7 @@ class GistLoss(nn.Module):
         """
         if divisor is not None and self.reduction != "mean":
             raise ValueError(f"GistLoss: divisor is what a mean divides by, and reduction is {self.reduction!r}")
+        divisor = _divisor(divisor)
         logits, gist_logits, target = self._unpack(args)
         if gist_logits is None:
             return self._task(logits, target, divisor)
@@ -345,6 +346,7 @@ class GistLoss(nn.Module):
             options: dict[str, Any] = {"alpha": 0.0, "beta": 0.0, "label_smoothing": self.label_smoothing}
             options |= {"reduction": self.reduction, "divisor": divisor}
             return functional.gist_loss(logits, logits.detach(), target, **options)
+        logits = torch.where(kept[..., None], logits, 0.0)  # 0 times NaN, in the gradient of an ignored row, is not 0
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         rows = nn.functional.cross_entropy(
             wide.reshape(-1, wide.shape[-1]),
@@ -366,6 +368,17 @@ class GistLoss(nn.Module):
 def _one_of(name: str, value: object, allowed: tuple, owner: str = "GistLoss") -> None:
     if value not in allowed:
         raise ValueError(f"{owner}: {name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def _divisor(divisor: float | Tensor | None) -> float | Tensor | None:
+    """Checked as the functions do, for the losses that are not theirs."""
+    if isinstance(divisor, Tensor):
+        if divisor.numel() != 1 or divisor.requires_grad:
+            raise ValueError("GistLoss: divisor must be one number without a gradient, got a tensor of several or with one")
+        return divisor.reshape(()).clamp(min=torch.finfo(torch.float32).tiny)  # of a count of no rows: their loss stays 0
+    if divisor is not None and not 0.0 < divisor < math.inf:
+        raise ValueError(f"GistLoss: divisor must be finite and > 0, got {divisor}")
+    return divisor
 
 
 def _temperature(owner: nn.Module, temperature: float) -> float:

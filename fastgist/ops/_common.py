@@ -13,6 +13,7 @@ from torch import Tensor
 
 __all__ = [
     "define",
+    "alike",
     "check_floating",
     "check_same_dtype",
     "check_same_device",
@@ -106,7 +107,7 @@ def _nobody_listens(args: Iterable[object]) -> bool:
     for a in args:  # a loop: a generator, and a call for each argument, took half of this function's time
         kind = type(a)
         if kind in _ORDINARY:
-            if torch._C._dispatch_keys(a).raw_repr() not in _ordinary_keys(a.device.type):  # type: ignore[arg-type, attr-defined]
+            if torch._C._dispatch_keys(a).raw_repr() not in _known_keys and not is_ordinary(a):  # type: ignore[arg-type]
                 return False
         elif (kind is list and not all(is_ordinary(t) for t in a)) or isinstance(a, Tensor):  # type: ignore[attr-defined]
             return False
@@ -116,20 +117,28 @@ def _nobody_listens(args: Iterable[object]) -> bool:
 def is_ordinary(t: Tensor) -> bool:
     """Whether nothing but autograd and the device's kernels have a part in ``t``: no negative or conjugate bit, no batch of
     torch's older vmap, no subclass."""
-    return type(t) in _ORDINARY and torch._C._dispatch_keys(t).raw_repr() in _ordinary_keys(t.device.type)
+    if type(t) not in _ORDINARY:
+        return False
+    keys = torch._C._dispatch_keys(t).raw_repr()
+    if keys not in _known_keys:
+        _know(t.device.type)
+    return keys in _known_keys
 
 
 @functools.cache
-def _ordinary_keys(device: str) -> frozenset[int]:
-    """Dispatch keys of ordinary tensors: one, and one made in inference mode."""
+def _know(device: str) -> None:
+    """Learn the dispatch keys of a device's ordinary tensors: of one, and of one made in inference mode. They name the device,
+    so those of all devices are one set."""
     plain = torch.empty(0, device=device)
     with torch.inference_mode():
         inferred = torch.empty(0, device=device)
-    return frozenset(torch._C._dispatch_keys(t).raw_repr() for t in (plain, inferred))
+    _known_keys.update(torch._C._dispatch_keys(t).raw_repr() for t in (plain, inferred))
 
 
+_known_keys: set[int] = set()
 _ORDINARY = frozenset({Tensor, torch.nn.Parameter})
-#: Where a version of torch cannot say, somebody may listen.
+#: Where a version of torch cannot say, autocast may be on, and somebody may listen.
+_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
@@ -151,6 +160,8 @@ def _without_autocast(implementation: Callable) -> Callable:
 
     @functools.wraps(implementation)
     def run(*args):
+        if not _any_autocast():
+            return implementation(*args)
         device_type = next(a.device.type for a in args if isinstance(a, Tensor))
         if not autocast_enabled(device_type):
             return implementation(*args)
@@ -206,10 +217,27 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def alike(a: object, b: object) -> bool:
+    """Whether two logits pass all checks at one look: tensors (..., V) of one floating-point dtype, shape and device. Where
+    they do not, the checks below say why."""
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and a.dtype == b.dtype
+        and a.dtype in _FLOATING
+        and a.shape == b.shape
+        and a.dim() > 0
+        and a.device == b.device
+    )
+
+
 def check_floating(op: str, name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
-    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    if x.dtype not in _FLOATING:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {dtype_name(x.dtype)}")
 
 
@@ -233,7 +261,8 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {first_name} is on {first.device} and {name} is on {t.device}")
 
 
-def check_temperature(op: str, temperature: object) -> float:
+def check_temperature(op: str, temperature: object, dtype: torch.dtype) -> float:
+    """T as a float. ``dtype``: what exponentials are taken in, where log2(e) / T has to be a number."""
     if isinstance(temperature, Tensor):
         raise TypeError(f"{op}: temperature must be a Python number (reading a tensor would synchronise), got a Tensor")
     if not isinstance(temperature, (int, float, Real)) or isinstance(temperature, bool):
@@ -241,6 +270,10 @@ def check_temperature(op: str, temperature: object) -> float:
     temperature = float(temperature)
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"{op}: temperature must be finite and > 0, got {temperature}")
+    if math.log2(math.e) / temperature > torch.finfo(dtype).max:
+        raise ValueError(
+            f"{op}: temperature must be finite and > 0, and its inverse finite in {dtype_name(dtype)}, got {temperature}"
+        )
     return temperature
 
 

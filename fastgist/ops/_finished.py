@@ -24,19 +24,19 @@ def scaled(grads: Sequence[Tensor], factor: Tensor, dtype: torch.dtype | Sequenc
     Another one is applied in place, unless the graph is retained, whose next backward must find them as they are.
     """
     dtypes = [dtype] * len(grads) if isinstance(dtype, torch.dtype) else list(dtype)
-    wanted = [(g, d) for g, d in zip(grads, dtypes, strict=True) if d is not None and (g.dim() == 2 or g.numel())]
-    if is_plain(factor, *(g for g, _ in wanted)):
-        in_place = bool(wanted) and not _keeps_graph() and all(g.dtype == d for g, d in wanted)
-        if factor.device.type == "cpu":
-            value = float(factor)
-            if value == 1.0:
-                return [_as(g, d) for g, d in zip(grads, dtypes, strict=True)]
-            if in_place:
+    plain = is_plain(factor)
+    if plain and factor.is_cpu and float(factor) == 1.0:
+        return [_as(g, d) for g, d in zip(grads, dtypes, strict=True)]
+    if plain and not _keeps_graph():
+        wanted = [(g, d) for g, d in zip(grads, dtypes, strict=True) if d is not None and (g.dim() == 2 or g.numel())]
+        if wanted and all(g.dtype == d and _common.is_ordinary(g) for g, d in wanted):
+            if factor.is_cpu:
+                value = float(factor)
                 for g, _ in wanted:
                     g.mul_(value)
                 return list(grads)
-        elif factor.device.type == "cuda" and in_place and _scale_on_device([g for g, _ in wanted], factor):
-            return list(grads)
+            if factor.is_cuda and _scale_on_device([g for g, _ in wanted], factor):
+                return list(grads)
     return [_as(g * factor, d) if g.dim() == 2 or g.numel() else g for g, d in zip(grads, dtypes, strict=True)]
 
 

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
@@ -16,7 +17,7 @@ import fastgist.ops._projection
 import fastgist.ops.adapter
 import fastgist.ops.cp_linear
 import fastgist.ops.cp_update
-import fastgist.ops.gist_linear_loss  # noqa: F401 - all of these define operators
+import fastgist.ops.gist_linear_loss  # all of these define operators
 
 __all__ = ["tell"]
 
@@ -82,15 +83,17 @@ def _adapter_bwd(
     return 2 * grad[0] * (per_row + narrow * (again and (through or need_up)))
 
 
-@register_flop_formula(_ops.gist_linear_loss_run)
+@register_flop_formula(_ops.gist_linear_loss_run, get_raw=True)
 def _gist_linear_loss_run(
-    hidden: Shape, gist: Shape, weight: Shape, bias: Any, target: Any, row_scale: Any, alpha: float, beta: Any,
-    beta_logits: Any, beta_gist: float, temperature: Any, smoothing: Any, ignore: Any, chunk: Any, budget: Any,
-    need_hidden: bool, need_gist: bool, need_weight: bool, *others: Any, **_: Any,
-) -> int:  # fmt: skip
+    hidden: Tensor, gist: Tensor, weight: Tensor, bias: Any, target: Any, row_scale: Tensor, *rest: Any, **_: Any
+) -> int:
+    alpha, beta_gist = rest[0], rest[3]
+    need_hidden, need_gist, need_weight = rest[9:12]
     gist_learns = alpha != 0 or beta_gist != 0
     back = need_hidden + need_weight + gist_learns * (need_gist + need_weight)
-    return 2 * hidden[0] * prod(weight) * (2 + back)
+    block = fastgist.ops.gist_linear_loss.planned(hidden, weight, row_scale, *rest)[2]
+    logits = 4 if block else 2  # of both heads, and once more where a second pass forms the head's gradient
+    return 2 * hidden.shape[0] * weight.numel() * (logits + back)
 
 
 @register_flop_formula(_ops.sum_of_products)

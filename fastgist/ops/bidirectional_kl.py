@@ -139,14 +139,18 @@ _bwd_op = _common.define(
 
 
 class _BidirectionalKL(torch.autograd.Function):
-    """(M, V) x 2 -> the loss (), or row losses (M,). Saves the finished gradients, or the logits and six scalars a row."""
+    """(M, V) x 2 -> the loss (), or row losses (M,). Saves the finished gradients, or the logits and six scalars a row.
+
+    ``settings``: temperature, scale, reduce, impl, and whether gradients are recorded.
+    """
 
     @staticmethod
-    def forward(ctx, logits, other_logits, mask, divisor, temperature, scale, reduce, record, impl):
+    def forward(ctx, logits, other_logits, mask, divisor, settings):
+        temperature, scale, reduce, impl, record = settings
         ctx.needs = needs = _common.needs(ctx, 2, record)
         loss, stats, *grads = _fwd_op(logits, other_logits, mask, divisor, temperature, scale, reduce, *needs, impl)
-        ctx.finished = any(g.dim() == 2 for g in grads)
-        ctx.scale, ctx.temperature, ctx.reduce, ctx.impl, ctx.dtype = scale, temperature, reduce, impl, logits.dtype
+        ctx.finished = grads[0].dim() == 2 or grads[1].dim() == 2
+        ctx.settings, ctx.dtype = settings, logits.dtype
         if ctx.finished:
             ctx.save_for_backward(*grads)
         elif any(needs):
@@ -156,22 +160,25 @@ class _BidirectionalKL(torch.autograd.Function):
     @staticmethod
     @_common.single_backward(_OP)
     def backward(ctx, grad):
-        needs = ctx.needs
-        if ctx.finished and ctx.reduce:
+        temperature, scale, reduce, impl, _ = ctx.settings
+        if ctx.finished and reduce:
             grads = _finished.scaled(ctx.saved_tensors, grad, ctx.dtype)
         elif ctx.finished:
-            factor = grad * (ctx.scale / ctx.temperature)
+            factor = grad * (scale / temperature)
             grads = _common.scale_rows(ctx.saved_tensors, (factor, -factor), ctx.dtype)
         else:
             logits, other_logits, mask, divisor, stats = ctx.saved_tensors
-            row_grad = grad * ctx.scale
-            if ctx.reduce:
+            row_grad = grad * scale
+            if reduce:
                 row_grad = (row_grad if divisor is None else row_grad / divisor).expand(len(logits))
-            grads = _bwd_op(logits, other_logits, mask, stats, row_grad, ctx.temperature, *needs, ctx.impl)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 7
+            grads = _bwd_op(logits, other_logits, mask, stats, row_grad, temperature, *ctx.needs, impl)
+        need_logits, need_other = ctx.needs
+        return grads[0] if need_logits else None, grads[1] if need_other else None, None, None, None
 
 
 def _check(logits: Tensor, other_logits: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    if mask is None and _common.alike(logits, other_logits):
+        return logits, other_logits
     _common.check_floating(_OP, "logits", logits)
     _common.check_floating(_OP, "other_logits", other_logits)
     if logits.dtype != other_logits.dtype and _common.autocast_dtype(logits.device.type) is not None:
@@ -234,11 +241,11 @@ def bidirectional_kl(
         RuntimeError: an explicit ``impl`` that cannot run here.
     """
     logits, other_logits = _check(logits, other_logits, mask)
-    temperature = _common.check_temperature(_OP, temperature)
+    dtype = accumulate_dtype(logits.dtype)
+    temperature = _common.check_temperature(_OP, temperature, dtype)
     _common.check_reduction(_OP, reduction)
     leading, classes = logits.shape[:-1], logits.shape[-1]
     rows = math.prod(leading)
-    dtype = accumulate_dtype(logits.dtype)
     divisor = _finished.divisor_of(_OP, divisor, reduction, logits, dtype)
     mask = None if mask is None else mask.reshape(rows)
     scale, divisor = _finished.loss_scale(
@@ -246,15 +253,6 @@ def bidirectional_kl(
     )
     if logits.dim() != 2:
         logits, other_logits = logits.reshape(rows, classes), other_logits.reshape(rows, classes)
-    loss = _BidirectionalKL.apply(
-        logits,
-        other_logits,
-        mask,
-        divisor,
-        temperature,
-        scale,
-        reduction != "none",
-        torch.is_grad_enabled(),
-        impl,
-    )
+    settings = temperature, scale, reduction != "none", impl, torch.is_grad_enabled()
+    loss = _BidirectionalKL.apply(logits, other_logits, mask, divisor, settings)
     return loss.reshape(leading) if reduction == "none" else loss

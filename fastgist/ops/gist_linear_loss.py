@@ -3,7 +3,9 @@
 The rows are taken in chunks (fastgist/ops/_linear_chunks.py). A chunk's hidden states of both heads, stacked, make its logits
 in one matrix product; the row work puts the gradients in their place; a second product carries them back. No more than one
 chunk of logits ever exists. For "sum" and "mean" the gradients are finished in the forward, where the logits are; for
-"none", whose row gradients are not known yet, the backward runs the chunks again.
+"none", whose row gradients are not known yet, the backward runs the chunks again. Where the float32 sum of a half-precision
+head's gradient would take more memory than there is to be, that gradient is formed by blocks of classes in a second pass
+(fastgist/ops/_linear_head.py).
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ import torch
 from torch import Tensor
 
 from fastgist import backends
-from fastgist.ops import _common, _finished, _linear_chunks, _vocab_parallel
+from fastgist.ops import _common, _finished, _linear_chunks, _linear_head, _vocab_parallel
 from fastgist.ops.gist_loss import betas, check_options, check_target, check_targets_in_range
 from fastgist.reference import gist_loss as reference
-from fastgist.reference._numerics import accumulate_dtype, row_blocks
+from fastgist.reference._numerics import accumulate_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -27,42 +29,26 @@ __all__ = ["gist_linear_loss"]
 
 _OP = "gist_linear_loss"
 
-#: Elements of the head's gradient that a chunk adds at a time where the sum is wider than the product: what lies between
-#: them is this large, not as large as the head. (On a CPU that is the product and a wider copy of it.)
-_HEAD_BLOCK, _HEAD_BLOCK_ON_CPU = 2**24, 2**22
 
-
-class _HeadGradient:
-    """The gradient (V, H) of the head, summed over chunks in float32: in bfloat16 the later ones would be rounded away.
-
-    ``narrow``: it comes in the head's dtype. The gradient of one chunk alone is written in it at once.
-    """
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype, narrow: bool, chunks: int) -> None:
-        self.narrow_to = weight.dtype if narrow else dtype
-        kept = self.narrow_to if chunks == 1 else dtype
-        make = torch.empty if chunks else torch.zeros
-        self.sum, self.begun = make(weight.shape, dtype=kept, device=weight.device), False
-
-    def add(self, grad_logits: Tensor, states: Tensor) -> None:
-        """(n, V) gradients of logits and the (n, H) states that made them."""
-        total, beta = self.sum, 1.0 if self.begun else 0.0
-        if total.dtype == states.dtype:
-            total.addmm_(grad_logits.t(), states, beta=beta)
-        else:
-            elements = _HEAD_BLOCK_ON_CPU if total.device.type == "cpu" else _HEAD_BLOCK
-            step = max(1, elements // max(states.shape[1], 1))
-            for start in range(0, len(total), step):
-                classes = slice(start, start + step)
-                part = torch.mm(grad_logits[:, classes].t(), states)
-                if self.begun:
-                    total[classes] += part
-                else:
-                    total[classes] = part
-        self.begun = True
-
-    def result(self) -> Tensor:
-        return self.sum.to(self.narrow_to)
+def planned(hidden: Tensor, weight: Tensor, row_scale: Tensor, *rest) -> tuple[_linear_chunks.RowWork, int, int]:
+    """The row work of a call of the raw operator, the rows of its chunks, and the classes of a second pass's blocks or 0.
+    ``rest``: its arguments from alpha on."""
+    *options, chunk_rows, budget = rest[:9]
+    _need_hidden, _need_gist, need_weight, _need_bias, narrow = rest[9:14]
+    group_name, first_class, every_class, _reduce = rest[14:18]
+    group = _vocab_parallel.group_named(group_name)
+    rows, (classes, width) = hidden.shape[0], weight.shape
+    share = classes
+    if group is None:
+        work: _linear_chunks.RowWork = _linear_chunks.row_work(
+            backends.resolve(_OP, rest[18], hidden), tuple(options), classes
+        )
+    else:
+        share = -(-every_class // group.size())  # as many chunks on every rank, whatever each one's share
+        work = _vocab_parallel.row_work(group, tuple(options), first_class, every_class)
+    wider = need_weight and narrow and weight.dtype != row_scale.dtype
+    sum_bytes = share * width * row_scale.element_size() if wider else 0
+    return work, *_linear_chunks.plan(rows, width, share, hidden.element_size(), chunk_rows, budget, sum_bytes)
 
 
 def _run(
@@ -78,52 +64,41 @@ def _run(
 
     The head's gradients come in its dtype if ``narrow``, else in row_scale's.
     """
-    numbers, wanted, shard, impl = rest[:9], rest[9:14], rest[14:18], rest[18]
-    *options, chunk_rows, budget = numbers
-    need_hidden, need_gist, need_weight, need_bias, narrow = wanted
-    group_name, first_class, every_class, reduce = shard
+    *options, _chunk_rows, _budget = rest[:9]
+    need_hidden, need_gist, need_weight, need_bias, narrow = rest[9:14]
+    group_name, _first_class, every_class, reduce = rest[14:18]
     alpha, _, _, beta_gist, *_, ignore_index = options
-    rows, (classes, width) = hidden.shape[0], weight.shape
-    group = _vocab_parallel.group_named(group_name)
+    rows, classes = hidden.shape[0], weight.shape[0]
     check_targets_in_range(_OP, target, every_class, ignore_index)
-    if group is None:
-        work = _linear_chunks.row_work(backends.resolve(_OP, impl, hidden), tuple(options))
-        share = classes
-    else:
-        work = _vocab_parallel.row_work(group, tuple(options), first_class, every_class)
-        share = -(-every_class // group.size())  # as many chunks on every rank, whatever each one's share
-    chunk_rows = chunk_rows or _linear_chunks.rows_of_chunk(rows, width, share, hidden.element_size(), budget or None)
+    group = _vocab_parallel.group_named(group_name)
+    work, chunk_rows, block = planned(hidden, weight, row_scale, *rest)
+    dtype, kept = row_scale.dtype, weight.dtype if narrow else row_scale.dtype
     silent = alpha == 0.0 and beta_gist == 0.0  # nothing of the loss reaches the gist token: products of zeros
-    need_head = need_weight or need_bias
-    need_z, need_g = need_hidden or need_head, (need_gist or need_head) and not silent
-    row_loss = torch.empty(rows, dtype=row_scale.dtype, device=hidden.device)
+    here = (need_weight or need_bias) and not block  # the head's gradients come of the chunks, not of a second pass
+    need_z, need_g = need_hidden or here, (need_gist or here) and not silent
+    row_loss = torch.empty(rows, dtype=dtype, device=hidden.device)
     grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else None
     make = torch.zeros if silent else torch.empty
     grad_gist = make(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_gist else None
-    head = _HeadGradient(weight, row_scale.dtype, narrow, -(-rows // chunk_rows)) if need_weight else None
-    grad_bias = torch.zeros(classes, dtype=row_scale.dtype, device=weight.device) if need_bias else None
+    head = _linear_head.Sum(weight, dtype, kept, -(-rows // chunk_rows)) if need_weight and not block else None
+    grad_bias = torch.zeros(classes, dtype=dtype, device=weight.device) if need_bias else None
+    states = _linear_head.States(hidden, gist_hidden, target, ignore_index, need_weight)
+    stats = torch.empty(work.statistics, rows, dtype=dtype, device=hidden.device) if block else None
     most = 2 * min(chunk_rows, rows)
     buffer = torch.empty(most, _linear_chunks.padded(classes), dtype=hidden.dtype, device=hidden.device)
     logits = both = buffer
     for first in range(0, rows, chunk_rows):
         part = slice(first, min(first + chunk_rows, rows))
         pairs = part.stop - part.start
-        both = torch.cat((hidden[part], gist_hidden[part]))
-        if need_weight and not target.is_floating_point():  # 0 times what an ignored row holds is not 0 if it is NaN
-            ignored = target[part] == ignore_index
-            both.masked_fill_(torch.cat((ignored, ignored))[:, None], 0.0)
-        logits = buffer[: 2 * pairs, :classes]
-        if bias is None:
-            torch.mm(both, weight.t(), out=logits)
-        else:
-            torch.addmm(bias, both, weight.t(), out=logits)
-        work(logits, target[part], row_scale[part], row_loss[part], need_z, need_g)
+        both = states.stacked(part)
+        logits = _linear_head.logits(both, weight, bias, buffer[: 2 * pairs, :classes])
+        of_rows = None if stats is None else stats[:, part]
+        work.rows(logits, target[part], row_scale[part], row_loss[part], need_z, need_g, of_rows)
         used = pairs if silent else 2 * pairs  # from here on the logits are their gradients
         if head is not None:
             head.add(logits[:used], both[:used])
-        if grad_bias is not None:
-            for block in row_blocks(logits[:used]):  # a CPU widens what it sums
-                grad_bias.add_(logits[block].sum(0, dtype=grad_bias.dtype))
+        if grad_bias is not None and not block:
+            _linear_head.add_rows(grad_bias, logits[:used])
         if grad_hidden is not None and grad_gist is not None and not silent:
             torch.mm(logits, weight, out=both)  # the stacked hidden states have served: their place takes the gradients
             grad_hidden[part], grad_gist[part] = both[:pairs], both[pairs:]
@@ -135,6 +110,10 @@ def _run(
         _vocab_parallel.sum_over_ranks(group, grad_hidden, None if silent else grad_gist)
     del buffer, logits, both  # before the head's gradient is there twice
     grad_weight = None if head is None else head.result()
+    if stats is not None:
+        grad_weight = _linear_head.by_classes(
+            work, states, weight, bias, target, row_scale, stats, block, silent, grad_bias
+        )
     grad_bias = grad_bias.to(weight.dtype) if narrow and grad_bias is not None else grad_bias
     return row_loss, *_common.filled((grad_hidden, grad_gist, grad_weight, grad_bias), hidden)
 
@@ -243,9 +222,12 @@ def gist_linear_loss(
         alpha, beta, temperature, t_squared, label_smoothing, ignore_index, reduction, detach, divisor: as in
             :func:`fastgist.functional.gist_loss`, with the same objective and the same divisor.
         chunk_rows: rows whose logits exist at a time; default: as many as ``memory_budget`` holds.
-        memory_budget: bytes for a chunk's logits and stacked hidden states. Default: a sixteenth of what whole logits and
-            their gradients would take, at least 32 MiB and at most 1 GiB. The head's gradient, and for a half-precision
-            head of more than one chunk its float32 sum, come on top.
+        memory_budget: bytes for a chunk's logits and stacked hidden states, and for the float32 sum of a half-precision
+            head's gradient over several chunks. Where that has no room, the gradient is formed by blocks of classes in a
+            second pass, with no sum: logits are computed twice, eight products in place of six. Default: a sixteenth of
+            what whole logits and their gradients would take, at least 32 MiB and at most 1 GiB, for a chunk or a block; an
+            eighth of what gist_loss on whole logits holds at its peak for all of it. The head's gradient itself comes on
+            top, as does the float32 one of a float16 head, which waits in it for a loss scale.
         group: a torch.distributed group whose ranks share the head: weight (V_local, H) and bias are this rank's
             consecutive rows of it, in the ranks' order. Hidden states, class targets (of the whole vocabulary, not less
             vocab_start) and options must be the same on all ranks: only shapes and options are compared, not values, and
@@ -278,12 +260,12 @@ def gist_linear_loss(
     leading, (classes, width) = hidden.shape[:-1], weight.shape
     check_target(_OP, target, leading, classes)
     _common.check_same_device(_OP, hidden=hidden, gist_hidden=gist_hidden, weight=weight, bias=bias, target=target)
-    temperature = _common.check_temperature(_OP, temperature)
+    dtype = accumulate_dtype(hidden.dtype)
+    temperature = _common.check_temperature(_OP, temperature, dtype)
     check_options(_OP, alpha, beta, label_smoothing, ignore_index, reduction, detach)
     _check_chunks(chunk_rows, memory_budget)
     rows = math.prod(leading)
     target = target.reshape(rows, classes) if target.is_floating_point() else target.reshape(rows)
-    dtype = accumulate_dtype(hidden.dtype)
     divisor = _finished.divisor_of(_OP, divisor, reduction, hidden, dtype)
     counted = (
         reference.kept_rows(target, ignore_index) if divisor is None and reduction in ("mean", "batchmean") else None

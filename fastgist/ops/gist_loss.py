@@ -126,14 +126,15 @@ _bwd_op = _common.define(
 
 class _GistLoss(torch.autograd.Function):
     """(M, V) x 2 and targets -> the loss (), or row losses (M,). Saves the finished gradients, or the logits and nine
-    scalars a row."""
+    scalars a row. ``settings``: the options, scale, reduce, impl, and whether gradients are recorded."""
 
     @staticmethod
-    def forward(ctx, logits, gist_logits, target, divisor, options, scale, reduce, record, impl):
+    def forward(ctx, logits, gist_logits, target, divisor, settings):
+        options, scale, reduce, impl, record = settings
         ctx.needs = needs = _common.needs(ctx, 2, record)
         loss, stats, *grads = _fwd_op(logits, gist_logits, target, divisor, *options, scale, reduce, *needs, impl)
-        ctx.finished = any(g.dim() == 2 for g in grads)
-        ctx.options, ctx.scale, ctx.reduce, ctx.impl, ctx.dtype = options, scale, reduce, impl, logits.dtype
+        ctx.finished = grads[0].dim() == 2 or grads[1].dim() == 2
+        ctx.settings, ctx.dtype = settings, logits.dtype
         if ctx.finished:
             ctx.save_for_backward(*grads)
         elif any(needs):
@@ -143,18 +144,19 @@ class _GistLoss(torch.autograd.Function):
     @staticmethod
     @_common.single_backward(_OP)
     def backward(ctx, grad):
-        needs = ctx.needs
-        if ctx.finished and ctx.reduce:
+        options, scale, reduce, impl, _ = ctx.settings
+        if ctx.finished and reduce:
             grads = _finished.scaled(ctx.saved_tensors, grad, ctx.dtype)
         elif ctx.finished:
-            grads = _common.scale_rows(ctx.saved_tensors, (grad * ctx.scale,) * 2, ctx.dtype)
+            grads = _common.scale_rows(ctx.saved_tensors, (grad * scale,) * 2, ctx.dtype)
         else:
             logits, gist_logits, target, divisor, stats = ctx.saved_tensors
-            row_grad = grad * ctx.scale
-            if ctx.reduce:
+            row_grad = grad * scale
+            if reduce:
                 row_grad = (row_grad if divisor is None else row_grad / divisor).expand(len(logits))
-            grads = _bwd_op(logits, gist_logits, target, stats, row_grad, *ctx.options, *needs, ctx.impl)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 7
+            grads = _bwd_op(logits, gist_logits, target, stats, row_grad, *options, *ctx.needs, impl)
+        need_logits, need_gist = ctx.needs
+        return grads[0] if need_logits else None, grads[1] if need_gist else None, None, None, None
 
 
 def _counted(target: Tensor, ignore_index: int) -> Tensor | None:
@@ -231,6 +233,23 @@ def check_options(
     _common.check_reduction(op, reduction)
 
 
+def _check(logits: Tensor, gist_logits: Tensor) -> tuple[Tensor, Tensor]:
+    if _common.alike(logits, gist_logits):
+        return logits, gist_logits
+    for name, x in (("logits", logits), ("gist_logits", gist_logits)):
+        _common.check_floating(_OP, name, x)
+    if logits.dtype != gist_logits.dtype and _common.autocast_dtype(logits.device.type) is not None:
+        logits, gist_logits = logits.float(), gist_logits.float()
+    _common.check_same_dtype(_OP, logits=logits, gist_logits=gist_logits)
+    if logits.dim() == 0 or logits.shape != gist_logits.shape:
+        raise ValueError(
+            f"{_OP}: expected gist_logits.shape == logits.shape == (..., V), "
+            f"got {tuple(gist_logits.shape)} and {tuple(logits.shape)}"
+        )
+    _common.check_same_device(_OP, logits=logits, gist_logits=gist_logits)
+    return logits, gist_logits
+
+
 def gist_loss(
     logits: Tensor,
     gist_logits: Tensor,
@@ -275,46 +294,29 @@ def gist_loss(
         IndexError: on a CPU, a target that is neither a class nor ignore_index. On a GPU, where nothing may
             synchronise, that row's loss and gradient are NaN; FASTGIST_DEBUG=1 checks there too.
     """
-    for name, x in (("logits", logits), ("gist_logits", gist_logits)):
-        _common.check_floating(_OP, name, x)
-    if logits.dtype != gist_logits.dtype and _common.autocast_dtype(logits.device.type) is not None:
-        logits, gist_logits = logits.float(), gist_logits.float()
-    _common.check_same_dtype(_OP, logits=logits, gist_logits=gist_logits)
-    if logits.dim() == 0 or logits.shape != gist_logits.shape:
-        raise ValueError(
-            f"{_OP}: expected gist_logits.shape == logits.shape == (..., V), "
-            f"got {tuple(gist_logits.shape)} and {tuple(logits.shape)}"
-        )
+    logits, gist_logits = _check(logits, gist_logits)
     leading, classes = logits.shape[:-1], logits.shape[-1]
     check_target(_OP, target, leading, classes)
-    _common.check_same_device(_OP, logits=logits, gist_logits=gist_logits, target=target)
-    temperature = _common.check_temperature(_OP, temperature)
+    _common.check_same_device(_OP, logits=logits, target=target)
+    dtype = accumulate_dtype(logits.dtype)
+    temperature = _common.check_temperature(_OP, temperature, dtype)
     check_options(_OP, alpha, beta, label_smoothing, ignore_index, reduction, detach)
     rows = math.prod(leading)
     if logits.dim() != 2:
         logits, gist_logits = logits.reshape(rows, classes), gist_logits.reshape(rows, classes)
         target = target.reshape(rows, classes) if target.is_floating_point() else target.reshape(rows)
-    dtype = accumulate_dtype(logits.dtype)
     divisor = _finished.divisor_of(_OP, divisor, reduction, logits, dtype)
     counted = None
     if divisor is None and reduction in ("mean", "batchmean"):
         counted = _counted(target, int(ignore_index))
     scale, divisor = _finished.loss_scale(reduction, 1.0, rows, counted, divisor, logits, dtype)
-    loss = _GistLoss.apply(
-        logits,
-        gist_logits,
-        target,
-        divisor,
-        (
-            float(alpha),
-            *betas(beta, temperature, t_squared, detach),
-            temperature,
-            float(label_smoothing),
-            int(ignore_index),
-        ),
-        scale,
-        reduction != "none",
-        torch.is_grad_enabled(),
-        impl,
+    options = (
+        float(alpha),
+        *betas(beta, temperature, t_squared, detach),
+        temperature,
+        float(label_smoothing),
+        int(ignore_index),
     )
+    settings = options, scale, reduction != "none", impl, torch.is_grad_enabled()
+    loss = _GistLoss.apply(logits, gist_logits, target, divisor, settings)
     return loss.reshape(leading) if reduction == "none" else loss

@@ -261,9 +261,9 @@ def topk_kl(
         RuntimeError: an explicit ``impl`` that cannot run here.
     """
     _check(logits, teacher_log_probs, teacher_indices, mask, direction)
-    temperature = _common.check_temperature(_OP, temperature)
-    _common.check_reduction(_OP, reduction)
     width = accumulate_dtype(logits.dtype)
+    temperature = _common.check_temperature(_OP, temperature, width)
+    _common.check_reduction(_OP, reduction)
     divisor = _finished.divisor_of(_OP, divisor, reduction, logits, width)
     leading, classes = logits.shape[:-1], logits.shape[-1]
     rows, known = math.prod(leading), teacher_indices.shape[-1]

@@ -115,3 +115,18 @@ def test_options_of_another_kind_are_named(op, options, message):
 def test_what_a_head_and_its_chunks_are_made_of(options, message):
     with pytest.raises(TypeError, match=f"^gist_linear_loss: {message}"):
         call("gist_linear_loss", torch.randn(ROWS, CLASSES), **options)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("temperature", [1e-39, 1e-310])
+def test_a_temperature_whose_inverse_overflows_is_refused(op, temperature):
+    """It used to give NaN."""
+    message = f"temperature must be finite and > 0, and its inverse finite in float32, got {temperature}"
+    with pytest.raises(ValueError, match=f"^{op}: {message}"):
+        call(op, torch.randn(ROWS, CLASSES), temperature=temperature)
+
+
+def test_float64_takes_temperatures_that_float32_does_not():
+    assert F.bidirectional_kl(OTHER.double(), OTHER.double() + 1, temperature=1e-40) == 0
+    with pytest.raises(ValueError, match="its inverse finite in float64, got 1e-309"):
+        F.bidirectional_kl(OTHER.double(), OTHER.double(), temperature=1e-309)
