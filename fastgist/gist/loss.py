@@ -31,7 +31,9 @@ _SINGLE, _MULTI, _REGRESSION = "single_label_classification", "multi_label_class
 def fuses(rows: int, width: int, classes: int, dtype: torch.dtype = torch.float32) -> bool:
     """Whether a gist model takes its head (width -> classes, of ``dtype``) and its loss in one operation for a batch of
     ``rows``, unless it is told: :func:`fastgist.functional.gist_linear_loss`, which makes no whole logits."""
-    if dtype.itemsize < 4 and rows < width:  # its gradient takes a second pass: memory for time, which is the user's to say
+    if (
+        dtype.itemsize < 4 and rows < width
+    ):  # its gradient takes a second pass: memory for time, which is the user's to say
         return False
     return classes >= FUSED_CLASSES and 2 * rows * (classes + width) * dtype.itemsize > FUSED_BYTES
 

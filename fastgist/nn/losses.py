@@ -374,8 +374,12 @@ def _divisor(divisor: float | Tensor | None) -> float | Tensor | None:
     """Checked as the functions do, for the losses that are not theirs."""
     if isinstance(divisor, Tensor):
         if divisor.numel() != 1 or divisor.requires_grad:
-            raise ValueError("GistLoss: divisor must be one number without a gradient, got a tensor of several or with one")
-        return divisor.reshape(()).clamp(min=torch.finfo(torch.float32).tiny)  # of a count of no rows: their loss stays 0
+            raise ValueError(
+                "GistLoss: divisor must be one number without a gradient, got a tensor of several or with one"
+            )
+        return divisor.reshape(()).clamp(
+            min=torch.finfo(torch.float32).tiny
+        )  # of a count of no rows: their loss stays 0
     if divisor is not None and not 0.0 < divisor < math.inf:
         raise ValueError(f"GistLoss: divisor must be finite and > 0, got {divisor}")
     return divisor
