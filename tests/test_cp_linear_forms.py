@@ -195,10 +195,12 @@ def test_tensor_descriptors_of_slices_and_a_transposed_u(impl, forms, form):
 
 def test_what_a_form_asks():
     x, weights = torch.empty(65, 64), [torch.empty(64, 64)]
-    assert not can("few", x, weights, 4, False) and can("few", x[:64], weights, 4, False)
-    assert not can("few", x[:64], weights, 4, False, forward=False)
-    assert not can("few", x[:32].repeat(1, 2)[:, 1:65], weights, 4, False), "not on a boundary of 16 bytes"
-    assert not can("few", x[:32], [weights[0], torch.empty(8, 72)[:, :64]], 4, False)
+    assert not can("few", x, weights, 4, True) and can("few", x[:64], weights, 4, True)
+    assert not can("few", x[:17], weights, 4, False) and can("few", x[:16], weights, 4, False)
+    assert can("few", x[:64].half(), weights, 4, False)
+    assert not can("few", x[:64], weights, 4, True, forward=False)
+    assert not can("few", x[:32].repeat(1, 2)[:, 1:65], weights, 4, True), "not on a boundary of 16 bytes"
+    assert not can("few", x[:32], [weights[0], torch.empty(8, 72)[:, :64]], 4, True)
     assert can("fused", x, weights, 32, False) and not can("fused", x, weights, 33, False)
     assert can("fused", x, weights, 64, True) and not can("fused", x.half(), weights, 65, False)
     assert can("fused", x.half(), weights, 64, False) and not can("fused", x.half(), weights, 64, False, forward=False)

@@ -236,7 +236,7 @@ def few(x, weights, biases, u, v, gain, seed, scale, dropout_p, tf32, y, h) -> N
         _finish(part, low, group, seed, scale, dropout_p, tf32, columns, h if first else None)
 
 
-def few_config(x: torch.Tensor, out: int, rank: int, tf32: bool) -> dict[str, int]:
+def few_config(x: torch.Tensor, out: int, rank: int) -> dict[str, int]:
     """Tile and K of a split of the first launch; see the top of this file."""
     rows, inner = x.shape
     arch = device_arch(x.device)
@@ -246,11 +246,9 @@ def few_config(x: torch.Tensor, out: int, rank: int, tf32: bool) -> dict[str, in
         config = {"BLOCK_M": block_m, "BLOCK_N": 32, "BLOCK_K": 16}
     else:
         best = (out * inner / (8 * sms)) ** 0.5
-        full = x.dtype == torch.float32 and not tf32  # its products take registers for every element of a tile
-        block_n = 32 if best < 45 else 64 if best < 90 or full else 128
-        config = {"BLOCK_M": block_m, "BLOCK_N": block_n}
-        warps = 8 if full and rows > 16 else 4
-        config |= {"BLOCK_K": 128 // x.element_size(), "num_warps": warps, "num_stages": 4}
+        block_n = 32 if best < 45 else 64 if best < 90 else 128
+        config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 128 // x.element_size()}
+        config |= {"num_warps": 8 if block_m == 16 and block_n == 128 else 4, "num_stages": 4}
         config |= launch_config("cp_linear_few", arch, shape_class(rows, out, inner, rank))
     splits = min(cdiv(2 * sms, cdiv(out, config["BLOCK_N"])), cdiv(inner, config["BLOCK_K"]))
     return config | {"k_per_split": cdiv(cdiv(inner, splits), config["BLOCK_K"]) * config["BLOCK_K"]}
@@ -263,7 +261,7 @@ def _partial(
     rows, inner = x.shape
     out = group.columns.stop - group.columns.start
     rank = group.v.shape[1]
-    config = few_config(x, out, rank, tf32)
+    config = few_config(x, out, rank)
     k_per_split = config.pop("k_per_split")
     splits = cdiv(inner, k_per_split)
     few_ranks = device_arch(x.device) == "interpret" or (
@@ -356,7 +354,7 @@ def _specs() -> list[Spec]:
         ("bf16", "ieee", 32, 128, 64, 64, 1, False, True),
         ("fp16", "tf32", 32, 64, 64, 16, 1, True, True),
         ("fp32", "tf32", 64, 128, 32, 64, 3, True, True),
-        ("fp32", "ieee", 64, 64, 32, 64, 1, True, True),
+        ("fp32", "ieee", 16, 128, 32, 16, 1, True, True),
         ("fp32", "ieee", 16, 32, 32, 16, 1, True, True),
     ):
         constexprs: dict[str, object] = unit | {"PIECES": pieces, "EVEN_K": even, "PRECISION": precision}
@@ -372,7 +370,7 @@ def _specs() -> list[Spec]:
                 + ("" if whole else "_ragged_u"),
                 types,
                 constexprs,
-                num_warps=8 if dtype == "fp32" and precision == "ieee" and block_m > 16 else 4,
+                num_warps=8 if block_m == 16 and block_n == 128 else 4,
                 num_stages=4,
                 matrix=block_m == 64 and (dtype == "bf16" or precision == "tf32"),
                 aligned=_ALIGNED,

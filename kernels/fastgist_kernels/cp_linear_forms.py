@@ -61,7 +61,8 @@ def can(
     if form == "blas":  # its update would be rounded to float16 between the products
         return x.dtype != torch.float16
     if form == "few":
-        return forward and x.shape[0] <= FEW_ROWS and aligned(x) and all(map(aligned, weights))
+        most = FEW_ROWS if tf32 or x.dtype != torch.float32 else 16  # full float32 products of more rows spill
+        return forward and x.shape[0] <= most and aligned(x) and all(map(aligned, weights))
     if form in ("tma_fused", "tma_started"):
         arch = device_arch(x.device)
         ours = arch == "interpret" or (arch in TMA_ARCHITECTURES and x.dtype.itemsize == 2)
