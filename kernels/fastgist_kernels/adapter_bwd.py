@@ -487,7 +487,7 @@ SPECS = [
         ("fp32", "ieee", 64, True, 64),
         ("bf16", "ieee", 16, False, 64, "even", True, True),
         ("bf16", "ieee", 64, False, 64, "even", True, True),
-        ("bf16", "ieee", 64, False, 32, "ragged", True, True),
+        ("bf16", "ieee", 128, False, 32, "ragged", True, True),
         ("bf16", "ieee", 256, False, 32, "even", True, True),
         ("bf16", "ieee", 64, False, 64, "even", False, True),
         ("fp16", "tf32", 64, False, 64, "even", True, True),

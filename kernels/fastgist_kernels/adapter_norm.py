@@ -373,7 +373,7 @@ SPECS = [
     _outer_spec("bf16", "ieee", 64),
     _finish_spec("bf16", 16),
     _finish_spec("bf16", 64),
-    _finish_spec("fp32", 64),
+    _finish_spec("fp32", 16),
     _sums_spec("bf16"),
     _sums_spec("fp32"),
 ]
