@@ -106,7 +106,7 @@ def test_formula_is_what_cp_linear_adds_and_gradcheck():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("rows", "inner", "out", "folds"),
-    [(1, 8, 8, 1), (33, 40, 24, 3), (64, 64, 64, 1), (70, 130, 37, 2), (96, 24, 20, 2)],
+    [(1, 8, 8, 1), (5, 24, 40, 2), (33, 40, 24, 3), (64, 64, 64, 1), (70, 130, 37, 2), (96, 24, 20, 2)],
 )
 def test_matches_float64(impl, device, dtype, rows, inner, out, folds, function):
     inputs = case(rows, inner, out, 16, folds, dtype, device)
