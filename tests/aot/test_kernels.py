@@ -163,8 +163,8 @@ def test_shared_memory_fits(rows):
 
 
 def test_tensor_memory_fits(rows):
-    """Triton 3.6 doubles the accumulators of a persistent kernel: one tile of 128 x 256 and h were 528 columns, of 512 that are
-    there, and became a kernel of four registers."""
+    """Triton 3.6 doubles the accumulators of a persistent kernel: one tile of 128 x 256 and h were 528 columns, of 512 that
+    are there, and became a kernel of four registers."""
     _fail(
         [
             f"{_label(row)} asks {row['tensor_memory']} columns of tensor memory, {row['registers']} registers"
