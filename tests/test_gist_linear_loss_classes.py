@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import INTERPRETING
 from losses import evaluate
 from test_gist_linear_loss_chunks import NAMES, OPTIONS, case, peak, unfused
 
@@ -39,7 +40,7 @@ def blocks(monkeypatch):
 # -- when --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [512, 2048, 8192, 50_000])
+@pytest.mark.parametrize("rows", [512, 1024, 2048, 8192, 50_000])  # 4 times as many as hidden: half of the sum has room
 @pytest.mark.parametrize("hidden", [256, 1024, 4096])
 def test_a_wider_sum_is_held_only_within_an_eighth_of_whole_logits(rows, hidden):
     """Two products and gist_loss hold 3.5 times the logits of one head at their peak."""
@@ -171,6 +172,25 @@ def test_no_result_depends_on_the_blocks(impl, device, monkeypatch, soft):
     whole, *others = (run(least) for least in (64, 16, 16, 1, 36))
     for (loss, grads), name in itertools.product(others, range(4)):
         assert torch.equal(loss, whole[0]) and torch.equal(grads[name], whole[1][name])
+
+
+def test_no_result_depends_on_the_blocks_of_rows_within(device, monkeypatch):
+    """A block of classes goes through the row work a few rows at a time."""
+    from fastgist import backends
+
+    if INTERPRETING or device.type != "cpu" or backends.available()["native"] != "yes, on CPU tensors":
+        pytest.skip("no compiled extension")
+    inputs, target = case(dtype=HALF, device=device)
+    incoming = torch.linspace(0.5, 1.5, 11)
+    options = {"chunk_rows": 4, "impl": "native", "reduction": "none"}
+
+    def run():
+        return evaluate(lambda *a: gist_linear_loss(*a, target, **options), inputs, [True] * 4, incoming)[1]
+
+    whole = run()
+    for elements in (1, 37 * 3):
+        monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", elements)
+        assert all(torch.equal(a, b) for a, b in zip(run(), whole, strict=True))
 
 
 def test_absent_classes_bad_rows_and_ignored_rows(impl, device, blocks):
