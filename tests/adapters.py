@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from losses import on_every_device
@@ -47,10 +49,16 @@ def case(
 
 def plain(
     x, down_weight, down_bias, up_weight, up_bias, *, activation, scale, residual, residual_scale, gate, norm=None,
-    dropout_p=0.0, training=False, seed=None,
+    dropout_p=0.0, training=False, seed=None, products=False,
 ):  # fmt: skip
-    """The expression in the inputs' own dtype, as anyone would write it."""
+    """The expression in the inputs' own dtype, as anyone would write it; with ``products`` the biases are multiplied by a
+    column of ones, so that their gradients are sums as a product makes them, not torch.sum's, which err less."""
+    if products:
+        ones = x.new_ones(x.shape[0], 1)
+        down_weight = down_weight if down_bias is None else torch.cat((down_weight, down_bias[:, None]), 1)
     a = x if norm is None else F.layer_norm(x, x.shape[-1:], *norm)
+    if products and down_bias is not None:
+        a, down_bias = torch.cat((a, ones.to(a.dtype)), 1), None
     hidden = ACT[activation](F.linear(a, down_weight, down_bias))
     if gate is not None:
         hidden = hidden * gate.repeat_interleave(hidden.shape[-1] // gate.shape[-1], dim=-1)
@@ -59,7 +67,8 @@ def plain(
         hidden = hidden * (keep.to(hidden.dtype) / (1.0 - dropout_p))
     y = F.linear(hidden, up_weight)
     if up_bias is not None:
-        y = y + (gate @ up_bias if up_bias.dim() == 2 else up_bias)
+        of_bias = gate @ up_bias if up_bias.dim() == 2 else ones @ up_bias[None] if products else up_bias
+        y = y + of_bias
     y = scale * y
     return y if residual is False else y + residual_scale * (x if residual is None else residual)
 
@@ -90,32 +99,55 @@ def _gate_terms(inputs, grad, scale, norm_eps):
     return float(terms.max()) * abs(scale)
 
 
+def _widened(inputs, norm_eps):
+    """The operands in float32 and what the down projection sees: x, or x behind the norm."""
+    x, down, down_bias, up, weight, bias = (
+        None if inputs.get(k) is None else inputs[k].float() for k in ("x", *NAMES[1:4], *NORM)
+    )
+    a = x if norm_eps is None else F.layer_norm(x, x.shape[-1:], weight, bias, norm_eps)
+    return x, a, down, down_bias, up, weight
+
+
 def _terms(name, inputs, grad, scale, norm_eps):
-    """The size of the terms in a gradient that is a sum which may cancel, over the rows or, of x behind a norm, of a row and
-    its means: the floor is there."""
+    """The size of the terms in a result that is a sum which may cancel, over hidden units, columns or rows or, of x behind a
+    norm, of a row and its means: the floor is there. No hidden unit is larger than the terms of
+    its z."""
     if name == "gate":
         return _gate_terms(inputs, grad, scale, norm_eps)
-    if name == "up_bias" and inputs[name].dim() == 1:
-        return float(grad.abs().sum(0).max()) * abs(scale)
-    hidden = grad.abs() @ inputs["up_weight"].abs().float()
+    if name == "up_bias":
+        return float(grad.abs().sum(0).max()) * abs(scale) if inputs[name].dim() == 1 else None
+    x, a, down, down_bias, up, weight = _widened(inputs, norm_eps)
+    z = F.linear(a.abs(), down.abs(), None if down_bias is None else down_bias.abs())
+    if inputs.get("gate") is not None:
+        gate = inputs["gate"].float().abs()
+        z = z * gate.repeat_interleave(z.shape[1] // gate.shape[1], dim=1)
+    if name == "y":
+        return float((z @ up.abs().transpose(0, 1)).max()) * abs(scale)
+    if name == "up_weight":
+        return float((grad.abs().transpose(0, 1).float() @ z).max()) * abs(scale)
+    hidden = abs(scale) * grad.abs().float() @ up.abs()
     if name == "down_bias":
         return float(hidden.sum(0).max())
-    if norm_eps is None:
-        return None
-    x = inputs["x"].float()
-    weight, bias = (None if inputs[k] is None else inputs[k].float() for k in NORM)
     if name == "down_weight":
-        a = F.layer_norm(x, x.shape[-1:], weight, bias, norm_eps)
-        return float((abs(scale) * hidden.transpose(0, 1) @ a.abs()).max())
-    of_a = abs(scale) * hidden @ inputs["down_weight"].abs().float()
+        return float((hidden.transpose(0, 1) @ a.abs()).max())
+    of_a = hidden @ down.abs()
     if name == "norm_weight":
         return float((of_a * F.layer_norm(x, x.shape[-1:]).abs()).sum(0).max())
     if name == "norm_bias":
         return float(of_a.sum(0).max())
     if name == "x":
+        if norm_eps is None:
+            return float(of_a.max())
         rstd = (x.var(-1, unbiased=False, keepdim=True) + norm_eps).rsqrt()
         return float((rstd * (of_a if weight is None else of_a * weight.abs())).max())
     return None
+
+
+def _no_less(terms, exact):
+    """A floor at the terms' size, or at the result's own where that is larger."""
+    finite = exact[exact.isfinite()]
+    own = float(finite.abs().max()) if finite.numel() else 0.0
+    return None if terms is None or not math.isfinite(terms) else max(terms, own)
 
 
 def check(inputs, grad, impl, wanted=None, ours=None, **options):
@@ -123,7 +155,13 @@ def check(inputs, grad, impl, wanted=None, ours=None, **options):
     ``ours``: the same tensors in other layouts."""
     wanted = {k: t is not None for k, t in inputs.items()} if wanted is None else wanted
     y, grads = evaluate(adapter, inputs if ours is None else ours, wanted, grad, impl=impl, **options)
-    peers = on_every_device(lambda i, g, o: evaluate(plain, i, wanted, g, **o), inputs, grad, options)
+    peers = [
+        peer
+        for products in (False, True)
+        for peer in on_every_device(
+            lambda i, g, o, p=products: evaluate(plain, i, wanted, g, products=p, **o), inputs, grad, options
+        )
+    ]
     plain_y, plain_grads = [y for y, _ in peers], {k: [grads[k] for _, grads in peers] for k in inputs}
     double = {k: None if t is None else t.double() for k, t in inputs.items()}
     exact_y, exact_grads = evaluate(formula, double, wanted, grad, **options)
@@ -132,11 +170,12 @@ def check(inputs, grad, impl, wanted=None, ours=None, **options):
     torch.testing.assert_close(
         (again_y, list(again_grads.values())), (exact_y, list(exact_grads.values())), rtol=1e-9, atol=1e-9
     )
-    assert_within_budget(y, plain_y, exact_y, what="y")
+    scaled = options.get("scale", 1.0), options.get("norm_eps")
+    assert_within_budget(y, plain_y, exact_y, what="y", scale=_no_less(_terms("y", inputs, grad, *scaled), exact_y))
     for name in inputs:
         assert (grads[name] is not None) == wanted[name], name
         if wanted[name]:
-            terms = _terms(name, inputs, grad, options.get("scale", 1.0), options.get("norm_eps"))
+            terms = _no_less(_terms(name, inputs, grad, *scaled), exact_grads[name])
             what = f"gradient of {name}"
             assert_within_budget(grads[name], plain_grads[name], exact_grads[name], what=what, scale=terms)
     return y, grads
