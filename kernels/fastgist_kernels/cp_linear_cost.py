@@ -180,13 +180,13 @@ _IMPOSSIBLE = Cost(float("inf"))
 
 
 def _filled(block_m: int, block_n: int) -> float:
-    """Share of the rate that a tile reaches, 1 for 128 x 256: smaller ones read more for each product. Assumed."""
+    """Share of the rate that a tile reaches, 1 from 128 x 256 on: smaller ones read more for each product. Assumed."""
 
     def reuse(m: int, n: int) -> float:
         each = m * n / (m + n)
         return each / (each + 40.0)
 
-    return reuse(block_m, block_n) / reuse(128, 256)
+    return min(1.0, reuse(block_m, block_n) / reuse(128, 256))
 
 
 def _product(
