@@ -292,7 +292,8 @@ def cp_update(
         training: whether dropout is active.
         seed: as in :func:`cp_linear`, under the same rule: the same seed gives the same mask.
         inplace: write into y and return it. Autograd counts it as a change of y: a layer that has kept its output for its own
-            backward raises there. (torch.compile decides by itself where an update is in place.)
+            backward raises there. x may share y's memory; where u is trained, x as it was is copied then. (torch.compile
+            decides by itself where an update is in place.)
         impl: "auto", "triton" or "reference"; see :mod:`fastgist.backends`.
 
     Returns:
