@@ -180,6 +180,27 @@ def test_a_layer_that_gives_its_own_input_back_is_left_alone():
     assert torch.equal(x, before)
 
 
+def test_what_a_call_of_its_own_kept_is_the_base_layers_own_output():
+    class Keeping(nn.Linear):
+        def __call__(self, x):
+            self.kept = super().__call__(x)
+            return self.kept
+
+    base = Keeping(K, N).requires_grad_(False)
+    x = rows(20)
+    stirred(LoRALinear(base, 4))(x)
+    assert torch.equal(base.kept, nn.functional.linear(x, base.weight, base.bias))
+
+
+def test_a_base_layer_that_returns_no_tensor_is_named():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    with pytest.raises(TypeError, match="LoRALinear: base_layer, a Pair, must return a Tensor, got tuple"):
+        LoRALinear(Pair(K, N), 4)(rows(20))
+
+
 def test_a_model_may_be_quantised_after_it_was_wrapped(calls):
     quantization = pytest.importorskip("torchao.quantization")
     layer = stirred(LoRALinear(dense(), 4))

@@ -219,6 +219,31 @@ def test_in_place_beside_x_in_the_same_memory(impl, device):
     assert torch.equal(both, want)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_in_place_where_x_is_y_trains_on_x_as_it_was(impl, device, compiled):
+    """What a Function saves it saves after the change, with the version that is then: autograd would not notice."""
+    z, _, u, _, _ = case(inner=64, device=device)
+    inputs = (z, u, torch.randn(64, 5, device=device))
+    grad = torch.randn(19, 64, device=device)
+
+    def run(z, u, v, inplace):
+        z = z * 2.0
+        return cp_update(z, z, u, v, inplace=inplace, impl=impl)
+
+    torch._dynamo.reset()
+    ours = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
+    got = evaluate(ours, inputs, [True] * 3, grad, inplace=True)
+    torch.testing.assert_close(got, evaluate(run, inputs, [True] * 3, grad, inplace=False))
+
+
+def test_in_place_of_memory_that_holds_the_negative(impl, device):
+    y, x, u, v, gain = case(device=device)
+    negative = torch.complex(torch.zeros_like(y), -y).conj().imag
+    assert negative.is_neg()
+    assert cp_update(negative, x, u, v, gain, inplace=True, impl=impl) is negative
+    assert torch.equal(negative, cp_update(y, x, u, v, gain, impl=impl))
+
+
 def test_what_in_place_refuses(impl, device):
     y, x, u, v, gain = case(device=device)
     u.requires_grad_()

@@ -108,6 +108,8 @@ def _gives_away(layer: nn.Module) -> bool:
         return False
     while not is_hooked(layer):
         package = type(layer).__module__.split(".", 1)[0]
+        if type(layer).__call__ is not nn.Module.__call__:
+            return False
         if isinstance(layer, nn.Linear):
             return type(layer).forward is nn.Linear.forward or package in _KNOWN
         inner = getattr(layer, "base_layer", None)
@@ -218,6 +220,11 @@ class TunerLinear(nn.Module, ABC):
                 x, base.weight, base.bias, u, v, gain, scale=self.scale, dropout_p=p, training=self.training
             )
         y = base(x)
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: base_layer, a {type(base).__name__}, must return a Tensor, got "
+                f"{type(y).__name__}"
+            )
         if few and x.dtype == y.dtype:
             return self._few_rows(y, x, factors)
         if not autocast_enabled(y.device):

@@ -144,7 +144,11 @@ class _CPUpdate(torch.autograd.Function):
         need_h = need_v or need_gain
         given = (x, u, v, gain, seed, scale, dropout_p, need_h, impl)
         shape = (x.shape[0], y.shape[-1])
-        target = _rows_in_place(y, x, shape) if inplace else None
+        alone = not (inplace and y.untyped_storage()._cdata == x.untyped_storage()._cdata)
+        if need_u and not alone:  # autograd would not notice: what a Function saves it saves after the change of y
+            x = x.clone()
+            given = (x, *given[1:])
+        target = _rows_in_place(y, shape) if inplace and alone else None
         if target is not None:
             out, h = y, _fwd_inplace_op(target, *given)
         else:
@@ -180,9 +184,9 @@ class _CPUpdate(torch.autograd.Function):
         return grad if ctx.needs_input_grad[0] else None, *grads, None, None, None, None, None, None
 
 
-def _rows_in_place(y: Tensor, x: Tensor, shape: tuple[int, int]) -> Tensor | None:
-    """y as a matrix of rows to write to; None where that would be a copy, or memory that x is read from."""
-    if y.untyped_storage()._cdata == x.untyped_storage()._cdata:
+def _rows_in_place(y: Tensor, shape: tuple[int, int]) -> Tensor | None:
+    """y as a matrix of rows to write to; None where that would be a copy, also of memory that holds -y."""
+    if y.is_neg():
         return None
     try:
         return y.view(shape)
@@ -288,7 +292,8 @@ def cp_update(
         training: whether dropout is active.
         seed: as in :func:`cp_linear`, under the same rule: the same seed gives the same mask.
         inplace: write into y and return it. Autograd counts it as a change of y: a layer that has kept its output for its own
-            backward raises there. (torch.compile decides by itself where an update is in place.)
+            backward raises there. x may share y's memory; where u is trained, x as it was is copied then. (torch.compile
+            decides by itself where an update is in place.)
         impl: "auto", "triton" or "reference"; see :mod:`fastgist.backends`.
 
     Returns:
@@ -314,6 +319,10 @@ def cp_update(
     compiling = torch.compiler.is_compiling()
     if inplace and not compiling:
         _check_in_place(y, record and any(t is not None and t.requires_grad for t in (y, x, u, v, gain)))
+    if (
+        inplace and compiling and u.requires_grad
+    ):  # saved as it is now, should it share y's memory; a compiler drops copies
+        x = x.clone()
     leading = x.shape[:-1]
     out = _CPUpdate.apply(
         y,
