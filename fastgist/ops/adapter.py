@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgist import backends
 from fastgist.ops import _common
-from fastgist.ops._low_rank import cast_for_autocast, check_dropout, check_number, empty_unless
+from fastgist.ops._low_rank import cast_for_autocast, check_dropout, check_number, dropout_for, empty_unless
 from fastgist.reference import adapter as reference
 from fastgist.reference._numerics import accumulate_dtype
 from fastgist.reference.adapter import ACTIVATIONS
@@ -70,6 +70,7 @@ def _fwd(
     need_z: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    drop = dropout_for(impl, seed)
     impl = _resolve(impl, x, down_weight.numel())
     save_z = need_z and _saves_z(impl, down_weight.shape[0])
     if impl == "reference" or x.numel() == 0:
@@ -80,7 +81,7 @@ def _fwd(
             added = residual.float() + branch if x.dtype == torch.float16 else residual + branch
         y, z, stats = reference.forward(
             x, down_weight, down_bias, up_weight, up_bias, added, gate, norm_weight, norm_bias, seed,
-            activation, scale, residual_scale, norm_eps, dropout_p,
+            activation, scale, residual_scale, norm_eps, dropout_p, drop,
         )  # fmt: skip
         return y, empty_unless(z if save_z else None, x), empty_unless(stats if need_z else None, x)
     y, z, stats = _empty_results(x, up_weight, save_z, need_z and norm_eps is not None)
@@ -142,6 +143,7 @@ def _bwd(
     weight_dtype: torch.dtype,
     impl: str,
 ) -> tuple[Tensor, ...]:
+    drop = dropout_for(impl, seed)
     impl = _resolve(impl, grad, max(0 if w is None else w.numel() for w in (down_weight, up_weight)))
     options = (activation, scale, residual_scale, residual_is_x, dropout_p)
     if impl == "reference" or grad.numel() == 0 or (x is not None and x.numel() == 0):
@@ -154,7 +156,7 @@ def _bwd(
         if z is None and any(needs[i] for i in (0, 1, 2, 3, 5, 6, 7)):  # zero rows, of which nothing was saved
             z = grad.new_empty(0, up_weight.shape[1])
         needed = (grad, x, down_weight, up_weight, up_bias, gate, z, norm_weight, norm_bias, stats, seed)
-        grads = list(reference.backward(*needed, *options, *needs))
+        grads = list(reference.backward(*needed, *options, *needs, drop=drop))
         for i, g in enumerate(grads):
             grads[i] = _as(g, dtype if i in (0, 5) else weight_dtype)
     else:
