@@ -146,6 +146,17 @@ def test_adapter_in_plain_pytorch_adds_numbers_of_the_bottleneck_only(dtype, hid
         assert peak <= count * low + weights + SMALL
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_residuals_are_added_in_place_in_plain_pytorch(dtype):
+    rows, width, hidden, b = 512, 384, 8, dtype.itemsize
+    shapes = ((rows, width), (hidden, width), (hidden,), (width, hidden), (width,), (rows, width), (rows, width))
+    *inputs, residual, branch = (torch.randn(s).to(dtype) for s in shapes)
+    step = lambda: F.adapter(*inputs, residual=(residual, branch), residual_scale=0.5, impl="reference")  # noqa: E731
+    held = [step()]
+    others, _ = temporaries(lambda: held.append(step()), [rows * width * b])
+    assert max(others) <= max(rows * (hidden + 1), width * (hidden + 1)) * b + SMALL
+
+
 # -- C++ ---------------------------------------------------------------------------------------------------------------
 
 

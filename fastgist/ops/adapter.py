@@ -76,12 +76,9 @@ def _fwd(
     if impl == "reference" or x.numel() == 0:
         down_weight, up_weight = down_weight.to(x.dtype), up_weight.to(x.dtype)
         down_bias, up_bias = _as(down_bias, x.dtype), _as(up_bias, x.dtype)
-        added = residual
-        if branch is not None:  # of float16 the sum may pass the range where the output does not
-            added = residual.float() + branch if x.dtype == torch.float16 else residual + branch
         y, z, stats = reference.forward(
-            x, down_weight, down_bias, up_weight, up_bias, added, gate, norm_weight, norm_bias, seed,
-            activation, scale, residual_scale, norm_eps, dropout_p, drop,
+            x, down_weight, down_bias, up_weight, up_bias, residual, gate, norm_weight, norm_bias, seed,
+            activation, scale, residual_scale, norm_eps, dropout_p, branch=branch, drop=drop,
         )  # fmt: skip
         return y, empty_unless(z if save_z else None, x), empty_unless(stats if need_z else None, x)
     y, z, stats = _empty_results(x, up_weight, save_z, need_z and norm_eps is not None)

@@ -181,12 +181,15 @@ def forward(
     residual_scale: float,
     norm_eps: float | None,
     dropout_p: float,
+    *,
+    branch: Tensor | None = None,
     drop: Dropout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y (M, D'), z = D a + b_d (M, H), a being x or the normalised x, and of a norm the rows' means and 1 / deviations
     (2, M) in float32 (float64). In the fewest passes over (M, D) that PyTorch allows: residual, both scales and
     the output bias are folded into the second product. z stays float32 for float16, whose range it may pass.
-    ``drop``: what drops out hidden units in place of the function here, to the same result."""
+    ``branch``: a second residual, added to y in place. ``drop``: what drops out hidden units in place of the function here, to
+    the same result."""
     stats = None
     if norm_eps is None:
         z = torch.nn.functional.linear(x, down_weight, down_bias)
@@ -200,7 +203,12 @@ def forward(
     up = up.transpose(0, 1)
     if residual is None:
         return torch.addmm(hidden.new_zeros(()), hidden, up, beta=0, alpha=scale), z, stats
-    return torch.addmm(residual, hidden, up, beta=residual_scale, alpha=scale), z, stats
+    y = torch.addmm(residual, hidden, up, beta=residual_scale, alpha=scale)
+    if (
+        branch is not None
+    ):  # for float16 y is float32 still: a part of the sum may pass the range where the whole does not
+        y.add_(branch, alpha=residual_scale)
+    return y, z, stats
 
 
 @half_in_float32(narrowed=slice(0, None))
