@@ -230,8 +230,8 @@ ADAPTER = [
         "adapter",
         (
             "residual not scaled",
-            "torch.addmm(residual, hidden, up, beta=residual_scale, alpha=scale), z, stats",
-            "torch.addmm(residual, hidden, up, alpha=scale), z, stats",
+            "torch.addmm(residual, hidden, up, beta=residual_scale, alpha=scale)",
+            "torch.addmm(residual, hidden, up, alpha=scale)",
             "residual_scale",
         ),
         (

@@ -118,16 +118,17 @@ def test_cp_linear_in_plain_pytorch_adds_nothing_as_large_as_y(form, dtype):
         assert peak <= allowed + SMALL
 
 
-def test_several_weights_need_no_joined_weight_in_plain_pytorch():
-    """Forward: products write into their columns of y. Backward: autograd's split puts the incoming gradients together."""
+def test_several_weights_need_no_joined_weight_and_gradient_in_plain_pytorch():
+    """Forward: products write into their columns of y. Backward: each incoming gradient is read where it is."""
     rows, inner, out, rank = 100, 128, 384, 16
     assert not merge_pays(rows, inner, out // 3, rank, True)
     trained, run = _cp(rows, inner, out, rank, 3, torch.float32, weights=3)
-    (others, peak), (after, _) = _both(lambda: run("reference"), trained, rows * out * 4, [rows * rank * 4])
-    assert max(others) <= max(rows * rank, out * rank) * 4 + SMALL
+    (others, peak), (after, peak_after) = _both(lambda: run("reference"), trained, rows * out * 4, [rows * rank * 4])
+    small = max(rows * rank, out * rank) * 4 + SMALL
+    assert max(others) <= small and max(after) <= small
     assert peak <= (rows * rank + 2 * out * rank) * 4 + SMALL
-    large = [size for size in after if size > out * rank * 4 + SMALL]
-    assert len(large) == 1 and large[0] == pytest.approx(rows * out * 4, abs=SMALL), "dy, and no weight"
+    assert peak_after <= (3 * rows * rank + 6 * out * rank) * 4 + SMALL
+    assert rows * out * 4 > small
 
 
 @pytest.mark.parametrize("hidden", [8, 48, 96])
@@ -259,7 +260,7 @@ def test_cp_linear_on_a_card_adds_nothing_as_large_as_y(form, dtype, card):
     (others, peak), (after, peak_after) = _both(lambda: run("triton"), trained, rows * out * b, [low])
     assert max(others, default=0) <= folded + SMALL
     assert peak <= 2 * folded + SMALL
-    given = rows * out * b * (weights > 1)  # autograd's split puts the incoming gradients together
+    given = rows * out * b * (weights > 1)  # the kernels read one matrix: incoming gradients are put together, once
     parts = [_partials(card, out, rank, rows * out * b), _partials(card, inner, rank, rows * inner * b)]
     after = [size for size in after if not given or size < given]
     assert max(after) <= max(low, *parts) + SMALL
