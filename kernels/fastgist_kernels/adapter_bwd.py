@@ -471,9 +471,11 @@ def every_tile() -> list[Spec]:
             for hidden in (h for h in (16, 32, 64, 128, 256) if h <= most):
                 for sizes in ("even", "odd", "ragged"):
                     tiles = row_tiles("adapter_bwd", hidden, gated, sizes == "ragged", normed=normed)
-                    kinds = [(True, True, False)] if normed else [(False, False, False), (False, True, False)]
+                    kinds = [(normed, normed, False, False)]
+                    if not normed:
+                        kinds += [(False, True, False, False), (False, False, False, True), (False, True, False, True)]
                     if dtype != "fp32":
-                        kinds.append((normed, normed, True))
+                        kinds.append((normed, normed, True, False))
                     for kind in kinds:
                         specs += [_spec(dtype, precision, hidden, gated, rows, sizes, *kind) for rows in tiles]
     return specs
