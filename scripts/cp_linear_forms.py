@@ -54,7 +54,7 @@ def forms(direction: str, m: int, n: int, k: int, r: int) -> dict[str, Callable[
         if direction in ("fwd", "fwd_alone"):
             return reference.forward(x, [weight], [bias], u, v, gain, None, 1.0, 0.0, direction == "fwd")
         rest = direction == "bwd"
-        return reference.backward(grad, x, [weight], u, v, gain, None, h, 1, 1.0, 0.0, True, rest, rest, rest)
+        return reference.backward([grad], x, [weight], u, v, gain, None, h, 1, 1.0, 0.0, True, rest, rest, rest)
 
     return {name: forced(name, call) for name in FORMS}
 

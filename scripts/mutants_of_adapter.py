@@ -230,14 +230,14 @@ ADAPTER = [
         "adapter",
         (
             "residual not scaled",
-            "torch.addmm(residual, hidden, up, beta=residual_scale, alpha=scale), z, stats",
-            "torch.addmm(residual, hidden, up, alpha=scale), z, stats",
+            "torch.addmm(residual, hidden, up, beta=residual_scale, alpha=scale)",
+            "torch.addmm(residual, hidden, up, alpha=scale)",
             "residual_scale",
         ),
         (
             "dU not scaled",
-            "outer = torch.mm(_hidden(z, gate, activation, keep, dropout_p, extra).transpose(0, 1), grad).mul_(scale)",
-            "outer = torch.mm(_hidden(z, gate, activation, keep, dropout_p, extra).transpose(0, 1), grad)",
+            "outer = torch.mm(_hidden(z, gate, activation, dropped, extra).transpose(0, 1), grad).mul_(scale)",
+            "outer = torch.mm(_hidden(z, gate, activation, dropped, extra).transpose(0, 1), grad)",
             "scale",
         ),
         (
@@ -410,13 +410,13 @@ ADAPTER = [
         "adapter",
         (
             "hidden units of the backward not dropped",
-            "grad_hidden = _dropped(torch.mm(grad, up_weight * scale), keep, dropout_p)",
+            "grad_hidden = dropped(torch.mm(grad, up_weight * scale))",
             "grad_hidden = torch.mm(grad, up_weight * scale)",
             "the mask in the backward",
         ),
         (
             "dropout before the gate's columns",
-            "    hidden = _dropped(hidden, keep, dropout_p)\n    return hidden if extra",
+            "    hidden = dropped(hidden.clone() if hidden is z else hidden)  # z is kept\n    return hidden if extra",
             "    return hidden if extra",
             "the mask in the forward",
         ),

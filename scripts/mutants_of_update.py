@@ -132,8 +132,8 @@ CP_UPDATE = [
         ),
         (
             "no dropout in the backward",
-            "grad_h = _dropped(_project(grad, _folded_v(v, gain, folds)).mul_(scale), dropout_p, seed)",
-            "grad_h = _project(grad, _folded_v(v, gain, folds)).mul_(scale)",
+            "        grad_h = (drop or _dropped)(grad_h, dropout_p, seed)\n",
+            "",
             "the mask of the forward",
         ),
         (

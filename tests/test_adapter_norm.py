@@ -444,7 +444,7 @@ def test_opcheck(impl, device, hidden):
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     raw = torch.ops.fastgist
     args = (x, down, down_bias, up, up_bias, residual, None, gate, weight, bias, seed)
-    forward = (*args, "gelu", 0.5, 1.0, EPS, 0.3, True, impl)
+    forward = (*args, "gelu", 0.5, 1.0, EPS, 0.3, True, True, impl)
     torch.library.opcheck(raw.adapter_fwd.default, forward, test_utils=tests[:2])
     _, z, stats = raw.adapter_fwd(*forward)
     saved = (

@@ -296,9 +296,22 @@ def test_who_reads_dy_and_who_forms_x_u(h200):
 
     assert plan.one_pass(dy(16384, 768), 16) and not plan.one_pass(dy(16384, 768), 64)
     assert not plan.one_pass(dy(16384, 768, torch.float32), 16), "no such tile"
-    assert not plan.one_pass(dy(65536, 768), 16), "its partial sums would be as large as dy"
+    assert not plan.one_pass(dy(16384, 768), 32), (
+        "its partial sums would be more than an eighth, or its programs too few"
+    )
+    assert plan.one_pass(dy(65536, 768), 32)
     assert plan.narrow_by_library(dy(512, 5120), 16, False), "eight programs would leave the card idle"
     assert not plan.narrow_by_library(dy(16384, 768), 16, False)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16, 32])
+@pytest.mark.parametrize("rows", [1, 127, 129, 4096, 16384, 50688, 1_000_001])
+def test_parts_of_one_pass_stay_an_eighth_of_dy_and_cover_its_rows(rows, rank):
+    programs, blocks = model.dy_programs(rows, rank, 2)
+    assert programs == 1 or programs * rank * 4 <= rows * 2 / 8  # times N columns, both
+    assert (programs - 1) * blocks * 128 < rows <= programs * blocks * 128
+    row_blocks = -(-rows // 128)
+    assert programs == 1 or blocks == 1 or -(-row_blocks // (blocks - 1)) * rank * 4 > rows * 2 / 8, "as many as may be"
 
 
 @pytest.mark.parametrize("folds", [1, 3])

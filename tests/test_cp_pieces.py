@@ -68,6 +68,34 @@ def test_equals_the_weights_one_above_the_other(impl, dtype, outs, fold, dropout
             assert_within_budget(g, p, e, what=name)
 
 
+def test_outputs_that_nobody_uses_or_that_come_in_other_layouts(impl):
+    """A gradient of zeros for the one, and gradients as wide as a row of them or expanded for the others."""
+    x, weights, biases, u, v, gain = case()
+    wide = torch.randn(37, 100, device=DEVICE)[:, ::4]
+    grad = torch.cat((wide[:, :24], torch.zeros(37, 24, device=DEVICE), torch.ones(37, 48, device=DEVICE)), 1)
+    mine = [leaf(t) for t in (x, u, v, gain)]
+    q, _, o = cp_linear(mine[0], weights, biases, *mine[1:], impl=impl)
+    torch.autograd.backward([q, o.sum()], [wide[:, :24], torch.ones((), device=DEVICE)])
+
+    def by_formula(dtype):
+        leaves = [leaf(t.to(dtype)) for t in (x, u, v, gain)]
+        y = formula(leaves[0], torch.cat(weights).to(dtype), torch.cat(biases).to(dtype), *leaves[1:])
+        return torch.autograd.grad(y, leaves, grad.to(dtype))
+
+    for name, g, p, e in zip(NAMES, mine, by_formula(torch.float32), by_formula(torch.float64), strict=True):
+        assert_within_budget(g.grad, p, e, what=name)
+
+
+def test_outputs_are_columns_of_one_matrix_and_can_be_viewed(impl):
+    x, weights, biases, u, v, gain = case()
+    q, k, o = cp_linear(x.requires_grad_(), weights, biases, u, v, gain, impl=impl)
+    assert q.stride() == k.stride() == o.stride() == (96, 1)
+    assert q.untyped_storage().data_ptr() == o.untyped_storage().data_ptr()
+    assert (q.requires_grad, k.view(37, 2, 12).transpose(0, 1).shape) == (True, (2, 37, 12))
+    with pytest.raises(RuntimeError, match="multiple views"):
+        q.mul_(2)
+
+
 @pytest.mark.parametrize("rows", [12, 200])  # 200: W + dW is cheaper, and taken
 def test_many_rows_and_few_by_the_reference(rows):
     x, weights, biases, u, v, gain = case(rows, 16, (24, 24), 3, 24, torch.float64)

@@ -13,7 +13,7 @@ from adapters import case
 from torch import Tensor
 
 from fastgist import _extension, backends
-from fastgist.functional import adapter, cp_linear
+from fastgist.functional import adapter, cp_linear, cp_update
 from fastgist.ops import _low_rank
 from fastgist.reference import philox
 from fastgist.testing import layouts
@@ -296,6 +296,31 @@ def test_cp_linear_drops_the_same_with_and_without(dtype, monkeypatch):
         found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     assert_same(*found)
     assert len(calls) == (0 if backends.interpreting() else 2)
+
+
+@pytest.mark.parametrize("op", ["cp_update", "adapter", "adapter, identity"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_plain_paths_drop_the_same_with_and_without(op, dtype, monkeypatch):
+    """Where "auto" leaves the operation to plain PyTorch: of the adapters whose weights are too large for C++."""
+    calls = []
+    real = _low_rank._dropped_in_place
+    monkeypatch.setattr(_low_rank, "_dropped_in_place", lambda *args: (calls.append(1), real(*args))[1])
+    found = []
+    for impl in ("auto", "reference"):
+        torch.manual_seed(3)
+        options = {"dropout_p": 0.3, "training": True, "seed": SEED, "impl": impl}
+        if op == "cp_update":
+            leaves = [torch.randn(s).to(dtype).requires_grad_() for s in ((40, 24), (24, 6), (24, 6))]
+            y = cp_update(torch.ones(40, 24, dtype=dtype), *leaves, **options)
+        else:
+            shapes = ((40, 1100), (1024, 1100), (1024,), (1100, 1024), (1100,))
+            leaves = [(torch.randn(s) / 30).to(dtype).requires_grad_() for s in shapes]
+            activation = "identity" if op.endswith("identity") else "gelu"
+            y = adapter(*leaves, activation=activation, **options)
+        found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    assert_same(*found)
+    hidden = 1 if op == "cp_update" else 2  # an adapter's backward forms act(z) again
+    assert len(calls) == (0 if backends.interpreting() else 1 + hidden)
 
 
 # -- what "auto" takes -----------------------------------------------------------------------------------------------

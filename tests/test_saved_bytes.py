@@ -246,7 +246,7 @@ def test_cp_update_keeps_x_and_h_and_nothing_of_y(inplace, way):
 #   z (M, H)    where anything but an output bias is wanted. The least is nothing where x is kept: z = D x + b_d again costs
 #               2 M D H FLOPs. Where x is not, z itself is the least, since it is narrower than x.
 #   y, residual and branch never, nor act(z). (x again where a norm in front, or dropout, stands in the way: below.)
-# The kernels form z again for H <= 64 and then keep x in any case; others keep z.
+# Where x is kept the kernels form z again for H <= 64; others keep z.
 
 
 def _adapter(dtype: torch.dtype, trained: set[str], hidden: int, gate: str, residual: str):
@@ -270,8 +270,8 @@ def _adapter(dtype: torch.dtype, trained: set[str], hidden: int, gate: str, resi
     return given, run
 
 
-def _keeps_z(impl: str, hidden: int) -> bool:
-    return impl != "triton" or hidden > 64
+def _keeps_z(impl: str, hidden: int, x_needed: bool) -> bool:
+    return impl != "triton" or hidden > 64 or (not x_needed and hidden < D)
 
 
 @_every("adapter")
@@ -290,13 +290,24 @@ def test_adapter_keeps_x_or_z(hidden, gate, residual, way):
             continue
         found = kept(given, lambda run=run: run(way))
         through_z = trained & {"x", "down", "down_bias", "up", "gate"}
-        z = [M * hidden * 4] if through_z and _keeps_z(way, hidden) else []
+        z = [M * hidden * 4] if through_z and _keeps_z(way, hidden, "down" in trained) else []
         assert found.own == z, trained
         again = through_z and not z
         assert ("x" in found.given) == bool(again or "down" in trained), trained
         assert not found.given & {"residual", "branch"}, trained
         needs_gate = through_z or (gate == "gated bias" and "up_bias" in trained)
         assert ("gate" in found.given) == bool(gate != "none" and needs_gate), trained
+
+
+@_every("adapter")
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT)
+@pytest.mark.parametrize("hidden", [24, 40, 64])
+def test_adapter_of_a_frozen_down_weight_keeps_the_narrower_of_x_and_z(hidden, dtype, way):
+    given, run = _adapter(dtype, {"x", "up"}, hidden, "none", "own")
+    found, width = kept(given, lambda: run(way)), 4 if dtype == torch.float16 else dtype.itemsize
+    keeps_z = way != "triton" or hidden * width < D * dtype.itemsize
+    assert found.own == ([M * hidden * width] if keeps_z else [])
+    assert ("x" in found.given) != keeps_z
 
 
 @_every("adapter")
@@ -327,7 +338,7 @@ def test_adapter_with_norm_and_dropout_keeps_statistics_and_a_seed(hidden, seed_
 
         found = kept(given, run)
         through_z = trained - {"up_bias"}
-        again = bool(through_z) and not _keeps_z(way, hidden)
+        again = bool(through_z) and not _keeps_z(way, hidden, bool(trained & {"x", "down", "norm_weight"}))
         z = [M * hidden * 4] if through_z and not again else []
         through_norm = again or trained & {"x", "down", "norm_weight", "norm_bias"}
         own = z + ([2 * M * 4] if through_norm else []) + ([8] if through_z and not seed_given else [])

@@ -118,16 +118,17 @@ def test_cp_linear_in_plain_pytorch_adds_nothing_as_large_as_y(form, dtype):
         assert peak <= allowed + SMALL
 
 
-def test_several_weights_need_no_joined_weight_in_plain_pytorch():
-    """Forward: products write into their columns of y. Backward: autograd's split puts the incoming gradients together."""
+def test_several_weights_need_no_joined_weight_and_gradient_in_plain_pytorch():
+    """Forward: products write into their columns of y. Backward: each incoming gradient is read where it is."""
     rows, inner, out, rank = 100, 128, 384, 16
     assert not merge_pays(rows, inner, out // 3, rank, True)
     trained, run = _cp(rows, inner, out, rank, 3, torch.float32, weights=3)
-    (others, peak), (after, _) = _both(lambda: run("reference"), trained, rows * out * 4, [rows * rank * 4])
-    assert max(others) <= max(rows * rank, out * rank) * 4 + SMALL
+    (others, peak), (after, peak_after) = _both(lambda: run("reference"), trained, rows * out * 4, [rows * rank * 4])
+    small = max(rows * rank, out * rank) * 4 + SMALL
+    assert max(others) <= small and max(after) <= small
     assert peak <= (rows * rank + 2 * out * rank) * 4 + SMALL
-    large = [size for size in after if size > out * rank * 4 + SMALL]
-    assert len(large) == 1 and large[0] == pytest.approx(rows * out * 4, abs=SMALL), "dy, and no weight"
+    assert peak_after <= (3 * rows * rank + 6 * out * rank) * 4 + SMALL
+    assert rows * out * 4 > small
 
 
 @pytest.mark.parametrize("hidden", [8, 48, 96])
@@ -144,6 +145,17 @@ def test_adapter_in_plain_pytorch_adds_numbers_of_the_bottleneck_only(dtype, hid
     for (others, peak), count in ((forward, 2), (backward, 4)):
         assert max(others) <= max(low, weights // 4) + SMALL
         assert peak <= count * low + weights + SMALL
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_residuals_are_added_in_place_in_plain_pytorch(dtype):
+    rows, width, hidden, b = 512, 384, 8, dtype.itemsize
+    shapes = ((rows, width), (hidden, width), (hidden,), (width, hidden), (width,), (rows, width), (rows, width))
+    *inputs, residual, branch = (torch.randn(s).to(dtype) for s in shapes)
+    step = lambda: F.adapter(*inputs, residual=(residual, branch), residual_scale=0.5, impl="reference")  # noqa: E731
+    held = [step()]
+    others, _ = temporaries(lambda: held.append(step()), [rows * width * b])
+    assert max(others) <= max(rows * (hidden + 1), width * (hidden + 1)) * b + SMALL
 
 
 # -- C++ ---------------------------------------------------------------------------------------------------------------
@@ -220,6 +232,7 @@ def _partials(card, columns: int, rank: int, read: int) -> int:
 
 CARD = {
     "one pass over dy": {"rank": 16, "out": 768, "folds": 1},
+    "one pass, wider": {"rank": 32, "out": 4096, "inner": 4096, "folds": 1, "rows": 65536},
     "qkv": {"rank": 16, "out": 2304, "folds": 3},
     "qkv, dropout": {"rank": 16, "out": 2304, "folds": 3, "dropout": 0.1},
     "lora": {"rank": 16, "out": 768, "folds": 1, "gain": False},
@@ -247,10 +260,8 @@ def test_cp_linear_on_a_card_adds_nothing_as_large_as_y(form, dtype, card):
     (others, peak), (after, peak_after) = _both(lambda: run("triton"), trained, rows * out * b, [low])
     assert max(others, default=0) <= folded + SMALL
     assert peak <= 2 * folded + SMALL
-    given = rows * out * b * (weights > 1)  # autograd's split puts the incoming gradients together
+    given = rows * out * b * (weights > 1)  # the kernels read one matrix: incoming gradients are put together, once
     parts = [_partials(card, out, rank, rows * out * b), _partials(card, inner, rank, rows * inner * b)]
-    if rank <= 32 and dtype != torch.float32:  # a sum of each 128 rows: rank / 64 of dy in half precision
-        parts[0] = max(parts[0], rows // 128 * out * rank * 4)
     after = [size for size in after if not given or size < given]
     assert max(after) <= max(low, *parts) + SMALL
     assert peak_after <= given + low + sum(parts) + 2 * out * rank * 4 + SMALL
@@ -282,7 +293,6 @@ def test_every_form_of_cp_linear_adds_nothing_as_large_as_y(weights, rows, card,
                 assert peak <= low + 3 * folded + parts + 2 * augmented + SMALL, form
             else:
                 parts = [_partials(card, n, rank, rows * n * 2) for n in (out, inner)]
-                parts[0] = max(parts[0], rows // 128 * out * rank * 4)
                 given = rows * out * 2 * (weights > 1)
                 assert max(s for s in after if not given or s < given) <= max(low, folded, *parts) + SMALL, form
                 assert peak_after <= given + low + sum(parts) + 4 * out * rank * 4 + SMALL, form

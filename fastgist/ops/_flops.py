@@ -34,11 +34,11 @@ def _cp_linear_fwd(x: Shape, weights: list[Shape], biases: Any, u: Shape, *other
 
 @register_flop_formula(_ops.cp_linear_bwd)
 def _cp_linear_bwd(
-    grad: Shape, x: Shape, weights: Any, u: Shape, v: Shape, gain: Any, seed: Any, h: Shape, folds: Any, scale: Any,
+    grads: list[Shape], x: Shape, weights: Any, u: Shape, v: Shape, gain: Any, seed: Any, h: Shape, folds: Any, scale: Any,
     dropout_p: Any, needs: list[bool], *others: Any, **_: Any,
 ) -> int:  # fmt: skip
     need_x, need_weight, _bias, need_u, need_v, need_gain = needs
-    rows, out = grad
+    rows, out = grads[0][0], sum(grad[1] for grad in grads)
     inner = (x or u or (0, 0))[-1 if x else 0]
     rank = (v or h or (0, 0))[1]
     per_row = inner * out * (need_x + need_weight)  # dy W, dy^T x

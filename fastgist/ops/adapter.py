@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgist import backends
 from fastgist.ops import _common
-from fastgist.ops._low_rank import cast_for_autocast, check_dropout, check_number, empty_unless
+from fastgist.ops._low_rank import cast_for_autocast, check_dropout, check_number, dropout_for, empty_unless
 from fastgist.reference import adapter as reference
 from fastgist.reference._numerics import accumulate_dtype
 from fastgist.reference.adapter import ACTIVATIONS
@@ -23,9 +23,11 @@ _OP = "adapter"
 _RECOMPUTED_WIDTH = 64
 
 
-def _saves_z(impl: str, hidden: int) -> bool:
-    """Eager PyTorch and C++ have z in hand. A kernel's second pass over x is cheaper than writing and reading a small z."""
-    return impl != "triton" or hidden > _RECOMPUTED_WIDTH
+def _saves_z(impl: str, x: Tensor, hidden: int, x_kept: bool) -> bool:
+    """Eager PyTorch and C++ have z in hand. A kernel's second pass over x is cheaper than writing and reading a small z, but
+    where the backward wants x for nothing else, z is the smaller of the two to keep."""
+    narrower = hidden * low_rank_dtype(x.dtype).itemsize < x.shape[1] * x.dtype.itemsize
+    return impl != "triton" or hidden > _RECOMPUTED_WIDTH or (narrower and not x_kept)
 
 
 def _resolve(impl: str, x: Tensor, weight: int) -> str:
@@ -46,8 +48,9 @@ def _resolve(impl: str, x: Tensor, weight: int) -> str:
 # 2-D throughout: x (M, D), down (H, D), up (D', H), up_bias (D',) or (E, D'), residual and branch (M, D'), gate (M, E).
 # Weights and biases are x's dtype, or float32 beside a half-precision x: those of the products are rounded to x's where
 # they meet it, the norm's (D,) enter in float32, and all gradients are their own dtype's. norm_eps is None where there is no
-# norm; stats (2, M), the rows' means and 1 / deviations, are float32 (float64) and come where z is needed. Results that
-# were not asked for are empty. Inputs that no wanted gradient needs are None in the backward.
+# norm; stats (2, M), the rows' means and 1 / deviations, are float32 (float64) and come where z is needed. x_kept: whether
+# the backward has x in any case, of which z may be formed again. Results that were not asked for are empty. Inputs that no
+# wanted gradient needs are None in the backward.
 
 
 def _fwd(
@@ -68,19 +71,18 @@ def _fwd(
     norm_eps: float | None,
     dropout_p: float,
     need_z: bool,
+    x_kept: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    drop = dropout_for(impl, seed)
     impl = _resolve(impl, x, down_weight.numel())
-    save_z = need_z and _saves_z(impl, down_weight.shape[0])
+    save_z = need_z and _saves_z(impl, x, down_weight.shape[0], x_kept)
     if impl == "reference" or x.numel() == 0:
         down_weight, up_weight = down_weight.to(x.dtype), up_weight.to(x.dtype)
         down_bias, up_bias = _as(down_bias, x.dtype), _as(up_bias, x.dtype)
-        added = residual
-        if branch is not None:  # of float16 the sum may pass the range where the output does not
-            added = residual.float() + branch if x.dtype == torch.float16 else residual + branch
         y, z, stats = reference.forward(
-            x, down_weight, down_bias, up_weight, up_bias, added, gate, norm_weight, norm_bias, seed,
-            activation, scale, residual_scale, norm_eps, dropout_p,
+            x, down_weight, down_bias, up_weight, up_bias, residual, gate, norm_weight, norm_bias, seed,
+            activation, scale, residual_scale, norm_eps, dropout_p, branch=branch, drop=drop,
         )  # fmt: skip
         return y, empty_unless(z if save_z else None, x), empty_unless(stats if need_z else None, x)
     y, z, stats = _empty_results(x, up_weight, save_z, need_z and norm_eps is not None)
@@ -112,10 +114,10 @@ def _empty_results(
 
 def _fwd_fake(
     x, down_weight, down_bias, up_weight, up_bias, residual, branch, gate, norm_weight, norm_bias, seed, activation, scale,
-    residual_scale, norm_eps, dropout_p, need_z, impl,
+    residual_scale, norm_eps, dropout_p, need_z, x_kept, impl,
 ):  # fmt: skip
     impl = backends.resolve(_OP, impl, x)
-    save_z = need_z and _saves_z(impl, down_weight.shape[0])
+    save_z = need_z and _saves_z(impl, x, down_weight.shape[0], x_kept)
     y, z, stats = _empty_results(x, up_weight, save_z, need_z and norm_eps is not None)
     return y, empty_unless(z, x), empty_unless(stats, x)
 
@@ -142,6 +144,7 @@ def _bwd(
     weight_dtype: torch.dtype,
     impl: str,
 ) -> tuple[Tensor, ...]:
+    drop = dropout_for(impl, seed)
     impl = _resolve(impl, grad, max(0 if w is None else w.numel() for w in (down_weight, up_weight)))
     options = (activation, scale, residual_scale, residual_is_x, dropout_p)
     if impl == "reference" or grad.numel() == 0 or (x is not None and x.numel() == 0):
@@ -154,7 +157,7 @@ def _bwd(
         if z is None and any(needs[i] for i in (0, 1, 2, 3, 5, 6, 7)):  # zero rows, of which nothing was saved
             z = grad.new_empty(0, up_weight.shape[1])
         needed = (grad, x, down_weight, up_weight, up_bias, gate, z, norm_weight, norm_bias, stats, seed)
-        grads = list(reference.backward(*needed, *options, *needs))
+        grads = list(reference.backward(*needed, *options, *needs, drop=drop))
         for i, g in enumerate(grads):
             grads[i] = _as(g, dtype if i in (0, 5) else weight_dtype)
     else:
@@ -199,7 +202,8 @@ def _bwd_fake(
 _fwd_op = _common.define(
     "adapter_fwd(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, Tensor? residual, "
     "Tensor? branch, Tensor? gate, Tensor? norm_weight, Tensor? norm_bias, Tensor? seed, str activation, float scale, "
-    "float residual_scale, float? norm_eps, float dropout_p, bool need_z, str impl) -> (Tensor, Tensor, Tensor)",
+    "float residual_scale, float? norm_eps, float dropout_p, bool need_z, bool x_kept, "
+    "str impl) -> (Tensor, Tensor, Tensor)",
     _fwd,
     _fwd_fake,
     _OP,
@@ -226,17 +230,18 @@ class _Adapter(torch.autograd.Function):
         needs = list(_common.needs(ctx, 8, record))
         need_x, need_down, need_down_bias, need_up, need_up_bias, need_gate, need_norm_weight, need_norm_bias = needs
         need_z = any((need_x, need_down, need_down_bias, need_up, need_gate, need_norm_weight, need_norm_bias))
+        x_kept = need_down or (norm_eps is not None and (need_x or need_norm_weight))  # if z is
         added = x if residual_is_x else residual
         y, z, stats = _fwd_op(
             x, down_weight, down_bias, up_weight, up_bias, added, branch, gate, norm_weight, norm_bias, seed,
-            activation, scale, residual_scale, norm_eps, dropout_p, need_z, impl,
+            activation, scale, residual_scale, norm_eps, dropout_p, need_z, x_kept, impl,
         )  # fmt: skip
         saved = z.dim() == 2
         again = need_z and not saved  # the backward forms z from x
         gated_bias = up_bias is not None and up_bias.dim() == 2
         normed = norm_eps is not None and (again or need_x or need_down or need_norm_weight or need_norm_bias)
         ctx.save_for_backward(
-            x if need_down or again or (normed and (need_x or need_norm_weight)) else None,
+            x if x_kept or again else None,
             down_weight if need_x or again or (normed and (need_norm_weight or need_norm_bias)) else None,
             down_bias if again or (normed and need_x) else None,
             up_weight if need_z else None,

@@ -64,7 +64,7 @@ def _fwd_fake(x, weights, biases, u, v, gain, seed, scale, dropout_p, need_h, im
 
 
 def _bwd(
-    grad: Tensor,
+    grads: list[Tensor],
     x: Tensor | None,
     weights: list[Tensor],
     u: Tensor | None,
@@ -78,43 +78,60 @@ def _bwd(
     needs: list[bool],
     impl: str,
 ) -> tuple[Tensor, ...]:
+    first = grads[0]
     drop = dropout_for(impl, seed)
-    impl = backends.resolve(_OP, impl, grad)
+    impl = backends.resolve(_OP, impl, first)
     need_x, need_weight, need_bias, need_u, need_v, need_gain = needs
-    grad_weight = torch.mm(grad.transpose(0, 1), x) if need_weight else None
-    grad_bias = grad.sum(0) if need_bias else None
+    grad_weight = _of_weights(grads, x) if need_weight else None
+    grad_bias = _joined([g.sum(0) for g in grads], 0) if need_bias else None
     wanted = (need_x, need_u, need_v, need_gain)
-    if impl == "reference" or grad.numel() == 0 or (x is not None and x.numel() == 0):
-        grads = reference.backward(grad, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, *wanted, drop)
+    empty = all(g.numel() == 0 for g in grads) or (x is not None and x.numel() == 0)
+    if impl == "reference" or empty:
+        found = reference.backward(grads, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, *wanted, drop)
     elif any(wanted):
         from fastgist_kernels import cp_linear_bwd as kernels
 
-        grads = _empty_grads(grad, x, weights, v, gain, h, folds, wanted)
+        grad = _joined(grads, 1)  # the kernels read one matrix
+        found = _empty_grads(grads, x, weights, v, gain, h, folds, wanted)
         tf32 = _common.tf32_allowed()
-        kernels.cp_linear_bwd(grad, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, tf32, *grads)
+        kernels.cp_linear_bwd(grad, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, tf32, *found)
     else:
-        grads = (None, None, None, None)
-    grad_x, grad_u, grad_v, grad_gain = grads
-    return tuple(empty_unless(g, grad) for g in (grad_x, grad_weight, grad_bias, grad_u, grad_v, grad_gain))
+        found = (None, None, None, None)
+    grad_x, grad_u, grad_v, grad_gain = found
+    return tuple(empty_unless(g, first) for g in (grad_x, grad_weight, grad_bias, grad_u, grad_v, grad_gain))
 
 
-def _empty_grads(grad, x, weights, v, gain, h, folds, wanted):
-    """Uninitialised gradients of x, u, v and gain in ``grad``'s dtype; None where not wanted."""
+def _joined(pieces: list[Tensor], dim: int) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def _of_weights(grads: list[Tensor], x: Tensor) -> Tensor:
+    """(dy_1 | dy_2 | ...)^T x, (N, K)."""
+    out = x.new_empty(sum(g.shape[1] for g in grads), x.shape[1])
+    for rows, grad in zip(out.split([g.shape[1] for g in grads]), grads, strict=True):
+        torch.mm(grad.transpose(0, 1), x, out=rows)
+    return out
+
+
+def _empty_grads(grads, x, weights, v, gain, h, folds, wanted):
+    """Uninitialised gradients of x, u, v and gain in the incoming ones' dtype; None where not wanted."""
+    grad, columns = grads[0], sum(g.shape[1] for g in grads)
     need_x, need_u, need_v, need_gain = wanted
     return (
         grad.new_empty(grad.shape[0], weights[0].shape[1]) if need_x else None,
         grad.new_empty(x.shape[1], v.shape[1]) if need_u else None,
-        grad.new_empty(grad.shape[1] // folds, h.shape[1]) if need_v else None,
+        grad.new_empty(columns // folds, h.shape[1]) if need_v else None,
         grad.new_empty(gain.shape) if need_gain else None,
     )
 
 
-def _bwd_fake(grad, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, needs, impl):
+def _bwd_fake(grads, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, needs, impl):
     need_x, need_weight, need_bias, need_u, need_v, need_gain = needs
-    grads = _empty_grads(grad, x, weights, v, gain, h, folds, (need_x, need_u, need_v, need_gain))
-    grad_weight = grad.new_empty(grad.shape[1], x.shape[1]) if need_weight else None
-    grad_bias = grad.new_empty(grad.shape[1]) if need_bias else None
-    return tuple(empty_unless(g, grad) for g in (grads[0], grad_weight, grad_bias, *grads[1:]))
+    found = _empty_grads(grads, x, weights, v, gain, h, folds, (need_x, need_u, need_v, need_gain))
+    like, columns = grads[0], sum(g.shape[1] for g in grads)
+    grad_weight = like.new_empty(columns, x.shape[1]) if need_weight else None
+    grad_bias = like.new_empty(columns) if need_bias else None
+    return tuple(empty_unless(g, like) for g in (found[0], grad_weight, grad_bias, *found[1:]))
 
 
 _fwd_op = _common.define(
@@ -125,7 +142,7 @@ _fwd_op = _common.define(
     _OP,
 )
 _bwd_op = _common.define(
-    "cp_linear_bwd(Tensor grad, Tensor? x, Tensor[] weights, Tensor? u, Tensor? v, Tensor? gain, Tensor? seed, Tensor? h, "
+    "cp_linear_bwd(Tensor[] grads, Tensor? x, Tensor[] weights, Tensor? u, Tensor? v, Tensor? gain, Tensor? seed, Tensor? h, "
     "int folds, float scale, float dropout_p, bool[] needs, str impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd,
@@ -135,7 +152,8 @@ _bwd_op = _common.define(
 
 
 class _CPLinear(torch.autograd.Function):
-    """y (M, N). Saves x where U or a base weight is trained, h = drop(x U) (M, R) where V or the gain is.
+    """y (M, N), of several weights as a piece for each, columns of one matrix. Saves x where U or a base weight is trained,
+    h = drop(x U) (M, R) where V or the gain is.
 
     ``base`` is ``count`` weights and as many biases or none.
     """
@@ -162,16 +180,16 @@ class _CPLinear(torch.autograd.Function):
         ctx.needs = [need_x, need_weight, need_bias, need_u, need_v, need_gain]
         ctx.of_base, ctx.rows, ctx.folds = of_base, [w.shape[0] for w in weights], y.shape[1] // v.shape[0]
         ctx.scale, ctx.dropout_p, ctx.impl = scale, dropout_p, impl
-        return y
+        return y if count == 1 else y.split(ctx.rows, 1)  # by autograd's split, dL/dy would be put together
 
     @staticmethod
     @_common.single_backward(_OP)
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         x, u, v, gain, seed, h, *weights = ctx.saved_tensors
         options = (ctx.folds, ctx.scale, ctx.dropout_p, ctx.needs, ctx.impl)
-        grads = _bwd_op(grad, x, weights, u, v, gain, seed, h, *options)
-        grads = [g if needed else None for g, needed in zip(grads, ctx.needs, strict=True)]
-        grad_x, grad_weight, grad_bias, *low_rank = grads
+        found = _bwd_op(list(grads), x, weights, u, v, gain, seed, h, *options)
+        found = [g if needed else None for g, needed in zip(found, ctx.needs, strict=True)]
+        grad_x, grad_weight, grad_bias, *low_rank = found
         of_base = [g for whole in (grad_weight, grad_bias) for g in _split(whole, ctx.rows)]
         of_base = [g if needed else None for g, needed in zip(of_base, ctx.of_base, strict=False)]
         return grad_x, *low_rank, None, None, None, None, None, None, *of_base
@@ -375,5 +393,5 @@ def cp_linear(
         *weights.values(),
         *biases.values(),
     )
-    y = y.reshape(*leading, y.shape[1])
-    return y if isinstance(weight, Tensor) else y.split([w.shape[0] for w in weights.values()], -1)
+    pieces = tuple(piece.reshape(*leading, piece.shape[1]) for piece in (y if isinstance(y, tuple) else (y,)))
+    return pieces[0] if isinstance(weight, Tensor) else pieces

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgist import backends
 from fastgist.ops import _common
-from fastgist.ops._low_rank import check_number, empty_unless
+from fastgist.ops._low_rank import check_number, dropout_for, empty_unless
 from fastgist.ops.cp_linear import _check_dropout
 from fastgist.reference import cp_update as reference
 from fastgist.reference.cp_linear import low_rank_dtype
@@ -39,9 +39,10 @@ def _run(
     out: Tensor,
 ) -> Tensor:
     """Write ``out``, which may be ``y``; the result is h, empty where it is not needed."""
+    drop = dropout_for(impl, seed)
     impl = backends.resolve(_OP, impl, x)
     if impl == "reference" or x.numel() == 0:
-        h = reference.forward(y, x, u, v, gain, seed, scale, dropout_p, out)
+        h = reference.forward(y, x, u, v, gain, seed, scale, dropout_p, out, drop)
         return empty_unless(h if need_h else None, x)
     from fastgist_kernels import cp_update as kernels
 
@@ -88,10 +89,13 @@ def _bwd(
     needs: list[bool],
     impl: str,
 ) -> tuple[Tensor, ...]:
+    drop = dropout_for(impl, seed)
     impl = backends.resolve(_OP, impl, grad)
     grads: tuple[Tensor | None, ...]
     if impl == "reference" or grad.numel() == 0 or (x is not None and x.numel() == 0):
-        grad_x, *low_rank = reference.backward(grad, x, u, v, gain, seed, h, folds, scale, dropout_p, dtype, *needs)
+        grad_x, *low_rank = reference.backward(
+            grad, x, u, v, gain, seed, h, folds, scale, dropout_p, dtype, *needs, drop=drop
+        )
         grads = (grad_x, *(None if g is None else g.to(dtype) for g in low_rank))
     else:
         from fastgist_kernels import cp_update as kernels

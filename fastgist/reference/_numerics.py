@@ -43,14 +43,15 @@ def row_blocks(x: Tensor) -> list[slice]:
 
 
 def half_in_float32(narrowed: slice) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """A function of tensors that computes in float32 where its first argument is float16: every float16 argument is
-    widened, and of its tuple of results those in ``narrowed`` come back as float16. PyTorch's CPU products round float16
-    sums that should not be, and what lies between two products may pass its range."""
+    """A function of tensors that computes in float32 where its first argument (of a list, the list's first) is float16: every
+    float16 argument is widened, and of its tuple of results those in ``narrowed`` come back as float16. PyTorch's CPU
+    products round float16 sums that should not be, and what lies between two products may pass its range."""
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         @functools.wraps(function)
         def wide(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            if not (isinstance(args[0], Tensor) and args[0].dtype == torch.float16):
+            first = args[0][0] if isinstance(args[0], list) else args[0]
+            if not (isinstance(first, Tensor) and first.dtype == torch.float16):
                 return function(*args, **kwargs)
             widened = [_widened(a) for a in args]
             results = list(cast(tuple, cast(Callable, function)(*widened, **kwargs)))

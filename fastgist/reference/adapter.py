@@ -19,11 +19,14 @@ where :math:`c_1, c_2` are the row's means of :math:`da\, w` and of :math:`da\, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastgist.reference import philox
 from fastgist.reference._numerics import accumulate, accumulate_dtype, half_in_float32, row_blocks
+from fastgist.reference.cp_linear import Dropout
 
 __all__ = ["ACTIVATIONS", "activate", "activation_grad", "adapter", "backward", "forward"]
 
@@ -90,7 +93,7 @@ def adapter(
         hidden = hidden * _spread(gate, hidden.shape[-1])
     if training and dropout_p > 0.0:
         rows = hidden.reshape(-1, hidden.shape[-1])
-        hidden = _dropped(rows, _kept(rows, seed, dropout_p), dropout_p).reshape(hidden.shape)
+        hidden = _dropout_of(rows, dropout_p, seed, None)(rows).reshape(hidden.shape)
     y = linear(hidden, accumulate(up_weight))
     if up_bias is not None:
         bias = accumulate(up_bias)
@@ -102,24 +105,26 @@ def adapter(
     return y.to(x.dtype)
 
 
-def _kept(z: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | None:
-    """The dropout mask of the hidden units (M, H), by the rule of :mod:`fastgist.reference.philox`; None without a seed."""
-    return None if seed is None else philox.keep_mask(seed, (z.shape[0], z.shape[1]), dropout_p)
-
-
-def _dropped(hidden: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
-    return hidden if keep is None else torch.where(keep, hidden / (1.0 - dropout_p), 0.0)
+def _dropout_of(z: Tensor, dropout_p: float, seed: Tensor | None, drop: Dropout | None) -> Callable[[Tensor], Tensor]:
+    """What drops out a (M, H) like z by the rule of :mod:`fastgist.reference.philox`, in its own memory or not: ``drop``, else
+    a mask that is formed once. Without a seed it changes nothing."""
+    if seed is None:
+        return lambda hidden: hidden
+    if drop is not None:
+        return lambda hidden: drop(hidden, dropout_p, seed)
+    keep = philox.keep_mask(seed, (z.shape[0], z.shape[1]), dropout_p)
+    return lambda hidden: torch.where(keep, hidden / (1.0 - dropout_p), 0.0)
 
 
 def _hidden(
-    z: Tensor, gate: Tensor | None, activation: str, keep: Tensor | None, dropout_p: float, extra: Tensor | None
+    z: Tensor, gate: Tensor | None, activation: str, dropped: Callable[[Tensor], Tensor], extra: Tensor | None
 ) -> Tensor:
     """(drop(act(z) * gate) | extra): the hidden units, and beside them the columns that the output bias is multiplied by,
     so that the bias and its gradient ride in the products with U."""
     hidden = activate(z, activation)
     if gate is not None:
         hidden = hidden * _spread(gate, z.shape[1])
-    hidden = _dropped(hidden, keep, dropout_p)
+    hidden = dropped(hidden.clone() if hidden is z else hidden)  # z is kept
     return hidden if extra is None else torch.cat((hidden, extra), dim=1)
 
 
@@ -176,23 +181,34 @@ def forward(
     residual_scale: float,
     norm_eps: float | None,
     dropout_p: float,
+    *,
+    branch: Tensor | None = None,
+    drop: Dropout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y (M, D'), z = D a + b_d (M, H), a being x or the normalised x, and of a norm the rows' means and 1 / deviations
     (2, M) in float32 (float64). In the fewest passes over (M, D) that PyTorch allows: residual, both scales and
-    the output bias are folded into the second product. z stays float32 for float16, whose range it may pass."""
+    the output bias are folded into the second product. z stays float32 for float16, whose range it may pass.
+    ``branch``: a second residual, added to y in place. ``drop``: what drops out hidden units in place of the function here, to
+    the same result."""
     stats = None
     if norm_eps is None:
         z = torch.nn.functional.linear(x, down_weight, down_bias)
     else:
         z, stats = _normalised_down(x, down_weight, down_bias, norm_weight, norm_bias, norm_eps)
-    hidden = _hidden(z, gate, activation, _kept(z, seed, dropout_p), dropout_p, _bias_columns(x, gate, up_bias))
+    dropped = _dropout_of(z, dropout_p, seed, drop)
+    hidden = _hidden(z, gate, activation, dropped, _bias_columns(x, gate, up_bias))
     up = up_weight
     if up_bias is not None:
         up = torch.cat((up_weight, up_bias.view(-1, up_weight.shape[0]).transpose(0, 1)), dim=1)
     up = up.transpose(0, 1)
     if residual is None:
         return torch.addmm(hidden.new_zeros(()), hidden, up, beta=0, alpha=scale), z, stats
-    return torch.addmm(residual, hidden, up, beta=residual_scale, alpha=scale), z, stats
+    y = torch.addmm(residual, hidden, up, beta=residual_scale, alpha=scale)
+    if (
+        branch is not None
+    ):  # for float16 y is float32 still: a part of the sum may pass the range where the whole does not
+        y.add_(branch, alpha=residual_scale)
+    return y, z, stats
 
 
 @half_in_float32(narrowed=slice(0, None))
@@ -221,6 +237,8 @@ def backward(
     need_gate: bool,
     need_norm_weight: bool,
     need_norm_bias: bool,
+    *,
+    drop: Dropout | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, down_weight, down_bias, up_weight, up_bias, gate, norm_weight and norm_bias from grad = dL/dy (M, D');
     None where not wanted. ``stats``: the forward's, None without a norm.
@@ -230,10 +248,10 @@ def backward(
     """
     grad_x = grad_down = grad_down_bias = grad_up = grad_up_bias = grad_gate = grad_norm_weight = grad_norm_bias = None
     width = None if z is None else z.shape[1]
-    keep = None if z is None else _kept(z, seed, dropout_p)
+    dropped = None if z is None else _dropout_of(z, dropout_p, seed, drop)
     if need_up:
         extra = _bias_columns(grad, gate, up_bias) if need_up_bias else None
-        outer = torch.mm(_hidden(z, gate, activation, keep, dropout_p, extra).transpose(0, 1), grad).mul_(scale)
+        outer = torch.mm(_hidden(z, gate, activation, dropped, extra).transpose(0, 1), grad).mul_(scale)
         grad_up = outer[:width].transpose(0, 1).contiguous()
         grad_up_bias = outer[width:].clone() if need_up_bias else None
     elif need_up_bias:
@@ -242,7 +260,7 @@ def backward(
         grad_up_bias = grad_up_bias.reshape(up_bias.shape)
     of_norm = need_norm_weight or need_norm_bias
     if need_x or need_down or need_down_bias or need_gate or of_norm:
-        grad_hidden = _dropped(torch.mm(grad, up_weight * scale), keep, dropout_p)
+        grad_hidden = dropped(torch.mm(grad, up_weight * scale))
         if need_gate:
             product = grad_hidden * activate(z, activation)
             grad_gate = product.view(*gate.shape, z.shape[1] // gate.shape[1]).sum(-1)

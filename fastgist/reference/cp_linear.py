@@ -49,9 +49,9 @@ def _folded_v(v: Tensor, gain: Tensor | None, folds: int) -> Tensor:
     return (v[None] * gain).reshape(folds * v.shape[0], v.shape[1])
 
 
-def _folds(weight: Tensor, v: Tensor) -> int:
-    """How many folds of v's width a piece of the weight has; one where it has no rows, and so no part of v."""
-    return weight.shape[0] // v.shape[0] if len(v) else 1
+def _folds(rows: int, v: Tensor) -> int:
+    """How many folds of v's width a piece of so many rows has; one where it has none, and so no part of v."""
+    return rows // v.shape[0] if len(v) else 1
 
 
 #: (h (M, R), p, seed or None) -> h dropped out, in h's own memory or not.
@@ -125,23 +125,21 @@ def _merged_weight(
     inner = a.shape[1]
     if not merge_pays(a.shape[0], inner, sum(weight.shape) - inner, u.shape[1], factor_needed):
         return None
-    folded = _folded_v(v, gain, _folds(weight, v))
+    folded = _folded_v(v, gain, _folds(weight.shape[0], v))
     return torch.addmm(weight, folded, u.transpose(0, 1), alpha=scale)
 
 
-def _pieces(
-    weights: list[Tensor], v: Tensor, gain: Tensor | None
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-    """Each piece of a weight with its rows, and the part of v and gain that is its own."""
+def _pieces(sizes: list[int], v: Tensor, gain: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """The rows of each piece of a weight, pieces of ``sizes`` rows, and the part of v and gain that is its own."""
     start, fold = 0, 0
-    total = sum(w.shape[0] for w in weights)
-    for weight in weights:
-        rows = slice(start, start + weight.shape[0])
+    total = sum(sizes)
+    for size in sizes:
+        rows = slice(start, start + size)
         if v.shape[0] == total:
-            yield rows, weight, v[rows], gain
+            yield rows, v[rows], gain
         else:
-            folds = weight.shape[0] // v.shape[0]
-            yield rows, weight, v, gain if gain is None or gain.shape[0] == 1 else gain[fold : fold + folds]
+            folds = size // v.shape[0]
+            yield rows, v, gain if gain is None or gain.shape[0] == 1 else gain[fold : fold + folds]
             fold += folds
         start = rows.stop
 
@@ -165,6 +163,20 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(b.transpose(0, 1), a).transpose(0, 1).contiguous()
 
 
+def _outers(pieces: list[Tensor], b: Tensor) -> Tensor:
+    """(a_1 | a_2 | ...)^T b."""
+    found = [_outer(a, b) for a in pieces]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _sum_of_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    (a, b), *others = pairs
+    total = torch.mm(a, b)
+    for a, b in others:
+        total.addmm_(a, b)
+    return total
+
+
 @half_in_float32(narrowed=slice(0, 1))
 def forward(
     x: Tensor,
@@ -184,7 +196,8 @@ def forward(
     in place of the function here, to the same result."""
     y = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
     h = None
-    for i, (rows, weight, own_v, own_gain) in enumerate(_pieces(weights, v, gain)):
+    for i, (rows, own_v, own_gain) in enumerate(_pieces([w.shape[0] for w in weights], v, gain)):
+        weight = weights[i]
         merged = _merged_weight(x, weight, u, own_v, own_gain, seed, scale, need_h)
         used, out = weight if merged is None else merged, y[:, rows]
         if biases:
@@ -193,7 +206,7 @@ def forward(
             torch.mm(x, used.transpose(0, 1), out=out)
         if merged is None:
             h = (drop or _dropped)(x @ u, dropout_p, seed) if h is None else h
-            folds = _folds(weight, own_v)
+            folds = _folds(weight.shape[0], own_v)
             if _on_rows(own_gain, folds, x.shape[0], weight.shape[0]):
                 out.addmm_(h * own_gain, own_v.transpose(0, 1), alpha=scale)
             else:
@@ -205,7 +218,7 @@ def forward(
 
 @half_in_float32(narrowed=slice(0, None))
 def backward(
-    grad: Tensor,
+    grads: list[Tensor],
     x: Tensor | None,
     weights: list[Tensor],
     u: Tensor | None,
@@ -222,38 +235,45 @@ def backward(
     need_gain: bool,
     drop: Dropout | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, u, v and gain from grad = dL/dy (M, N), the weight in pieces as :func:`forward` takes it (none
-    where need_x is False). With P_g = s dy_g^T h for each fold, dV = sum_g P_g * g_g and dgain_g = colsum(P_g * V): the
+    """Gradients of x, u, v and gain from dL/dy (M, N) in pieces, one for each of the weight's, as :func:`forward` takes those
+    (none where need_x is False). With P_g = s dy_g^T h for each fold, dV = sum_g P_g * g_g and dgain_g = colsum(P_g * V): the
     gain's gradient costs no reduction over M. What no wanted gradient asks is None."""
     grad_x = grad_u = grad_v = grad_gain = grad_h = None
+    sizes = [g.shape[1] for g in grads]
+    rows, dtype = grads[0].shape[0], grads[0].dtype
     if need_x:
-        pieces = list(_pieces(weights, v, gain))
-        merged = [_merged_weight(grad[:, rows], w, u, own, g, seed, scale, need_u) for rows, w, own, g in pieces]
+        pieces = zip(grads, weights, _pieces(sizes, v, gain), strict=True)
+        merged = [_merged_weight(g, w, u, own, its, seed, scale, need_u) for g, w, (_, own, its) in pieces]
         whole = all(m is not None for m in merged)
     through_h = need_u or (need_x and not whole)
-    on_rows = _on_rows(gain, folds, grad.shape[0], grad.shape[1]) and (through_h or not need_gain)
+    on_rows = _on_rows(gain, folds, rows, sum(sizes)) and (through_h or not need_gain)
     if through_h:
-        low = torch.mm(grad, v if on_rows else _folded_v(v, gain, folds))
+        owned = [(v, gain, folds)]
+        if len(grads) > 1:
+            owned = [
+                (own, its, _folds(n, own)) for n, (_, own, its) in zip(sizes, _pieces(sizes, v, gain), strict=True)
+            ]
+        factors = [own if on_rows else _folded_v(own, its, count) for own, its, count in owned]
+        low = _sum_of_products(list(zip(grads, factors, strict=True)))
         grad_h = _scaled(low * gain if on_rows else low, scale)
         grad_h = (drop or _dropped)(grad_h, dropout_p, seed)
     if need_x:
-        for (rows, weight, *_), m in zip(pieces, merged, strict=True):
-            used = m if whole else weight
-            grad_x = torch.mm(grad[:, rows], used) if grad_x is None else grad_x.addmm_(grad[:, rows], used)
+        used = [m if whole else w for w, m in zip(weights, merged, strict=True)]
+        grad_x = _sum_of_products(list(zip(grads, used, strict=True)))
         if not whole:
             grad_x.addmm_(grad_h, u.transpose(0, 1))
     if need_u:
         grad_u = _outer(x, grad_h)
     if on_rows:
-        grad_v = _outer(grad, _scaled(h * gain, scale)) if need_v else None
+        grad_v = _outers(grads, _scaled(h * gain, scale)) if need_v else None
         grad_gain = _scaled((low * h).sum(0, keepdim=True), scale) if need_gain else None
     elif need_v or need_gain:
-        outer = _scaled(accumulate(_outer(grad, h)), scale).view(folds, -1, h.shape[1])
+        outer = _scaled(accumulate(_outers(grads, h)), scale).view(folds, -1, h.shape[1])
         if need_v:
             weighted = outer if gain is None else outer * accumulate(gain)[:, None]
-            grad_v = weighted.sum(0).to(grad.dtype)
+            grad_v = weighted.sum(0).to(dtype)
         if need_gain:
             by_fold = (outer * accumulate(v)).sum(1)
             grad_gain = by_fold.sum(0, keepdim=True) if gain.shape[0] == 1 else by_fold
-            grad_gain = grad_gain.to(grad.dtype)
+            grad_gain = grad_gain.to(dtype)
     return grad_x, grad_u, grad_v, grad_gain

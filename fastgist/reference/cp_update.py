@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgist.reference._numerics import accumulate, accumulate_dtype, row_blocks
-from fastgist.reference.cp_linear import _dropped, _folded_v, low_rank_dtype
+from fastgist.reference.cp_linear import Dropout, _dropped, _folded_v, low_rank_dtype
 
 __all__ = ["backward", "cp_update", "forward"]
 
@@ -85,11 +85,12 @@ def forward(
     scale: float,
     dropout_p: float,
     out: Tensor,
+    drop: Dropout | None = None,
 ) -> Tensor:
     """Write y + update into ``out`` (M, N), which may be y, and return h = drop(x U) (M, R) in low_rank_dtype. gain: (1, R) or
-    (G, R)."""
+    (G, R). ``drop``: what drops out h in place of :mod:`fastgist.reference.cp_linear`'s own, to the same result."""
     u, v, gain = _in_dtype(_product_dtype(x.dtype, u.dtype), u, v, gain)
-    h = _dropped(_project(x, u), dropout_p, seed)
+    h = (drop or _dropped)(_project(x, u), dropout_p, seed)
     folded = _folded_v(v, gain, y.shape[1] // v.shape[0])
     _add(y, h, folded, scale, out)
     return h.to(low_rank_dtype(x.dtype))
@@ -111,6 +112,8 @@ def backward(
     need_u: bool,
     need_v: bool,
     need_gain: bool,
+    *,
+    drop: Dropout | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients from grad = dL/dy' (M, N), which is y's own: of x in its dtype, of u, v and gain, whose dtype is
     ``factors``, in whatever they were summed in. With P_g = s dy_g^T h, dV = sum_g P_g * g_g and dgain_g = colsum(P_g * V).
@@ -118,7 +121,8 @@ def backward(
     grad_x = grad_u = grad_v = grad_gain = grad_h = None
     u, v, gain, h = _in_dtype(_product_dtype(grad.dtype, factors), u, v, gain, h)
     if need_x or need_u:
-        grad_h = _dropped(_project(grad, _folded_v(v, gain, folds)).mul_(scale), dropout_p, seed)
+        grad_h = _project(grad, _folded_v(v, gain, folds)).mul_(scale)
+        grad_h = (drop or _dropped)(grad_h, dropout_p, seed)
     if need_x:
         grad_x = grad.new_empty(grad.shape[0], u.shape[0])
         for rows in _blocks(grad_x, grad_h.dtype):

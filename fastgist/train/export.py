@@ -108,7 +108,7 @@ def _adapter_fwd(
     x: Tensor, down: Tensor, down_bias: Tensor | None, up: Tensor, up_bias: Tensor | None, residual: Tensor | None,
     branch: Tensor | None, gate: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
     seed: Tensor | None, activation: str, scale: float, residual_scale: float, norm_eps: float | None, dropout_p: float,
-    need_z: bool, impl: str,
+    need_z: bool, x_kept: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from fastgist.reference.adapter import adapter
 

@@ -424,14 +424,22 @@ def _spec(
     normed: bool = False,
     dropped: bool = False,
     block: bool = False,
+    saved: bool = False,
 ) -> Spec:
     """The kernel at the tile that a launch takes. ``sizes``: "even", "odd" (a number of hidden units that 16 does not
-    divide) or "ragged" (that, and widths that no tile divides). ``block``: with float32 weights beside a half-precision x."""
+    divide) or "ragged" (that, and widths that no tile divides). ``block``: with float32 weights beside a half-precision x.
+    ``saved``: of a frozen down weight, where z was kept instead of x."""
     ragged = sizes == "ragged"
     tile = tile_defaults("adapter_bwd", dtype == "fp32", hidden, gated, ragged, normed)
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
-    flags = {"ACTIVATION": "gelu", "HAS_DOWN_BIAS": True, "HAS_GATE": gated, "LOAD_Z": hidden > 64, "ADD_DY": True}
-    flags |= {"ADD_BASE": False, "NEED_DX": True, "NEED_DZ": True, "NEED_H": True, "NEED_GATE": gated}
+    flags = {
+        "ACTIVATION": "gelu",
+        "HAS_DOWN_BIAS": True,
+        "HAS_GATE": gated,
+        "LOAD_Z": saved or hidden > 64,
+        "ADD_DY": True,
+    }
+    flags |= {"ADD_BASE": False, "NEED_DX": True, "NEED_DZ": not saved, "NEED_H": True, "NEED_GATE": gated}
     flags |= {"SUM_DZ": True, "SUM_DY": True, "EVEN_D": not ragged, "WIDE": dtype == "fp16", "PRECISION": precision}
     flags |= {"BLOCK_M": rows, "BLOCK_H": hidden, "HAS_DROPOUT": dropped}
     flags |= dict.fromkeys(("HAS_NORM", "HAS_NORM_WEIGHT", "HAS_NORM_BIAS"), normed)
@@ -440,6 +448,7 @@ def _spec(
     if block:
         types |= {name: "*fp32" for name in WEIGHTS if name in types}
     ending = f"_m{rows}{'' if sizes == 'even' else f'_{sizes}'}{'_block' * block}{'_norm' * normed}{'_drop' * dropped}"
+    ending += "_z" * saved
     return Spec(
         _adapter_bwd_dx_kernel,
         f"{dtype}_{precision}_h{hidden}{'_gate' * gated}{ending}",
@@ -462,9 +471,11 @@ def every_tile() -> list[Spec]:
             for hidden in (h for h in (16, 32, 64, 128, 256) if h <= most):
                 for sizes in ("even", "odd", "ragged"):
                     tiles = row_tiles("adapter_bwd", hidden, gated, sizes == "ragged", normed=normed)
-                    kinds = [(True, True, False)] if normed else [(False, False, False), (False, True, False)]
+                    kinds = [(normed, normed, False, False)]
+                    if not normed:
+                        kinds += [(False, True, False, False), (False, False, False, True), (False, True, False, True)]
                     if dtype != "fp32":
-                        kinds.append((normed, normed, True))
+                        kinds.append((normed, normed, True, False))
                     for kind in kinds:
                         specs += [_spec(dtype, precision, hidden, gated, rows, sizes, *kind) for rows in tiles]
     return specs
@@ -491,5 +502,8 @@ SPECS = [
         ("bf16", "ieee", 256, False, 32, "even", True, True),
         ("bf16", "ieee", 64, False, 64, "even", False, True),
         ("fp16", "tf32", 64, False, 64, "even", True, True),
+        ("bf16", "ieee", 16, False, 64, "odd", False, False, False, True),
+        ("bf16", "ieee", 64, True, 64, "even", False, True, False, True),
+        ("fp16", "tf32", 64, True, 64, "even", False, False, False, True),
     )
 ]

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, device_arch, dot, launch
+from fastgist_kernels.cp_linear_cost import dy_programs
 from fastgist_kernels.cp_linear_dx import dx_by_blas, dx_fused, dx_started
 from fastgist_kernels.cp_linear_parts import dropout_args, dropped, folded_v, gain_strides, groups, low_rank_empty
 from fastgist_kernels.cp_linear_plan import cp_linear_form, one_pass, product_precision
@@ -38,6 +39,7 @@ def _cp_linear_bwd_dy_kernel(
     N,
     R,
     fold_n,
+    blocks,
     stride_dym,
     stride_dyn,
     stride_vn,
@@ -55,41 +57,46 @@ def _cp_linear_bwd_dy_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One read of dy for grad_h (M, R) = drop'(scale * sum_g (dy_g V) * gain_g) and this row block's part of dy^T h."""
-    pid_m = tl.program_id(0).to(tl.int64)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    """One read of dy for grad_h (M, R) = drop'(scale * sum_g (dy_g V) * gain_g) and the part of dy^T h that these ``blocks``
+    blocks of rows have in it. Each adds to what this program wrote for the ones before."""
+    pid = tl.program_id(0).to(tl.int64)
     offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
     offs_j = tl.arange(0, BLOCK_N).to(tl.int64)
-    mask_m = offs_m < M
     mask_r = offs_r < R
-    mask_h = mask_m[:, None] & mask_r[None, :]
-    h = tl.load(h_ptr + offs_m[:, None] * R + offs_r[None, :], mask=mask_h, other=0.0)
-    part_ptr += pid_m * N * R
-    grad_h = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for fold in range(0, N // fold_n):
-        first_n = tl.cast(fold, tl.int64) * fold_n
-        acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        for first_j in range(0, fold_n, BLOCK_N):
-            offs_c = first_j + offs_j
-            offs_n = first_n + offs_c
-            mask_c = offs_c < fold_n
-            dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
-            v_ptrs = v_ptr + offs_c[:, None] * stride_vn + offs_r[None, :] * stride_vr
-            dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
-            v = tl.load(v_ptrs, mask=mask_c[:, None] & mask_r[None, :], other=0.0)
-            acc = dot(dy, v, acc, PRECISION)
-            part = low_dot(tl.trans(dy), h, tl.zeros([BLOCK_N, BLOCK_R], tl.float32), WIDE, PRECISION)
-            part_ptrs = part_ptr + offs_n[:, None] * R + offs_r[None, :]
-            tl.store(part_ptrs, part, mask=mask_c[:, None] & mask_r[None, :])
-        if HAS_GAIN:
-            gain_ptrs = gain_ptr + tl.cast(fold, tl.int64) * stride_gg + offs_r * stride_gr
-            acc = acc * tl.load(gain_ptrs, mask=mask_r, other=0.0).to(tl.float32)[None, :]
-        grad_h += acc
-    grad_h = grad_h * scale
-    if HAS_DROPOUT:
-        grad_h = dropped(grad_h, seed_ptr, offs_m, 0, R, threshold, inv_keep, BLOCK_M, BLOCK_R)
-    grad_h_ptrs = grad_h_ptr + offs_m[:, None] * R + offs_r[None, :]
-    tl.store(grad_h_ptrs, narrow(grad_h, grad_h_ptr.dtype.element_ty), mask=mask_h)
+    part_ptr += pid * N * R
+    for block in range(0, blocks):
+        offs_m = (pid * blocks + block) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        mask_h = mask_m[:, None] & mask_r[None, :]
+        h = tl.load(h_ptr + offs_m[:, None] * R + offs_r[None, :], mask=mask_h, other=0.0)
+        grad_h = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        for fold in range(0, N // fold_n):
+            first_n = tl.cast(fold, tl.int64) * fold_n
+            acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+            for first_j in range(0, fold_n, BLOCK_N):
+                offs_c = first_j + offs_j
+                offs_n = first_n + offs_c
+                mask_c = offs_c < fold_n
+                dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
+                v_ptrs = v_ptr + offs_c[:, None] * stride_vn + offs_r[None, :] * stride_vr
+                mask_p = mask_c[:, None] & mask_r[None, :]
+                dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
+                v = tl.load(v_ptrs, mask=mask_p, other=0.0)
+                acc = dot(dy, v, acc, PRECISION)
+                part_ptrs = part_ptr + offs_n[:, None] * R + offs_r[None, :]
+                part = low_dot(tl.trans(dy), h, tl.zeros([BLOCK_N, BLOCK_R], tl.float32), WIDE, PRECISION)
+                part += tl.load(part_ptrs, mask=mask_p & (block > 0), other=0.0)
+                tl.store(part_ptrs, part, mask=mask_p)
+            if HAS_GAIN:
+                gain_ptrs = gain_ptr + tl.cast(fold, tl.int64) * stride_gg + offs_r * stride_gr
+                acc = acc * tl.load(gain_ptrs, mask=mask_r, other=0.0).to(tl.float32)[None, :]
+            grad_h += acc
+        grad_h = grad_h * scale
+        if HAS_DROPOUT:
+            grad_h = dropped(grad_h, seed_ptr, offs_m, 0, R, threshold, inv_keep, BLOCK_M, BLOCK_R)
+        grad_h_ptrs = grad_h_ptr + offs_m[:, None] * R + offs_r[None, :]
+        tl.store(grad_h_ptrs, narrow(grad_h, grad_h_ptr.dtype.element_ty), mask=mask_h)
+        tl.debug_barrier()  # a thread may load what another of this program has stored
 
 
 @triton.jit
@@ -211,22 +218,24 @@ def low_rank_grads(
     if need_outer:
         part = outer_partials(grad, h, tf32=tf32) if part is None else part
         _reduce(part, v, gain, grad.shape[1], rank, folds, scale, grad_v, grad_gain)
+        del part  # before dU's are made
     if grad_u is not None:
         outer(x, grad_h, grad_u, tf32=tf32)
 
 
 def _dy_pass(grad, v, gain, seed, h, scale, dropout_p, tf32, grad_h) -> torch.Tensor:
-    """Write grad_h and return the partial dy^T h, (row blocks, N R) float32."""
+    """Write grad_h and return the partial dy^T h, (programs, N R) float32."""
     rows, columns = grad.shape
     fold_n, rank = v.shape
     if device_arch(grad.device) == "interpret":
         block_m, config = 16, {"BLOCK_N": 16}
     else:
         block_m, config = 128, {"BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
-    part = torch.empty(cdiv(rows, block_m), columns * rank, dtype=torch.float32, device=grad.device)
+    programs, blocks = dy_programs(rows, rank, grad.element_size(), block_m)
+    part = torch.empty(programs, columns * rank, dtype=torch.float32, device=grad.device)
     launch(
         _cp_linear_bwd_dy_kernel,
-        lambda c: (part.shape[0],),
+        lambda c: (programs,),
         config,
         grad,
         v,
@@ -239,6 +248,7 @@ def _dy_pass(grad, v, gain, seed, h, scale, dropout_p, tf32, grad_h) -> torch.Te
         columns,
         rank,
         fold_n,
+        blocks,
         *grad.stride(),
         *v.stride(),
         *gain_strides(gain),

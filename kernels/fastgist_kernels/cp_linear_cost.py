@@ -32,6 +32,7 @@ __all__ = [
     "card_of",
     "cost",
     "dy_pass",
+    "dy_programs",
     "eager_cost",
     "library_product",
     "narrow",
@@ -282,14 +283,25 @@ def _outer(c: Card, s: Sizes, columns: int) -> Cost:
     return read + _elementwise(c, part + columns * s.rank * b)
 
 
+def dy_programs(rows: int, rank: int, itemsize: int, block_m: int = 128) -> tuple[int, int]:
+    """(programs, blocks of rows each) that take dL/dh and dV from one read of dy (M, N). A program's part of dV is N R floats:
+    there are as many programs as keep the parts an eighth of dy, at least one."""
+    row_blocks = cdiv(rows, block_m)
+    blocks = cdiv(row_blocks, max(1, min(row_blocks, rows * itemsize // (32 * rank))))
+    return cdiv(row_blocks, blocks), blocks
+
+
 def dy_pass(c: Card, s: Sizes, one_pass: bool) -> Cost:
-    """dL/dh (M, R) and dV from dy: by one kernel with a part of dV for each 128 rows, or by a projection and outer.py."""
+    """dL/dh (M, R) and dV from dy: by one kernel, whose programs add to their parts of dV at each 128 rows, or by a projection
+    and outer.py."""
     if not one_pass:
         return narrow(c, s._replace(inner=s.out)).cost + _outer(c, s, s.out)
-    b, part = s.itemsize, cdiv(s.rows, 128) * s.out * s.rank * 4
-    moved = (s.rows * s.out + s.out * s.rank + 2 * s.rows * s.rank) * b + part
+    programs, blocks = dy_programs(s.rows, s.rank, s.itemsize)
+    b, part = s.itemsize, programs * s.out * s.rank * 4
+    moved = (s.rows * s.out + s.out * s.rank + 2 * s.rows * s.rank) * b + part * (2 * blocks - 1)
     flops = 4 * s.rows * s.out * s.padded_rank
-    read = _stream(c, s, moved, flops, cdiv(s.rows, 128), min(s.rows, 128) * s.out * b)
+    each = min(s.rows, 128 * blocks) * s.out * b + part // programs * (blocks - 1)
+    read = _stream(c, s, moved, flops, programs, each)
     return read + _elementwise(c, part + s.out * s.rank * b)
 
 

@@ -209,15 +209,15 @@ def narrow_by_library(a: torch.Tensor, rank: int, tf32: bool) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _one_pass(arch: str, name: str, sms: int, s: Sizes) -> bool:
-    if family(arch) != "sm_90" or s.itemsize != 2 or s.rank > 32 or s.rows > 32_768:
-        return False  # no such tile, or its partial sums would be as large as dy
+    if family(arch) != "sm_90" or s.itemsize != 2 or s.rank > 32:
+        return False  # no such tile
     c = card_of(arch, name, sms)
     return dy_pass(c, s, True).seconds <= dy_pass(c, s, False).seconds
 
 
 def one_pass(grad: torch.Tensor, rank: int) -> bool:
-    """Whether one kernel takes dL/dh and dV from dy (M, N). It writes N R floats for each 128 rows and reads them again; two
-    kernels read dy twice. The table's entry, else the cheaper by the model."""
+    """Whether one kernel takes dL/dh and dV from dy (M, N). It adds to N R floats at each 128 rows, by fewer programs
+    the larger R is; two kernels read dy twice. The table's entry, else the cheaper by the model."""
     arch = device_arch(grad.device)
     if arch == "interpret":
         return rank <= 16
