@@ -251,7 +251,8 @@ LAYERS = {
     ),
     "q_k_v": Layer(
         "q, k and v as three layers with one input",
-        f"{WIDTH} -> {WIDTH} each, one U and V, a gain each, rank {RANK}; {BATCH} x {TOKENS} rows.",
+        f"{WIDTH} -> {WIDTH} each, one U and V, a gain each, rank {RANK}; {BATCH} x {TOKENS} rows. "
+        "fastgist.nn.cp_together calls the three layers as one.",
         _q_k_v(),
     ),
     "ffn": Layer(

@@ -165,8 +165,8 @@ CP_UPDATE = [
         "ops/cp_update: written where x is read",
         "cp_update",
         "fastgist/ops/cp_update.py",
-        "    if y.untyped_storage()._cdata == x.untyped_storage()._cdata:\n        return None\n",
-        "",
+        "alone = not (inplace and y.untyped_storage()._cdata == x.untyped_storage()._cdata)",
+        "alone = True",
         "of y and x in one memory a program would read what another has written",
     ),
     *_tuner(

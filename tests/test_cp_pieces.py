@@ -219,3 +219,9 @@ def test_opcheck_and_compile():
     got = torch.autograd.grad(fwd(leaves[0], weights, biases, *leaves[1:]).square().sum(), leaves)
     want = torch.autograd.grad(torch.cat(cp_linear(leaves[0], weights, biases, *leaves[1:]), -1).square().sum(), leaves)
     torch.testing.assert_close(got, want)
+
+
+def test_one_bias_for_several_weights_is_refused():
+    x, weights, _biases, u, v, gain = case()
+    with pytest.raises(TypeError, match=r"several weights take a sequence of biases, or None, got one Tensor \(96,\)"):
+        cp_linear(x, weights, torch.zeros(96), u, v, gain)

@@ -207,6 +207,8 @@ def _base(weight: Any, bias: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]
     ``weight[0]`` and so on for a sequence."""
     if isinstance(weight, Tensor) or not isinstance(weight, Sequence):
         return {"weight": weight}, {} if bias is None else {"bias": bias}
+    if isinstance(bias, Tensor):
+        raise TypeError(f"{_OP}: several weights take a sequence of biases, or None, got one Tensor {tuple(bias.shape)}")
     biases = [] if bias is None else list(bias)
     if not weight or len(biases) not in (0, len(weight)):
         raise ValueError(
