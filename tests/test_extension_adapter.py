@@ -282,6 +282,7 @@ def test_dropout_of_nothing():
         native.dropout(torch.empty(shape), SEED, 0.5, torch.empty(shape))
 
 
+@pytest.mark.skipif(backends.interpreting(), reason="'auto' interprets Triton's kernels")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cp_linear_drops_the_same_with_and_without(dtype, monkeypatch):
     calls = []
@@ -295,9 +296,10 @@ def test_cp_linear_drops_the_same_with_and_without(dtype, monkeypatch):
         y = cp_linear(x, weight, None, u, v, dropout_p=0.3, training=True, seed=SEED, impl=impl)
         found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     assert_same(*found)
-    assert len(calls) == (0 if backends.interpreting() else 2)
+    assert len(calls) == 2
 
 
+@pytest.mark.skipif(backends.interpreting(), reason="'auto' interprets Triton's kernels")
 @pytest.mark.parametrize("op", ["cp_update", "adapter", "adapter, identity"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_other_plain_paths_drop_the_same_with_and_without(op, dtype, monkeypatch):
@@ -320,7 +322,7 @@ def test_other_plain_paths_drop_the_same_with_and_without(op, dtype, monkeypatch
         found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     assert_same(*found)
     hidden = 1 if op == "cp_update" else 2  # an adapter's backward forms act(z) again
-    assert len(calls) == (0 if backends.interpreting() else 1 + hidden)
+    assert len(calls) == 1 + hidden
 
 
 # -- what "auto" takes -----------------------------------------------------------------------------------------------
