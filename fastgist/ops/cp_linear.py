@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgist import backends
 from fastgist.ops import _common
-from fastgist.ops._low_rank import cast_for_autocast, check_number, dropout_for, empty_unless
+from fastgist.ops._low_rank import cast_for_autocast, check_dropout, check_number, dropout_for, empty_unless
 from fastgist.reference import cp_linear as reference
 from fastgist.reference.cp_linear import low_rank_dtype
 
@@ -208,7 +208,9 @@ def _base(weight: Any, bias: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]
     if isinstance(weight, Tensor) or not isinstance(weight, Sequence):
         return {"weight": weight}, {} if bias is None else {"bias": bias}
     if isinstance(bias, Tensor):
-        raise TypeError(f"{_OP}: several weights take a sequence of biases, or None, got one Tensor {tuple(bias.shape)}")
+        raise TypeError(
+            f"{_OP}: several weights take a sequence of biases, or None, got one Tensor {tuple(bias.shape)}"
+        )
     biases = [] if bias is None else list(bias)
     if not weight or len(biases) not in (0, len(weight)):
         raise ValueError(
@@ -265,26 +267,6 @@ def _check_shapes(
             f"{_OP}: expected gain.shape == ({rank},) or ({folds}, {rank}) (rank {rank}, {rows} / {v.shape[0]} folds), "
             f"got {tuple(gain.shape)}"
         )
-
-
-def _check_dropout(
-    x: Tensor, dropout_p: object, training: bool, seed: Tensor | None, op: str = _OP
-) -> tuple[float, Tensor | None]:
-    """p and the seed, both zeroed where dropout is not active; a seed is drawn, on the device, where none is given."""
-    dropout_p = check_number(op, "dropout_p", dropout_p)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{op}: expected 0 <= dropout_p < 1, got {dropout_p}")
-    if seed is not None:
-        if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
-            raise TypeError(f"{op}: seed must be an int64 Tensor, got {getattr(seed, 'dtype', type(seed).__name__)}")
-        if seed.numel() != 1:
-            raise ValueError(f"{op}: seed must hold one number, got shape {tuple(seed.shape)}")
-        _common.check_same_device(op, x=x, seed=seed)
-    if not training or dropout_p == 0.0:
-        return 0.0, None
-    if seed is None:  # by the default generator, which checkpointing and graph capture know how to replay
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    return dropout_p, seed
 
 
 @overload
@@ -379,7 +361,7 @@ def cp_linear(
     x, u, v, gain = (named[name] for name in ("x", "u", "v", "gain"))
     _check_shapes(x, weights, biases, u, v, gain)
     scale = check_number(_OP, "scale", scale)
-    dropout_p, seed = _check_dropout(x, dropout_p, training, seed)
+    dropout_p, seed = check_dropout(_OP, x, dropout_p, training, seed)
     leading = x.shape[:-1]
     y = _CPLinear.apply(
         x.reshape(math.prod(leading), x.shape[-1]),  # Size.numel() would make a dynamic batch a constant

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from fastgist import backends
 from fastgist.ops import _common
-from fastgist.ops._low_rank import check_number, dropout_for, empty_unless
-from fastgist.ops.cp_linear import _check_dropout
+from fastgist.ops._low_rank import check_dropout, check_number, dropout_for, empty_unless
 from fastgist.reference import cp_update as reference
 from fastgist.reference.cp_linear import low_rank_dtype
 
@@ -318,7 +317,7 @@ def cp_update(
     x, u, v, gain = _settle_dtypes(y, x, u, v, gain)
     _check_shapes(y, x, u, v, gain)
     scale = check_number(_OP, "scale", scale)
-    dropout_p, seed = _check_dropout(x, dropout_p, training, seed, _OP)
+    dropout_p, seed = check_dropout(_OP, x, dropout_p, training, seed)
     record = torch.is_grad_enabled()
     compiling = torch.compiler.is_compiling()
     if inplace and not compiling:

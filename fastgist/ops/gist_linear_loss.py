@@ -227,7 +227,8 @@ def gist_linear_loss(
             second pass, with no sum: logits are computed twice, eight products in place of six. Default: a sixteenth of
             what whole logits and their gradients would take, at least 32 MiB and at most 1 GiB, for a chunk or a block; an
             eighth of what gist_loss on whole logits holds at its peak for all of it. The head's gradient itself comes on
-            top, as do the part of it that a chunk adds at a time (8 MiB on a CPU, 32 on a GPU, in bfloat16) and the float32 one of a float16 head, which waits in it for a loss scale.
+            top, as do the part of it that a chunk adds at a time (8 MiB on a CPU, 32 on a GPU, in bfloat16) and the float32
+            one of a float16 head, which waits in it for a loss scale.
         group: a torch.distributed group whose ranks share the head: weight (V_local, H) and bias are this rank's
             consecutive rows of it, in the ranks' order. Hidden states, class targets (of the whole vocabulary, not less
             vocab_start) and options must be the same on all ranks: only shapes and options are compared, not values, and
