@@ -114,11 +114,10 @@ class GistLoss(nn.Module):
         beta: weight of the interaction.
         temperature: T > 0 of the interaction (3 in the paper; a wider script of the same author has 10). beta and
             temperature may be schedules, functions of the training progress in [0, 1] such as
-            :class:`fastgist.nn.Linear`; whoever trains sets :attr:`progress`.
+            :class:`fastgist.nn.Linear`; whoever trains sets :attr:`progress`. torch.compile takes two graphs for them.
         interaction: "bkld" (the paper's, fused with both cross-entropies), "kl_forward" KL(p||q), "kl_reverse"
             KL(q||p), "jsd" (Jensen-Shannon), "mse" (mean over classes of (u - v)^2), "cosine" (1 - cos(u, v)), or a
-            function (logits, gist_logits, temperature) -> a number a row. u = z / T, v = z_g / T. (torch.compile takes beta
-            and T for constants: a schedule that moves at every step compiles at every step, up to torch's limit.)
+            function (logits, gist_logits, temperature) -> a number a row. u = z / T, v = z_g / T.
         t_squared: multiply the interaction by T^2.
         halve: half of the interaction, as R-Drop has it.
         detach: None (both sides receive the interaction's gradient, the paper's), "logits" (the prediction teaches and
@@ -386,6 +385,6 @@ def _divisor(divisor: float | Tensor | None) -> float | Tensor | None:
 
 
 def _temperature(owner: nn.Module, temperature: float) -> float:
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0.0 < temperature < math.inf:  # torch.compile cannot ask math.isfinite of a number that moves
         raise ValueError(f"{type(owner).__name__}: temperature must be finite and > 0, got {temperature}")
     return float(temperature)

@@ -36,7 +36,9 @@ _LIBRARY = torch.library.Library("fastgist", "DEF")
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
-def define(schema: str, implementation: Callable, fake: Callable, public: str) -> Callable:
+def define(
+    schema: str, implementation: Callable, fake: Callable, public: str, tags: Iterable[torch.Tag] = ()
+) -> Callable:
     """Define ``fastgist::<schema>`` with one implementation for all devices, a fake, and a guard against autograd. Returns the
     function that calls it, past the dispatcher where nobody would notice.
 
@@ -48,7 +50,7 @@ def define(schema: str, implementation: Callable, fake: Callable, public: str) -
     name = schema.split("(", 1)[0]
     directly = _without_autocast(implementation)
     mutates = "!" in schema
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     _LIBRARY.impl(name, directly, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgist::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.fastgist, name).default

@@ -83,7 +83,7 @@ def _adapter_bwd(
     return 2 * grad[0] * (per_row + narrow * (again and (through or need_up)))
 
 
-@register_flop_formula(_ops.gist_linear_loss_run, get_raw=True)
+@register_flop_formula([_ops.gist_linear_loss_run, _ops.gist_linear_loss_run_moving], get_raw=True)
 def _gist_linear_loss_run(
     hidden: Tensor, gist: Tensor, weight: Tensor, bias: Any, target: Any, row_scale: Tensor, *rest: Any, **_: Any
 ) -> int:

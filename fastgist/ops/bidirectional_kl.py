@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgist import backends
-from fastgist.ops import _common, _finished
+from fastgist.ops import _common, _finished, _moving
 from fastgist.reference import bidirectional_kl as reference
 from fastgist.reference._numerics import accumulate_dtype
 
@@ -122,14 +122,14 @@ def _bwd_fake(logits, other_logits, mask, stats, row_grad, temperature, need_log
     return logits.new_empty(shape if need_logits else 0), logits.new_empty(shape if need_other else 0)
 
 
-_fwd_op = _common.define(
+_fwd_op, _fwd_moving = _moving.define(
     "bidirectional_kl_fwd(Tensor logits, Tensor other_logits, Tensor? mask, Tensor? divisor, float temperature, "
     "float scale, bool reduce, bool need_logits, bool need_other, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     _fwd,
     _fwd_fake,
     _OP,
 )
-_bwd_op = _common.define(
+_bwd_op, _bwd_moving = _moving.define(
     "bidirectional_kl_bwd(Tensor logits, Tensor other_logits, Tensor? mask, Tensor stats, Tensor row_grad, "
     "float temperature, bool need_logits, bool need_other, str impl) -> (Tensor, Tensor)",
     _bwd,
@@ -141,20 +141,26 @@ _bwd_op = _common.define(
 class _BidirectionalKL(torch.autograd.Function):
     """(M, V) x 2 -> the loss (), or row losses (M,). Saves the finished gradients, or the logits and six scalars a row.
 
-    ``settings``: temperature, scale, reduce, impl, and whether gradients are recorded.
+    ``settings``: temperature, scale, reduce, impl, and whether gradients are recorded. ``moving``: None, or the first two in
+    their place, which compiled code does not have as constants.
     """
 
     @staticmethod
-    def forward(ctx, logits, other_logits, mask, divisor, settings):
+    def forward(ctx, logits, other_logits, mask, divisor, moving, settings):
         temperature, scale, reduce, impl, record = settings
+        run = _fwd_op
+        if moving is not None:
+            run, (temperature, scale) = _fwd_moving, moving.unbind()
         ctx.needs = needs = _common.needs(ctx, 2, record)
-        loss, stats, *grads = _fwd_op(logits, other_logits, mask, divisor, temperature, scale, reduce, *needs, impl)
+        loss, stats, *grads = run(logits, other_logits, mask, divisor, temperature, scale, reduce, *needs, impl)
         ctx.finished = grads[0].dim() == 2 or grads[1].dim() == 2
         ctx.settings, ctx.dtype = settings, logits.dtype
-        if ctx.finished:
+        if ctx.finished and reduce:
             ctx.save_for_backward(*grads)
+        elif ctx.finished:
+            ctx.save_for_backward(*grads, moving)
         elif any(needs):
-            ctx.save_for_backward(logits, other_logits, mask, divisor, stats)
+            ctx.save_for_backward(logits, other_logits, mask, divisor, stats, moving)
         return loss
 
     @staticmethod
@@ -164,16 +170,22 @@ class _BidirectionalKL(torch.autograd.Function):
         if ctx.finished and reduce:
             grads = _finished.scaled(ctx.saved_tensors, grad, ctx.dtype)
         elif ctx.finished:
+            *grads, moving = ctx.saved_tensors
+            if moving is not None:
+                temperature, scale = moving.unbind()
             factor = grad * (scale / temperature)
-            grads = _common.scale_rows(ctx.saved_tensors, (factor, -factor), ctx.dtype)
+            grads = _common.scale_rows(grads, (factor, -factor), ctx.dtype)
         else:
-            logits, other_logits, mask, divisor, stats = ctx.saved_tensors
+            logits, other_logits, mask, divisor, stats, moving = ctx.saved_tensors
+            run = _bwd_op
+            if moving is not None:
+                run, (temperature, scale) = _bwd_moving, moving.unbind()
             row_grad = grad * scale
             if reduce:
                 row_grad = (row_grad if divisor is None else row_grad / divisor).expand(len(logits))
-            grads = _bwd_op(logits, other_logits, mask, stats, row_grad, temperature, *ctx.needs, impl)
+            grads = run(logits, other_logits, mask, stats, row_grad, temperature, *ctx.needs, impl)
         need_logits, need_other = ctx.needs
-        return grads[0] if need_logits else None, grads[1] if need_other else None, None, None, None
+        return grads[0] if need_logits else None, grads[1] if need_other else None, *(None,) * 4
 
 
 def _check(logits: Tensor, other_logits: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
@@ -222,7 +234,8 @@ def bidirectional_kl(
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64, any strides. -inf marks a class as absent.
         other_logits: the same shape and dtype.
-        temperature: T > 0, a Python number.
+        temperature: T > 0, a Python number. One that changes from call to call makes torch.compile compile once more, not at
+            every value.
         reduction: "none" (shape ..., 0 where masked), "sum", or "mean" = "batchmean": the sum over the rows that count,
             divided by their number (0 if there are none).
         mask: bool (...): False rows count nowhere, whatever they hold.
@@ -253,6 +266,9 @@ def bidirectional_kl(
     )
     if logits.dim() != 2:
         logits, other_logits = logits.reshape(rows, classes), other_logits.reshape(rows, classes)
+    moving = _moving.packed(temperature, scale)
+    if moving is not None:
+        temperature = scale = 1.0  # no part of the graph
     settings = temperature, scale, reduction != "none", impl, torch.is_grad_enabled()
-    loss = _BidirectionalKL.apply(logits, other_logits, mask, divisor, settings)
+    loss = _BidirectionalKL.apply(logits, other_logits, mask, divisor, moving, settings)
     return loss.reshape(leading) if reduction == "none" else loss

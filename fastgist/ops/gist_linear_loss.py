@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgist import backends
-from fastgist.ops import _common, _finished, _linear_chunks, _linear_head, _vocab_parallel
+from fastgist.ops import _common, _finished, _linear_chunks, _linear_head, _moving, _vocab_parallel
 from fastgist.ops.gist_loss import betas, check_options, check_target, check_targets_in_range
 from fastgist.reference import gist_loss as reference
 from fastgist.reference._numerics import accumulate_dtype
@@ -131,7 +131,7 @@ def _run_fake(hidden, gist_hidden, weight, bias, target, row_scale, *rest):
     )
 
 
-_op = _common.define(
+_op, _op_moving = _moving.define(
     "gist_linear_loss_run(Tensor hidden, Tensor gist_hidden, Tensor weight, Tensor? bias, Tensor target, "
     "Tensor row_scale, float alpha, float beta, float beta_logits, float beta_gist, float temperature, "
     "float label_smoothing, int ignore_index, int chunk_rows, int memory_budget, bool need_hidden, bool need_gist, "
@@ -145,10 +145,11 @@ _op = _common.define(
 
 class _GistLinearLoss(torch.autograd.Function):
     """hidden (M, H) x 2, head and targets -> row losses (M,) for "none", else the scalar loss. Saves the gradients,
-    finished; those of float16, and of row losses, still wait for what arrives."""
+    finished; those of float16, and of row losses, still wait for what arrives. ``moving``: None, or the options before
+    ignore_index in their place, which compiled code does not have as constants."""
 
     @staticmethod
-    def forward(ctx, hidden, gist_hidden, weight, bias, target, divisor, options, scale, reduce, record, impl):
+    def forward(ctx, hidden, gist_hidden, weight, bias, target, divisor, moving, options, scale, reduce, record, impl):
         ctx.needs = needs = _common.needs(ctx, 4, record)
         ctx.options, ctx.impl, ctx.reduce = options, impl, reduce
         ctx.dtypes = tuple(None if x is None else x.dtype for x in (hidden, gist_hidden, weight, bias))
@@ -163,10 +164,11 @@ class _GistLinearLoss(torch.autograd.Function):
         row_scale = (torch.ones_like(whole) if lifted else whole).expand(hidden.shape[0])
         wanted = needs if reduce else (False,) * 4
         narrow = weight.dtype == hidden.dtype and not lifted
-        row_loss, *grads = _op(*tensors, row_scale, *options[:-1], *wanted, narrow, *options[-1], impl)
+        run, options = _runner(moving, options)
+        row_loss, *grads = run(*tensors, row_scale, *options[:-1], *wanted, narrow, *options[-1], impl)
         if not reduce:
             if any(needs):
-                ctx.save_for_backward(hidden, gist_hidden, weight, bias, target)
+                ctx.save_for_backward(hidden, gist_hidden, weight, bias, target, moving)
             return row_loss
         ctx.save_for_backward(whole if lifted else None, *grads)
         return row_loss.sum() * whole
@@ -179,12 +181,18 @@ class _GistLinearLoss(torch.autograd.Function):
             whole, *grads = ctx.saved_tensors
             grads = _finished.scaled(grads, grad if whole is None else grad * whole, dtypes)
         else:
-            hidden, gist_hidden, weight, bias, target = ctx.saved_tensors
+            hidden, gist_hidden, weight, bias, target, moving = ctx.saved_tensors
             narrow_bias = None if bias is None else bias.to(hidden.dtype)
             tensors = hidden, gist_hidden, weight.to(hidden.dtype), narrow_bias, target
             narrow = weight.dtype == hidden.dtype
-            _, *grads = _op(*tensors, grad, *ctx.options[:-1], *needs, narrow, *ctx.options[-1], ctx.impl)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 7
+            run, options = _runner(moving, ctx.options)
+            _, *grads = run(*tensors, grad, *options[:-1], *needs, narrow, *options[-1], ctx.impl)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 8
+
+
+def _runner(moving: Tensor | None, options: tuple):
+    """The raw operator, and the options as it takes them."""
+    return (_op, options) if moving is None else (_op_moving, (*moving.unbind(), *options[len(moving) :]))
 
 
 def gist_linear_loss(
@@ -272,15 +280,16 @@ def gist_linear_loss(
         reference.kept_rows(target, ignore_index) if divisor is None and reduction in ("mean", "batchmean") else None
     )
     scale, divisor = _finished.loss_scale(reduction, 1.0, rows, counted, divisor, hidden, dtype)
-    options = (
+    numbers: tuple[float, ...] = (
         float(alpha),
         *betas(beta, temperature, t_squared, detach),
         temperature,
         float(label_smoothing),
-        int(ignore_index),
-        chunk_rows or 0,
-        memory_budget or 0,
     )
+    moving = _moving.packed(*numbers)
+    if moving is not None:
+        numbers = (1.0,) * len(numbers)  # no part of the graph
+    options = *numbers, int(ignore_index), chunk_rows or 0, memory_budget or 0
     shard = _vocab_parallel.shard(
         _OP,
         group,
@@ -298,6 +307,7 @@ def gist_linear_loss(
         bias,
         target,
         divisor,
+        moving,
         (*options, shard),
         scale,
         reduction != "none",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgist import backends
-from fastgist.ops import _common, _finished
+from fastgist.ops import _common, _finished, _moving
 from fastgist.ops.bidirectional_kl import STATS as _KL_STATS
 from fastgist.ops.bidirectional_kl import leaves
 from fastgist.reference import gist_loss as reference
@@ -108,14 +108,14 @@ def _bwd_fake(logits, gist_logits, target, stats, row_grad, *rest):
     return logits.new_empty(shape if need_logits else 0), logits.new_empty(shape if need_gist else 0)
 
 
-_fwd_op = _common.define(
+_fwd_op, _fwd_moving = _moving.define(
     f"gist_loss_fwd(Tensor logits, Tensor gist_logits, Tensor target, Tensor? divisor, {_OPTIONS}, float scale, "
     "bool reduce, bool need_logits, bool need_gist, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     _fwd,
     _fwd_fake,
     _OP,
 )
-_bwd_op = _common.define(
+_bwd_op, _bwd_moving = _moving.define(
     f"gist_loss_bwd(Tensor logits, Tensor gist_logits, Tensor target, Tensor stats, Tensor row_grad, {_OPTIONS}, "
     "bool need_logits, bool need_gist, str impl) -> (Tensor, Tensor)",
     _bwd,
@@ -126,19 +126,23 @@ _bwd_op = _common.define(
 
 class _GistLoss(torch.autograd.Function):
     """(M, V) x 2 and targets -> the loss (), or row losses (M,). Saves the finished gradients, or the logits and nine
-    scalars a row. ``settings``: the options, scale, reduce, impl, and whether gradients are recorded."""
+    scalars a row. ``settings``: the options, scale, reduce, impl, and whether gradients are recorded. ``moving``: None, or
+    the options but ignore_index in their place, which compiled code does not have as constants."""
 
     @staticmethod
-    def forward(ctx, logits, gist_logits, target, divisor, settings):
+    def forward(ctx, logits, gist_logits, target, divisor, moving, settings):
         options, scale, reduce, impl, record = settings
+        run = _fwd_op
+        if moving is not None:
+            run, options, scale = _fwd_moving, (*moving.unbind(), options[-1]), moving.new_full((), scale)
         ctx.needs = needs = _common.needs(ctx, 2, record)
-        loss, stats, *grads = _fwd_op(logits, gist_logits, target, divisor, *options, scale, reduce, *needs, impl)
+        loss, stats, *grads = run(logits, gist_logits, target, divisor, *options, scale, reduce, *needs, impl)
         ctx.finished = grads[0].dim() == 2 or grads[1].dim() == 2
         ctx.settings, ctx.dtype = settings, logits.dtype
         if ctx.finished:
             ctx.save_for_backward(*grads)
         elif any(needs):
-            ctx.save_for_backward(logits, gist_logits, target, divisor, stats)
+            ctx.save_for_backward(logits, gist_logits, target, divisor, stats, moving)
         return loss
 
     @staticmethod
@@ -150,13 +154,16 @@ class _GistLoss(torch.autograd.Function):
         elif ctx.finished:
             grads = _common.scale_rows(ctx.saved_tensors, (grad * scale,) * 2, ctx.dtype)
         else:
-            logits, gist_logits, target, divisor, stats = ctx.saved_tensors
+            logits, gist_logits, target, divisor, stats, moving = ctx.saved_tensors
+            run = _bwd_op
+            if moving is not None:
+                run, options = _bwd_moving, (*moving.unbind(), options[-1])
             row_grad = grad * scale
             if reduce:
                 row_grad = (row_grad if divisor is None else row_grad / divisor).expand(len(logits))
-            grads = _bwd_op(logits, gist_logits, target, stats, row_grad, *options, *ctx.needs, impl)
+            grads = run(logits, gist_logits, target, stats, row_grad, *options, *ctx.needs, impl)
         need_logits, need_gist = ctx.needs
-        return grads[0] if need_logits else None, grads[1] if need_gist else None, None, None, None
+        return grads[0] if need_logits else None, grads[1] if need_gist else None, *(None,) * 4
 
 
 def _counted(target: Tensor, ignore_index: int) -> Tensor | None:
@@ -273,7 +280,8 @@ def gist_loss(
         gist_logits: (..., V), the gist token's, the same dtype. Both receive gradient (no stop-gradient).
         target: (...) int64 classes, or (..., V) floating-point soft targets (which get no gradient).
         alpha, beta, temperature: the paper's 0.5, 0.75 and T = 3; the cross-entropies are at temperature 1. A factor
-            of 0 leaves its term out altogether.
+            of 0 leaves its term out altogether. Python numbers, which may change from call to call under torch.compile too:
+            a second graph serves all further values, outside CUDA graphs.
         t_squared: multiply the KL term by T^2.
         label_smoothing: as in torch.nn.functional.cross_entropy, on both cross-entropies.
         ignore_index: rows with this target leave all three terms, whatever their logits hold.
@@ -281,9 +289,7 @@ def gist_loss(
         detach: "logits" or "gist_logits": that side gets no gradient of the divergence, only of its cross-entropy. Costs
             nothing.
         divisor: what "mean" divides by in place of the number of rows that count: a number > 0 or a tensor of one number, such
-            as the tokens of all accumulated batches (:func:`fastgist.distributed.mean_divisor` for several processes). Under
-            torch.compile a number may change from call to call; alpha, beta and temperature are constants of the graph,
-            and a schedule of theirs compiles anew for each value.
+            as the tokens of all accumulated batches (:func:`fastgist.distributed.mean_divisor` for several processes).
         impl: "auto", "triton", "cuda", "native" or "reference"; see :mod:`fastgist.backends`.
 
     Returns:
@@ -310,13 +316,15 @@ def gist_loss(
     if divisor is None and reduction in ("mean", "batchmean"):
         counted = _counted(target, int(ignore_index))
     scale, divisor = _finished.loss_scale(reduction, 1.0, rows, counted, divisor, logits, dtype)
-    options = (
+    numbers: tuple[float, ...] = (
         float(alpha),
         *betas(beta, temperature, t_squared, detach),
         temperature,
         float(label_smoothing),
-        int(ignore_index),
     )
-    settings = options, scale, reduction != "none", impl, torch.is_grad_enabled()
-    loss = _GistLoss.apply(logits, gist_logits, target, divisor, settings)
+    moving = _moving.packed(*numbers)
+    if moving is not None:
+        numbers = (1.0,) * len(numbers)  # no part of the graph
+    settings = (*numbers, int(ignore_index)), scale, reduction != "none", impl, torch.is_grad_enabled()
+    loss = _GistLoss.apply(logits, gist_logits, target, divisor, moving, settings)
     return loss.reshape(leading) if reduction == "none" else loss

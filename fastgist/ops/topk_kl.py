@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgist import backends
-from fastgist.ops import _common, _finished
+from fastgist.ops import _common, _finished, _moving
 from fastgist.reference import topk_kl as reference
 from fastgist.reference._numerics import accumulate_dtype
 from fastgist.reference.bidirectional_kl import finished_dtype, reduce_rows
@@ -97,14 +97,14 @@ def _bwd_fake(logits, indices, stats, pull, row_grad, temperature, impl):
     return logits.new_empty(tuple(logits.shape))
 
 
-_fwd_op = _common.define(
+_fwd_op, _fwd_moving = _moving.define(
     "topk_kl_fwd(Tensor logits, Tensor log_probs, Tensor indices, Tensor log_rest, Tensor? mask, float temperature, "
     "str direction, bool need_logits, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     _fwd,
     _fwd_fake,
     _OP,
 )
-_bwd_op = _common.define(
+_bwd_op, _bwd_moving = _moving.define(
     "topk_kl_bwd(Tensor logits, Tensor indices, Tensor stats, Tensor pull, Tensor row_grad, float temperature, str impl) "
     "-> Tensor",
     _bwd,
@@ -117,16 +117,20 @@ class _TopkKL(torch.autograd.Function):
     """(M, V) and the teacher's (M, k) -> row losses (M,). Saves the logits and 2 k + 2 numbers a row, or the gradient."""
 
     @staticmethod
-    def forward(ctx, logits, log_probs, indices, log_rest, mask, temperature, direction, record, impl):
+    def forward(ctx, logits, log_probs, indices, log_rest, mask, moving, temperature, direction, record, impl):
+        run = _fwd_op
+        if moving is not None:  # the temperature, which compiled code does not have as a constant
+            run, (temperature,) = _fwd_moving, moving.unbind()
         (ctx.need,) = _common.needs(ctx, 1, record)
-        row_loss, stats, pull, grad = _fwd_op(
+        row_loss, stats, pull, grad = run(
             logits, log_probs, indices, log_rest, mask, temperature, direction, ctx.need, impl
         )
-        ctx.temperature, ctx.impl, ctx.dtype, ctx.finished = temperature, impl, logits.dtype, grad.dim() == 2
+        ctx.impl, ctx.dtype, ctx.finished = impl, logits.dtype, grad.dim() == 2
+        ctx.temperature = temperature if moving is None else None
         if ctx.finished:
             ctx.save_for_backward(grad)
         elif ctx.need:
-            ctx.save_for_backward(logits, indices, stats, pull)
+            ctx.save_for_backward(logits, indices, stats, pull, moving)
         return row_loss
 
     @staticmethod
@@ -136,8 +140,12 @@ class _TopkKL(torch.autograd.Function):
         if ctx.finished:
             (grad,) = _common.scale_rows(ctx.saved_tensors, (row_grad,), ctx.dtype)
         elif ctx.need:
-            grad = _bwd_op(*ctx.saved_tensors, row_grad, ctx.temperature, ctx.impl)
-        return grad, *(None,) * 8
+            *saved, moving = ctx.saved_tensors
+            if moving is None:
+                grad = _bwd_op(*saved, row_grad, ctx.temperature, ctx.impl)
+            else:
+                grad = _bwd_moving(*saved, row_grad, *moving.unbind(), ctx.impl)
+        return grad, *(None,) * 9
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
@@ -236,7 +244,7 @@ def topk_kl(
         teacher_log_probs: (..., k), floating point: log-probabilities at temperature T, over all V classes, of k distinct
             classes (:func:`fastgist.recipes.mutual.topk_of` makes them). -inf is a class that the teacher excludes.
         teacher_indices: (..., k) int64, the classes, in any order. -1 with a log-probability of -inf is padding.
-        temperature: T > 0, a Python number.
+        temperature: T > 0, a Python number, which may change from call to call under torch.compile too.
         direction: "forward" = KL(q||p), from teacher to student: the usual distillation, which covers what the teacher
             thinks possible. "reverse" = KL(p||q), which avoids what it thinks impossible. "both" = their sum.
         reduction: "none" (shape ..., 0 where masked), "sum", or "mean" = "batchmean": the sum over the rows that count,
@@ -267,6 +275,7 @@ def topk_kl(
     divisor = _finished.divisor_of(_OP, divisor, reduction, logits, width)
     leading, classes = logits.shape[:-1], logits.shape[-1]
     rows, known = math.prod(leading), teacher_indices.shape[-1]
+    moving = _moving.packed(temperature)
     with torch.no_grad():
         log_probs, indices, log_rest = reference.sparse_teacher(
             teacher_log_probs.reshape(rows, known), teacher_indices.reshape(rows, known), classes
@@ -277,7 +286,8 @@ def topk_kl(
         indices,
         log_rest.to(width),
         None if mask is None else mask.reshape(rows),
-        temperature,
+        moving,
+        temperature if moving is None else 1.0,
         direction,
         torch.is_grad_enabled(),
         impl,
