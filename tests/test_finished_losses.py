@@ -247,10 +247,10 @@ def test_statistics_by_parts_are_those_of_whole_rows(op, rows, monkeypatch):
 
 
 def test_forms_by_shape(monkeypatch):
-    from fastgist_kernels import pair_rows
+    from fastgist_kernels import pair_plan
 
-    monkeypatch.setattr(pair_rows, "processors", lambda _: 132)
-    at = lambda rows, classes: pair_rows.choose_form(torch.empty(rows, classes, device="meta"))  # noqa: E731
+    monkeypatch.setattr(pair_plan, "processors", lambda _: 132)
+    at = lambda rows, classes: pair_plan.choose_form(torch.empty(rows, classes, device="meta"))  # noqa: E731
     assert at(64, 100) == at(1, 5) == at(8, 1000) == "alone"
     assert at(65, 100) == at(512, 1000) == at(8, 4096) == "whole"
     assert at(263, 32000) == at(1, 4097) == "split"
@@ -259,17 +259,17 @@ def test_forms_by_shape(monkeypatch):
 
 @pytest.mark.parametrize(("rows", "classes"), [(1, 4097), (8, 32000), (263, 50257), (1, 1_000_000)])
 def test_parts_cover_a_row_once(rows, classes, monkeypatch):
-    from fastgist_kernels import pair_rows
+    from fastgist_kernels import pair_plan
 
-    monkeypatch.setattr(pair_rows, "processors", lambda _: 132)
-    parts, stretch = pair_rows.split_classes(torch.empty(rows, classes, device="meta"), 1024)
+    monkeypatch.setattr(pair_plan, "processors", lambda _: 132)
+    parts, stretch = pair_plan.split_classes(torch.empty(rows, classes, device="meta"), 1024)
     assert (parts - 1) * stretch < classes <= parts * stretch
     assert stretch % 1024 == 0 and stretch >= 2048
     assert rows * parts <= 8 * 132 or stretch == 2048
 
 
 def test_rows_are_as_wide_as_all_of_their_tensors_allow():
-    from fastgist_kernels.pair_rows import vector_width
+    from fastgist_kernels.pair_plan import vector_width
 
     half, full = torch.empty(4, 80, dtype=torch.bfloat16), torch.empty(4, 80)
     assert vector_width(half, half) == 8 and vector_width(full, full) == 4

@@ -55,7 +55,8 @@ class Spec:
     Every pointer and stride counts as a multiple of 16, as the launcher's specialisation finds them on ordinary
     tensors, but for those named in ``unaligned``; so do the sizes named in ``aligned``. ``archs``:
     the architectures whose launches use this tile. ``matrix``: the kernel
-    multiplies tiles of >= 64 rows, so Hopper's SASS must show HGMMA. ``wide``: it only streams, so all its accesses to
+    multiplies tiles of >= 64 rows, so Hopper's SASS must show HGMMA. ``table``: its entry in the launch tables, where that
+    is not the kernel's name. ``wide``: it only streams, so all its accesses to
     global memory must be of 16 bytes, but for as many loads as it reads ``numbers``.
     """
 
@@ -71,6 +72,7 @@ class Spec:
     unaligned: tuple[str, ...] = field(default=())
     aligned: tuple[str, ...] = field(default=())
     archs: tuple[int, ...] = ARCHITECTURES
+    table: str = ""
 
     @property
     def name(self) -> str:

@@ -1,332 +1,351 @@
 """gist_loss in Triton: both cross-entropies and the bidirectional KL from one read of the two logits tensors.
 
-Forward reads each logit once and leaves nine numbers a row; backward reads and writes each element once. Gradients that are
-finished with the loss: gist_loss_once.py. What a row keeps: gist_rows.py.
+The forms are those of bidirectional_kl.py, and two of gist_linear_loss (gist_linear_loss.py), whose gradients take the
+logits' place. What a row keeps: gist_rows.py. All launches are of one kernel, whose FORM says which: it names the arguments
+and hands them on as tuples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
 from fastgist_kernels.aot import Spec
-from fastgist_kernels.common import LOG2E, cdiv, launch
-from fastgist_kernels.gist_loss_once import gist_loss_fwd_bwd
-from fastgist_kernels.gist_loss_parts import gist_loss_by_parts
+from fastgist_kernels.common import cdiv, launch, next_power_of_2
 from fastgist_kernels.gist_rows import (
-    SCALAR_TYPES,
-    gist_finish_columns,
-    gist_row_loss,
-    gist_row_state,
-    gist_stats,
-    gradient_flags,
-    loss_arguments,
-    pair_and_target,
-    target_rows,
+    PARTIAL,
+    Kind,
+    Target,
+    Terms,
+    gist_backward,
+    gist_merge,
+    gist_rows,
+    gist_split,
+    gist_twice,
+    gist_whole,
 )
-from fastgist_kernels.pair_rows import SIZES, few_rows, rows_config, vector_width
+from fastgist_kernels.pair_plan import (
+    SIZES,
+    alone_config,
+    choose_form,
+    few_rows,
+    form_name,
+    rows_config,
+    split_classes,
+    twice_config,
+    vector_width,
+    whole_config,
+)
+from fastgist_kernels.pair_rows import Out, Pair
 
-__all__ = ["SPECS", "gist_loss_bwd", "gist_loss_fwd", "gist_loss_fwd_bwd"]
+__all__ = ["SPECS", "gist_loss_bwd", "gist_loss_fwd", "gist_loss_fwd_bwd", "gist_spec", "launch_gist_loss", "pair_and_target"]
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _gist_loss_fwd_kernel(
+@triton.jit(do_not_specialize=SIZES, repr=form_name)
+def _gist_loss_kernel(
     z_ptr,
     g_ptr,
     target_ptr,
+    divisor_ptr,
+    row_grad_ptr,
+    part_ptr,
+    row_loss_ptr,
     loss_ptr,
     stats_ptr,
-    M,
-    V,
-    stride_zm,
-    stride_zv,
-    stride_gm,
-    stride_gv,
-    stride_tm,
-    stride_tv,
-    ignore_index,
-    alpha,
-    beta,
-    inv_t,
-    keep,
-    smooth,
-    SOFT: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    POWER: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < M
-    counts, invalid, label = target_rows(target_ptr, offs_m, mask_m, stride_tm, V, ignore_index, SOFT)
-    m_z, m_g, s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight = gist_row_state(
-        z_ptr,
-        g_ptr,
-        target_ptr,
-        offs_m,
-        counts,
-        label,
-        V,
-        stride_zm,
-        stride_zv,
-        stride_gm,
-        stride_gv,
-        stride_tm,
-        stride_tv,
-        inv_t * LOG2E,
-        keep,
-        smooth,
-        "",
-        SOFT,
-        SMOOTH,
-        POWER,
-        VEC,
-        BLOCK_M,
-        BLOCK_V,
-    )
-    loss, e_p, e_q = gist_row_loss(s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight, alpha, beta, inv_t)
-    loss = tl.where(invalid, float("nan"), loss)
-    tl.store(loss_ptr + offs_m, tl.where(counts, loss, 0.0), mask=mask_m)
-    gist_stats(stats_ptr, offs_m, M, mask_m, counts, m_z, m_g, s_p, s_q, e_p, e_q, sum_z, sum_g, weight)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _gist_loss_bwd_kernel(
-    z_ptr,
-    g_ptr,
-    target_ptr,
-    stats_ptr,
-    row_grad_ptr,
     grad_z_ptr,
     grad_g_ptr,
     M,
     V,
+    classes,
+    first,
+    parts,
+    stretch,
     stride_zm,
     stride_zv,
     stride_gm,
     stride_gv,
     stride_tm,
     stride_tv,
-    stride_grad,
+    stride_row_grad,
     ignore_index,
     alpha,
+    beta,
     beta_z,
     beta_g,
     inv_t,
     keep,
     smooth,
-    SOFT: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    POWER: tl.constexpr,
-    ALPHA: tl.constexpr,
-    KL_Z: tl.constexpr,
-    KL_G: tl.constexpr,
-    NEED_Z: tl.constexpr,
-    NEED_G: tl.constexpr,
+    scale,
+    FORM: tl.constexpr,
+    KIND: tl.constexpr,
+    PARTS: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < M
-    counts, invalid, label = target_rows(target_ptr, offs_m, mask_m, stride_tm, V, ignore_index, SOFT)
-    rows = M.to(tl.int64)
-    m_z = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)
-    m_g = tl.load(stats_ptr + rows + offs_m, mask=mask_m, other=0.0)
-    s_p = tl.load(stats_ptr + 2 * rows + offs_m, mask=mask_m, other=1.0)
-    s_q = tl.load(stats_ptr + 3 * rows + offs_m, mask=mask_m, other=1.0)
-    e_p = tl.load(stats_ptr + 4 * rows + offs_m, mask=mask_m, other=0.0)
-    e_q = tl.load(stats_ptr + 5 * rows + offs_m, mask=mask_m, other=0.0)
-    sum_z = tl.load(stats_ptr + 6 * rows + offs_m, mask=mask_m, other=1.0)
-    sum_g = tl.load(stats_ptr + 7 * rows + offs_m, mask=mask_m, other=1.0)
-    weight = tl.load(stats_ptr + 8 * rows + offs_m, mask=mask_m, other=0.0)
-    scale = tl.load(row_grad_ptr + offs_m * stride_grad, mask=mask_m, other=0.0)
-    start = tl.program_id(1) * BLOCK_V
-    gist_finish_columns(
-        z_ptr,
-        g_ptr,
-        target_ptr,
+    """Program (m, s): rows from m BLOCK_M on and, in the forms that split rows, stretch s of their columns, or tile s."""
+    TILES: tl.constexpr = FORM == "bwd" or FORM == "classes"
+    pair = Pair(z_ptr, stride_zm, stride_zv, g_ptr, stride_gm, stride_gv)
+    target = Target(target_ptr, stride_tm, stride_tv, ignore_index, classes, first, keep, smooth)
+    terms = Terms(alpha, beta, beta_z, beta_g, inv_t)
+    stride_grad = stride_zm if KIND.in_place else V
+    out = Out(
+        row_loss_ptr,
+        stats_ptr,
+        part_ptr,
         grad_z_ptr,
         grad_g_ptr,
-        m_z,
-        m_g,
-        s_p,
-        s_q,
-        e_p,
-        e_q,
-        sum_z,
-        sum_g,
-        weight,
-        label,
-        tl.where(invalid, float("nan"), scale),
-        offs_m,
-        mask_m,
-        counts,
-        start,
-        tl.minimum(start + BLOCK_V, V),
-        stride_zm,
-        stride_zv,
-        stride_gm,
-        stride_gv,
-        stride_tm,
-        stride_tv,
+        stride_grad,
+        M,
         V,
-        alpha,
-        beta_z,
-        beta_g,
-        inv_t,
-        keep,
-        smooth,
-        SOFT,
-        SMOOTH,
-        POWER,
-        ALPHA,
-        KL_Z,
-        KL_G,
-        NEED_Z,
-        NEED_G,
-        VEC,
-        BLOCK_V,
+        scale,
+        divisor_ptr,
+        row_grad_ptr,
+        stride_row_grad,
+    )
+    at = tl.program_id(0).to(tl.int64) * BLOCK_M
+    start = tl.program_id(1) * (BLOCK_V if TILES else stretch)
+    stop = tl.minimum(start + stretch, V)
+    rows, aim = gist_rows(at, target, M, BLOCK_M, KIND)
+    if FORM == "alone":
+        total = tl.zeros([BLOCK_M], tl.float32)
+        for next in range(0, M, BLOCK_M):
+            rows, aim = gist_rows(at + next, target, M, BLOCK_M, KIND)
+            total += gist_whole(pair, out, rows, target, aim, terms, KIND, BLOCK_V, VEC)
+        tl.store(loss_ptr, tl.sum(total, 0))
+    elif FORM == "whole":
+        gist_whole(pair, out, rows, target, aim, terms, KIND, BLOCK_V, VEC)
+    elif FORM == "split":
+        gist_split(pair, out, rows, target, terms, start, stop, KIND, BLOCK_V, VEC)
+    elif FORM == "merge":
+        gist_merge(pair, out, rows, target, aim, terms, parts, start, stop, PARTS, KIND, BLOCK_V, VEC)
+    elif TILES:
+        gist_backward(pair, out, rows, target, aim, terms, start, KIND, BLOCK_V, VEC)
+    else:  # "fwd", "rows", "chunk"
+        gist_twice(pair, out, rows, target, aim, terms, KIND, BLOCK_V, VEC)
+
+
+# -- launching -------------------------------------------------------------------------------------------------------
+
+
+def pair_and_target(logits, gist_logits, target) -> tuple:
+    """The tensors that a tile is read from: what :func:`vector_width` asks about."""
+    return (logits, gist_logits, target) if target.dim() == 2 else (logits, gist_logits)
+
+
+def launch_gist_loss(
+    form: str,
+    config: Mapping[str, int],
+    pair,
+    target,
+    options: tuple,
+    *,
+    row_loss=None,
+    loss=None,
+    stats=None,
+    grads=(None, None),
+    scale: float = 1.0,
+    divisor=None,
+    row_grad=None,
+    part=None,
+    stretch: int = 0,
+    programs: int = 1,
+    classes: int | None = None,
+    first: int = 0,
+) -> None:
+    """One launch of ``form``: ``programs`` a row, each of its own ``stretch`` of columns where a form splits rows; 0: one a tile.
+
+    pair: two tensors (M, V) of any strides. target (M,) int64 or (M, V) float. ``options``: alpha, beta, beta_logits,
+    beta_gist, temperature, label_smoothing, ignore_index. ``classes``: how many there are where the columns are only those
+    from ``first`` on.
+    """
+    alpha, beta, beta_z, beta_g, temperature, smoothing, ignore_index = options
+    rows, columns = pair[0].shape
+    classes = classes or columns
+    kind = Kind(
+        soft=target.dim() == 2,
+        smooth=smoothing != 0.0,
+        power=int(temperature) if temperature in (1.0, 2.0, 3.0, 4.0) else 0,
+        alpha=alpha != 0.0,
+        kl_z=beta_z != 0.0,
+        kl_g=beta_g != 0.0,
+        in_place=grads[0] is pair[0],
     )
 
+    def grid(c: Mapping[str, int]) -> tuple[int, int]:
+        return 1 if form == "alone" else cdiv(rows, c["BLOCK_M"]), programs or cdiv(columns, c["BLOCK_V"])
 
-def gist_loss_fwd(
-    logits,
-    gist_logits,
-    target,
-    alpha,
-    beta,
-    beta_logits,
-    beta_gist,
-    temperature,
-    label_smoothing,
-    ignore_index,
-    row_loss,
-    stats,
-) -> None:
-    """Write row_loss (M,) and stats (9, M), float32. logits (M, V) of any strides; target (M,) int64 or (M, V) float.
-    ``beta`` includes any T^2."""
-    options = alpha, beta, beta_logits, beta_gist, temperature, label_smoothing, ignore_index
-    if few_rows(logits):
-        gist_loss_by_parts(logits, gist_logits, target, None, *options, 1.0, row_loss, stats, None, None)
-        return
-    rows, classes = logits.shape
-    vec = vector_width(*pair_and_target(logits, gist_logits, target))
-    config = rows_config("gist_loss_fwd", logits.device, classes, vec)
-    (ignore_index, alpha, beta, _, _, *rest), flags = loss_arguments(target, classes, *options)
     launch(
-        _gist_loss_fwd_kernel,
-        lambda c: (cdiv(rows, c["BLOCK_M"]),),
+        _gist_loss_kernel,
+        grid,
         config,
-        logits,
-        gist_logits,
+        *pair,
         target,
+        divisor,
+        row_grad,
+        part,
         row_loss,
+        loss,
         stats,
+        *grads,
         rows,
+        columns,
         classes,
-        *logits.stride(),
-        *gist_logits.stride(),
+        first,
+        0 if part is None else len(part),
+        stretch,
+        *pair[0].stride(),
+        *pair[1].stride(),
         target.stride(0),
-        target.stride(1) if target.dim() == 2 else 0,
+        target.stride(1) if kind.soft else 0,
+        0 if row_grad is None else row_grad.stride(0),
         ignore_index,
         alpha,
         beta,
-        *rest,
-        **flags,
-        VEC=vec,
+        beta_z,
+        beta_g,
+        1.0 / temperature,
+        1.0 - smoothing,
+        smoothing / classes,
+        scale,
+        FORM=form,
+        KIND=kind,
+        PARTS=1 if part is None else next_power_of_2(len(part)),
+        VEC=vector_width(*pair_and_target(*pair, target)),
     )
 
 
-def gist_loss_bwd(
-    logits,
-    gist_logits,
-    target,
-    stats,
-    row_grad,
-    alpha,
-    beta,
-    beta_logits,
-    beta_gist,
-    temperature,
-    label_smoothing,
-    ignore_index,
-    grad_logits,
-    grad_gist,
-) -> None:
-    """Write the gradients (M, V), contiguous, that are not None; row_grad (M,) float32 of any stride."""
-    rows, classes = logits.shape
+def _by_parts(pair, target, options: tuple, **outputs) -> None:
+    """Each row by several programs: row losses, and statistics or else gradients."""
+    logits = pair[0]
+    vec = vector_width(*pair_and_target(*pair, target))
+    config = rows_config("gist_loss_split", logits.device, logits.shape[1], vec)
+    parts, stretch = split_classes(logits, config["BLOCK_V"])
+    part = torch.empty(parts, PARTIAL.value, len(logits), dtype=torch.float32, device=logits.device)
+    launch_gist_loss("split", config, pair, target, options, part=part, stretch=stretch, programs=parts)
+    programs = parts if outputs.get("stats") is None else 1
+    launch_gist_loss("merge", config, pair, target, options, part=part, stretch=stretch, programs=programs, **outputs)
+
+
+def gist_loss_fwd_bwd(logits, gist_logits, target, divisor, *rest, form=None) -> None:
+    """Write row_loss (M,), times scale / divisor, its sum loss (), both float32, and the gradients (M, V) of it, contiguous,
+    that are not None.
+
+    logits (M, V) of any strides; target (M,) int64 or (M, V) float; divisor () float32 or None. ``rest``: alpha, beta,
+    beta_logits, beta_gist, temperature, label_smoothing, ignore_index, scale, row_loss, loss, grad_logits, grad_gist.
+    ``form``: of :func:`choose_form`.
+    """
+    *options, scale, row_loss, loss, grad_logits, grad_gist = rest
+    pair, (rows, classes) = (logits, gist_logits), logits.shape
+    form = form or choose_form(logits)
+    outputs: dict[str, Any] = {"row_loss": row_loss, "grads": (grad_logits, grad_gist), "scale": scale}
+    outputs["divisor"] = divisor
     vec = vector_width(*pair_and_target(logits, gist_logits, target))
-    config = rows_config("gist_loss_bwd", logits.device, classes, vec)
-    (ignore_index, alpha, _, *rest), flags = loss_arguments(
-        target, classes, alpha, beta, beta_logits, beta_gist, temperature, label_smoothing, ignore_index
-    )
-    launch(
-        _gist_loss_bwd_kernel,
-        lambda c: (cdiv(rows, c["BLOCK_M"]), cdiv(classes, c["BLOCK_V"])),
-        config,
-        logits,
-        gist_logits,
-        target,
-        stats,
-        row_grad,
-        grad_logits,
-        grad_gist,
-        rows,
-        classes,
-        *logits.stride(),
-        *gist_logits.stride(),
-        target.stride(0),
-        target.stride(1) if target.dim() == 2 else 0,
-        row_grad.stride(0),
-        ignore_index,
-        alpha,
-        *rest,
-        **flags,
-        **gradient_flags(alpha, beta, beta_logits, beta_gist),
-        NEED_Z=grad_logits is not None,
-        NEED_G=grad_gist is not None,
-        VEC=vec,
+    if form == "split":
+        _by_parts(pair, target, options, **outputs)
+    elif form == "rows":
+        launch_gist_loss(form, twice_config("gist_loss_rows", logits, vec), pair, target, options, **outputs)
+    elif form == "whole":
+        config = whole_config("gist_loss_whole", logits.device, rows, classes, vec)
+        launch_gist_loss(form, config, pair, target, options, **outputs)
+    else:
+        launch_gist_loss(form, alone_config(rows, classes, vec), pair, target, options, loss=loss, **outputs)
+        return
+    torch.sum(row_loss, 0, out=loss)
+
+
+def gist_loss_fwd(logits, gist_logits, target, *rest) -> None:
+    """Write row_loss (M,) and stats (9, M), float32. logits (M, V) of any strides; target (M,) int64 or (M, V) float.
+    ``rest``: alpha, beta, with any T^2 in it, beta_logits, beta_gist, temperature, label_smoothing, ignore_index, row_loss,
+    stats."""
+    *options, row_loss, stats = rest
+    pair = logits, gist_logits
+    if few_rows(logits):
+        _by_parts(pair, target, options, row_loss=row_loss, stats=stats)
+    else:
+        vec = vector_width(*pair_and_target(logits, gist_logits, target))
+        config = rows_config("gist_loss_fwd", logits.device, logits.shape[1], vec)
+        launch_gist_loss("fwd", config, pair, target, options, row_loss=row_loss, stats=stats)
+
+
+def gist_loss_bwd(logits, gist_logits, target, stats, row_grad, *rest) -> None:
+    """Write the gradients (M, V), contiguous, that are not None; row_grad (M,) float32 of any stride. ``rest``: the options of
+    :func:`gist_loss_fwd`, grad_logits, grad_gist."""
+    *options, grad_logits, grad_gist = rest
+    vec = vector_width(*pair_and_target(logits, gist_logits, target))
+    config = rows_config("gist_loss_bwd", logits.device, logits.shape[1], vec)
+    outputs = {"stats": stats, "row_grad": row_grad, "grads": (grad_logits, grad_gist), "programs": 0}
+    launch_gist_loss("bwd", config, (logits, gist_logits), target, options, **outputs)
+
+
+# -- ahead-of-time specs ---------------------------------------------------------------------------------------------
+
+_OUTPUTS = ("divisor_ptr", "row_grad_ptr", "part_ptr", "row_loss_ptr", "loss_ptr", "stats_ptr", "grad_z_ptr", "grad_g_ptr")
+#: Which of those the launches of a form are given.
+_GIVEN = {
+    "alone": ("divisor_ptr", "row_loss_ptr", "loss_ptr", "grad_z_ptr", "grad_g_ptr"),
+    "whole": ("divisor_ptr", "row_loss_ptr", "grad_z_ptr", "grad_g_ptr"),
+    "rows": ("divisor_ptr", "row_loss_ptr", "grad_z_ptr", "grad_g_ptr"),
+    "fwd": ("row_loss_ptr", "stats_ptr"),
+    "split": ("part_ptr",),
+    "merge": ("divisor_ptr", "part_ptr", "row_loss_ptr", "grad_z_ptr", "grad_g_ptr"),
+    "bwd": ("row_grad_ptr", "stats_ptr", "grad_z_ptr", "grad_g_ptr"),
+    "chunk": ("row_grad_ptr", "row_loss_ptr", "grad_z_ptr", "grad_g_ptr"),
+    "classes": ("row_grad_ptr", "stats_ptr", "grad_z_ptr", "grad_g_ptr"),
+}
+
+
+def gist_spec(
+    form: str, label: str, dtype: str, vec: int, block_m: int, block_v: int, warps: int = 4, *, soft: bool = False, **more
+) -> Spec:
+    """``more``: names of further outputs of the launch, and of its table."""
+    kind = Kind(soft, soft, 3, True, True, True, in_place=form in ("chunk", "classes"))
+    given = {*_GIVEN[form], *more.get("outputs", ())}
+    pointers = dict.fromkeys(("z_ptr", "g_ptr", "grad_z_ptr", "grad_g_ptr"), f"*{dtype}")
+    pointers |= {name: "*fp32" for name in _OUTPUTS if name not in pointers} | {"target_ptr": "*fp32" if soft else "*i64"}
+    numbers = dict.fromkeys(("M", "V", "classes", "first", "parts", "stretch", "ignore_index"), "i32")
+    numbers |= dict.fromkeys(("stride_zm", "stride_gm", "stride_tm", "stride_row_grad"), "i64")
+    numbers |= dict.fromkeys(("alpha", "beta", "beta_z", "beta_g", "inv_t", "keep", "smooth", "scale"), "fp32")
+    tile = {"FORM": form, "KIND": kind, "PARTS": 8, "VEC": vec, "BLOCK_M": block_m, "BLOCK_V": block_v}
+    return Spec(
+        _gist_loss_kernel,
+        f"{form}_{label}",
+        pointers | numbers,
+        {"stride_zv": 1, "stride_gv": 1, "stride_tv": int(soft)} | dict.fromkeys(set(_OUTPUTS) - given) | tile,
+        num_warps=warps,
+        num_stages=1,
+        unaligned=SIZES,
+        aligned=("stretch",),
+        table=more.get("table", f"gist_loss_{form}"),
     )
 
 
 def _specs() -> list[Spec]:
-    common = {"M": "i32", "V": "i32", "stride_zm": "i64", "stride_gm": "i64", "stride_tm": "i64"} | SCALAR_TYPES
-    unit = {"stride_zv": 1, "stride_gv": 1, "POWER": 3}
-    wanted = {"ALPHA": True, "KL_Z": True, "KL_G": True, "NEED_Z": True, "NEED_G": True}
     out = []
-    for label, dtype, soft, vec, block_m, block_v in (
-        ("bf16_small_v", "bf16", False, 8, 8, 128),
-        ("bf16_long_v", "bf16", False, 8, 1, 1024),
-        ("bf16_ragged", "bf16", False, 1, 1, 1024),
-        ("fp32_long_v", "fp32", False, 4, 1, 512),
-        ("bf16_soft_smooth", "bf16", True, 8, 1, 1024),
-    ):
-        pair = {"z_ptr": f"*{dtype}", "g_ptr": f"*{dtype}", "target_ptr": "*fp32" if soft else "*i64"}
-        flags = unit | {"SOFT": soft, "SMOOTH": soft, "stride_tv": 1 if soft else 0}
-        tile = {"VEC": vec, "BLOCK_M": block_m, "BLOCK_V": block_v}
-        out.append(
-            Spec(
-                _gist_loss_fwd_kernel,
-                label,
-                pair | {"loss_ptr": "*fp32", "stats_ptr": "*fp32"} | common,
-                flags | tile,
-                num_stages=1,
-                unaligned=SIZES,
-            )
-        )
-        grads = {"grad_z_ptr": f"*{dtype}", "grad_g_ptr": f"*{dtype}", "stride_grad": "i64"}
-        out.append(
-            Spec(
-                _gist_loss_bwd_kernel,
-                label,
-                pair | {"stats_ptr": "*fp32", "row_grad_ptr": "*fp32"} | grads | common,
-                flags | wanted | tile,
-                num_stages=1,
-                unaligned=SIZES,
-            )
-        )
+    for dtype, width, soft in (("bf16", 8, False), ("fp32", 4, False), ("bf16", 8, True)):
+        for form, label, *tile in (
+            ("alone", "", 4, 32, 128, 16),
+            ("alone", "_ragged", 1, 16, 128, 8),
+            ("whole", "_v8", width, 128 if soft else 256, 8),
+            ("whole", "_v128", width, 16, 128),
+            ("whole", "_v128_ragged", 1, 8, 128),
+            ("whole", "_v1024", width, 2, 1024),
+            ("whole", "_v4096", width, 1, 4096, 8),
+            ("whole", "_v4096_ragged", 1, 1, 4096, 8),
+            ("rows", "_few_warps", width, 1, 128 * width),
+            ("rows", "_many_warps", width, 1, 512 * width, 16),
+            ("rows", "_ragged", 1, 1, 4096, 16),
+            ("split", "", width, 1, 128 * width),
+            ("merge", "", width, 1, 128 * width),
+            *((form, "_small_v", width, width, 128) for form in ("fwd", "bwd")),
+            *((form, "_long_v", width, 1, 128 * width) for form in ("fwd", "bwd")),
+            *((form, "_ragged", 1, 1, 1024) for form in ("fwd", "bwd")),
+        ):
+            out.append(gist_spec(form, f"{dtype}{'_soft' if soft else ''}{label}", dtype, *tile, soft=soft))
     return out
 
 

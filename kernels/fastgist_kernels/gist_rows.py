@@ -1,4 +1,5 @@
-"""Rows of gist_loss in Triton: their state from one read of both sides, their loss, and the gradients at a tile.
+"""Rows of gist_loss in Triton: which count, their state from one read of both sides, their gradients, and each form of a
+launch made of these.
 
 The state is that of the divergence (pair_rows.py) plus, per side, the sum of exp(x - max) at temperature 1 and the weighted
 sum of the centred logits: CE = W log S - sum w (x - max). The label's part of that sum is one logit, read by itself; only
@@ -8,46 +9,197 @@ at temperature T: no second exp.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from fastgist_kernels.common import LOG2E
+from fastgist_kernels.gelu import exponential
 from fastgist_kernels.pair_rows import (
-    centred_pair,
-    exponential,
+    Rows,
+    finished_factor,
+    gradient_factor,
     lane_sum,
-    load_tile,
+    load_pair,
     merge_pair,
     no_lanes,
+    no_state,
     online_pair,
     over_row,
     pair_means,
-    store_tile,
+    part_of,
+    row_sum,
+    seen_again,
+    stat,
+    state_of_parts,
+    store_gradients,
+    store_part,
+    store_row_loss,
+    store_stat,
     tile_columns,
     tile_mask,
     tile_offsets,
+    whole_pair,
 )
 
 __all__ = [
-    "SCALAR_TYPES",
-    "class_weights",
-    "exp_unit",
-    "gist_finish_columns",
-    "gist_gradients",
-    "gist_part_state",
-    "gist_row_loss",
-    "gist_row_state",
-    "gist_stats",
-    "gradient_flags",
-    "label_logit",
-    "loss_arguments",
-    "merge_gist",
-    "pair_and_target",
-    "sizes_of",
-    "spread_weights",
-    "target_rows",
-    "with_label",
+    "PARTIAL",
+    "Kind",
+    "Target",
+    "Terms",
+    "gist_backward",
+    "gist_merge",
+    "gist_rows",
+    "gist_split",
+    "gist_twice",
+    "gist_whole",
 ]
+
+#: Numbers that a part of a row leaves for the merge: its state and its sums.
+PARTIAL: tl.constexpr = tl.constexpr(12)
+
+
+# -- what kernels hand on --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is computed, a constexpr: soft targets or one-hot ones, with or without label smoothing, T where exp(x) is that
+    power of exp(x / T) (else 0), which terms are in the gradients, and whether those take the logits' place."""
+
+    soft: bool
+    smooth: bool
+    power: int
+    alpha: bool
+    kl_z: bool
+    kl_g: bool
+    in_place: bool = False
+
+
+class Terms(NamedTuple):
+    """The weights of the gist token's cross-entropy and of the divergence in the loss and in each side's gradient, and 1 / T."""
+
+    alpha: Any
+    beta: Any
+    beta_z: Any
+    beta_g: Any
+    inv_t: Any
+
+
+class Target(NamedTuple):
+    """Classes (M,) of ``classes`` in all, where the columns are those from ``first`` on, or soft targets (M, V); a class weighs
+    keep * (one-hot or soft target) + smooth."""
+
+    ptr: Any
+    stride_m: Any
+    stride_v: Any
+    ignore_index: Any
+    classes: Any
+    first: Any
+    keep: Any
+    smooth: Any
+
+
+class Aim(NamedTuple):
+    """Of rows: the column of their class (< 0: none here), and whether it is no class at all."""
+
+    label: Any
+    invalid: Any
+
+
+class Sums(NamedTuple):
+    """What the cross-entropies need beside the state: sums of exponentials at temperature 1, weighted sums of the centred
+    logits, and the sum of those weights."""
+
+    unit_z: Any
+    unit_g: Any
+    dot_z: Any
+    dot_g: Any
+    weight: Any
+
+
+class GistAbout(NamedTuple):
+    """What gradients need of a row: share_p, share_q are 1 / S; unit_z, unit_g the weight over the sum at temperature 1."""
+
+    m_z: Any
+    m_g: Any
+    share_p: Any
+    share_q: Any
+    e_p: Any
+    e_q: Any
+    unit_z: Any
+    unit_g: Any
+    factor: Any
+
+
+# -- targets ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gist_rows(first, target, M, BLOCK_M: tl.constexpr, KIND: tl.constexpr):
+    """BLOCK_M rows from ``first`` (int64) on, and their classes."""
+    at = first + tl.arange(0, BLOCK_M)
+    there = at < M
+    if KIND.soft:
+        return Rows(at, there, there), Aim(tl.full(at.shape, -1, tl.int64), there & False)
+    else:
+        label = tl.load(target.ptr + at * target.stride_m, mask=there, other=0)
+        count = there & (label != target.ignore_index)
+        possible = (label >= 0) & (label < target.classes)
+        label = tl.where(count & possible, label - target.first, -1)
+        return Rows(at, there, count), Aim(label, count & (possible == 0))
+
+
+@triton.jit
+def spread_weights(target, rows, start, mask, KIND: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr):
+    """The weights of a tile's classes but for the label's share; 0 outside ``mask``."""
+    if KIND.soft:
+        offsets = tile_offsets(rows.at, start, target.stride_m, target.stride_v, BLOCK_V, VEC)
+        weights = tl.load(target.ptr + offsets, mask=mask, other=0.0).to(tl.float32) * target.keep
+        if KIND.smooth:
+            weights += target.smooth
+        return tl.where(mask, weights, 0.0)
+    else:
+        return tl.where(mask & (tile_columns(BLOCK_V, VEC) >= 0), target.smooth, 0.0)
+
+
+@triton.jit
+def class_weights(target, aim, rows, start, mask, KIND: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr):
+    """The weights of a tile's classes."""
+    if KIND.soft:
+        return spread_weights(target, rows, start, mask, KIND, BLOCK_V, VEC)
+    else:
+        place = tl.maximum(tl.minimum(aim.label - start, BLOCK_V), -1).to(tl.int32)
+        weights = tl.where(tile_columns(BLOCK_V, VEC) == over_row(place, VEC), target.keep, 0.0)
+        if KIND.smooth:
+            weights += target.smooth
+        return weights
+
+
+@triton.jit
+def label_logits(pair, aim, rows):
+    """Both sides' logits of the rows' classes, float32 [BLOCK_M]; 0 where there is no class."""
+    z = pair.z_ptr + rows.at * pair.stride_zm + aim.label * pair.stride_zv
+    g = pair.o_ptr + rows.at * pair.stride_om + aim.label * pair.stride_ov
+    there = aim.label >= 0
+    return tl.load(z, mask=there, other=0.0).to(tl.float32), tl.load(g, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def with_label(sums, state, z_label, g_label, aim, keep, KIND: tl.constexpr):
+    """The weighted sums with the label's own part, which soft targets do not have."""
+    if KIND.soft:
+        return sums
+    else:
+        has = (aim.label >= 0) & (keep != 0.0)
+        dot_z = sums.dot_z + tl.where(has, keep * (z_label - state.m_z), 0.0)
+        dot_g = sums.dot_g + tl.where(has, keep * (g_label - state.m_o), 0.0)
+        return Sums(sums.unit_z, sums.unit_g, dot_z, dot_g, sums.weight + tl.where(has, keep, 0.0))
+
+
+# -- the row state ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -65,457 +217,259 @@ def exp_unit(xc, exp_t, POWER: tl.constexpr):
         return exponential(xc * LOG2E)
 
 
-# -- targets ---------------------------------------------------------------------------------------------------------
-
-
 @triton.jit
-def target_rows(target_ptr, offs_m, mask_m, stride_tm, V, ignore_index, SOFT: tl.constexpr):
-    """Which rows count, which of them hold an impossible class, and the class (-1 where there is none)."""
-    if SOFT:
-        counts = mask_m
-        invalid = mask_m & False
-        label = tl.full(offs_m.shape, -1, tl.int64)
+def risen_sums(sums, rise, KIND: tl.constexpr):
+    """The sums about maxima that lie higher."""
+    unit_z = exp_unit(tl.minimum(rise.z, 0.0), rise.alpha_p, KIND.power) * sums.unit_z
+    unit_g = exp_unit(tl.minimum(rise.o, 0.0), rise.alpha_q, KIND.power) * sums.unit_g
+    if KIND.soft or KIND.smooth:
+        dot_z = sums.weight * rise.z + sums.dot_z
+        dot_g = sums.weight * rise.o + sums.dot_g
+        return Sums(unit_z, unit_g, dot_z, dot_g, sums.weight)
     else:
-        label = tl.load(target_ptr + offs_m * stride_tm, mask=mask_m, other=0)
-        counts = mask_m & (label != ignore_index)
-        possible = (label >= 0) & (label < V)
-        invalid = counts & (possible == 0)
-        label = tl.where(counts & possible, label, -1)
-    return counts, invalid, label
+        return Sums(unit_z, unit_g, sums.dot_z, sums.dot_g, sums.weight)
 
 
 @triton.jit
-def label_logit(x_ptr, offs_m, label, stride_xm, stride_xv):
-    """The label's logit, float32 [BLOCK_M]; 0 where there is no label."""
-    x = tl.load(x_ptr + offs_m * stride_xm + label * stride_xv, mask=label >= 0, other=0.0)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def spread_weights(
-    target_ptr,
-    offs_m,
-    start,
-    mask,
-    stride_tm,
-    stride_tv,
-    keep,
-    smooth,
-    SOFT: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """The weights of a tile's classes but for the label's share ``keep``; 0 outside ``mask``."""
-    if SOFT:
-        offsets = tile_offsets(offs_m, start, stride_tm, stride_tv, BLOCK_V, VEC)
-        weights = tl.load(target_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * keep
-        if SMOOTH:
-            weights += smooth
-        return tl.where(mask, weights, 0.0)
+def merge_gist(state, sums, to_exp2, KIND: tl.constexpr):
+    """Lanes, or parts of a row, [BLOCK_M, lanes] -> the state and sums of rows [BLOCK_M] about finite maxima."""
+    state, rise = merge_pair(state, to_exp2)
+    sums = risen_sums(sums, rise, KIND)
+    unit_z, unit_g = tl.sum(sums.unit_z, 1), tl.sum(sums.unit_g, 1)
+    if KIND.soft or KIND.smooth:
+        return state, Sums(unit_z, unit_g, tl.sum(sums.dot_z, 1), tl.sum(sums.dot_g, 1), tl.sum(sums.weight, 1))
     else:
-        return tl.where(mask & (tile_columns(BLOCK_V, VEC) >= 0), smooth, 0.0)
+        zero = tl.zeros_like(unit_z)
+        return state, Sums(unit_z, unit_g, zero, zero, zero)
 
 
 @triton.jit
-def class_weights(
-    target_ptr,
-    offs_m,
-    start,
-    mask,
-    label,
-    stride_tm,
-    stride_tv,
-    keep,
-    smooth,
-    SOFT: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """The weights of a tile's classes, [BLOCK_M, D1, D2]; arguments as :func:`spread_weights`."""
-    if SOFT:
-        return spread_weights(
-            target_ptr, offs_m, start, mask, stride_tm, stride_tv, keep, smooth, SOFT, SMOOTH, VEC, BLOCK_V
-        )
-    else:
-        place = tl.maximum(tl.minimum(label - start, BLOCK_V), -1).to(tl.int32)
-        weights = tl.where(tile_columns(BLOCK_V, VEC) == over_row(place, VEC), keep, 0.0)
-        if SMOOTH:
-            weights += smooth
-        return weights
-
-
-@triton.jit
-def with_label(dot_z, dot_g, weight, z_label, g_label, m_z, m_g, label, keep, SOFT: tl.constexpr):
-    """The weighted sums with the label's own part, which soft targets do not have."""
-    if not SOFT:
-        has = (label >= 0) & (keep != 0.0)
-        dot_z += tl.where(has, keep * (z_label - m_z), 0.0)
-        dot_g += tl.where(has, keep * (g_label - m_g), 0.0)
-        weight += tl.where(has, keep, 0.0)
-    return dot_z, dot_g, weight
-
-
-# -- the row state ---------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def merge_gist(
-    m_z,
-    m_g,
-    s_p,
-    s_q,
-    w_p,
-    w_q,
-    lone,
-    sum_z,
-    sum_g,
-    dot_z,
-    dot_g,
-    weight,
-    to_exp2,
-    WEIGHED: tl.constexpr,
-    POWER: tl.constexpr,
-):
-    """Lanes, or parts of a row, [BLOCK_M, lanes] -> the state of rows [BLOCK_M] about finite maxima. Unless
-    WEIGHED the weighted sums hold nothing."""
-    m_z, m_g, s_p, s_q, w_p, w_q, lone, rise_z, rise_g, alpha_p, alpha_q = merge_pair(
-        m_z, m_g, s_p, s_q, w_p, w_q, lone, to_exp2
-    )
-    sum_z = tl.sum(exp_unit(tl.minimum(rise_z, 0.0), alpha_p, POWER) * sum_z, 1)
-    sum_g = tl.sum(exp_unit(tl.minimum(rise_g, 0.0), alpha_q, POWER) * sum_g, 1)
-    if WEIGHED:
-        dot_z = tl.sum(weight * rise_z + dot_z, 1)
-        dot_g = tl.sum(weight * rise_g + dot_g, 1)
-        weight = tl.sum(weight, 1)
-    else:
-        dot_z = tl.zeros_like(m_z)
-        dot_g, weight = dot_z, dot_z
-    return m_z, m_g, s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight
-
-
-@triton.jit
-def gist_part_state(
-    z_ptr,
-    g_ptr,
-    target_ptr,
-    offs_m,
-    counts,
-    start,
-    stop,
-    stride_zm,
-    stride_zv,
-    stride_gm,
-    stride_gv,
-    stride_tm,
-    stride_tv,
-    to_exp2,
-    keep,
-    smooth,
-    POLICY: tl.constexpr,
-    SOFT: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    POWER: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """The merged state of columns ``start`` to ``stop``, each read once, without the label's part."""
-    m_z = no_lanes(float("-inf"), BLOCK_M, BLOCK_V, VEC)
-    m_g = m_z
-    s_p = no_lanes(0.0, BLOCK_M, BLOCK_V, VEC)
-    s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight = s_p, s_p, s_p, s_p, s_p, s_p, s_p, s_p, s_p
-    mask = tile_mask(counts, start, stop, BLOCK_V, VEC)
-    z_next = load_tile(z_ptr, offs_m, start, stride_zm, stride_zv, mask, BLOCK_V, VEC, POLICY)
-    g_next = load_tile(g_ptr, offs_m, start, stride_gm, stride_gv, mask, BLOCK_V, VEC, POLICY)
+def gist_lanes(
+    pair, rows, target, start, stop, to_exp2, POLICY: tl.constexpr, KIND: tl.constexpr, BLOCK_V: tl.constexpr,
+    VEC: tl.constexpr
+):  # fmt: skip
+    """The merged state and sums of columns ``start`` to ``stop``, each read once, without the label's part; the next tile is
+    on its way while one is worked on."""
+    state = no_state(rows.at.shape[0], BLOCK_V, VEC)
+    zero = no_lanes(0.0, rows.at.shape[0], BLOCK_V, VEC)
+    sums = Sums(zero, zero, zero, zero, zero)
+    mask = tile_mask(rows.count, start, stop, BLOCK_V, VEC)
+    z_next, g_next = load_pair(pair, rows, start, mask, BLOCK_V, VEC, POLICY)
     for at in range(start, stop, BLOCK_V):
         z = z_next.to(tl.float32)
         g = g_next.to(tl.float32)
         here = mask
-        mask = tile_mask(counts, at + BLOCK_V, stop, BLOCK_V, VEC)
-        z_next = load_tile(z_ptr, offs_m, at + BLOCK_V, stride_zm, stride_zv, mask, BLOCK_V, VEC, POLICY)
-        g_next = load_tile(g_ptr, offs_m, at + BLOCK_V, stride_gm, stride_gv, mask, BLOCK_V, VEC, POLICY)
-        m_z, m_g, s_p, s_q, w_p, w_q, lone, zc, gc, p, q, rise_z, rise_g, alpha_p, alpha_q = online_pair(
-            z, g, m_z, m_g, s_p, s_q, w_p, w_q, lone, to_exp2, VEC
-        )
-        sum_z = exp_unit(tl.minimum(rise_z, 0.0), alpha_p, POWER) * sum_z + lane_sum(exp_unit(zc, p, POWER), VEC)
-        sum_g = exp_unit(tl.minimum(rise_g, 0.0), alpha_q, POWER) * sum_g + lane_sum(exp_unit(gc, q, POWER), VEC)
-        if SOFT or SMOOTH:
-            weights = spread_weights(
-                target_ptr, offs_m, at, here, stride_tm, stride_tv, keep, smooth, SOFT, SMOOTH, VEC, BLOCK_V
-            )
-            dot_z += weight * rise_z + lane_sum(tl.where(weights == 0.0, 0.0, weights * zc), VEC)
-            dot_g += weight * rise_g + lane_sum(tl.where(weights == 0.0, 0.0, weights * gc), VEC)
-            weight += lane_sum(weights, VEC)
-    return merge_gist(
-        m_z, m_g, s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight, to_exp2, SOFT or SMOOTH, POWER
-    )
+        mask = tile_mask(rows.count, at + BLOCK_V, stop, BLOCK_V, VEC)
+        z_next, g_next = load_pair(pair, rows, at + BLOCK_V, mask, BLOCK_V, VEC, POLICY)
+        state, seen, rise = online_pair(state, z, g, to_exp2, VEC)
+        sums = risen_sums(sums, rise, KIND)
+        unit_z = sums.unit_z + lane_sum(exp_unit(seen.zc, seen.p, KIND.power), VEC)
+        unit_g = sums.unit_g + lane_sum(exp_unit(seen.oc, seen.q, KIND.power), VEC)
+        if KIND.soft or KIND.smooth:
+            weights = spread_weights(target, rows, at, here, KIND, BLOCK_V, VEC)
+            dot_z = sums.dot_z + lane_sum(tl.where(weights == 0.0, 0.0, weights * seen.zc), VEC)
+            dot_g = sums.dot_g + lane_sum(tl.where(weights == 0.0, 0.0, weights * seen.oc), VEC)
+            sums = Sums(unit_z, unit_g, dot_z, dot_g, sums.weight + lane_sum(weights, VEC))
+        else:
+            sums = Sums(unit_z, unit_g, sums.dot_z, sums.dot_g, sums.weight)
+    return merge_gist(state, sums, to_exp2, KIND)
 
 
 @triton.jit
-def gist_row_state(
-    z_ptr,
-    g_ptr,
-    target_ptr,
-    offs_m,
-    counts,
-    label,
-    V,
-    stride_zm,
-    stride_zv,
-    stride_gm,
-    stride_gv,
-    stride_tm,
-    stride_tv,
-    to_exp2,
-    keep,
-    smooth,
-    POLICY: tl.constexpr,
-    SOFT: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    POWER: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Everything the loss and its gradients need of a row, from one read of both sides; the maxima are finite."""
-    m_z, m_g, s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight = gist_part_state(
-        z_ptr,
-        g_ptr,
-        target_ptr,
-        offs_m,
-        counts,
-        0,
-        V,
-        stride_zm,
-        stride_zv,
-        stride_gm,
-        stride_gv,
-        stride_tm,
-        stride_tv,
-        to_exp2,
-        keep,
-        smooth,
-        POLICY,
-        SOFT,
-        SMOOTH,
-        POWER,
-        VEC,
-        BLOCK_M,
-        BLOCK_V,
-    )
-    z_label = label_logit(z_ptr, offs_m, label, stride_zm, stride_zv)
-    g_label = label_logit(g_ptr, offs_m, label, stride_gm, stride_gv)
-    dot_z, dot_g, weight = with_label(dot_z, dot_g, weight, z_label, g_label, m_z, m_g, label, keep, SOFT)
-    return m_z, m_g, s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight
-
-
-@triton.jit
-def gist_row_loss(s_p, s_q, w_p, w_q, lone, sum_z, sum_g, dot_z, dot_g, weight, alpha, beta, inv_t):
+def gist_row_loss(state, sums, terms):
     """The loss of each row and the means of d under p and q. A term whose factor is 0 is absent, even if not finite."""
-    divergence, e_p, e_q = pair_means(s_p, s_q, w_p, w_q, lone, inv_t)
-    ce_z = tl.where(weight == 0.0, 0.0, weight * tl.log(sum_z)) - dot_z
-    ce_g = tl.where(weight == 0.0, 0.0, weight * tl.log(sum_g)) - dot_g
-    loss = ce_z + tl.where(alpha == 0.0, 0.0, alpha * ce_g) + tl.where(beta == 0.0, 0.0, beta * divergence)
-    return loss, e_p, e_q
+    divergence, e_p, e_q = pair_means(state, terms.inv_t)
+    ce_z = tl.where(sums.weight == 0.0, 0.0, sums.weight * tl.log(sums.unit_z)) - sums.dot_z
+    ce_g = tl.where(sums.weight == 0.0, 0.0, sums.weight * tl.log(sums.unit_g)) - sums.dot_g
+    loss = ce_z + tl.where(terms.alpha == 0.0, 0.0, terms.alpha * ce_g)
+    return loss + tl.where(terms.beta == 0.0, 0.0, terms.beta * divergence), e_p, e_q
+
+
+# -- gradients -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gist_about(rows, m_z, m_g, s_p, s_q, e_p, e_q, unit_z, unit_g, weight, factor):
+    """Rows that do not count were read as -inf, so p = q = d = 0: with these numbers 0 their gradients are 0, and no element
+    asks whether its row counts."""
+    # exp / S, not exp(. - log S): the argument's rounding grows with log S, the quotient's does not.
+    return GistAbout(
+        m_z,
+        m_g,
+        tl.where(rows.count, 1.0 / s_p, 0.0),
+        tl.where(rows.count, 1.0 / s_q, 0.0),
+        tl.where(rows.count, e_p, 0.0),
+        tl.where(rows.count, e_q, 0.0),
+        tl.where(rows.count, weight / unit_z, 0.0),
+        tl.where(rows.count, weight / unit_g, 0.0),
+        tl.where(rows.count, factor, 0.0),
+    )
 
 
 @triton.jit
 def gist_gradients(
-    zc,
-    gc,
-    d,
-    p,
-    q,
-    s_p,
-    s_q,
-    e_p,
-    e_q,
-    sum_z,
-    sum_g,
-    weight,
-    weights,
-    scale,
-    alpha,
-    beta_z,
-    beta_g,
-    inv_t,
-    POWER: tl.constexpr,
-    ALPHA: tl.constexpr,
-    KL_Z: tl.constexpr,
-    KL_G: tl.constexpr,
-    VEC: tl.constexpr,
+    out, rows, seen, weights, about, terms, start, stop, KIND: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr
 ):
-    """Gradients at a tile of ``scale`` [BLOCK_M] times the row losses, from d, the exponentials p and q, and the row state.
-
-    ALPHA, KL_Z, KL_G: whether alpha, beta_z and beta_g, the divergence's weight in each
-    side's gradient, are not 0; a side takes nothing of a term of weight 0, not even NaN.
-    """
+    """Write a tile of the gradients asked for. A side takes nothing of a term of weight 0, not even NaN."""
+    factor = about.factor
     # The difference first, then what it is times: where a probability is near 1 that keeps a digit.
-    grad_z = (exp_unit(zc, p, POWER) * over_row(weight / sum_z, VEC) - weights) * over_row(scale, VEC)
-    grad_g = (exp_unit(gc, q, POWER) * over_row(weight / sum_g, VEC) - weights) * over_row(scale * alpha, VEC)
-    if not ALPHA:
+    grad_z = exp_unit(seen.zc, seen.p, KIND.power) * over_row(about.unit_z, VEC) - weights
+    grad_z = grad_z * over_row(factor, VEC)
+    grad_g = exp_unit(seen.oc, seen.q, KIND.power) * over_row(about.unit_g, VEC) - weights
+    grad_g = grad_g * over_row(factor * terms.alpha, VEC)
+    if not KIND.alpha:
         grad_g = tl.zeros_like(grad_g)
-    # exp / S, not exp(. - log S): the argument's rounding grows with log S, the quotient's does not.
-    p = p * over_row(1.0 / s_p, VEC)
-    q = q * over_row(1.0 / s_q, VEC)
+    p = seen.p * over_row(about.share_p, VEC)
+    q = seen.q * over_row(about.share_q, VEC)
     # (d - e) / T, not d / T - e / T: a fused multiply-add would round the two apart where they must cancel.
-    if KL_Z:
-        grad_z += over_row(scale * (beta_z * inv_t), VEC) * (p * ((d - over_row(e_p, VEC)) * inv_t) + (p - q))
-    if KL_G:
-        grad_g += over_row(scale * (beta_g * inv_t), VEC) * (q * ((over_row(e_q, VEC) - d) * inv_t) + (q - p))
-    return grad_z, grad_g
+    if KIND.kl_z:
+        kl_z = p * ((seen.d - over_row(about.e_p, VEC)) * terms.inv_t) + (p - q)
+        grad_z += over_row(factor * (terms.beta_z * terms.inv_t), VEC) * kl_z
+    if KIND.kl_g:
+        kl_g = q * ((over_row(about.e_q, VEC) - seen.d) * terms.inv_t) + (q - p)
+        grad_g += over_row(factor * (terms.beta_g * terms.inv_t), VEC) * kl_g
+    store_gradients(out, rows, start, stop, grad_z, grad_g, BLOCK_V, VEC)
 
 
 @triton.jit
-def gist_stats(stats_ptr, offs_m, M, mask_m, counts, m_z, m_g, s_p, s_q, e_p, e_q, sum_z, sum_g, weight):
-    """Leave a row's statistics for a backward, (9, M); 0 in a row that does not count."""
-    rows = M.to(tl.int64)
-    tl.store(stats_ptr + offs_m, tl.where(counts, m_z, 0.0), mask=mask_m)
-    tl.store(stats_ptr + rows + offs_m, tl.where(counts, m_g, 0.0), mask=mask_m)
-    tl.store(stats_ptr + 2 * rows + offs_m, tl.where(counts, s_p, 0.0), mask=mask_m)
-    tl.store(stats_ptr + 3 * rows + offs_m, tl.where(counts, s_q, 0.0), mask=mask_m)
-    tl.store(stats_ptr + 4 * rows + offs_m, tl.where(counts, e_p, 0.0), mask=mask_m)
-    tl.store(stats_ptr + 5 * rows + offs_m, tl.where(counts, e_q, 0.0), mask=mask_m)
-    tl.store(stats_ptr + 6 * rows + offs_m, tl.where(counts, sum_z, 0.0), mask=mask_m)
-    tl.store(stats_ptr + 7 * rows + offs_m, tl.where(counts, sum_g, 0.0), mask=mask_m)
-    tl.store(stats_ptr + 8 * rows + offs_m, tl.where(counts, weight, 0.0), mask=mask_m)
+def gist_finish_tile(
+    pair, out, rows, target, aim, about, terms, start, stop, KIND: tl.constexpr, BLOCK_V: tl.constexpr,
+    VEC: tl.constexpr
+):  # fmt: skip
+    """Read a tile once more and write its gradients."""
+    mask = tile_mask(rows.count, start, stop, BLOCK_V, VEC)
+    z, g = load_pair(pair, rows, start, mask, BLOCK_V, VEC, "evict_first")
+    weights = class_weights(target, aim, rows, start, mask, KIND, BLOCK_V, VEC)
+    seen = seen_again(z.to(tl.float32), g.to(tl.float32), about.m_z, about.m_g, terms.inv_t * LOG2E, VEC)
+    gist_gradients(out, rows, seen, weights, about, terms, start, stop, KIND, BLOCK_V, VEC)
 
 
 @triton.jit
-def gist_finish_columns(
-    z_ptr,
-    g_ptr,
-    target_ptr,
-    grad_z_ptr,
-    grad_g_ptr,
-    m_z,
-    m_g,
-    s_p,
-    s_q,
-    e_p,
-    e_q,
-    sum_z,
-    sum_g,
-    weight,
-    label,
-    scale,
-    offs_m,
-    mask_m,
-    counts,
-    start,
-    stop,
-    stride_zm,
-    stride_zv,
-    stride_gm,
-    stride_gv,
-    stride_tm,
-    stride_tv,
-    stride_grad_m,
-    alpha,
-    beta_z,
-    beta_g,
-    inv_t,
-    keep,
-    smooth,
-    SOFT: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    POWER: tl.constexpr,
-    ALPHA: tl.constexpr,
-    KL_Z: tl.constexpr,
-    KL_G: tl.constexpr,
-    NEED_Z: tl.constexpr,
-    NEED_G: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Read columns ``start`` to ``stop`` (once more) and write the gradients of scale [BLOCK_M] times the row losses, into
-    rows stride_grad_m apart."""
-    to_exp2 = inv_t * LOG2E
-    for at in range(start, stop, BLOCK_V):
-        mask = tile_mask(counts, at, stop, BLOCK_V, VEC)
-        z = load_tile(z_ptr, offs_m, at, stride_zm, stride_zv, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
-        g = load_tile(g_ptr, offs_m, at, stride_gm, stride_gv, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
-        weights = class_weights(
-            target_ptr,
-            offs_m,
-            at,
-            mask,
-            label,
-            stride_tm,
-            stride_tv,
-            keep,
-            smooth,
-            SOFT,
-            SMOOTH,
-            VEC,
-            BLOCK_V,
+def gist_finish(
+    pair, out, rows, target, aim, state, sums, terms, start, stop, LOSS, KIND: tl.constexpr, BLOCK_V: tl.constexpr,
+    VEC: tl.constexpr
+):  # fmt: skip
+    """Of rows whose state is known: the loss, if this program is to write it, the statistics, and the gradients of columns
+    ``start`` to ``stop``."""
+    loss, e_p, e_q = gist_row_loss(state, sums, terms)
+    if LOSS:
+        store_row_loss(out, rows, tl.where(aim.invalid, float("nan"), loss * finished_factor(out)))
+    if out.stats_ptr is not None:
+        store_stat(out, 0, rows, state.m_z)
+        store_stat(out, 1, rows, state.m_o)
+        store_stat(out, 2, rows, state.s_p)
+        store_stat(out, 3, rows, state.s_q)
+        store_stat(out, 4, rows, e_p)
+        store_stat(out, 5, rows, e_q)
+        store_stat(out, 6, rows, sums.unit_z)
+        store_stat(out, 7, rows, sums.unit_g)
+        store_stat(out, 8, rows, sums.weight)
+    if (out.grad_z_ptr is not None) or (out.grad_o_ptr is not None):
+        factor = tl.where(aim.invalid, float("nan"), gradient_factor(out, rows))
+        if KIND.in_place:
+            tl.debug_barrier()  # the label's logits have been read by every thread before one of them overwrites them
+        about = gist_about(
+            rows, state.m_z, state.m_o, state.s_p, state.s_q, e_p, e_q, sums.unit_z, sums.unit_g, sums.weight, factor
         )
-        zc, gc, d = centred_pair(z, g, over_row(m_z, VEC), over_row(m_g, VEC))
-        grad_z, grad_g = gist_gradients(
-            zc,
-            gc,
-            d,
-            exponential(zc * to_exp2),
-            exponential(gc * to_exp2),
-            s_p,
-            s_q,
-            e_p,
-            e_q,
-            sum_z,
-            sum_g,
-            weight,
-            weights,
-            scale,
-            alpha,
-            beta_z,
-            beta_g,
-            inv_t,
-            POWER,
-            ALPHA,
-            KL_Z,
-            KL_G,
-            VEC,
-        )
-        mask = tile_mask(mask_m, at, stop, BLOCK_V, VEC)
-        if NEED_Z:
-            grad_z = tl.where(over_row(counts, VEC), grad_z, 0.0)
-            store_tile(grad_z_ptr, offs_m, at, stride_grad_m, grad_z, mask, BLOCK_V, VEC)
-        if NEED_G:
-            grad_g = tl.where(over_row(counts, VEC), grad_g, 0.0)
-            store_tile(grad_g_ptr, offs_m, at, stride_grad_m, grad_g, mask, BLOCK_V, VEC)
+        for at in range(start, stop, BLOCK_V):
+            gist_finish_tile(pair, out, rows, target, aim, about, terms, at, stop, KIND, BLOCK_V, VEC)
 
 
-# -- host ------------------------------------------------------------------------------------------------------------
+# -- forms -----------------------------------------------------------------------------------------------------------
 
 
-def loss_arguments(
-    target, classes, alpha, beta, beta_logits, beta_gist, temperature, label_smoothing, ignore_index
-) -> tuple[tuple, dict]:
-    """The scalars (in kernel order) and the constexprs that every kernel of this loss takes."""
-    smoothing = 1.0 - label_smoothing, label_smoothing / classes
-    scalars = (ignore_index, alpha, beta, beta_logits, beta_gist, 1.0 / temperature, *smoothing)
-    power = int(temperature) if temperature in (1.0, 2.0, 3.0, 4.0) else 0
-    return scalars, {"SOFT": target.dim() == 2, "SMOOTH": label_smoothing != 0.0, "POWER": power}
+@triton.jit
+def gist_whole(
+    pair, out, rows, target, aim, terms, KIND: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr
+):  # fmt: skip
+    """Finish rows, each in one tile (BLOCK_V >= V), and return their losses as they are summed."""
+    z_label, g_label = label_logits(pair, aim, rows)
+    mask = tile_mask(rows.count, 0, out.V, BLOCK_V, VEC)
+    z, g = load_pair(pair, rows, 0, mask, BLOCK_V, VEC, "evict_first")
+    state, seen = whole_pair(z.to(tl.float32), g.to(tl.float32), terms.inv_t * LOG2E, VEC)
+    unit_z = row_sum(exp_unit(seen.zc, seen.p, KIND.power), VEC)
+    unit_g = row_sum(exp_unit(seen.oc, seen.q, KIND.power), VEC)
+    zero = tl.zeros_like(unit_z)
+    sums = Sums(unit_z, unit_g, zero, zero, zero)
+    if KIND.soft or KIND.smooth:
+        weights = spread_weights(target, rows, 0, mask, KIND, BLOCK_V, VEC)
+        dot_z = row_sum(tl.where(weights == 0.0, 0.0, weights * seen.zc), VEC)
+        dot_g = row_sum(tl.where(weights == 0.0, 0.0, weights * seen.oc), VEC)
+        sums = Sums(unit_z, unit_g, dot_z, dot_g, row_sum(weights, VEC))
+    sums = with_label(sums, state, z_label, g_label, aim, target.keep, KIND)
+    loss, e_p, e_q = gist_row_loss(state, sums, terms)
+    factor = tl.where(aim.invalid, float("nan"), finished_factor(out))
+    store_row_loss(out, rows, loss * factor)
+    about = gist_about(
+        rows, state.m_z, state.m_o, state.s_p, state.s_q, e_p, e_q, sums.unit_z, sums.unit_g, sums.weight, factor
+    )
+    weights = class_weights(target, aim, rows, 0, mask, KIND, BLOCK_V, VEC)
+    gist_gradients(out, rows, seen, weights, about, terms, 0, out.V, KIND, BLOCK_V, VEC)
+    return tl.where(rows.count, loss * factor, 0.0)
 
 
-def gradient_flags(alpha: float, beta: float, beta_logits: float, beta_gist: float, *_) -> dict[str, bool]:
-    """Which terms there are in the gradients, from the first of the loss's options."""
-    return {"ALPHA": alpha != 0.0, "KL_Z": beta_logits != 0.0, "KL_G": beta_gist != 0.0}
+@triton.jit
+def gist_twice(
+    pair, out, rows, target, aim, terms, KIND: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr
+):  # fmt: skip
+    """Rows of any length: their losses, statistics and, from a second read, gradients."""
+    no_gradients: tl.constexpr = (out.grad_z_ptr is None) and (out.grad_o_ptr is None)
+    policy: tl.constexpr = "" if no_gradients else "evict_last"
+    state, sums = gist_lanes(pair, rows, target, 0, out.V, terms.inv_t * LOG2E, policy, KIND, BLOCK_V, VEC)
+    z_label, g_label = label_logits(pair, aim, rows)
+    sums = with_label(sums, state, z_label, g_label, aim, target.keep, KIND)
+    gist_finish(pair, out, rows, target, aim, state, sums, terms, 0, out.V, True, KIND, BLOCK_V, VEC)
 
 
-def pair_and_target(logits, gist_logits, target) -> tuple:
-    """The tensors that a tile is read from: what :func:`vector_width` asks about."""
-    return (logits, gist_logits, target) if target.dim() == 2 else (logits, gist_logits)
+@triton.jit
+def gist_split(
+    pair, out, rows, target, terms, start, stop, KIND: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr
+):  # fmt: skip
+    """Leave the state and sums of columns ``start`` to ``stop`` as this program's part of the rows."""
+    to_exp2 = terms.inv_t * LOG2E
+    state, sums = gist_lanes(pair, rows, target, start, stop, to_exp2, "evict_last", KIND, BLOCK_V, VEC)
+    for i in tl.static_range(7):
+        store_part(out, i, rows, state[i], PARTIAL)
+    for i in tl.static_range(5):
+        store_part(out, 7 + i, rows, sums[i], PARTIAL)
 
 
-def sizes_of(logits, gist_logits, target) -> tuple:
-    """M, V and the strides, in kernel order."""
-    columns = target.stride(1) if target.dim() == 2 else 0
-    return *logits.shape, *logits.stride(), *gist_logits.stride(), target.stride(0), columns
+@triton.jit
+def gist_merge(
+    pair, out, rows, target, aim, terms, parts, start, stop, PARTS: tl.constexpr, KIND: tl.constexpr,
+    BLOCK_V: tl.constexpr, VEC: tl.constexpr
+):  # fmt: skip
+    """Merge the parts of rows, in the order of the columns, and finish columns ``start`` to ``stop``; one program of a row
+    writes its loss."""
+    z_label, g_label = label_logits(pair, aim, rows)
+    sums = Sums(
+        part_of(out, 7, 0.0, rows, parts, PARTIAL, PARTS),
+        part_of(out, 8, 0.0, rows, parts, PARTIAL, PARTS),
+        part_of(out, 9, 0.0, rows, parts, PARTIAL, PARTS),
+        part_of(out, 10, 0.0, rows, parts, PARTIAL, PARTS),
+        part_of(out, 11, 0.0, rows, parts, PARTIAL, PARTS),
+    )
+    state, sums = merge_gist(state_of_parts(out, rows, parts, PARTIAL, PARTS), sums, terms.inv_t * LOG2E, KIND)
+    sums = with_label(sums, state, z_label, g_label, aim, target.keep, KIND)
+    gist_finish(pair, out, rows, target, aim, state, sums, terms, start, stop, start == 0, KIND, BLOCK_V, VEC)
 
 
-SCALAR_TYPES = {"ignore_index": "i32"} | dict.fromkeys(
-    ("alpha", "beta", "beta_z", "beta_g", "inv_t", "keep", "smooth"), "fp32"
-)
+@triton.jit
+def gist_backward(
+    pair, out, rows, target, aim, terms, start, KIND: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr
+):  # fmt: skip
+    """Write the gradients of the tile at column ``start`` from the statistics of rows."""
+    about = gist_about(
+        rows,
+        stat(out, 0, rows, 0.0),
+        stat(out, 1, rows, 0.0),
+        stat(out, 2, rows, 1.0),
+        stat(out, 3, rows, 1.0),
+        stat(out, 4, rows, 0.0),
+        stat(out, 5, rows, 0.0),
+        stat(out, 6, rows, 1.0),
+        stat(out, 7, rows, 1.0),
+        stat(out, 8, rows, 0.0),
+        tl.where(aim.invalid, float("nan"), gradient_factor(out, rows)),
+    )
+    gist_finish_tile(pair, out, rows, target, aim, about, terms, start, out.V, KIND, BLOCK_V, VEC)

@@ -1,188 +1,183 @@
-"""Rows of bidirectional_kl in Triton: which count, their state from one read of both sides, and the gradients at a tile."""
+"""Rows of bidirectional_kl in Triton: which count, their state from one read of both sides, their gradients, and each form of
+a launch made of these."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from fastgist_kernels.common import LOG2E
 from fastgist_kernels.pair_rows import (
-    centred_pair,
-    exponential,
-    load_tile,
+    Rows,
+    finished_factor,
+    gradient_factor,
+    load_pair,
     merge_pair,
-    no_lanes,
+    no_state,
     online_pair,
     over_row,
-    store_tile,
+    pair_means,
+    seen_again,
+    stat,
+    state_of_parts,
+    store_gradients,
+    store_part,
+    store_row_loss,
+    store_stat,
     tile_mask,
+    whole_pair,
 )
 
-__all__ = ["counted", "counted_rows", "kl_finish_columns", "kl_row_state", "kl_stats", "kl_store_gradients"]
+__all__ = ["PARTIAL", "kl_backward", "kl_merge", "kl_rows", "kl_split", "kl_twice", "kl_whole"]
+
+#: Numbers that a part of a row leaves for the merge: its state.
+PARTIAL: tl.constexpr = tl.constexpr(7)
+
+
+class KlAbout(NamedTuple):
+    """What gradients need of a row; over_p, over_q: what the row is times / (T S)."""
+
+    m_z: Any
+    m_o: Any
+    over_p: Any
+    over_q: Any
+    e_p: Any
+    e_q: Any
 
 
 @triton.jit
-def counted(mask_ptr, offs_m, stride_mask, M, HAS_MASK: tl.constexpr):
-    """Which of the rows there are, and which of those count."""
-    mask_m = offs_m < M
-    counts = mask_m
-    if HAS_MASK:
-        counts = mask_m & (tl.load(mask_ptr + offs_m * stride_mask, mask=mask_m, other=0) != 0)
-    return mask_m, counts
+def kl_rows(first, mask_ptr, stride_mask, M, BLOCK_M: tl.constexpr):
+    """BLOCK_M rows from ``first`` (int64) on."""
+    at = first + tl.arange(0, BLOCK_M)
+    there = at < M
+    count = there
+    if mask_ptr is not None:
+        count = there & (tl.load(mask_ptr + at * stride_mask, mask=there, other=0) != 0)
+    return Rows(at, there, count)
 
 
 @triton.jit
-def counted_rows(mask_ptr, stride_mask, M, BLOCK_M: tl.constexpr, HAS_MASK: tl.constexpr):
-    """A program's rows (int64), which of them there are, and which of those count."""
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m, counts = counted(mask_ptr, offs_m, stride_mask, M, HAS_MASK)
-    return offs_m, mask_m, counts
+def kl_about(rows, m_z, m_o, s_p, s_q, e_p, e_q, factor):
+    """Rows that do not count were read as -inf, so p = q = d = 0: with these numbers 0 their gradients are 0, and no element
+    asks whether its row counts."""
+    # exp / S, not exp(. - log S): the argument's rounding grows with log S, the quotient's does not.
+    over_p = tl.where(rows.count, factor / s_p, 0.0)
+    over_q = tl.where(rows.count, factor / s_q, 0.0)
+    return KlAbout(m_z, m_o, over_p, over_q, tl.where(rows.count, e_p, 0.0), tl.where(rows.count, e_q, 0.0))
 
 
 @triton.jit
-def kl_row_state(
-    z_ptr,
-    o_ptr,
-    offs_m,
-    counts,
-    start,
-    stop,
-    stride_zm,
-    stride_zv,
-    stride_om,
-    stride_ov,
-    to_exp2,
-    POLICY: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+def kl_lanes(pair, rows, start, stop, to_exp2, BLOCK_V: tl.constexpr, VEC: tl.constexpr, POLICY: tl.constexpr):
     """The merged state of columns ``start`` to ``stop`` of both sides, each read once; the next tile is on its way while one
     is worked on."""
-    m_z = no_lanes(float("-inf"), BLOCK_M, BLOCK_V, VEC)
-    m_o = m_z
-    s_p = no_lanes(0.0, BLOCK_M, BLOCK_V, VEC)
-    s_q, w_p, w_q, lone = s_p, s_p, s_p, s_p
-    mask = tile_mask(counts, start, stop, BLOCK_V, VEC)
-    z_next = load_tile(z_ptr, offs_m, start, stride_zm, stride_zv, mask, BLOCK_V, VEC, POLICY)
-    o_next = load_tile(o_ptr, offs_m, start, stride_om, stride_ov, mask, BLOCK_V, VEC, POLICY)
+    state = no_state(rows.at.shape[0], BLOCK_V, VEC)
+    mask = tile_mask(rows.count, start, stop, BLOCK_V, VEC)
+    z_next, o_next = load_pair(pair, rows, start, mask, BLOCK_V, VEC, POLICY)
     for at in range(start, stop, BLOCK_V):
         z = z_next.to(tl.float32)
         o = o_next.to(tl.float32)
-        mask = tile_mask(counts, at + BLOCK_V, stop, BLOCK_V, VEC)
-        z_next = load_tile(z_ptr, offs_m, at + BLOCK_V, stride_zm, stride_zv, mask, BLOCK_V, VEC, POLICY)
-        o_next = load_tile(o_ptr, offs_m, at + BLOCK_V, stride_om, stride_ov, mask, BLOCK_V, VEC, POLICY)
-        m_z, m_o, s_p, s_q, w_p, w_q, lone, _, _, _, _, _, _, _, _ = online_pair(
-            z, o, m_z, m_o, s_p, s_q, w_p, w_q, lone, to_exp2, VEC
-        )
-    m_z, m_o, s_p, s_q, w_p, w_q, lone, _, _, _, _ = merge_pair(m_z, m_o, s_p, s_q, w_p, w_q, lone, to_exp2)
-    return m_z, m_o, s_p, s_q, w_p, w_q, lone
+        mask = tile_mask(rows.count, at + BLOCK_V, stop, BLOCK_V, VEC)
+        z_next, o_next = load_pair(pair, rows, at + BLOCK_V, mask, BLOCK_V, VEC, POLICY)
+        state, _, _ = online_pair(state, z, o, to_exp2, VEC)
+    state, _ = merge_pair(state, to_exp2)
+    return state
 
 
 @triton.jit
-def kl_stats(stats_ptr, offs_m, M, mask_m, counts, m_z, m_o, s_p, s_q, e_p, e_q):
-    """Leave a row's statistics for a backward, (6, M); 0 in a row that does not count."""
-    rows = M.to(tl.int64)
-    tl.store(stats_ptr + offs_m, tl.where(counts, m_z, 0.0), mask=mask_m)
-    tl.store(stats_ptr + rows + offs_m, tl.where(counts, m_o, 0.0), mask=mask_m)
-    tl.store(stats_ptr + 2 * rows + offs_m, tl.where(counts, s_p, 0.0), mask=mask_m)
-    tl.store(stats_ptr + 3 * rows + offs_m, tl.where(counts, s_q, 0.0), mask=mask_m)
-    tl.store(stats_ptr + 4 * rows + offs_m, tl.where(counts, e_p, 0.0), mask=mask_m)
-    tl.store(stats_ptr + 5 * rows + offs_m, tl.where(counts, e_q, 0.0), mask=mask_m)
+def kl_gradients(out, rows, seen, about, inv_t, start, stop, BLOCK_V: tl.constexpr, VEC: tl.constexpr):
+    """Write a tile of the gradients asked for."""
+    p = seen.p * over_row(about.over_p, VEC)
+    q = seen.q * over_row(about.over_q, VEC)
+    # (d - e) / T, not d / T - e / T: a fused multiply-add would round the two apart where they must cancel.
+    grad_z = p * ((seen.d - over_row(about.e_p, VEC)) * inv_t) + (p - q)
+    grad_o = q * ((over_row(about.e_q, VEC) - seen.d) * inv_t) + (q - p)
+    store_gradients(out, rows, start, stop, grad_z, grad_o, BLOCK_V, VEC)
 
 
 @triton.jit
-def kl_store_gradients(
-    grad_z_ptr,
-    grad_o_ptr,
-    d,
-    p,
-    q,
-    over_p,
-    over_q,
-    e_p,
-    e_q,
-    inv_t,
-    offs_m,
-    mask_m,
-    counts,
-    start,
-    stop,
-    V,
-    NEED_Z: tl.constexpr,
-    NEED_O: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Write a tile of the gradients asked for from d and the exponentials; over_p, over_q: what the row is times / (T S)."""
-    p = p * over_row(over_p, VEC)
-    q = q * over_row(over_q, VEC)
-    mask = tile_mask(mask_m, start, stop, BLOCK_V, VEC)
-    if NEED_Z:
-        # (d - e) / T, not d / T - e / T: a fused multiply-add would round the two apart where they must cancel.
-        grad_z = p * ((d - over_row(e_p, VEC)) * inv_t) + (p - q)
-        grad_z = tl.where(over_row(counts, VEC), grad_z, 0.0)
-        store_tile(grad_z_ptr, offs_m, start, V, grad_z, mask, BLOCK_V, VEC)
-    if NEED_O:
-        grad_o = q * ((over_row(e_q, VEC) - d) * inv_t) + (q - p)
-        grad_o = tl.where(over_row(counts, VEC), grad_o, 0.0)
-        store_tile(grad_o_ptr, offs_m, start, V, grad_o, mask, BLOCK_V, VEC)
+def kl_finish_tile(pair, out, rows, about, inv_t, start, stop, BLOCK_V: tl.constexpr, VEC: tl.constexpr):
+    """Read a tile once more and write its gradients."""
+    mask = tile_mask(rows.count, start, stop, BLOCK_V, VEC)
+    z, o = load_pair(pair, rows, start, mask, BLOCK_V, VEC, "evict_first")
+    seen = seen_again(z.to(tl.float32), o.to(tl.float32), about.m_z, about.m_o, inv_t * LOG2E, VEC)
+    kl_gradients(out, rows, seen, about, inv_t, start, stop, BLOCK_V, VEC)
 
 
 @triton.jit
-def kl_finish_columns(
-    z_ptr,
-    o_ptr,
-    grad_z_ptr,
-    grad_o_ptr,
-    m_z,
-    m_o,
-    over_p,
-    over_q,
-    e_p,
-    e_q,
-    offs_m,
-    mask_m,
-    counts,
-    start,
-    stop,
-    V,
-    stride_zm,
-    stride_zv,
-    stride_om,
-    stride_ov,
-    inv_t,
-    NEED_Z: tl.constexpr,
-    NEED_O: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Read columns ``start`` to ``stop`` once more and write their gradients."""
-    to_exp2 = inv_t * LOG2E
-    for at in range(start, stop, BLOCK_V):
-        mask = tile_mask(counts, at, stop, BLOCK_V, VEC)
-        z = load_tile(z_ptr, offs_m, at, stride_zm, stride_zv, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
-        o = load_tile(o_ptr, offs_m, at, stride_om, stride_ov, mask, BLOCK_V, VEC, "evict_first").to(tl.float32)
-        zc, oc, d = centred_pair(z, o, over_row(m_z, VEC), over_row(m_o, VEC))
-        kl_store_gradients(
-            grad_z_ptr,
-            grad_o_ptr,
-            d,
-            exponential(zc * to_exp2),
-            exponential(oc * to_exp2),
-            over_p,
-            over_q,
-            e_p,
-            e_q,
-            inv_t,
-            offs_m,
-            mask_m,
-            counts,
-            at,
-            stop,
-            V,
-            NEED_Z,
-            NEED_O,
-            VEC,
-            BLOCK_V,
-        )
+def kl_finish(pair, out, rows, state, start, stop, inv_t, BLOCK_V: tl.constexpr, VEC: tl.constexpr, LOSS):
+    """Of rows whose state is known: the loss, if this program is to write it, and the statistics, or the gradients of columns
+    ``start`` to ``stop``."""
+    loss, e_p, e_q = pair_means(state, inv_t)
+    factor = finished_factor(out)
+    if LOSS:
+        store_row_loss(out, rows, loss * factor)
+    if out.stats_ptr is not None:
+        store_stat(out, 0, rows, state.m_z)
+        store_stat(out, 1, rows, state.m_o)
+        store_stat(out, 2, rows, state.s_p)
+        store_stat(out, 3, rows, state.s_q)
+        store_stat(out, 4, rows, e_p)
+        store_stat(out, 5, rows, e_q)
+    else:
+        about = kl_about(rows, state.m_z, state.m_o, state.s_p, state.s_q, e_p, e_q, factor * inv_t)
+        for at in range(start, stop, BLOCK_V):
+            kl_finish_tile(pair, out, rows, about, inv_t, at, stop, BLOCK_V, VEC)
+
+
+# -- forms -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def kl_whole(pair, out, rows, inv_t, BLOCK_V: tl.constexpr, VEC: tl.constexpr):
+    """Finish rows, each in one tile (BLOCK_V >= V), and return their losses as they are summed."""
+    mask = tile_mask(rows.count, 0, out.V, BLOCK_V, VEC)
+    z, o = load_pair(pair, rows, 0, mask, BLOCK_V, VEC, "evict_first")
+    state, seen = whole_pair(z.to(tl.float32), o.to(tl.float32), inv_t * LOG2E, VEC)
+    loss, e_p, e_q = pair_means(state, inv_t)
+    factor = finished_factor(out)
+    store_row_loss(out, rows, loss * factor)
+    about = kl_about(rows, state.m_z, state.m_o, state.s_p, state.s_q, e_p, e_q, factor * inv_t)
+    kl_gradients(out, rows, seen, about, inv_t, 0, out.V, BLOCK_V, VEC)
+    return tl.where(rows.count, loss * factor, 0.0)
+
+
+@triton.jit
+def kl_twice(pair, out, rows, inv_t, BLOCK_V: tl.constexpr, VEC: tl.constexpr):
+    """Rows of any length: their losses, and their statistics or, from a second read, their gradients."""
+    policy: tl.constexpr = "evict_last" if out.stats_ptr is None else ""
+    state = kl_lanes(pair, rows, 0, out.V, inv_t * LOG2E, BLOCK_V, VEC, policy)
+    kl_finish(pair, out, rows, state, 0, out.V, inv_t, BLOCK_V, VEC, True)
+
+
+@triton.jit
+def kl_split(pair, out, rows, start, stop, inv_t, BLOCK_V: tl.constexpr, VEC: tl.constexpr):
+    """Leave the state of columns ``start`` to ``stop`` as this program's part of the rows."""
+    state = kl_lanes(pair, rows, start, stop, inv_t * LOG2E, BLOCK_V, VEC, "evict_last")
+    for i in tl.static_range(PARTIAL):
+        store_part(out, i, rows, state[i], PARTIAL)
+
+
+@triton.jit
+def kl_merge(pair, out, rows, parts, start, stop, inv_t, BLOCK_V: tl.constexpr, VEC: tl.constexpr, PARTS: tl.constexpr):
+    """Merge the parts of rows, in the order of the columns, and finish columns ``start`` to ``stop``; one program of a row
+    writes its loss."""
+    state, _ = merge_pair(state_of_parts(out, rows, parts, PARTIAL, PARTS), inv_t * LOG2E)
+    kl_finish(pair, out, rows, state, start, stop, inv_t, BLOCK_V, VEC, start == 0)
+
+
+@triton.jit
+def kl_backward(pair, out, rows, start, inv_t, BLOCK_V: tl.constexpr, VEC: tl.constexpr):
+    """Write the gradients of the tile at column ``start`` from the statistics of rows."""
+    about = kl_about(
+        rows,
+        stat(out, 0, rows, 0.0),
+        stat(out, 1, rows, 0.0),
+        stat(out, 2, rows, 1.0),
+        stat(out, 3, rows, 1.0),
+        stat(out, 4, rows, 0.0),
+        stat(out, 5, rows, 0.0),
+        gradient_factor(out, rows) * inv_t,
+    )
+    kl_finish_tile(pair, out, rows, about, inv_t, start, out.V, BLOCK_V, VEC)

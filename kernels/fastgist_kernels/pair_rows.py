@@ -5,6 +5,9 @@ begin and end on whole accesses of VEC elements it is [BLOCK_M, lanes, VEC]; els
 threads take neighbouring columns. Sums and maxima along that axis are a thread's own, so a row state is kept for each thread
 ("lane", [BLOCK_M, lanes]) without a word to its neighbours until the row has ended.
 
+Inside a kernel its arguments and what is known of a row travel as named tuples, which cost nothing: the compiler takes
+them apart.
+
 The state of bidirectional_kl: the maxima m, the sums S of the exponentials about them, and the weighted sums
 W = sum exp((z - m) / T) d with d = (z - m_z) - (o - m_o). Where the maxima rise by (a, b), d shrinks by a - b, so
 (S, W) -> (alpha S, alpha (W - (a - b) S)): so a lane takes its next columns, and so lanes, and parts of a row, are merged.
@@ -13,53 +16,117 @@ The state is exact about its maxima, and an offset between the heads never enter
 
 from __future__ import annotations
 
-import functools
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
-from fastgist_kernels.common import cdiv, device_arch, launch_config, next_power_of_2
 from fastgist_kernels.gelu import exponential
-from fastgist_kernels.outer import narrow, processors
+from fastgist_kernels.outer import narrow
 
 __all__ = [
-    "SIZES",
-    "alone_config",
-    "centred_pair",
-    "choose_form",
-    "few_rows",
+    "Out",
+    "Pair",
+    "Risen",
+    "Rows",
+    "Seen",
+    "State",
     "finished_factor",
-    "finite_max",
+    "gradient_factor",
     "lane_sum",
-    "load_tile",
-    "lone_classes",
+    "load_pair",
     "merge_pair",
     "no_lanes",
+    "no_state",
     "online_pair",
-    "over_lanes",
     "over_row",
     "pair_means",
-    "row_max",
+    "part_of",
     "row_sum",
-    "rows_config",
-    "split_classes",
-    "store_tile",
+    "seen_again",
+    "stat",
+    "state_of_parts",
+    "store_gradients",
+    "store_part",
+    "store_row_loss",
+    "store_stat",
     "tile_columns",
     "tile_mask",
     "tile_offsets",
-    "twice_config",
-    "vector_width",
-    "whole_config",
+    "whole_pair",
 ]
 
-#: Arguments that Triton is not to look at: what a row is aligned to VEC says alone, as a compiler that knows more than VEC
-#: lays tiles out so that threads must exchange them.
-SIZES = ("M", "V", "stride_zm", "stride_om", "stride_gm", "stride_tm", "stride_lm")
-#: A row of at most this many classes is held in registers whole.
-WHOLE_CLASSES = 4096
-#: A problem of at most this many (padded) elements a tensor is one program's.
-ALONE_ELEMENTS = 8192
+# -- what kernels hand on --------------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """Two logits tensors (M, V) of any strides: z and the other one."""
+
+    z_ptr: Any
+    stride_zm: Any
+    stride_zv: Any
+    o_ptr: Any
+    stride_om: Any
+    stride_ov: Any
+
+
+class Out(NamedTuple):
+    """What a launch writes of M rows of V classes, None where that is not wanted: row losses (M,), statistics (n, M), states of
+    parts (parts, n, M), gradients (M, V) whose rows are stride_m apart. Row losses and gradients are times scale, over the
+    number at divisor_ptr if there is one; or gradients are times the numbers at row_grad_ptr."""
+
+    row_loss_ptr: Any
+    stats_ptr: Any
+    part_ptr: Any
+    grad_z_ptr: Any
+    grad_o_ptr: Any
+    stride_m: Any
+    M: Any
+    V: Any
+    scale: Any
+    divisor_ptr: Any
+    row_grad_ptr: Any
+    stride_row_grad: Any
+
+
+class Rows(NamedTuple):
+    """A program's rows [BLOCK_M]: which (int64), which of them there are, and which of those count."""
+
+    at: Any
+    there: Any
+    count: Any
+
+
+class State(NamedTuple):
+    """The state of the divergence, of lanes [BLOCK_M, lanes] or of rows [BLOCK_M]. ``lone`` counts the classes that are -inf
+    on one side only."""
+
+    m_z: Any
+    m_o: Any
+    s_p: Any
+    s_q: Any
+    w_p: Any
+    w_q: Any
+    lone: Any
+
+
+class Risen(NamedTuple):
+    """How far the maxima of a state rose (old - new, <= 0) and the factors for its sums, for a caller that keeps more."""
+
+    z: Any
+    o: Any
+    alpha_p: Any
+    alpha_q: Any
+
+
+class Seen(NamedTuple):
+    """A tile of both sides about the maxima, their difference and their exponentials."""
+
+    zc: Any
+    oc: Any
+    d: Any
+    p: Any
+    q: Any
 
 
 # -- tiles -----------------------------------------------------------------------------------------------------------
@@ -112,6 +179,14 @@ def load_tile(
     """A tile as it is stored; -inf outside ``mask``, where nothing is read."""
     offsets = tile_offsets(offs_m, start, stride_m, stride_v, BLOCK_V, VEC)
     return tl.load(ptr + offsets, mask=mask, other=float("-inf"), eviction_policy=POLICY)
+
+
+@triton.jit
+def load_pair(pair, rows, start, mask, BLOCK_V: tl.constexpr, VEC: tl.constexpr, POLICY: tl.constexpr):
+    """A tile of both sides."""
+    z = load_tile(pair.z_ptr, rows.at, start, pair.stride_zm, pair.stride_zv, mask, BLOCK_V, VEC, POLICY)
+    o = load_tile(pair.o_ptr, rows.at, start, pair.stride_om, pair.stride_ov, mask, BLOCK_V, VEC, POLICY)
+    return z, o
 
 
 @triton.jit
@@ -194,160 +269,172 @@ def lone_classes(z, o):
 
 
 @triton.jit
-def risen(rise_z, rise_o, s_p, s_q, w_p, w_q, to_exp2):
-    """The sums about maxima that lie higher by -rise (rise = old - new <= 0), and the factors that took them there."""
+def no_state(BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr):
+    """Lanes that have seen nothing."""
+    least = no_lanes(float("-inf"), BLOCK_M, BLOCK_V, VEC)
+    zero = no_lanes(0.0, BLOCK_M, BLOCK_V, VEC)
+    return State(least, least, zero, zero, zero, zero, zero)
+
+
+@triton.jit
+def risen(state, m_z, m_o, old_z, old_o, to_exp2):
+    """The state about maxima that lie higher, and by how much: old and new ones are finite."""
+    rise_z = old_z - finite_max(m_z)
+    rise_o = old_o - finite_max(m_o)
     # Before the first finite logit the sums are 0 and old = 0 stands for -inf: cap the factor so that 0 stays 0.
     alpha_p = exponential(tl.minimum(rise_z, 0.0) * to_exp2)
     alpha_q = exponential(tl.minimum(rise_o, 0.0) * to_exp2)
     # The factor first: shift may be as large as a float32, where a lane has shown nothing but masked classes.
     shift = rise_z - rise_o
-    w_p = alpha_p * w_p + (alpha_p * shift) * s_p
-    w_q = alpha_q * w_q + (alpha_q * shift) * s_q
-    return alpha_p * s_p, alpha_q * s_q, w_p, w_q, alpha_p, alpha_q
+    w_p = alpha_p * state.w_p + (alpha_p * shift) * state.s_p
+    w_q = alpha_q * state.w_q + (alpha_q * shift) * state.s_q
+    state = State(m_z, m_o, alpha_p * state.s_p, alpha_q * state.s_q, w_p, w_q, state.lone)
+    return state, Risen(rise_z, rise_o, alpha_p, alpha_q)
 
 
 @triton.jit
-def online_pair(z, o, m_z, m_o, s_p, s_q, w_p, w_q, lone, to_exp2, VEC: tl.constexpr):
-    """Take a tile of both sides (float32) into the lanes' state. Padding comes in as -inf on both sides.
-
-    ``lone`` counts the classes that are -inf on one side only. The centred tiles, their exponentials, how far the
-    maxima rose (old - new, <= 0) and the factors for it are returned too, for a caller that keeps more sums.
-    """
-    old_z = finite_max(m_z)
-    old_o = finite_max(m_o)
-    m_z = tl.maximum(m_z, lane_max(z, VEC))
-    m_o = tl.maximum(m_o, lane_max(o, VEC))
-    new_z = finite_max(m_z)
-    new_o = finite_max(m_o)
-    zc, oc, d = centred_pair(z, o, over_lanes(new_z, VEC), over_lanes(new_o, VEC))
+def online_pair(state, z, o, to_exp2, VEC: tl.constexpr):
+    """Take a tile of both sides (float32) into the lanes' state. Padding comes in as -inf on both sides."""
+    old_z = finite_max(state.m_z)
+    old_o = finite_max(state.m_o)
+    m_z = tl.maximum(state.m_z, lane_max(z, VEC))
+    m_o = tl.maximum(state.m_o, lane_max(o, VEC))
+    zc, oc, d = centred_pair(z, o, over_lanes(finite_max(m_z), VEC), over_lanes(finite_max(m_o), VEC))
     p = exponential(zc * to_exp2)
     q = exponential(oc * to_exp2)
-    rise_z = old_z - new_z
-    rise_o = old_o - new_o
-    s_p, s_q, w_p, w_q, alpha_p, alpha_q = risen(rise_z, rise_o, s_p, s_q, w_p, w_q, to_exp2)
-    w_p += lane_sum(p * d, VEC)
-    w_q += lane_sum(q * d, VEC)
-    s_p += lane_sum(p, VEC)
-    s_q += lane_sum(q, VEC)
-    lone += lane_sum(lone_classes(z, o), VEC)
-    return m_z, m_o, s_p, s_q, w_p, w_q, lone, zc, oc, p, q, rise_z, rise_o, alpha_p, alpha_q
+    state, rise = risen(state, m_z, m_o, old_z, old_o, to_exp2)
+    w_p = state.w_p + lane_sum(p * d, VEC)
+    w_q = state.w_q + lane_sum(q * d, VEC)
+    s_p = state.s_p + lane_sum(p, VEC)
+    s_q = state.s_q + lane_sum(q, VEC)
+    lone = state.lone + lane_sum(lone_classes(z, o), VEC)
+    return State(m_z, m_o, s_p, s_q, w_p, w_q, lone), Seen(zc, oc, d, p, q), rise
 
 
 @triton.jit
-def merge_pair(m_z, m_o, s_p, s_q, w_p, w_q, lone, to_exp2):
+def merge_pair(lanes, to_exp2):
     """Lanes, or parts of a row, [BLOCK_M, lanes] -> the state of rows [BLOCK_M] about finite maxima; and how far each
-    lane's maxima rose, with the factors for it."""
-    row_z = finite_max(tl.max(m_z, 1))
-    row_o = finite_max(tl.max(m_o, 1))
-    rise_z = finite_max(m_z) - row_z[:, None]
-    rise_o = finite_max(m_o) - row_o[:, None]
-    s_p, s_q, w_p, w_q, alpha_p, alpha_q = risen(rise_z, rise_o, s_p, s_q, w_p, w_q, to_exp2)
-    s_p, s_q, w_p, w_q = tl.sum(s_p, 1), tl.sum(s_q, 1), tl.sum(w_p, 1), tl.sum(w_q, 1)
-    return row_z, row_o, s_p, s_q, w_p, w_q, tl.sum(lone, 1), rise_z, rise_o, alpha_p, alpha_q
+    lane's maxima rose."""
+    m_z = finite_max(tl.max(lanes.m_z, 1))
+    m_o = finite_max(tl.max(lanes.m_o, 1))
+    old_z = finite_max(lanes.m_z)
+    old_o = finite_max(lanes.m_o)
+    lanes, rise = risen(lanes, m_z[:, None], m_o[:, None], old_z, old_o, to_exp2)
+    s_p, s_q = tl.sum(lanes.s_p, 1), tl.sum(lanes.s_q, 1)
+    w_p, w_q = tl.sum(lanes.w_p, 1), tl.sum(lanes.w_q, 1)
+    return State(m_z, m_o, s_p, s_q, w_p, w_q, tl.sum(lanes.lone, 1)), rise
 
 
 @triton.jit
-def pair_means(s_p, s_q, w_p, w_q, lone, inv_t):
-    """The divergence of each row and the means of d under p and q, NaN where the divergence is +inf."""
-    e_p = w_p / s_p
-    e_q = w_q / s_q
+def whole_pair(z, o, to_exp2, VEC: tl.constexpr):
+    """The state of rows that one tile (float32) holds, about finite maxima, and the tile about them."""
+    m_z = finite_max(row_max(z, VEC))
+    m_o = finite_max(row_max(o, VEC))
+    zc, oc, d = centred_pair(z, o, over_row(m_z, VEC), over_row(m_o, VEC))
+    p = exponential(zc * to_exp2)
+    q = exponential(oc * to_exp2)
+    s_p = row_sum(p, VEC)
+    s_q = row_sum(q, VEC)
+    lone = row_sum(lone_classes(z, o), VEC)
+    return State(m_z, m_o, s_p, s_q, row_sum(p * d, VEC), row_sum(q * d, VEC), lone), Seen(zc, oc, d, p, q)
+
+
+@triton.jit
+def seen_again(z, o, m_z, m_o, to_exp2, VEC: tl.constexpr):
+    """A tile (float32) for its gradients. d is screened on one side only: where a class is -inf on one side alone the means
+    of d are NaN and take the row's gradients with them, whatever d is."""
+    zc = z - over_row(m_z, VEC)
+    oc = o - over_row(m_o, VEC)
+    d = tl.where(z == float("-inf"), 0.0, zc - oc)
+    return Seen(zc, oc, d, exponential(zc * to_exp2), exponential(oc * to_exp2))
+
+
+@triton.jit
+def pair_means(state, inv_t):
+    """The divergence of each row and the means of d under p and q, NaN where a class is -inf on one side alone: there the
+    divergence is +inf."""
+    e_p = state.w_p / state.s_p
+    e_q = state.w_q / state.s_q
     divergence = (e_p - e_q) * inv_t
-    infinite = (lone > 0) & (divergence == divergence)
-    divergence = tl.where(infinite, float("inf"), divergence)
-    e_p = tl.where(infinite, float("nan"), e_p)
-    e_q = tl.where(infinite, float("nan"), e_q)
-    return divergence, e_p, e_q
+    lone = state.lone > 0
+    divergence = tl.where(lone & (divergence == divergence), float("inf"), divergence)
+    return divergence, tl.where(lone, float("nan"), e_p), tl.where(lone, float("nan"), e_q)
 
 
 @triton.jit
-def finished_factor(scale, divisor_ptr, HAS_DIVISOR: tl.constexpr):
-    """What finished gradients and row losses are times: scale, over the number at divisor_ptr if there is one."""
-    if HAS_DIVISOR:
-        scale = tl.div_rn(scale, tl.load(divisor_ptr))
-    return scale
+def finished_factor(out):
+    """What row losses, and gradients finished with them, are times."""
+    if out.divisor_ptr is not None:
+        return tl.div_rn(out.scale, tl.load(out.divisor_ptr))
+    else:
+        return out.scale
 
 
-# -- host ------------------------------------------------------------------------------------------------------------
+@triton.jit
+def gradient_factor(out, rows):
+    """What gradients are times."""
+    if out.row_grad_ptr is not None:
+        return tl.load(out.row_grad_ptr + rows.at * out.stride_row_grad, mask=rows.there, other=0.0)
+    else:
+        return finished_factor(out)
 
 
-def vector_width(*tensors: torch.Tensor) -> int:
-    """Elements a thread takes at once from (M, V) tensors: 16 bytes of the first, or half of it for half precision, where
-    every row begins and ends on that many; else 1."""
-    widest = 16 // tensors[0].element_size()
-    for width in (widest, 4):
-        if tensors[0].shape[1] % width == 0 and all(t.stride(1) == 1 and t.stride(0) % width == 0 for t in tensors):
-            return width
-    return 1
+@triton.jit
+def store_row_loss(out, rows, loss):
+    """0 in a row that does not count."""
+    tl.store(out.row_loss_ptr + rows.at, tl.where(rows.count, loss, 0.0), mask=rows.there)
 
 
-def rows_config(
-    kernel: str, device: torch.device, classes: int, vec: int, num_warps: int = 4, packed: int = 8
-) -> dict[str, int]:
-    """Tile for a kernel that walks rows: one access of ``vec`` elements a thread and tensor, or eight of one; rows packed
-    while V is small, up to ``packed`` elements a thread."""
-    each = vec if vec > 1 else 8
-    block_v = min(next_power_of_2(classes), 32 * num_warps * each)
-    block_m = max(1, 32 * num_warps * min(each, packed) // block_v)
-    default = {"BLOCK_V": block_v, "BLOCK_M": block_m, "num_warps": num_warps, "num_stages": 1}
-    return default | launch_config(kernel, device_arch(device), f"v{next_power_of_2(classes)}")
+@triton.jit
+def store_gradients(out, rows, start, stop, grad_z, grad_o, BLOCK_V: tl.constexpr, VEC: tl.constexpr):
+    """A tile of the gradients that are wanted, before column ``stop``."""
+    mask = tile_mask(rows.there, start, stop, BLOCK_V, VEC)
+    if out.grad_z_ptr is not None:
+        store_tile(out.grad_z_ptr, rows.at, start, out.stride_m, grad_z, mask, BLOCK_V, VEC)
+    if out.grad_o_ptr is not None:
+        store_tile(out.grad_o_ptr, rows.at, start, out.stride_m, grad_o, mask, BLOCK_V, VEC)
 
 
-def whole_config(kernel: str, device: torch.device, rows: int, classes: int, vec: int) -> dict[str, int]:
-    """Tile of whole rows in registers: 16 elements a thread and tensor (8 of several ragged rows, each with an address of its
-    own), fewer where there are not rows enough to go round."""
-    block_v = next_power_of_2(classes)
-    share = next_power_of_2(cdiv(rows, 2 * processors(device)))
-    block_m = max(1, min((2048 if vec > 1 else 1024) // block_v, share))
-    each = 512 if vec > 1 or block_m == 1 else 256
-    default = {"BLOCK_V": block_v, "BLOCK_M": block_m, "num_warps": _warps(block_m * block_v, each), "num_stages": 1}
-    return default | launch_config(kernel, device_arch(device), f"v{block_v}")
+# -- numbers of rows in memory ---------------------------------------------------------------------------------------
 
 
-def alone_config(rows: int, classes: int, vec: int) -> dict[str, int]:
-    """Tile of a problem whose rows one program takes, some at a time."""
-    block_v = next_power_of_2(classes)
-    elements = 4096 if vec > 1 else 2048  # an address for every element: sixteen warps would have too few registers
-    block_m = max(1, min(next_power_of_2(rows), elements // block_v))
-    return {"BLOCK_V": block_v, "BLOCK_M": block_m, "num_warps": _warps(block_m * block_v, 256), "num_stages": 1}
+@triton.jit
+def stat(out, i: tl.constexpr, rows, empty):
+    """Statistic ``i`` of rows; ``empty`` past the last."""
+    return tl.load(out.stats_ptr + i * out.M.to(tl.int64) + rows.at, mask=rows.there, other=empty)
 
 
-def _warps(elements: int, each: int) -> int:
-    return max(1, min(16, elements // each))
+@triton.jit
+def store_stat(out, i: tl.constexpr, rows, x):
+    """Leave statistic ``i`` for a backward; 0 in a row that does not count."""
+    place = out.stats_ptr + i * out.M.to(tl.int64) + rows.at
+    tl.store(place, tl.where(rows.count, x, 0.0), mask=rows.there)
 
 
-def twice_config(kernel: str, logits: torch.Tensor, vec: int) -> dict[str, int]:
-    """Tile of a kernel that reads its row twice, the second time from L2: so many warps that the rows of all programs at
-    work fit there."""
-    classes = logits.shape[1]
-    fit = _cache(logits.device) // (processors(logits.device) * 2 * classes * logits.element_size())
-    return rows_config(kernel, logits.device, classes, vec, 4 if fit >= 8 else 8 if fit >= 4 else 16)
+@triton.jit
+def store_part(out, i: tl.constexpr, rows, x, NUMBERS: tl.constexpr):
+    """Leave number ``i`` of NUMBERS of this program's part of its rows."""
+    place = out.part_ptr + (tl.program_id(1).to(tl.int64) * NUMBERS + i) * out.M + rows.at
+    tl.store(place, x, mask=rows.there)
 
 
-@functools.cache
-def _cache(device: torch.device) -> int:
-    """Bytes of L2 that rows may take: four fifths of it (of an H100's, where kernels are interpreted)."""
-    size = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 50 * 2**20
-    return size * 4 // 5
+@triton.jit
+def part_of(out, i: tl.constexpr, empty, rows, parts, NUMBERS: tl.constexpr, PARTS: tl.constexpr):
+    """Number ``i`` of every part of the rows, [BLOCK_M, PARTS]; ``empty`` where there is no part."""
+    part = tl.arange(0, PARTS).to(tl.int64)[None, :]
+    place = out.part_ptr + (part * NUMBERS + i) * out.M + rows.at[:, None]
+    return tl.load(place, mask=rows.there[:, None] & (part < parts), other=empty)
 
 
-def choose_form(logits: torch.Tensor) -> str:
-    """How gradients are finished with the loss. "alone": all rows in one program, which adds them up too; "whole": rows in
-    registers; "split": few long rows, each by several programs in two launches; "rows": a row a program, read twice."""
-    rows, classes = logits.shape
-    if classes <= WHOLE_CLASSES:
-        return "alone" if next_power_of_2(rows) * next_power_of_2(classes) <= ALONE_ELEMENTS else "whole"
-    return "split" if few_rows(logits) else "rows"
-
-
-def few_rows(logits: torch.Tensor) -> bool:
-    """Whether rows are long and too few to keep the processors at work, a program a row."""
-    rows, classes = logits.shape
-    return classes > WHOLE_CLASSES and rows < 2 * processors(logits.device)
-
-
-def split_classes(logits: torch.Tensor, block_v: int) -> tuple[int, int]:
-    """(parts of a row, classes in each): about four programs a processor, at least two tiles a part."""
-    rows, classes = logits.shape
-    parts = cdiv(4 * processors(logits.device), rows)
-    stretch = max(cdiv(cdiv(classes, parts), block_v), 2) * block_v
-    return cdiv(classes, stretch), stretch
+@triton.jit
+def state_of_parts(out, rows, parts, NUMBERS: tl.constexpr, PARTS: tl.constexpr):
+    """The first numbers of every part, which are its state of the divergence."""
+    return State(
+        part_of(out, 0, float("-inf"), rows, parts, NUMBERS, PARTS),
+        part_of(out, 1, float("-inf"), rows, parts, NUMBERS, PARTS),
+        part_of(out, 2, 0.0, rows, parts, NUMBERS, PARTS),
+        part_of(out, 3, 0.0, rows, parts, NUMBERS, PARTS),
+        part_of(out, 4, 0.0, rows, parts, NUMBERS, PARTS),
+        part_of(out, 5, 0.0, rows, parts, NUMBERS, PARTS),
+        part_of(out, 6, 0.0, rows, parts, NUMBERS, PARTS),
+    )
