@@ -250,7 +250,8 @@ def test_a_backward_with_gradient_one_hands_out_what_the_forward_made(impl, devi
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_second_backward_over_a_retained_graph_is_right(impl, device, dtype, reduction):
+@pytest.mark.parametrize("factors", [(1.0, 4.0), (4.0, 1.0), (1.0, 4.0, 1.0), (1.0, 1.0, 4.0)])
+def test_every_backward_over_a_retained_graph_is_right_and_stays_so(impl, device, dtype, reduction, factors):
     if INTERPRETING and dtype == torch.bfloat16:
         pytest.skip("interpreted bfloat16")
     inputs, target = case(dtype=dtype, device=device)
@@ -262,12 +263,12 @@ def test_a_second_backward_over_a_retained_graph_is_right(impl, device, dtype, r
     def loss():
         return gist_linear_loss(*leaves, target, chunk_rows=4, impl=impl, reduction=reduction)
 
-    fresh = [gradients(loss(), factor) for factor in (1.0, 4.0, 1.0)]
+    fresh = [gradients(loss(), factor) for factor in factors]
     retained = loss()
-    again = [gradients(retained, factor, keep) for factor, keep in ((1.0, True), (4.0, True), (1.0, False))]
-    for a, b in zip(again, fresh, strict=True):  # compared after all three: none may have changed another's result
+    again = [gradients(retained, factor, i < len(factors) - 1) for i, factor in enumerate(factors)]
+    for a, b in zip(again, fresh, strict=True):  # compared after all: none may have changed another's result
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    assert not torch.equal(again[0][3], again[1][3])
+    assert len({g.data_ptr() for each in again for g in each}) == 4 * len(factors)
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.3, 0.0, -2.0])

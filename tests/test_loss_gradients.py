@@ -20,6 +20,8 @@ each = pytest.mark.parametrize(("op", "by"), CASES)
 pytestmark = pytest.mark.kernel
 OP = "gist_loss"  # of the tests below that take `impl` alone
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
+#: What backwards over one graph are given, the last of which frees it.
+ORDERS = [(1.0, 4.0), (4.0, 1.0), (1.0, 1.0), (1.0, 4.0, 1.0), (1.0, 1.0, 4.0), (4.0, 1.0, 4.0), (4.0, 4.0, 1.0)]
 
 
 def problem(op: str, dtype=torch.float32, rows: int = 6, classes: int = 37) -> tuple[list[Tensor], tuple, dict]:
@@ -88,28 +90,50 @@ def test_small_gradients_survive_float16_until_the_loss_scale_lifts_them(op, by)
 @each
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_second_backward_over_a_retained_graph_is_right(op, by, dtype, reduction):
+@pytest.mark.parametrize("factors", ORDERS)
+def test_every_backward_over_a_retained_graph_is_right_and_stays_so(op, by, dtype, reduction, factors):
     leaves, rest, options = problem(op, dtype)
 
     def loss() -> Tensor:
         return getattr(F, op)(*leaves, *rest, impl=by, reduction=reduction, **options)
 
-    fresh = [gradients(loss(), leaves, factor) for factor in (1.0, 4.0, 1.0)]
+    fresh = [gradients(loss(), leaves, factor) for factor in factors]
     retained = loss()
-    again = [gradients(retained, leaves, factor, keep) for factor, keep in ((1.0, True), (4.0, True), (1.0, False))]
-    for a, b in zip(again, fresh, strict=True):  # compared after all three: none may have changed another's result
+    again = [gradients(retained, leaves, f, i < len(factors) - 1) for i, f in enumerate(factors)]
+    for a, b in zip(again, fresh, strict=True):  # compared after all: none may have changed another's result
         for ours, wanted in zip(a, b, strict=True):
             assert_same(ours, wanted)
+    assert len({g.data_ptr() for each in again for g in each}) == 2 * len(factors)
 
 
 @each
 def test_gradients_that_were_changed_by_a_user_are_not_handed_out_again(op, by):
     leaves, rest, options = problem(op)
+    fresh = gradients(getattr(F, op)(*leaves, *rest, impl=by, **options), leaves)
     loss = getattr(F, op)(*leaves, *rest, impl=by, **options)
-    for g in gradients(loss, leaves, keep=True):
-        g.zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        gradients(loss, leaves)
+    hook = leaves[0].register_hook(lambda g: g.zero_())
+    for _ in range(2):
+        for g in gradients(loss, leaves, keep=True):
+            g.zero_()
+    hook.remove()
+    for ours, wanted in zip(gradients(loss, leaves), fresh, strict=True):
+        assert_same(ours, wanted)
+
+
+@each
+def test_another_loss_may_add_to_the_gradient_that_was_handed_out(op, by):
+    """``.grad`` is the very tensor that a backward handed out, and later backwards add to it in place."""
+    leaves, rest, options = problem(op)
+    fresh = gradients(getattr(F, op)(*leaves, *rest, impl=by, **options), leaves)
+    loss = getattr(F, op)(*leaves, *rest, impl=by, **options)
+    loss.backward(retain_graph=True)
+    first = [x.grad for x in leaves]
+    sum(x.square().sum() for x in leaves).backward()
+    for x, grad, of_loss in zip(leaves, first, fresh, strict=True):
+        assert x.grad is grad
+        assert not torch.equal(grad, of_loss)
+    for ours, wanted in zip(gradients(loss, leaves), fresh, strict=True):
+        assert_same(ours, wanted)
 
 
 @each

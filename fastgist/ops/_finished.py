@@ -21,13 +21,13 @@ def scaled(grads: Sequence[Tensor], factor: Tensor, dtype: torch.dtype | Sequenc
     for (1-D, empty) pass.
 
     A factor of 1 costs no traffic: on a CPU it is looked at, on a GPU a kernel reads it on the device and returns at once.
-    Another one is applied in place, unless the graph is retained, whose next backward must find them as they are.
+    Another one is applied in place. Over a retained graph both make a copy: what one backward hands out must neither change
+    in the next one nor be what the next one finds.
     """
     dtypes = [dtype] * len(grads) if isinstance(dtype, torch.dtype) else list(dtype)
-    plain = is_plain(factor)
-    if plain and factor.is_cpu and float(factor) == 1.0:
-        return [_as(g, d) for g, d in zip(grads, dtypes, strict=True)]
-    if plain and not _keeps_graph():
+    if is_plain(factor) and not _keeps_graph():
+        if factor.is_cpu and float(factor) == 1.0:
+            return [_as(g, d) for g, d in zip(grads, dtypes, strict=True)]
         wanted = [(g, d) for g, d in zip(grads, dtypes, strict=True) if d is not None and (g.dim() == 2 or g.numel())]
         if wanted and all(g.dtype == d and _common.is_ordinary(g) for g, d in wanted):
             if factor.is_cpu:
