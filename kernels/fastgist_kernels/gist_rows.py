@@ -79,7 +79,7 @@ class Kind:
 
 
 class Terms(NamedTuple):
-    """The weights of the gist token's cross-entropy and of the divergence in the loss and in each side's gradient, and 1 / T."""
+    """Weights of the gist token's cross-entropy, and of the divergence in the loss and in each side's gradient; 1 / T."""
 
     alpha: Any
     beta: Any
@@ -89,8 +89,8 @@ class Terms(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Classes (M,) of ``classes`` in all, where the columns are those from ``first`` on, or soft targets (M, V); a class weighs
-    keep * (one-hot or soft target) + smooth."""
+    """Classes (M,) of ``classes`` in all, where the columns are those from ``first`` on, or soft targets (M, V). A class
+    weighs keep * (one-hot or soft target) + smooth."""
 
     ptr: Any
     stride_m: Any
