@@ -329,7 +329,7 @@ GIST_LOSS = [
         ),
         (
             "no 1 / T in the gradient",
-            "kl_z = p * ((seen.d - over_row(about.e_p, VEC)) * terms.inv_t) + (p - q)",
+            "kl_z = (p * terms.inv_t) * (seen.d - over_row(about.e_p, VEC)) + (p - q)",
             "kl_z = p * (seen.d - over_row(about.e_p, VEC)) + (p - q)",
             "T inside the gradient",
         ),
