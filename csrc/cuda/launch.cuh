@@ -18,7 +18,12 @@ static_assert(Kept<1>::kRows == kWarpRows && Kept<kBlockWarps>::kRows == 1 &&
               "plan.h counts a block's rows");
 static_assert(kWarpRows * 2 * 16 * ((kWarpClasses + 3 + 3) / 4) <= 48 * 1024, "shared memory that needs no asking");
 
-inline const char* error_text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+// What is said of an error is not left behind for whoever asks next, which would be torch at another operation.
+inline const char* error_text(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
 
 // -- the device -------------------------------------------------------------------------------------------------------
 

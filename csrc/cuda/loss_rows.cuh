@@ -275,7 +275,8 @@ __host__ __device__ __forceinline__ void gradients(A z, A o, const About<A>& row
   const A d = z == minus_infinity(A()) ? A(0) : zc - oc;
   const A at_z = exp2_flushed(zc * args.to_exp2), at_o = exp2_flushed(oc * args.to_exp2);
   const A p = product(at_z, row.over_p), q = product(at_o, row.over_q);
-  const A kl_z = p * ((d - row.e_p) * args.inv_t) + (p - q), kl_o = q * ((row.e_q - d) * args.inv_t) + (q - p);
+  // Over T goes p, not d: where a class is masked by the least float, p is 0 and d / T may be infinite.
+  const A kl_z = (p * args.inv_t) * (d - row.e_p) + (p - q), kl_o = (q * args.inv_t) * (row.e_q - d) + (q - p);
   if constexpr (kLoss == kKl) {
     grad_z = kl_z;
     grad_o = kl_o;

@@ -89,9 +89,10 @@ struct OnlinePair {
     // Where the old centre 0 stood for -inf the rise may be positive; the sums are 0 there and must stay 0.
     const A alpha_p = power_of_two((rise_z > A(0) ? A(0) : rise_z) * to_exp2);
     const A alpha_q = power_of_two((rise_o > A(0) ? A(0) : rise_o) * to_exp2);
+    // The factor first: the shift may be as large as a float, where a thread has seen nothing but masked classes.
     const A shift = rise_z - rise_o;
-    w_p = alpha_p * (w_p + shift * s_p);
-    w_q = alpha_q * (w_q + shift * s_q);
+    w_p = alpha_p * w_p + (alpha_p * shift) * s_p;
+    w_q = alpha_q * w_q + (alpha_q * shift) * s_q;
     s_p *= alpha_p;
     s_q *= alpha_q;
   }

@@ -46,6 +46,11 @@ constexpr double kRounding<__nv_bfloat16> = 0x1p-8;
 template <>
 constexpr double kRounding<__half> = 0x1p-11;
 
+template <typename T>
+constexpr double kLeast = -3.3e38;
+template <>
+constexpr double kLeast<__half> = -6.5e4;
+
 // A (rows, classes) matrix whose row r begins `offset + r * stride_m` elements after a 16-byte boundary. What is not in
 // it is NaN, and must stay as it is.
 template <typename T>
@@ -82,6 +87,7 @@ struct Options {
   bool detach_z = false, detach_o = false;  // from the divergence
   bool want_z = true, want_o = true;
   bool unkind = false;  // rows with -inf, NaN, a class that is none
+  bool masked = false;  // the first half of a row by the least number on one side, by -1e4 on the other
   bool divisor = false;
   int64_t offset_z = 0, offset_o = 0, offset_grad = 0, pad = 0, stride_v = 1;
 };
@@ -203,6 +209,12 @@ void check(int64_t rows, int64_t classes, const Device& device, Path path, int c
       store(static_cast<A>(weight), soft.at(row, v));
       soft_float.at(row, v) = weight;
     }
+    for (int64_t v = 0; with.masked && v < classes / 2; ++v) {
+      store(static_cast<A>(kLeast<T>), z.at(row, v));
+      store(A(-1e4), o.at(row, v));
+      store(A(0), soft.at(row, v)), soft_float.at(row, v) = 0;
+    }
+    if (with.masked && labels[row] >= 0) labels[row] = classes - 1;
     if (row == lone) store(-inf, z.at(row, classes / 2 - (classes / 2 % 7 == 3)));
     if (row == bad) store(row % 2 ? inf : nan, o.at(row, classes - 1));
     if (labels[row] >= 0 && labels[row] < classes && labels[row] % 7 == 3) labels[row] -= 1;
@@ -323,6 +335,7 @@ void check_loss(double temperature, size_t first_way, bool thorough = false) {
   way([&](Options& w) { w.unkind = true, w.divisor = true; });
   way([&](Options& w) { w.offset_z = w.offset_o = w.offset_grad = lanes - 1, w.want_z = false; });
   way([&](Options& w) { w.offset_z = w.offset_o = w.offset_grad = 1, w.pad = 2 * lanes, w.want_o = false; });
+  way([&](Options& w) { w.masked = true; });
   if (kLoss != kKl) {
     way([&](Options& w) { w.target = Options::kSoft, w.offset_z = w.offset_o = w.offset_grad = 1; });
     way([&](Options& w) { w.target = Options::kSoftFloat, w.smoothing = 0.1; });
@@ -379,6 +392,7 @@ int main() {
   check_loss<float, kKl>(3.0, 0, true);
   check_loss<__nv_bfloat16, kKl>(1.0, 1);
   check_loss<__half, kKl>(0.7, 2);
+  check_loss<float, kKl>(0.7, 4);
   check_double<kKl>(3.0);
   check_loss<__nv_bfloat16, kGistCubed>(3.0, 0, true);
   check_loss<float, kGistCubed>(3.0, 3);

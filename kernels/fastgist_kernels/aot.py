@@ -57,7 +57,7 @@ class Spec:
     the architectures whose launches use this tile. ``matrix``: the kernel
     multiplies tiles of >= 64 rows, so Hopper's SASS must show HGMMA. ``table``: its entry in the launch tables, where that
     is not the kernel's name. ``wide``: it only streams, so all its accesses to
-    global memory must be of 16 bytes, but for as many loads as it reads ``numbers``.
+    global memory must be of 16 bytes, but for as many loads as it reads ``numbers`` and stores as it writes ``results``.
     """
 
     kernel: Any
@@ -69,6 +69,7 @@ class Spec:
     matrix: bool = False
     wide: bool = False
     numbers: int = 0
+    results: int = 0
     unaligned: tuple[str, ...] = field(default=())
     aligned: tuple[str, ...] = field(default=())
     archs: tuple[int, ...] = ARCHITECTURES
@@ -170,7 +171,7 @@ def narrow_offsets(ir_text: str) -> list[str]:
     for line in ir_text.splitlines():
         line = _LOCATION.sub("", line).strip()
         if line.startswith("tt.func"):
-            strides = set(re.findall(r"(%stride_\w+): i32", line))
+            strides = set(re.findall(r"(%(?:\w+\.)?stride_\w+): i32", line))
         elif "tt.addptr" in line:
             if re.search(r",\s*(tensor<[\dx]+xi32>|i32)\s*$", line):
                 found.append(line)
@@ -261,7 +262,8 @@ def _row(task: tuple[bool, int, int]) -> dict[str, Any]:
     if spec.wide:
         narrow = narrow_accesses(sass)
         loads = [access for access in narrow if access.startswith("LDG")]
-        row["narrow_accesses"] = loads[spec.numbers :] + [access for access in narrow if access not in loads]
+        stores = [access for access in narrow if access not in loads]
+        row["narrow_accesses"] = loads[spec.numbers :] + stores[spec.results :]
     if arch == spec.archs[0]:
         row["narrow"] = narrow_offsets(written_ir(spec))
     return row

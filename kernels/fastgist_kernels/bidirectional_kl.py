@@ -68,10 +68,21 @@ def _bidirectional_kl_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Program (m, s): rows from m BLOCK_M on and, in the forms that split rows, stretch s of their columns, a tile in "bwd"."""
+    """Program (m, s): rows from m BLOCK_M on and, in the forms that split rows, stretch s of their columns, or tile s."""
     pair = Pair(z_ptr, stride_zm, stride_zv, o_ptr, stride_om, stride_ov)
     out = Out(
-        row_loss_ptr, stats_ptr, part_ptr, grad_z_ptr, grad_o_ptr, V, M, V, scale, divisor_ptr, row_grad_ptr, stride_row_grad
+        row_loss_ptr,
+        stats_ptr,
+        part_ptr,
+        grad_z_ptr,
+        grad_o_ptr,
+        V,
+        M,
+        V,
+        scale,
+        divisor_ptr,
+        row_grad_ptr,
+        stride_row_grad,
     )
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     start = tl.program_id(1) * (BLOCK_V if FORM == "bwd" else stretch)
@@ -239,9 +250,11 @@ def _spec(form: str, label: str, dtype: str, vec: int, block_m: int, block_v: in
 def _specs() -> list[Spec]:
     out = []
     for dtype, width in (("bf16", 8), ("fp32", 4)):
-        for form, label, *tile in (
+        tiles: list[tuple] = [
             ("alone", "", 4, 32, 128, 16),
             ("alone", "_ragged", 1, 16, 128, 8),
+            ("alone", "_v8", width, 512, 8, 16),
+            ("whole", "_v8", width, 256, 8),
             ("whole", "_v128", width, 16, 128),
             ("whole", "_v128_ragged", 1, 8, 128),
             ("whole", "_v1024", width, 2, 1024),
@@ -255,7 +268,8 @@ def _specs() -> list[Spec]:
             *((form, "_small_v", width, width, 128) for form in ("fwd", "bwd")),
             *((form, "_long_v", width, 1, 128 * width) for form in ("fwd", "bwd")),
             *((form, "_ragged", 1, 1, 1024) for form in ("fwd", "bwd")),
-        ):
+        ]
+        for form, label, *tile in tiles:
             out.append(_spec(form, f"{dtype}{label}", dtype, *tile))
     return out
 

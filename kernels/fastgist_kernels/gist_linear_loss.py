@@ -7,8 +7,8 @@ of its rows, another one turns a block of some classes' logits into their gradie
 
 from __future__ import annotations
 
-from fastgist_kernels.gist_loss import gist_spec, launch_gist_loss, pair_and_target
-from fastgist_kernels.pair_plan import rows_config, vector_width
+from fastgist_kernels.gist_loss import access_width, gist_spec, launch_gist_loss
+from fastgist_kernels.pair_plan import rows_config
 
 __all__ = ["SPECS", "gist_linear_loss_chunk", "gist_linear_loss_classes"]
 
@@ -20,7 +20,7 @@ def gist_linear_loss_chunk(logits, target, scale, *rest) -> None:
     *options, row_loss, need_grad, stats = rest
     pair = logits[: len(row_loss)], logits[len(row_loss) :]
     # Two passes over packed rows keep much alive: with eight elements a thread some tiles spill.
-    vec = vector_width(*pair_and_target(*pair, target))
+    vec = access_width(pair, target)
     config = rows_config("gist_linear_loss_chunk", logits.device, logits.shape[1], vec, packed=4)
     grads = pair if need_grad else (None, None)
     outputs = {"row_loss": row_loss, "stats": stats, "row_grad": scale, "grads": grads}
@@ -33,7 +33,7 @@ def gist_linear_loss_classes(logits, target, scale, stats, first, classes, *rest
     half is left as it is. Soft targets (m, n) are those of the block."""
     *options, need_gist = rest
     pair = logits[: len(scale)], logits[len(scale) :]
-    vec = vector_width(*pair_and_target(*pair, target))
+    vec = access_width(pair, target)
     config = rows_config("gist_linear_loss_classes", logits.device, logits.shape[1], vec)
     grads = pair if need_gist else (pair[0], None)
     outputs = {"stats": stats, "row_grad": scale, "grads": grads, "programs": 0, "first": first, "classes": classes}
@@ -41,24 +41,19 @@ def gist_linear_loss_classes(logits, target, scale, stats, first, classes, *rest
 
 
 SPECS = [
-    gist_spec(
-        "chunk",
-        f"{dtype}_{label}{'_stats' if stats else ''}",
-        dtype,
-        *tile,
-        outputs=("stats_ptr",) if stats else (),
-        table="gist_linear_loss_chunk",
-    )
+    gist_spec("chunk", f"{dtype}_{label}{'_stats' if stats else ''}", dtype, tile, stats=stats)
     for dtype, width, stats in (("bf16", 8, False), ("fp32", 4, False), ("bf16", 8, True))
-    for label, *tile in (
-        ("small_v", width, 4, 128),
-        ("small_v_ragged", 1, 4, 128),
-        ("long_v", width, 1, 128 * width),
-        ("long_v_ragged", 1, 1, 1024),
+    for label, tile in (
+        ("small_v", (width, 4, 128)),
+        ("small_v_ragged", (1, 4, 128)),
+        ("long_v", (width, 1, 128 * width)),
+        ("long_v_ragged", (1, 1, 1024)),
     )
 ]
-#: Only a half-precision head takes a second pass.
+#: Only a half-precision head takes a second pass. Both halves are read and written 16 bytes at a time, but for a row's class
+#: and logits of it, its factor, its statistics and its loss.
 SPECS += [
-    gist_spec("classes", f"bf16_{label}", "bf16", vec, 1, 1024, table="gist_linear_loss_classes")
-    for label, vec in (("long_v", 8), ("long_v_ragged", 1))
+    gist_spec("classes", "bf16_long_v", "bf16", (8, 1, 1024), wide=True, numbers=11),
+    gist_spec("classes", "bf16_long_v_ragged", "bf16", (1, 1, 1024)),
+    gist_spec("chunk", "bf16_wide", "bf16", (8, 1, 4096, 16), wide=True, numbers=4, results=1),
 ]

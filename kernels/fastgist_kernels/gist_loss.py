@@ -7,7 +7,7 @@ and hands them on as tuples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,15 @@ from fastgist_kernels.pair_plan import (
 )
 from fastgist_kernels.pair_rows import Out, Pair
 
-__all__ = ["SPECS", "gist_loss_bwd", "gist_loss_fwd", "gist_loss_fwd_bwd", "gist_spec", "launch_gist_loss", "pair_and_target"]
+__all__ = [
+    "SPECS",
+    "access_width",
+    "gist_loss_bwd",
+    "gist_loss_fwd",
+    "gist_loss_fwd_bwd",
+    "gist_spec",
+    "launch_gist_loss",
+]
 
 
 @triton.jit(do_not_specialize=SIZES, repr=form_name)
@@ -113,8 +121,8 @@ def _gist_loss_kernel(
     rows, aim = gist_rows(at, target, M, BLOCK_M, KIND)
     if FORM == "alone":
         total = tl.zeros([BLOCK_M], tl.float32)
-        for next in range(0, M, BLOCK_M):
-            rows, aim = gist_rows(at + next, target, M, BLOCK_M, KIND)
+        for more in range(0, M, BLOCK_M):
+            rows, aim = gist_rows(at + more, target, M, BLOCK_M, KIND)
             total += gist_whole(pair, out, rows, target, aim, terms, KIND, BLOCK_V, VEC)
         tl.store(loss_ptr, tl.sum(total, 0))
     elif FORM == "whole":
@@ -132,17 +140,17 @@ def _gist_loss_kernel(
 # -- launching -------------------------------------------------------------------------------------------------------
 
 
-def pair_and_target(logits, gist_logits, target) -> tuple:
-    """The tensors that a tile is read from: what :func:`vector_width` asks about."""
-    return (logits, gist_logits, target) if target.dim() == 2 else (logits, gist_logits)
+def access_width(pair, target) -> int:
+    """:func:`vector_width` of all that a tile is read from."""
+    return vector_width(*pair, target) if target.dim() == 2 else vector_width(*pair)
 
 
 def launch_gist_loss(
     form: str,
     config: Mapping[str, int],
-    pair,
+    pair: tuple,
     target,
-    options: tuple,
+    options: Sequence,
     *,
     row_loss=None,
     loss=None,
@@ -157,7 +165,8 @@ def launch_gist_loss(
     classes: int | None = None,
     first: int = 0,
 ) -> None:
-    """One launch of ``form``: ``programs`` a row, each of its own ``stretch`` of columns where a form splits rows; 0: one a tile.
+    """One launch of ``form``: ``programs`` a row, each of its own ``stretch`` of columns where a form splits rows; 0: one a
+    tile.
 
     pair: two tensors (M, V) of any strides. target (M,) int64 or (M, V) float. ``options``: alpha, beta, beta_logits,
     beta_gist, temperature, label_smoothing, ignore_index. ``classes``: how many there are where the columns are only those
@@ -215,14 +224,14 @@ def launch_gist_loss(
         FORM=form,
         KIND=kind,
         PARTS=1 if part is None else next_power_of_2(len(part)),
-        VEC=vector_width(*pair_and_target(*pair, target)),
+        VEC=access_width(pair, target),
     )
 
 
-def _by_parts(pair, target, options: tuple, **outputs) -> None:
+def _by_parts(pair, target, options: Sequence, **outputs) -> None:
     """Each row by several programs: row losses, and statistics or else gradients."""
     logits = pair[0]
-    vec = vector_width(*pair_and_target(*pair, target))
+    vec = access_width(pair, target)
     config = rows_config("gist_loss_split", logits.device, logits.shape[1], vec)
     parts, stretch = split_classes(logits, config["BLOCK_V"])
     part = torch.empty(parts, PARTIAL.value, len(logits), dtype=torch.float32, device=logits.device)
@@ -244,7 +253,7 @@ def gist_loss_fwd_bwd(logits, gist_logits, target, divisor, *rest, form=None) ->
     form = form or choose_form(logits)
     outputs: dict[str, Any] = {"row_loss": row_loss, "grads": (grad_logits, grad_gist), "scale": scale}
     outputs["divisor"] = divisor
-    vec = vector_width(*pair_and_target(logits, gist_logits, target))
+    vec = access_width((logits, gist_logits), target)
     if form == "split":
         _by_parts(pair, target, options, **outputs)
     elif form == "rows":
@@ -267,7 +276,7 @@ def gist_loss_fwd(logits, gist_logits, target, *rest) -> None:
     if few_rows(logits):
         _by_parts(pair, target, options, row_loss=row_loss, stats=stats)
     else:
-        vec = vector_width(*pair_and_target(logits, gist_logits, target))
+        vec = access_width((logits, gist_logits), target)
         config = rows_config("gist_loss_fwd", logits.device, logits.shape[1], vec)
         launch_gist_loss("fwd", config, pair, target, options, row_loss=row_loss, stats=stats)
 
@@ -276,7 +285,7 @@ def gist_loss_bwd(logits, gist_logits, target, stats, row_grad, *rest) -> None:
     """Write the gradients (M, V), contiguous, that are not None; row_grad (M,) float32 of any stride. ``rest``: the options of
     :func:`gist_loss_fwd`, grad_logits, grad_gist."""
     *options, grad_logits, grad_gist = rest
-    vec = vector_width(*pair_and_target(logits, gist_logits, target))
+    vec = access_width((logits, gist_logits), target)
     config = rows_config("gist_loss_bwd", logits.device, logits.shape[1], vec)
     outputs = {"stats": stats, "row_grad": row_grad, "grads": (grad_logits, grad_gist), "programs": 0}
     launch_gist_loss("bwd", config, (logits, gist_logits), target, options, **outputs)
@@ -284,7 +293,16 @@ def gist_loss_bwd(logits, gist_logits, target, stats, row_grad, *rest) -> None:
 
 # -- ahead-of-time specs ---------------------------------------------------------------------------------------------
 
-_OUTPUTS = ("divisor_ptr", "row_grad_ptr", "part_ptr", "row_loss_ptr", "loss_ptr", "stats_ptr", "grad_z_ptr", "grad_g_ptr")
+_OUTPUTS = (
+    "divisor_ptr",
+    "row_grad_ptr",
+    "part_ptr",
+    "row_loss_ptr",
+    "loss_ptr",
+    "stats_ptr",
+    "grad_z_ptr",
+    "grad_g_ptr",
+)
 #: Which of those the launches of a form are given.
 _GIVEN = {
     "alone": ("divisor_ptr", "row_loss_ptr", "loss_ptr", "grad_z_ptr", "grad_g_ptr"),
@@ -300,37 +318,43 @@ _GIVEN = {
 
 
 def gist_spec(
-    form: str, label: str, dtype: str, vec: int, block_m: int, block_v: int, warps: int = 4, *, soft: bool = False, **more
+    form: str, label: str, dtype: str, tile: tuple, *, soft: bool = False, stats: bool = False, **more
 ) -> Spec:
-    """``more``: names of further outputs of the launch, and of its table."""
-    kind = Kind(soft, soft, 3, True, True, True, in_place=form in ("chunk", "classes"))
-    given = {*_GIVEN[form], *more.get("outputs", ())}
+    """``tile``: elements of an access, rows, columns, and warps if not 4; ``stats``: statistics beside the rest; ``more``: of
+    the Spec."""
+    vec, block_m, block_v, warps = (*tile, 4)[:4]
+    in_place = form in ("chunk", "classes")
+    given = {*_GIVEN[form], *(("stats_ptr",) if stats else ())}
     pointers = dict.fromkeys(("z_ptr", "g_ptr", "grad_z_ptr", "grad_g_ptr"), f"*{dtype}")
-    pointers |= {name: "*fp32" for name in _OUTPUTS if name not in pointers} | {"target_ptr": "*fp32" if soft else "*i64"}
+    pointers |= {name: "*fp32" for name in _OUTPUTS if name not in pointers}
+    pointers["target_ptr"] = "*fp32" if soft else "*i64"
     numbers = dict.fromkeys(("M", "V", "classes", "first", "parts", "stretch", "ignore_index"), "i32")
     numbers |= dict.fromkeys(("stride_zm", "stride_gm", "stride_tm", "stride_row_grad"), "i64")
     numbers |= dict.fromkeys(("alpha", "beta", "beta_z", "beta_g", "inv_t", "keep", "smooth", "scale"), "fp32")
-    tile = {"FORM": form, "KIND": kind, "PARTS": 8, "VEC": vec, "BLOCK_M": block_m, "BLOCK_V": block_v}
+    kind = Kind(soft, soft, 3, True, True, True, in_place)
+    flags = {"FORM": form, "KIND": kind, "PARTS": 8, "VEC": vec, "BLOCK_M": block_m, "BLOCK_V": block_v}
     return Spec(
         _gist_loss_kernel,
         f"{form}_{label}",
         pointers | numbers,
-        {"stride_zv": 1, "stride_gv": 1, "stride_tv": int(soft)} | dict.fromkeys(set(_OUTPUTS) - given) | tile,
+        {"stride_zv": 1, "stride_gv": 1, "stride_tv": int(soft)} | dict.fromkeys(set(_OUTPUTS) - given) | flags,
         num_warps=warps,
         num_stages=1,
         unaligned=SIZES,
         aligned=("stretch",),
-        table=more.get("table", f"gist_loss_{form}"),
+        table=f"gist_linear_loss_{form}" if in_place else f"gist_loss_{form}",
+        **more,
     )
 
 
 def _specs() -> list[Spec]:
     out = []
     for dtype, width, soft in (("bf16", 8, False), ("fp32", 4, False), ("bf16", 8, True)):
-        for form, label, *tile in (
+        tiles: list[tuple] = [
             ("alone", "", 4, 32, 128, 16),
             ("alone", "_ragged", 1, 16, 128, 8),
-            ("whole", "_v8", width, 128 if soft else 256, 8),
+            ("alone", "_v8", width, 512, 8, 16),
+            ("whole", "_v8", width, 256, 8),
             ("whole", "_v128", width, 16, 128),
             ("whole", "_v128_ragged", 1, 8, 128),
             ("whole", "_v1024", width, 2, 1024),
@@ -344,8 +368,9 @@ def _specs() -> list[Spec]:
             *((form, "_small_v", width, width, 128) for form in ("fwd", "bwd")),
             *((form, "_long_v", width, 1, 128 * width) for form in ("fwd", "bwd")),
             *((form, "_ragged", 1, 1, 1024) for form in ("fwd", "bwd")),
-        ):
-            out.append(gist_spec(form, f"{dtype}{'_soft' if soft else ''}{label}", dtype, *tile, soft=soft))
+        ]
+        for form, label, *tile in tiles:
+            out.append(gist_spec(form, f"{dtype}{'_soft' if soft else ''}{label}", dtype, tuple(tile), soft=soft))
     return out
 
 

@@ -79,7 +79,7 @@ class Kind:
 
 
 class Terms(NamedTuple):
-    """The weights of the gist token's cross-entropy and of the divergence in the loss and in each side's gradient, and 1 / T."""
+    """Weights of the gist token's cross-entropy, and of the divergence in the loss and in each side's gradient; 1 / T."""
 
     alpha: Any
     beta: Any
@@ -89,8 +89,8 @@ class Terms(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Classes (M,) of ``classes`` in all, where the columns are those from ``first`` on, or soft targets (M, V); a class weighs
-    keep * (one-hot or soft target) + smooth."""
+    """Classes (M,) of ``classes`` in all, where the columns are those from ``first`` on, or soft targets (M, V). A class
+    weighs keep * (one-hot or soft target) + smooth."""
 
     ptr: Any
     stride_m: Any
@@ -321,12 +321,12 @@ def gist_gradients(
         grad_g = tl.zeros_like(grad_g)
     p = seen.p * over_row(about.share_p, VEC)
     q = seen.q * over_row(about.share_q, VEC)
-    # (d - e) / T, not d / T - e / T: a fused multiply-add would round the two apart where they must cancel.
+    # As in kl_rows.py: d - e, as the two must cancel, and over T goes p, which may be 0 where d / T is infinite.
     if KIND.kl_z:
-        kl_z = p * ((seen.d - over_row(about.e_p, VEC)) * terms.inv_t) + (p - q)
+        kl_z = (p * terms.inv_t) * (seen.d - over_row(about.e_p, VEC)) + (p - q)
         grad_z += over_row(factor * (terms.beta_z * terms.inv_t), VEC) * kl_z
     if KIND.kl_g:
-        kl_g = q * ((over_row(about.e_q, VEC) - seen.d) * terms.inv_t) + (q - p)
+        kl_g = (q * terms.inv_t) * (over_row(about.e_q, VEC) - seen.d) + (q - p)
         grad_g += over_row(factor * (terms.beta_g * terms.inv_t), VEC) * kl_g
     store_gradients(out, rows, start, stop, grad_z, grad_g, BLOCK_V, VEC)
 

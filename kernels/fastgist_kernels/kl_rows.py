@@ -90,9 +90,10 @@ def kl_gradients(out, rows, seen, about, inv_t, start, stop, BLOCK_V: tl.constex
     """Write a tile of the gradients asked for."""
     p = seen.p * over_row(about.over_p, VEC)
     q = seen.q * over_row(about.over_q, VEC)
-    # (d - e) / T, not d / T - e / T: a fused multiply-add would round the two apart where they must cancel.
-    grad_z = p * ((seen.d - over_row(about.e_p, VEC)) * inv_t) + (p - q)
-    grad_o = q * ((over_row(about.e_q, VEC) - seen.d) * inv_t) + (q - p)
+    # d - e, not d / T - e / T: a fused multiply-add would round the two apart where they must cancel. And over T goes p: where
+    # a class is masked by the least float, p is 0 and d / T may be infinite.
+    grad_z = (p * inv_t) * (seen.d - over_row(about.e_p, VEC)) + (p - q)
+    grad_o = (q * inv_t) * (over_row(about.e_q, VEC) - seen.d) + (q - p)
     store_gradients(out, rows, start, stop, grad_z, grad_o, BLOCK_V, VEC)
 
 

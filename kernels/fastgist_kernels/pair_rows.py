@@ -71,8 +71,8 @@ class Pair(NamedTuple):
 
 
 class Out(NamedTuple):
-    """What a launch writes of M rows of V classes, None where that is not wanted: row losses (M,), statistics (n, M), states of
-    parts (parts, n, M), gradients (M, V) whose rows are stride_m apart. Row losses and gradients are times scale, over the
+    """What a launch writes of M rows of V classes, None where that is not wanted: row losses (M,), statistics (n, M), states
+    of parts (parts, n, M), gradients (M, V) whose rows are stride_m apart. Row losses and gradients are times scale, over the
     number at divisor_ptr if there is one; or gradients are times the numbers at row_grad_ptr."""
 
     row_loss_ptr: Any

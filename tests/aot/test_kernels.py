@@ -287,7 +287,8 @@ def _table_specs():
 
     table = json.loads((ROOT / "kernels" / "fastgist_kernels" / "launch_tables.json").read_text())
     for name, archs in table.items():
-        base = next(s for s in aot.all_specs() if s.kernel.fn.__name__ == f"_{name}_kernel" and "bf16" in s.label)
+        known = (s for s in aot.all_specs() if "bf16" in s.label)
+        base = next(s for s in known if (s.table or s.kernel.fn.__name__[1:].removesuffix("_kernel")) == name)
         for arch, classes in archs.items():
             for shape_class, config in classes.items():
                 tile = {k: v for k, v in config.items() if k.startswith("BLOCK_")}
