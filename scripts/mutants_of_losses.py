@@ -155,8 +155,8 @@ BIDIRECTIONAL_KL = [
         "bidirectional_kl",
         (
             "p and q swapped in the other gradient",
-            "+ (q - p)",
-            "+ (p - q) * 1.0",
+            "grad_o = (q - p) - ",
+            "grad_o = (p - q) * 1.0 - ",
             "the difference of the two softmaxes has a sign",
         ),
         (
@@ -178,6 +178,34 @@ BIDIRECTIONAL_KL = [
             "each program has its own tile",
         ),
         file="kl_rows",
+    ),
+    *kernel(
+        "bidirectional_kl",
+        (
+            "all of the mass and yet a difference",
+            "return tl.where(s == 1.0, tl.abs(e) * 2.0**-21, 0.0)",
+            "return tl.where(s == 1.0, tl.abs(e) * 0.0, 0.0)",
+            "a mean that was merged is rounded otherwise than d, by as much as d is large",
+        ),
+        (
+            "no difference where p is 1",
+            "return tl.where(s == 1.0, tl.abs(e) * 2.0**-21, 0.0)",
+            "return tl.where(s == 1.0, tl.abs(e) + 0.01, 0.0)",
+            "classes too small to show in the mass show in the mean",
+        ),
+        file="pair_rows",
+        tests=("tests/test_one_class_with_all_the_mass.py",),
+    ),
+    *op(
+        "bidirectional_kl",
+        (
+            "what is kept is handed out over a retained graph",
+            "if is_plain(factor) and not _keeps_graph():",
+            "if is_plain(factor):",
+            "the last backward would scale what an earlier one handed out",
+        ),
+        file="_finished",
+        tests=("tests/test_loss_gradients.py",),
     ),
     *kernel(
         "bidirectional_kl",
@@ -256,8 +284,8 @@ BIDIRECTIONAL_KL = [
         ),
         (
             "sign of the finished gradient",
-            "_common.scale_rows(ctx.saved_tensors, (factor, -factor), ctx.dtype)",
-            "_common.scale_rows(ctx.saved_tensors, (factor, factor), ctx.dtype)",
+            "_common.scale_rows(grads, (factor, -factor), ctx.dtype)",
+            "_common.scale_rows(grads, (factor, factor), ctx.dtype)",
             "the other side's comes negated",
         ),
     ),
@@ -329,8 +357,8 @@ GIST_LOSS = [
         ),
         (
             "no 1 / T in the gradient",
-            "kl_z = (p * terms.inv_t) * (seen.d - over_row(about.e_p, VEC)) + (p - q)",
-            "kl_z = p * (seen.d - over_row(about.e_p, VEC)) + (p - q)",
+            "kl_z = (p - q) + (p * terms.inv_t) * about_mean(",
+            "kl_z = (p - q) + p * about_mean(",
             "T inside the gradient",
         ),
         (

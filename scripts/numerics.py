@@ -98,6 +98,7 @@ TABLES = (
         _vary("gap", (10.0, 100.0, 320.0, 1e3, 1e4)),
         "One class is this much above the others, another one in each head.",
     ),
+    Table("The same at 32,000 classes", "gap", _vary("gap", (100.0, 1e3, 1e4), replace(LONG, classes=32000))),
     Table("The same in float16, T = 0.5", "gap", _vary("gap", (10.0, 320.0, 6e4), HALF)),
     Table(
         "An offset of one head",

@@ -146,10 +146,10 @@ def test_wide_gaps_stay_finite(gap, dtype):
     z = torch.tensor([[gap, -gap, 0.0], [0.0, 1.0, gap]], device=DEVICE).to(dtype)
     o = torch.tensor([[-gap, gap, 0.0], [gap, 0.0, 1.0]], device=DEVICE).to(dtype)
     loss, _, grad_z, grad_o = run(z, o, temperature=0.5)
-    exact = by_formula(z.double(), o.double(), torch.ones(2, device=DEVICE), 0.5)
-    torch.testing.assert_close(loss.double(), exact[0], rtol=1e-5, atol=0)
-    for ours, wanted in ((grad_z, exact[1]), (grad_o, exact[2])):
-        torch.testing.assert_close(ours.double(), wanted.to(dtype).double(), rtol=1e-3, atol=1e-3)
+    ones = torch.ones(2, device=DEVICE)
+    plain, exact = by_formula(z, o, ones, 0.5), by_formula(z.double(), o.double(), ones, 0.5)
+    for what, ours, p, e in zip(("row_loss", "grad_z", "grad_o"), (loss, grad_z, grad_o), plain, exact, strict=True):
+        assert_within_budget(ours, p, e, what=what)  # at a scale of the result: a gap adds no error
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

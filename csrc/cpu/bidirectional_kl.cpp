@@ -15,8 +15,8 @@ struct BidirectionalKl {
     OnlinePair<A> pair;
   };
   struct Scalars {
-    A m_z, m_o, e_p, e_q, inv_t;
-    A of_p, of_q;  // row_grad / T over S_p, S_q. (Not exp(. - log S_p): the rounding of that argument would grow.)
+    A m_z, m_o, e_p, e_q, t;
+    A of_p, of_q;  // row_grad / T^2 over S_p, S_q. (Not exp(. - log S_p): the rounding of that argument would grow.)
   };
 
   const LogitPair& pair;
@@ -50,12 +50,12 @@ struct BidirectionalKl {
   }
 
   Scalars scalars(int64_t, const double* stats, double row_grad) const {
-    const double scale = row_grad / pair.temperature;
+    const double scale = row_grad / pair.temperature / pair.temperature;
     return {static_cast<A>(stats[kMaxZ]),
             static_cast<A>(stats[kMaxO]),
             static_cast<A>(stats[kMeanP]),
             static_cast<A>(stats[kMeanQ]),
-            inv_t,
+            static_cast<A>(pair.temperature),
             static_cast<A>(scale / stats[kSumP]),
             static_cast<A>(scale / stats[kSumQ])};
   }
@@ -81,10 +81,11 @@ struct BidirectionalKl {
     const A of_p = row.of_p * block.moved_p, of_q = row.of_q * block.moved_q;
 #pragma omp simd
     for (int64_t i = 0; i < block.n; ++i) {
-      const A d = gap(z[i], o[i], row.m_z, row.m_o) * row.inv_t;
+      const A d = gap(z[i], o[i], row.m_z, row.m_o);
       const A p = p_hat[i] * of_p, q = q_hat[i] * of_q;
-      if constexpr (kGradZ) grad_z[i] = multiply_add<kFma>(p, d - row.e_p, p - q);
-      if constexpr (kGradO) grad_o[i] = multiply_add<kFma>(q, row.e_q - d, q - p);
+      const A t_gap = (p - q) * row.t;
+      if constexpr (kGradZ) grad_z[i] = multiply_add<kFma>(p, d - row.e_p, t_gap);
+      if constexpr (kGradO) grad_o[i] = multiply_add<kFma>(q, row.e_q - d, -t_gap);
     }
   }
 };

@@ -10,27 +10,27 @@ template <typename A>
 struct GistSide {
   A centre;
   A of_hat;    // row_grad over the sum at temperature T: takes p^ to row_grad p
-  A mean;      // of the other side's: the mean of (own less other) / T under the own distribution
+  A mean;      // of the other side's: the mean of own less other under the own distribution
   A of_unit;   // row_grad W over the sum at temperature 1, times the cross-entropy's factor
   A row_grad;  // of the class weights: row_grad times that factor
-  A beta_t;    // the divergence's weight over T
+  A beta_tt;   // the divergence's weight over T^2
   bool has_ce, has_kl;
 
-  GistSide(double centre, double sum, double mean, double over_unit, double row_grad, double factor, double beta_t)
+  GistSide(double centre, double sum, double mean, double over_unit, double row_grad, double factor, double beta_tt)
       : centre(static_cast<A>(centre)),
         of_hat(static_cast<A>(row_grad / sum)),
         mean(static_cast<A>(mean)),
         of_unit(static_cast<A>(row_grad * factor * over_unit)),
         row_grad(static_cast<A>(row_grad * factor)),
-        beta_t(static_cast<A>(beta_t)),
+        beta_tt(static_cast<A>(beta_tt)),
         has_ce(factor != 0),
-        has_kl(beta_t != 0) {}
+        has_kl(beta_tt != 0) {}
 };
 
 template <typename A>
 struct GistScalars {
   GistSide<A> z, o;
-  A inv_t;
+  A t;        // T
   A nothing;  // the gradient of a side without a term: 0, but NaN where the row's target is no class
 };
 
@@ -46,16 +46,17 @@ FASTGIST_INLINE void finish_both(const Block<A>& block, const GistScalars<A>& ro
 #pragma omp simd
   for (int64_t i = 0; i < block.n; ++i) {
     const A zc = z[i] - row.z.centre, oc = o[i] - row.o.centre;
-    const A d = (z[i] == -kInf<A> ? A(0) : zc - oc) * row.inv_t;
+    const A d = z[i] == -kInf<A> ? A(0) : zc - oc;
     const A p = p_hat[i] * of_p, q = q_hat[i] * of_q;
-    const A kl_z = multiply_add<kFma>(p, d - row.z.mean, p - q);
-    const A kl_o = multiply_add<kFma>(q, -row.o.mean - d, q - p);
+    const A t_gap = (p - q) * row.t;
+    const A kl_z = multiply_add<kFma>(p, d - row.z.mean, t_gap);
+    const A kl_o = multiply_add<kFma>(q, -row.o.mean - d, -t_gap);
     const A t_z = kEven ? even_z : row.z.row_grad * weights[i];
     const A t_o = kEven ? even_o : row.o.row_grad * weights[i];
     const A ce_z = multiply_add<kFma>(exp_unit<kPower, kFma>(zc, p_hat[i]), unit_p, -t_z);
     const A ce_o = multiply_add<kFma>(exp_unit<kPower, kFma>(oc, q_hat[i]), unit_q, -t_o);
-    grad_z[i] = multiply_add<kFma>(row.z.beta_t, kl_z, ce_z);
-    grad_o[i] = multiply_add<kFma>(row.o.beta_t, kl_o, ce_o);
+    grad_z[i] = multiply_add<kFma>(row.z.beta_tt, kl_z, ce_z);
+    grad_o[i] = multiply_add<kFma>(row.o.beta_tt, kl_o, ce_o);
   }
 }
 
@@ -73,7 +74,7 @@ struct OneSide {
 // One side with its cross-entropy, and with the divergence or without: then nothing of the other side is looked at.
 template <int kPower, bool kKl, bool kFma, typename A>
 FASTGIST_INLINE void finish_side(const OneSide<A>& at, int64_t n, const GistSide<A>& own, const GistSide<A>& other,
-                                 A inv_t, const A* weights) {
+                                 A t, const A* weights) {
   const A *x = at.x, *y = at.y, *x_hat = at.x_hat, *y_hat = at.y_hat;
   A* grad = at.grad;
   const A of_x = own.of_hat * at.moved_x, of_y = other.of_hat * at.moved_y;
@@ -81,13 +82,13 @@ FASTGIST_INLINE void finish_side(const OneSide<A>& at, int64_t n, const GistSide
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const A xc = x[i] - own.centre;
-    const A t = own.row_grad * weights[i];
-    const A ce = multiply_add<kFma>(exp_unit<kPower, kFma>(xc, x_hat[i]), unit, -t);
+    const A weight = own.row_grad * weights[i];
+    const A ce = multiply_add<kFma>(exp_unit<kPower, kFma>(xc, x_hat[i]), unit, -weight);
     if constexpr (kKl) {
-      const A d = gap(x[i], y[i], own.centre, other.centre) * inv_t;
+      const A d = gap(x[i], y[i], own.centre, other.centre);
       const A p = x_hat[i] * of_x, q = y_hat[i] * of_y;
-      const A kl = multiply_add<kFma>(p, d - own.mean, p - q);
-      grad[i] = multiply_add<kFma>(own.beta_t, kl, ce);
+      const A kl = multiply_add<kFma>(p, d - own.mean, (p - q) * t);
+      grad[i] = multiply_add<kFma>(own.beta_tt, kl, ce);
     } else {
       grad[i] = ce;
     }
@@ -97,15 +98,15 @@ FASTGIST_INLINE void finish_side(const OneSide<A>& at, int64_t n, const GistSide
 // One side with the divergence alone.
 template <bool kFma, typename A>
 FASTGIST_INLINE void finish_divergence(const OneSide<A>& at, int64_t n, const GistSide<A>& own,
-                                       const GistSide<A>& other, A inv_t) {
+                                       const GistSide<A>& other, A t) {
   const A *x = at.x, *y = at.y, *x_hat = at.x_hat, *y_hat = at.y_hat;
   A* grad = at.grad;
   const A of_x = own.of_hat * at.moved_x, of_y = other.of_hat * at.moved_y;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const A d = gap(x[i], y[i], own.centre, other.centre) * inv_t;
+    const A d = gap(x[i], y[i], own.centre, other.centre);
     const A p = x_hat[i] * of_x, q = y_hat[i] * of_y;
-    grad[i] = own.beta_t * multiply_add<kFma>(p, d - own.mean, p - q);
+    grad[i] = own.beta_tt * multiply_add<kFma>(p, d - own.mean, (p - q) * t);
   }
 }
 
@@ -113,11 +114,11 @@ template <int kPower, bool kFma, typename A>
 FASTGIST_INLINE void finish_terms(const OneSide<A>& at, int64_t n, const GistSide<A>& own, const GistSide<A>& other,
                                   const GistScalars<A>& row, const A* weights) {
   if (own.has_ce && own.has_kl) {
-    finish_side<kPower, true, kFma>(at, n, own, other, row.inv_t, weights);
+    finish_side<kPower, true, kFma>(at, n, own, other, row.t, weights);
   } else if (own.has_ce) {
-    finish_side<kPower, false, kFma>(at, n, own, other, row.inv_t, weights);
+    finish_side<kPower, false, kFma>(at, n, own, other, row.t, weights);
   } else if (own.has_kl) {
-    finish_divergence<kFma>(at, n, own, other, row.inv_t);
+    finish_divergence<kFma>(at, n, own, other, row.t);
   } else {
     std::fill_n(at.grad, n, row.nothing);
   }

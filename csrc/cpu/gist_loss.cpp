@@ -188,10 +188,10 @@ struct GistLoss {
     const double given = RowTarget(in, row).valid ? row_grad : std::numeric_limits<double>::quiet_NaN();
     const double t = pair.temperature;
     return {GistSide<A>(stats[kMaxZ], stats[kSumP], stats[kMeanP], stats[kWeight] / stats[kUnitZ], given, 1.0,
-                        in.beta_z / t),
+                        in.beta_z / t / t),
             GistSide<A>(stats[kMaxO], stats[kSumQ], -stats[kMeanQ], stats[kWeight] / stats[kUnitO], given, in.alpha,
-                        in.beta_o / t),
-            inv_t, static_cast<A>(given * 0)};
+                        in.beta_o / t / t),
+            static_cast<A>(t), static_cast<A>(given * 0)};
   }
 
   FASTGIST_INLINE bool needs_p(bool of_z, bool of_o) const { return of_z || (of_o && in.beta_o != 0); }

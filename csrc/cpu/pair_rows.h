@@ -116,7 +116,7 @@ struct OnlinePair {
     const A down_z = std::min(rise_z, A(0)), down_o = std::min(rise_o, A(0));
     const A alpha_p = exp_scaled<kFma>(down_z, over_t);
     const A alpha_q = exp_scaled<kFma>(down_o, over_t);
-    const A shift = rise_z - rise_o;
+    const double shift = (static_cast<double>(old_z) - centre(m_z)) - (static_cast<double>(old_o) - centre(m_o));
     w_p = alpha_p * (w_p + shift * s_p);
     w_q = alpha_q * (w_q + shift * s_q);
     s_p *= alpha_p;
@@ -218,7 +218,7 @@ struct OnlinePair {
       constexpr A nan = std::numeric_limits<A>::quiet_NaN();
       return {kInf<A>, nan, nan};
     }
-    return {loss, static_cast<A>(w_p / s_p * inv_t), static_cast<A>(w_q / s_q * inv_t)};
+    return {loss, static_cast<A>(w_p / s_p), static_cast<A>(w_q / s_q)};
   }
 
   // The divergence's part of a row's statistics.
@@ -247,8 +247,8 @@ FASTGIST_INLINE A moved(A from, A to, const ExpScale<A>& over_t) {
 }
 
 // z - m_z less o - m_o: 0 where both are -inf. Where one is, e_p and e_q are NaN and take the whole row with them.
-// (Over T it is rounded as e_p and e_q are: where one class has all the mass, d less its mean must be 0, and a fused
-// product would leave the rounding of the mean.)
+// It stays undivided by T, and so do e_p and e_q: what must vanish in d - e_p then does; and where a class is masked by
+// the least float, p is 0 and d / T may be infinite. Over T^2 goes what all of a gradient is multiplied by.
 template <typename A>
 FASTGIST_INLINE A gap(A z, A o, A m_z, A m_o) {
   return z == -kInf<A> ? A(0) : (z - m_z) - (o - m_o);

@@ -167,6 +167,7 @@ __global__ void __launch_bounds__(Tile<T, kVectorised, kWarps>::kBlock, Tile<T, 
     // p = p^ / S_p, not exp2(. - log2 S_p): the rounding of that argument would grow with log S_p.
     const A inv_s_p = A(1) / stats[kSumP * in.rows + row], inv_s_q = A(1) / stats[kSumQ * in.rows + row];
     const A e_p = stats[kMeanP * in.rows + row], e_q = stats[kMeanQ * in.rows + row];
+    const A near_p = nearness(stats[kSumP * in.rows + row], e_p), near_q = nearness(stats[kSumQ * in.rows + row], e_q);
     const A scale = row_grad[row * args.row_grad_stride] * inv_t;
 
     for (int64_t start = static_cast<int64_t>(blockIdx.y) * Tile::kClasses; start < in.classes;
@@ -187,8 +188,8 @@ __global__ void __launch_bounds__(Tile<T, kVectorised, kWarps>::kBlock, Tile<T, 
         // d is 0 where both sides are -inf. Where one is, e_p and e_q are NaN and take the whole row with them.
         const A d = x == minus_infinity(A()) ? A(0) : (zc - oc) * inv_t;
         const A p = product(power_of_two(zc * to_exp2), inv_s_p), q = product(power_of_two(oc * to_exp2), inv_s_q);
-        x = counts ? scale * (p * (d - e_p) + (p - q)) : A(0);
-        y = counts ? scale * (q * (e_q - d) + (q - p)) : A(0);
+        x = counts ? scale * (p * about_mean(d, e_p, near_p) + (p - q)) : A(0);
+        y = counts ? scale * ((q - p) - q * about_mean(d, e_q, near_q)) : A(0);
       }
 #pragma unroll
       for (int u = 0; u < Tile::kUnroll; ++u) {

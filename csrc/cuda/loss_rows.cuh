@@ -241,6 +241,7 @@ __host__ __device__ __forceinline__ A row_loss(const RowSums<A, kLoss>& sums, bo
 template <typename A>
 struct About {
   A m_z, m_o, e_p, e_q;
+  A near_p, near_q;    // a d that is this near to e_p (e_q) is taken for it
   A over_p, over_q;    // factor beta / (T S_p), and with S_q
   A over_z, over_o;    // factor W / sum exp(zc), factor alpha W / sum exp(oc)
   A factor, factor_o;  // what the row loss is multiplied by, and that times alpha
@@ -254,6 +255,8 @@ __host__ __device__ __forceinline__ About<A> about(const RowStats<A>& stats, A f
   row.m_o = stats.m_o;
   row.e_p = stats.e_p;
   row.e_q = stats.e_q;
+  row.near_p = nearness(stats.s_p, stats.e_p);
+  row.near_q = nearness(stats.s_q, stats.e_q);
   const A pair_factor = kLoss == kKl ? factor * args.inv_t : factor * args.beta_in_gradients * args.inv_t;
   // p = p^ / S_p, not exp2(. - log2 S_p): the rounding of that argument would grow with log S_p.
   row.over_p = pair_factor / stats.s_p;
@@ -276,7 +279,8 @@ __host__ __device__ __forceinline__ void gradients(A z, A o, const About<A>& row
   const A at_z = exp2_flushed(zc * args.to_exp2), at_o = exp2_flushed(oc * args.to_exp2);
   const A p = product(at_z, row.over_p), q = product(at_o, row.over_q);
   // Over T goes p, not d: where a class is masked by the least float, p is 0 and d / T may be infinite.
-  const A kl_z = (p * args.inv_t) * (d - row.e_p) + (p - q), kl_o = (q * args.inv_t) * (row.e_q - d) + (q - p);
+  const A kl_z = (p * args.inv_t) * about_mean(d, row.e_p, row.near_p) + (p - q);
+  const A kl_o = (q - p) - (q * args.inv_t) * about_mean(d, row.e_q, row.near_q);
   if constexpr (kLoss == kKl) {
     grad_z = kl_z;
     grad_o = kl_o;

@@ -11,10 +11,12 @@ import triton.language as tl
 from fastgist_kernels.common import LOG2E
 from fastgist_kernels.pair_rows import (
     Rows,
+    about_mean,
     finished_factor,
     gradient_factor,
     load_pair,
     merge_pair,
+    nearness,
     no_state,
     online_pair,
     over_row,
@@ -45,6 +47,8 @@ class KlAbout(NamedTuple):
     over_q: Any
     e_p: Any
     e_q: Any
+    near_p: Any
+    near_q: Any
 
 
 @triton.jit
@@ -59,13 +63,14 @@ def kl_rows(first, mask_ptr, stride_mask, M, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def kl_about(rows, m_z, m_o, s_p, s_q, e_p, e_q, factor):
+def kl_about(rows, m_z, m_o, s_p, s_q, e_p, e_q, near_p, near_q, factor):
     """Rows that do not count were read as -inf, so p = q = d = 0: with these numbers 0 their gradients are 0, and no element
     asks whether its row counts."""
     # exp / S, not exp(. - log S): the argument's rounding grows with log S, the quotient's does not.
     over_p = tl.where(rows.count, factor / s_p, 0.0)
     over_q = tl.where(rows.count, factor / s_q, 0.0)
-    return KlAbout(m_z, m_o, over_p, over_q, tl.where(rows.count, e_p, 0.0), tl.where(rows.count, e_q, 0.0))
+    e_p, e_q = tl.where(rows.count, e_p, 0.0), tl.where(rows.count, e_q, 0.0)
+    return KlAbout(m_z, m_o, over_p, over_q, e_p, e_q, near_p, near_q)
 
 
 @triton.jit
@@ -92,8 +97,8 @@ def kl_gradients(out, rows, seen, about, inv_t, start, stop, BLOCK_V: tl.constex
     q = seen.q * over_row(about.over_q, VEC)
     # d - e, not d / T - e / T: a fused multiply-add would round the two apart where they must cancel. And over T goes p: where
     # a class is masked by the least float, p is 0 and d / T may be infinite.
-    grad_z = (p * inv_t) * (seen.d - over_row(about.e_p, VEC)) + (p - q)
-    grad_o = (q * inv_t) * (over_row(about.e_q, VEC) - seen.d) + (q - p)
+    grad_z = (p - q) + (p * inv_t) * about_mean(seen.d, about.e_p, about.near_p, VEC)
+    grad_o = (q - p) - (q * inv_t) * about_mean(seen.d, about.e_q, about.near_q, VEC)
     store_gradients(out, rows, start, stop, grad_z, grad_o, BLOCK_V, VEC)
 
 
@@ -122,7 +127,8 @@ def kl_finish(pair, out, rows, state, start, stop, inv_t, BLOCK_V: tl.constexpr,
         store_stat(out, 4, rows, e_p)
         store_stat(out, 5, rows, e_q)
     else:
-        about = kl_about(rows, state.m_z, state.m_o, state.s_p, state.s_q, e_p, e_q, factor * inv_t)
+        near_p, near_q = nearness(state.s_p, e_p), nearness(state.s_q, e_q)
+        about = kl_about(rows, state.m_z, state.m_o, state.s_p, state.s_q, e_p, e_q, near_p, near_q, factor * inv_t)
         for at in range(start, stop, BLOCK_V):
             kl_finish_tile(pair, out, rows, about, inv_t, at, stop, BLOCK_V, VEC)
 
@@ -139,7 +145,7 @@ def kl_whole(pair, out, rows, inv_t, BLOCK_V: tl.constexpr, VEC: tl.constexpr):
     loss, e_p, e_q = pair_means(state, inv_t)
     factor = finished_factor(out)
     store_row_loss(out, rows, loss * factor)
-    about = kl_about(rows, state.m_z, state.m_o, state.s_p, state.s_q, e_p, e_q, factor * inv_t)
+    about = kl_about(rows, state.m_z, state.m_o, state.s_p, state.s_q, e_p, e_q, None, None, factor * inv_t)
     kl_gradients(out, rows, seen, about, inv_t, 0, out.V, BLOCK_V, VEC)
     return tl.where(rows.count, loss * factor, 0.0)
 
@@ -171,14 +177,18 @@ def kl_merge(pair, out, rows, parts, start, stop, inv_t, BLOCK_V: tl.constexpr, 
 @triton.jit
 def kl_backward(pair, out, rows, start, inv_t, BLOCK_V: tl.constexpr, VEC: tl.constexpr):
     """Write the gradients of the tile at column ``start`` from the statistics of rows."""
+    s_p, s_q = stat(out, 2, rows, 1.0), stat(out, 3, rows, 1.0)
+    e_p, e_q = stat(out, 4, rows, 0.0), stat(out, 5, rows, 0.0)
     about = kl_about(
         rows,
         stat(out, 0, rows, 0.0),
         stat(out, 1, rows, 0.0),
-        stat(out, 2, rows, 1.0),
-        stat(out, 3, rows, 1.0),
-        stat(out, 4, rows, 0.0),
-        stat(out, 5, rows, 0.0),
+        s_p,
+        s_q,
+        e_p,
+        e_q,
+        nearness(s_p, e_p),
+        nearness(s_q, e_q),
         gradient_factor(out, rows) * inv_t,
     )
     kl_finish_tile(pair, out, rows, about, inv_t, start, out.V, BLOCK_V, VEC)

@@ -31,11 +31,13 @@ __all__ = [
     "Rows",
     "Seen",
     "State",
+    "about_mean",
     "finished_factor",
     "gradient_factor",
     "lane_sum",
     "load_pair",
     "merge_pair",
+    "nearness",
     "no_lanes",
     "no_state",
     "online_pair",
@@ -359,6 +361,27 @@ def pair_means(state, inv_t):
     lone = state.lone > 0
     divergence = tl.where(lone & (divergence == divergence), float("inf"), divergence)
     return divergence, tl.where(lone, float("nan"), e_p), tl.where(lone, float("nan"), e_q)
+
+
+@triton.jit
+def nearness(s, e):
+    """How near a mean of d [BLOCK_M] a d is taken for the mean itself: within the rounding of a state that was moved to other
+    maxima, where one class has all of its row's mass (S = 1); nowhere else.
+
+    That class's d less the mean is 0, but the mean comes out rounded otherwise than d, by as much as d is large. (Not 0
+    wherever p = 1: classes too small to show in S may have a d that shows in the mean.) Others so near have p < 2^-24.
+    """
+    return tl.where(s == 1.0, tl.abs(e) * 2.0**-21, 0.0)
+
+
+@triton.jit
+def about_mean(d, e, near, VEC: tl.constexpr):
+    """A tile's d less the mean of its row. ``near``: :func:`nearness`, or None where each row's state was formed about its own
+    maxima, and the difference is 0 where it should be."""
+    x = d - over_row(e, VEC)
+    if near is not None:
+        x = tl.where(tl.abs(x) <= over_row(near, VEC), 0.0, x)
+    return x
 
 
 @triton.jit
