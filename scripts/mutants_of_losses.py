@@ -221,8 +221,8 @@ BIDIRECTIONAL_KL = [
         ),
         (
             "sign of the finished gradient",
-            "_common.scale_rows(ctx.saved_tensors, (factor, -factor), ctx.dtype)",
-            "_common.scale_rows(ctx.saved_tensors, (factor, factor), ctx.dtype)",
+            "_common.scale_rows(grads, (factor, -factor), ctx.dtype)",
+            "_common.scale_rows(grads, (factor, factor), ctx.dtype)",
             "the other side's comes negated",
         ),
     ),
