@@ -304,6 +304,23 @@ def test_what_is_bad_stays_in_its_row(case, classes, where):
     assert grad_o[2].isnan().all()
 
 
+@pytest.mark.parametrize("bits", [0x7FC00001, 0x7FFFFFFF, -1])
+@pytest.mark.parametrize(("classes", "where"), [(5, 2), (3000, 5), (3000, 2999)])
+def test_nan_of_any_bits_is_nan(bits, classes, where):
+    """Kernels build powers of two in a float's bits: no NaN may become a number there."""
+    z, o = logits(4, classes, torch.float32)
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    z[2, where] = nan
+    target = torch.arange(4)
+    row_loss, stats = torch.empty(4), torch.empty(9, 4)
+    for options in ((0.5, 0.75, 0.75, 0.75, 1.0), (0.0, 0.0, 0.0, 0.0, 3.0)):
+        torch.ops.fastgist_native.gist_loss_fwd(z, o, target, *options, 0.0, -100, row_loss, stats)
+        assert row_loss.isnan().tolist() == [False, False, True, False]
+    loss, _, grad_z, grad_o = run(z, o)
+    for found in (loss.isnan(), grad_z.isnan().all(-1), grad_o.isnan().all(-1)):
+        assert found.tolist() == [False, False, True, False]
+
+
 def test_a_side_that_is_all_minus_inf():
     z, o = logits(4, 50, torch.float32)
     z[1], o[2], z[3], o[3] = -INF, -INF, -INF, -INF

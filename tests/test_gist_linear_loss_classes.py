@@ -14,6 +14,7 @@ from test_gist_linear_loss_chunks import NAMES, OPTIONS, case, peak, unfused
 from fastgist.functional import gist_linear_loss
 from fastgist.ops import _linear_chunks as chunks
 from fastgist.ops import _linear_head
+from fastgist.reference import _numerics
 from fastgist.reference.gist_linear_loss import gist_linear_loss as formula
 from fastgist.testing import assert_within_budget
 
@@ -235,3 +236,20 @@ def test_the_peak_stays_within_an_eighth_of_whole_logits(impl, device):
     ours = peak(lambda: torch.autograd.grad(gist_linear_loss(*inputs, target, **options), leaves)) - exist
     assert whole >= 3.5 * rows * classes * 2
     assert ours <= whole / 8 < 4 * classes * width
+
+
+def test_a_budget_that_is_given_holds_the_sum_and_what_is_added_to_it(impl, device, blocks):
+    """One pass: a chunk, the float32 sum, and the part of a product on its way into it."""
+    if impl != "native":
+        pytest.skip(
+            "asks the profiler for the CPU's allocations; plain PyTorch's row work has blocks of its own beside them"
+        )
+    rows, classes, width, budget = 512, 4096, 256, 2**23
+    inputs, target = case(rows, width, classes, dtype=HALF)
+    leaves = [x.requires_grad_() for x in inputs]
+    exist = sum(x.numel() * 2 for x in leaves)
+    options = {"impl": impl, "memory_budget": budget}
+    ours = peak(lambda: torch.autograd.grad(gist_linear_loss(*inputs, target, **options), leaves)) - exist
+    assert not blocks
+    rows_between = 2 * 2 * _numerics.BLOCK_ELEMENTS  # on their way from logits to gradients
+    assert 2 * classes * width < ours <= budget + rows_between

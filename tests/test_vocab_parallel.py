@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import re
@@ -206,7 +207,19 @@ def others(rank: int) -> dict:
     attempt("outside", vocab_start=30, vocab_size=CLASSES)
     attempt("not in it", group=alone[1 - rank])
     attempt("target", labels=torch.full_like(target, 2 * CLASSES))  # each rank has CLASSES of them here
-    results = {"alone": (loss, grads), "compiled": of_compiled}
+    wrong = target.clone()
+    wrong[8] = 2 * CLASSES + rank
+    attempt("target of one", labels=torch.where(torch.tensor(rank == 0), target, wrong), chunk_rows=3)
+    attempt("targets differ", labels=target.roll(rank), chunk_rows=4)
+    attempt("later chunk", labels=torch.where(wrong >= 2 * CLASSES, 2 * CLASSES, wrong), chunk_rows=3)
+    other = inputs[1].clone()
+    other[6, 2] += rank
+    module = importlib.import_module("fastgist.ops.gist_linear_loss")
+    module.DEBUG = True
+    attempt("states differ", gist=other)
+    loss_of_debug, _ = evaluate(call(gist_linear_loss, labels, told), local, [True] * 4)
+    module.DEBUG = False
+    results = {"alone": (loss, grads), "compiled": of_compiled, "debug": (loss_of_debug, of_compiled[1])}
     return {name: {"loss": x[0], "grads": x[1]} for name, x in results.items()} | {"errors": errors}
 
 
@@ -265,6 +278,7 @@ def test_a_group_of_one_is_no_group(ranks):
 def test_told_its_share_a_rank_may_be_compiled_whole(ranks):
     for found in ranks:
         torch.testing.assert_close(found["compiled"], found["told"])
+        torch.testing.assert_close(found["debug"]["loss"], found["told"]["loss"])
 
 
 @pytest.mark.parametrize(
@@ -281,6 +295,13 @@ def test_told_its_share_a_rank_may_be_compiled_whole(ranks):
         ("outside", "ValueError: gist_linear_loss: rows 30 to 67 are not within a head of vocab_size 37"),
         ("not in it", "ValueError: gist_linear_loss: this process is not in the group"),
         ("target", r"IndexError: gist_linear_loss: target\[0\] is 74, and there are 74 classes"),
+        ("target of one", r"ValueError: gist_linear_loss: target must be the same .* target\[8\] is \[\d+, 75\]"),
+        ("targets differ", r"ValueError: gist_linear_loss: target must be the same .* target\[0\] is"),
+        ("later chunk", r"IndexError: gist_linear_loss: target\[8\] is 74, and there are 74 classes"),
+        (
+            "states differ",
+            "ValueError: gist_linear_loss: gist_hidden must be the same on all ranks .*, and row 6 is not",
+        ),
     ],
 )
 def test_what_cannot_be_raises_on_both_ranks_and_hangs_on_none(ranks, name, message):

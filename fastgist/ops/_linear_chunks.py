@@ -81,20 +81,29 @@ def rows_of_chunk(rows: int, hidden: int, classes: int, itemsize: int, budget: i
 
 
 def plan(
-    rows: int, hidden: int, classes: int, itemsize: int, chunk_rows: int, budget: int, sum_bytes: int
+    rows: int,
+    hidden: int,
+    classes: int,
+    itemsize: int,
+    chunk_rows: int,
+    budget: int,
+    sum_bytes: int,
+    added_bytes: int = 0,
 ) -> tuple[int, int]:
     """(pairs of rows in a chunk, classes in a block of the second pass that forms the head's gradient, or 0: one pass does).
 
     ``chunk_rows``, ``budget``: as they were given, or 0. ``sum_bytes``: of the sum that a head's gradient is formed in where
     that is wider than the gradient, else 0. It stands beside a chunk, and then beside what it is narrowed to, which exists
-    either way.
+    either way. ``added_bytes``: of what several chunks add to a sum at a time.
     """
     size = chunk_rows or rows_of_chunk(rows, hidden, classes, itemsize, budget or None)
+    if size < rows and not chunk_rows and budget:
+        size = rows_of_chunk(rows, hidden, classes, itemsize, budget - added_bytes)
     if size >= rows or not sum_bytes:
         return size, 0
     room = budget or max(_eighth_of_whole(rows, classes, itemsize), LEAST_BUDGET)
     if sum_bytes <= room:
-        beside = min(room - sum_bytes // 2, chunk_bytes(size, hidden, classes, itemsize))
+        beside = min(room - sum_bytes // 2 - added_bytes, chunk_bytes(size, hidden, classes, itemsize))
         fewer = chunk_rows or rows_of_chunk(rows, hidden, classes, itemsize, beside)
         if fewer >= LEAST_ROWS:
             return fewer, 0

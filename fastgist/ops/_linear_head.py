@@ -14,11 +14,21 @@ from torch import Tensor
 from fastgist.ops._linear_chunks import RowWork, padded
 from fastgist.reference._numerics import row_blocks
 
-__all__ = ["States", "Sum", "add_rows", "by_classes", "logits"]
+__all__ = ["States", "Sum", "add_rows", "added_at_a_time", "by_classes", "logits"]
 
-#: Elements of the head's gradient that a chunk adds at a time where the sum is wider than the product: what lies between
-#: them is this large, not as large as the head. (On a CPU that is the product and a wider copy of it.)
-_HEAD_BLOCK, _HEAD_BLOCK_ON_CPU = 2**24, 2**22
+#: Elements of the head's gradient that a chunk adds at a time, at most, where the sum is wider than the product: what lies
+#: between them is this large, not as large as the head.
+_MOST_ADDED, _MOST_ADDED_ON_CPU = 2**24, 2**22
+#: What that takes of a budget: a sixteenth.
+_SHARE_ADDED = 16
+
+
+def added_at_a_time(room: int, device: torch.device, itemsize: int) -> tuple[int, int]:
+    """(elements of a product of ``itemsize`` that a wider sum is given at a time, the bytes that they take): a share of
+    ``room`` bytes where that is given, not 0. On a CPU torch makes a float32 copy of the product."""
+    most, each = (_MOST_ADDED_ON_CPU, itemsize + 4) if device.type == "cpu" else (_MOST_ADDED, itemsize)
+    elements = max(1, min(most, room // _SHARE_ADDED // each)) if room else most
+    return elements, elements * each
 
 
 class States:
@@ -53,11 +63,12 @@ def add_rows(total: Tensor, grad_logits: Tensor) -> None:
 class Sum:
     """The gradient (V, H) of the head, summed over ``chunks`` in ``dtype``: in bfloat16 the later ones would be rounded away.
 
-    It comes as ``kept``. The gradient of one chunk alone is written in it at once.
+    It comes as ``kept``. The gradient of one chunk alone is written in it at once; of several, ``elements`` are added at a
+    time where the sum is wider.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, kept: torch.dtype, chunks: int) -> None:
-        self.kept = kept
+    def __init__(self, weight: Tensor, dtype: torch.dtype, kept: torch.dtype, chunks: int, elements: int) -> None:
+        self.kept, self.elements = kept, elements
         make = torch.empty if chunks else torch.zeros
         self.sum = make(weight.shape, dtype=kept if chunks == 1 else dtype, device=weight.device)
         self.begun = False
@@ -68,8 +79,7 @@ class Sum:
         if total.dtype == states.dtype:
             total.addmm_(grad_logits.t(), states, beta=beta)
         else:
-            elements = _HEAD_BLOCK_ON_CPU if total.device.type == "cpu" else _HEAD_BLOCK
-            step = max(1, elements // max(states.shape[1], 1))
+            step = max(1, self.elements // max(states.shape[1], 1))
             for start in range(0, len(total), step):
                 classes = slice(start, start + step)
                 part = torch.mm(grad_logits[:, classes].t(), states)

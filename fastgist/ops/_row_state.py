@@ -47,13 +47,18 @@ class State(NamedTuple):
 class PartWork:
     """The :class:`fastgist.ops._linear_chunks.RowWork` of a head's classes from ``first`` on, of ``classes`` in all.
 
-    ``gather``: every part's numbers (parts, 12, m) from this one's (12, m). Without it this part is the whole head.
+    ``gather``: every part's numbers (parts, 12, m) from this one's (12, m) and the targets that they are of. Without it this
+    part is the whole head.
     """
 
     statistics = len(State._fields)
 
     def __init__(
-        self, options: tuple, first: int, classes: int, gather: Callable[[Tensor], Tensor] = lambda own: own[None]
+        self,
+        options: tuple,
+        first: int,
+        classes: int,
+        gather: Callable[[Tensor, Tensor], Tensor] = lambda own, target: own[None],
     ) -> None:
         self.options, self.first, self.classes_in_all, self.gather = options, first, classes, gather
 
@@ -72,7 +77,7 @@ class PartWork:
         blocks = row_blocks(z)
         about = [self._about(target[rows], self.first, z.shape[1]) for rows in blocks]
         own = torch.cat([state(z[r], gist[r], a, temperature) for r, a in zip(blocks, about, strict=True)], dim=1)
-        whole = merge(self.gather(own), temperature)
+        whole = merge(self.gather(own, target), temperature)
         if stats is not None:
             torch.stack(whole, out=stats)
         for rows, rest in zip(blocks, about, strict=True):

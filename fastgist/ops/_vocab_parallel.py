@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgist.ops._row_state import PartWork
+from fastgist.ops.gist_loss import DEBUG, check_targets_in_range
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -115,6 +116,47 @@ def sum_over_ranks(group: ProcessGroup, *shares: Tensor | None) -> None:
             work.wait()
 
 
-def row_work(group: ProcessGroup, options: tuple, first: int, classes: int) -> PartWork:
+def row_work(op: str, group: ProcessGroup, options: tuple, first: int, classes: int) -> PartWork:
     """What is done to a chunk of this rank's logits. ``first``: this rank's first class of ``classes``."""
-    return PartWork(options, first, classes, lambda own: _gathered(own, group))
+    return PartWork(options, first, classes, _Gather(op, group, classes, options[-1]))
+
+
+class _Gather:
+    """Every rank's numbers of a chunk, and its targets beside them. What is wrong with these all ranks find in the same chunk,
+    so that none is left waiting: on a CPU they raise; on a device, where a look would synchronise, rows whose targets differ
+    are NaN."""
+
+    def __init__(self, op: str, group: ProcessGroup, classes: int, ignore_index: int) -> None:
+        self.op, self.group, self.classes, self.ignore_index = op, group, classes, ignore_index
+        self.before = 0  # rows of the chunks so far
+
+    def __call__(self, own: Tensor, target: Tensor) -> Tensor:
+        if target.is_floating_point():  # each rank's are of its own classes
+            return _gathered(own, self.group)
+        every = _gathered(torch.cat((own, target.to(own.dtype)[None])), self.group)
+        differ = (every[:, -1] != every[:1, -1]).any(0)
+        if target.device.type != "cpu" and not DEBUG:
+            return every[:, :-1].masked_fill(differ, torch.nan)
+        if bool(differ.any()):
+            row = int(differ.nonzero()[0, 0])
+            given = [int(x) for x in every[:, -1, row].tolist()]
+            raise ValueError(
+                f"{self.op}: target must be the same on all ranks of the group, and target[{self.before + row}] is {given}"
+            )
+        check_targets_in_range(self.op, target, self.classes, self.ignore_index, self.before)
+        self.before += len(target)
+        return every[:, :-1]
+
+
+def check_same_states(op: str, group: ProcessGroup, *states: Tensor) -> None:
+    """ValueError on all ranks where some hidden states (M, H) are not the same bits on all of them. One more all-gather, and a
+    synchronisation: under FASTGIST_DEBUG=1, which all ranks must have or none."""
+    narrow = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = torch.stack([s.contiguous().view(narrow[s.element_size()]).sum(-1, dtype=torch.int64) for s in states])
+    every = _gathered(sums, group)
+    differ = (every != every[:1]).any(0)
+    if bool(differ.any()):
+        which, row = differ.nonzero()[0].tolist()
+        raise ValueError(
+            f"{op}: {('hidden', 'gist_hidden')[which]} must be the same on all ranks of the group, and row {row} is not"
+        )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastgist import backends
 from fastgist.ops import _common, _finished, _linear_chunks, _linear_head, _moving, _vocab_parallel
-from fastgist.ops.gist_loss import betas, check_options, check_target, check_targets_in_range
+from fastgist.ops.gist_loss import DEBUG, betas, check_options, check_target, check_targets_in_range
 from fastgist.reference import gist_loss as reference
 from fastgist.reference._numerics import accumulate_dtype
 
@@ -30,9 +30,9 @@ __all__ = ["gist_linear_loss"]
 _OP = "gist_linear_loss"
 
 
-def planned(hidden: Tensor, weight: Tensor, row_scale: Tensor, *rest) -> tuple[_linear_chunks.RowWork, int, int]:
-    """The row work of a call of the raw operator, the rows of its chunks, and the classes of a second pass's blocks or 0.
-    ``rest``: its arguments from alpha on."""
+def planned(hidden: Tensor, weight: Tensor, row_scale: Tensor, *rest) -> tuple[_linear_chunks.RowWork, int, int, int]:
+    """The row work of a call of the raw operator, the rows of its chunks, the classes of a second pass's blocks or 0, and the
+    elements that are added to a sum of the head's gradient at a time. ``rest``: its arguments from alpha on."""
     *options, chunk_rows, budget = rest[:9]
     _need_hidden, _need_gist, need_weight, _need_bias, narrow = rest[9:14]
     group_name, first_class, every_class, _reduce = rest[14:18]
@@ -45,10 +45,14 @@ def planned(hidden: Tensor, weight: Tensor, row_scale: Tensor, *rest) -> tuple[_
         )
     else:
         share = -(-every_class // group.size())  # as many chunks on every rank, whatever each one's share
-        work = _vocab_parallel.row_work(group, tuple(options), first_class, every_class)
+        work = _vocab_parallel.row_work(_OP, group, tuple(options), first_class, every_class)
     wider = need_weight and narrow and weight.dtype != row_scale.dtype
     sum_bytes = share * width * row_scale.element_size() if wider else 0
-    return work, *_linear_chunks.plan(rows, width, share, hidden.element_size(), chunk_rows, budget, sum_bytes)
+    itemsize = hidden.element_size()
+    elements, added = _linear_head.added_at_a_time(budget, hidden.device, itemsize)
+    if not (budget and need_weight and row_scale.dtype != hidden.dtype):
+        added = 0
+    return work, *_linear_chunks.plan(rows, width, share, itemsize, chunk_rows, budget, sum_bytes, added), elements
 
 
 def _run(
@@ -69,9 +73,12 @@ def _run(
     group_name, _first_class, every_class, reduce = rest[14:18]
     alpha, _, _, beta_gist, *_, ignore_index = options
     rows, classes = hidden.shape[0], weight.shape[0]
-    check_targets_in_range(_OP, target, every_class, ignore_index)
     group = _vocab_parallel.group_named(group_name)
-    work, chunk_rows, block = planned(hidden, weight, row_scale, *rest)
+    if group is None:
+        check_targets_in_range(_OP, target, every_class, ignore_index)
+    elif DEBUG:
+        _vocab_parallel.check_same_states(_OP, group, hidden, gist_hidden)
+    work, chunk_rows, block, elements = planned(hidden, weight, row_scale, *rest)
     dtype, kept = row_scale.dtype, weight.dtype if narrow else row_scale.dtype
     silent = alpha == 0.0 and beta_gist == 0.0  # nothing of the loss reaches the gist token: products of zeros
     here = (need_weight or need_bias) and not block  # the head's gradients come of the chunks, not of a second pass
@@ -80,7 +87,8 @@ def _run(
     grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else None
     make = torch.zeros if silent else torch.empty
     grad_gist = make(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_gist else None
-    head = _linear_head.Sum(weight, dtype, kept, -(-rows // chunk_rows)) if need_weight and not block else None
+    chunks = -(-rows // chunk_rows)
+    head = _linear_head.Sum(weight, dtype, kept, chunks, elements) if need_weight and not block else None
     grad_bias = torch.zeros(classes, dtype=dtype, device=weight.device) if need_bias else None
     states = _linear_head.States(hidden, gist_hidden, target, ignore_index, need_weight)
     stats = torch.empty(work.statistics, rows, dtype=dtype, device=hidden.device) if block else None
@@ -231,17 +239,19 @@ def gist_linear_loss(
             :func:`fastgist.functional.gist_loss`, with the same objective and the same divisor.
         chunk_rows: rows whose logits exist at a time; default: as many as ``memory_budget`` holds.
         memory_budget: bytes for a chunk's logits and stacked hidden states, and for the float32 sum of a half-precision
-            head's gradient over several chunks. Where that has no room, the gradient is formed by blocks of classes in a
-            second pass, with no sum: logits are computed twice, eight products in place of six. Default: a sixteenth of
-            what whole logits and their gradients would take, at least 32 MiB and at most 1 GiB, for a chunk or a block; an
-            eighth of what gist_loss on whole logits holds at its peak for all of it. The head's gradient itself comes on
-            top, as do the part of it that a chunk adds at a time (8 MiB on a CPU, 32 on a GPU, in bfloat16) and the float32
-            one of a float16 head, which waits in it for a loss scale.
+            head's gradient over several chunks with the part of a product that is added to it at a time. Where that has no
+            room, the gradient is formed by blocks of classes in a second pass, with no sum: logits are computed twice, eight
+            products in place of six. Default: a sixteenth of what whole logits and their gradients would take, at least 32 MiB
+            and at most 1 GiB, for a chunk or a block; an eighth of what gist_loss on whole logits holds at its peak for all of
+            it but the part that is added (up to 24 MiB on a CPU, 32 on a GPU). The head's gradient itself comes on top, as
+            does the float32 one of a float16 head, which waits in it for a loss scale.
         group: a torch.distributed group whose ranks share the head: weight (V_local, H) and bias are this rank's
             consecutive rows of it, in the ranks' order. Hidden states, class targets (of the whole vocabulary, not less
-            vocab_start) and options must be the same on all ranks: only shapes and options are compared, not values, and
-            what one rank alone raises leaves the others waiting. Soft targets are this rank's columns (..., V_local). The
-            loss is that of the whole head, the same bits on every rank. One all-gather a chunk, of twelve numbers a row.
+            vocab_start) and options must be the same on all ranks. Class targets travel with the rows' numbers: where they
+            differ or are no class all ranks raise on a CPU, and the row is NaN on a GPU. Hidden states are compared under
+            FASTGIST_DEBUG=1 alone, on all ranks or none; what one rank alone raises for another reason, before they first
+            talk, leaves the others waiting. Soft targets are this rank's columns (..., V_local). The loss is that of the
+            whole head, the same bits on every rank. One all-gather a chunk, of thirteen numbers a row.
         vocab_start, vocab_size: this rank's first row in the whole head, and the whole head's rows. Without them the ranks
             first tell each other, and hold what they were given against each other (ValueError on all of them, where
             they differ); a GPU synchronises for that. With them nothing is checked: other shapes on another rank hang.

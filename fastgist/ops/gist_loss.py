@@ -22,7 +22,7 @@ _OP = "gist_loss"
 #: Rows of the ``stats`` tensor (len(STATS), M) that a forward kernel leaves for its backward: those of the divergence,
 #: then the sums of exp(z - max) at temperature 1 and the sum of the class weights.
 STATS = (*_KL_STATS, "sum_z", "sum_gist", "weight")
-_DEBUG = os.environ.get("FASTGIST_DEBUG", "0") == "1"
+DEBUG = os.environ.get("FASTGIST_DEBUG", "0") == "1"
 
 
 def _launchers(impl: str):
@@ -180,10 +180,10 @@ def _counted(target: Tensor, ignore_index: int) -> Tensor | None:
 # -- checks, shared with gist_linear_loss ------------------------------------------------------------------------------
 
 
-def check_targets_in_range(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
+def check_targets_in_range(op: str, target: Tensor, classes: int, ignore_index: int, first_row: int = 0) -> None:
     """IndexError naming the first target that is no class. On a CPU; on a device only under FASTGIST_DEBUG=1, since
     the look would synchronise: there such a row's loss and gradient are NaN."""
-    if target.is_floating_point() or target.numel() == 0 or not (target.device.type == "cpu" or _DEBUG):
+    if target.is_floating_point() or target.numel() == 0 or not (target.device.type == "cpu" or DEBUG):
         return
     if target.device.type == "cpu":  # one look tells that all are in range, as they nearly always are
         least, most = target.aminmax()
@@ -193,7 +193,8 @@ def check_targets_in_range(op: str, target: Tensor, classes: int, ignore_index: 
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0, 0])
         raise IndexError(
-            f"{op}: target[{row}] is {int(target[row])}, and there are {classes} classes (ignore_index={ignore_index})"
+            f"{op}: target[{first_row + row}] is {int(target[row])}, and there are {classes} classes "
+            f"(ignore_index={ignore_index})"
         )
 
 
