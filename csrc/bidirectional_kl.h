@@ -2,10 +2,10 @@
 //
 // For each row, with z and o the two logits, T the temperature and m the row maxima:
 //     zc = z - m_z    oc = o - m_o    d = zc - oc    p^ = exp(zc / T)    q^ = exp(oc / T)
-//     S_p = sum p^    S_q = sum q^    e_p = sum p^ d / (T S_p)    e_q = sum q^ d / (T S_q)
-//     loss   = e_p - e_q                                       ( = KL(p || q) + KL(q || p) )
-//     grad_z = g / T * ( p (d / T - e_p) + p - q)              with p = p^ / S_p, q = q^ / S_q, g = row_grad
-//     grad_o = g / T * (-q (d / T - e_q) + q - p)
+//     S_p = sum p^    S_q = sum q^    e_p = sum p^ d / S_p    e_q = sum q^ d / S_q
+//     loss   = (e_p - e_q) / T                                 ( = KL(p || q) + KL(q || p) )
+//     grad_z = g / T * ( p / T (d - e_p) + p - q)              with p = p^ / S_p, q = q^ / S_q, g = row_grad
+//     grad_o = g / T * (-q / T (d - e_q) + q - p)
 // Subtracting the maxima inside d changes nothing (an offset of d cancels in e_p - e_q) and keeps an offset between the
 // two heads out of the arithmetic.
 //

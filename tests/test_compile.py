@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import DEVICE, INTERPRETING
 from every_op import PAIRS, make
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -36,13 +37,38 @@ def test_fullgraph(op, by):
 
 @every
 def test_fullgraph_with_other_row_counts(op, by):
-    """A second shape makes dimensions symbolic; a third must not fail or recompile wrongly."""
+    """A second shape makes dimensions symbolic, and that graph serves all others: forward and backward."""
     torch._dynamo.reset()
-    shared = make(op)
-    compiled = torch.compile(lambda *v: shared(*v, impl=by), fullgraph=True, backend="aot_eager")
-    for rows in (9, 14, 5):
+    shared, graphs = make(op), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *v: shared(*v, impl=by), fullgraph=True, backend=graphs)
+    for rows in (9, 14, 5, 21):
         call = make(op, rows=rows)
-        torch.testing.assert_close(call.run(compiled)[0], call.run(impl=by)[0])
+        got, want = call.run(compiled), call.run(impl=by)
+        torch.testing.assert_close(got[0], want[0])
+        for mine, w in zip(got[1], want[1], strict=True):
+            torch.testing.assert_close(mine, w)
+    assert graphs.frame_count == 2
+
+
+@pytest.mark.parametrize(
+    ("op", "by"), [(op, by) for op, by in PAIRS if op in ("bidirectional_kl", "gist_loss", "gist_linear_loss")]
+)
+def test_fullgraph_with_one_tensor_for_both_sides(op, by):
+    torch._dynamo.reset()
+    call = make(op)
+    first, _, *rest = call.tensors
+
+    def loss(x, *rest):
+        return call(x, x, *rest, impl=by)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    values = [call.tensors[name] for name in rest]
+    found = []
+    for function in (loss, compiled):
+        x = call.tensors[first].clone().requires_grad_()
+        out = function(x, *values)
+        found.append((out.detach(), *torch.autograd.grad(out, x)))
+    torch.testing.assert_close(found[1], found[0])
 
 
 #: op -> its numeric options, which a training schedule or a second model changes.

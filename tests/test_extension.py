@@ -123,6 +123,16 @@ def test_temperatures(temperature):
     check(*logits(4, 1000, torch.float32), temperature=temperature)
 
 
+@pytest.mark.parametrize("classes", [100, 2500])
+@pytest.mark.parametrize("temperature", [0.25, 1.0])
+def test_classes_masked_by_the_least_float_on_one_side(classes, temperature):
+    """Their p is 0 and their d, over T, more than a float holds. (q, of the other side, is 0 there too.)"""
+    z, o = logits(4, classes, torch.float32)
+    z[:, 5] = torch.finfo(torch.float32).min
+    o[:, 5] = -1e4
+    check(z, o, temperature=temperature)
+
+
 def test_maxima_that_rise_all_along_the_row():
     z, o = logits(4, 5000, torch.float32)
     check(z.sort(-1).values, o.sort(-1, descending=True).values)

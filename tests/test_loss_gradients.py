@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DEVICE, INTERPRETING, implementations
+from every_op import make
 from losses import assert_same, gradient_terms
 from torch import Tensor
 
@@ -268,6 +269,45 @@ def test_a_divisor_that_changes_compiles_once_as_a_float_and_once_as_an_integer(
     with torch._dynamo.config.patch(recompile_limit=4):
         for divisor in (*(n + 0.5 for n in range(1, 9)), *range(1, 9)):
             torch.testing.assert_close(compiled(*leaves, divisor=divisor), loss(*leaves, divisor=divisor))
+
+
+@each
+def test_a_divisor_that_is_no_count_is_never_a_plausible_number(op, by):
+    """A tensor on the CPU is looked at. One that nobody may look at, on a device or in compiled code, makes the loss NaN."""
+    leaves, rest, options = problem(op)
+
+    def loss(divisor, *leaves):
+        return getattr(F, op)(*leaves, *rest, impl=by, divisor=divisor, **options)
+
+    for bad in (-5.0, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match=f"{op}: divisor must be finite and > 0 .* got {bad}"):
+            loss(torch.tensor(bad), *leaves)
+    if not INTERPRETING:
+        torch._dynamo.reset()
+        unseen = torch.compile(loss, backend="eager", fullgraph=True)(torch.tensor(-5.0, device=DEVICE), *leaves)
+        assert unseen.isnan()
+        assert all(g.isnan().any() for g in gradients(unseen, leaves))
+
+
+@pytest.mark.parametrize("op", ["bidirectional_kl", "gist_loss"])
+@pytest.mark.parametrize("to", ["to_sparse", "to_mkldnn"])
+def test_logits_in_another_layout_are_named(op, to):
+    leaves, rest, _ = problem(op)
+    dense, other = leaves[0].detach().cpu(), getattr(leaves[0].detach().cpu(), to)()
+    second = "other_logits" if op == "bidirectional_kl" else "gist_logits"
+    for pair, name in (((other, dense), "logits"), ((other, other), "logits"), ((dense, other), second)):
+        with pytest.raises(TypeError, match=f"^{op}: {name} must be strided, got a .* tensor"):
+            getattr(F, op)(*pair, *rest)
+
+
+@pytest.mark.parametrize("op", ["bidirectional_kl", "gist_loss", "gist_linear_loss", "topk_kl"])
+def test_fake_tensors_need_no_mode_around_the_call(op):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    call = make(op, device="cpu")
+    mode = FakeTensorMode()
+    loss = call(*(None if t is None else mode.from_tensor(t) for t in call.tensors.values()))
+    assert loss.shape == ()
 
 
 @each

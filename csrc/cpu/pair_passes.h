@@ -184,9 +184,10 @@ struct FinishStretch {
 // Where one class has all of its row's mass, its d less the mean of d is 0. But the sums that this mean comes from moved
 // to other centres from block to block, and it is rounded otherwise than that class's d about the last ones: an error
 // that grows with d, in a row whose gradients are 1 or 0. So the mean is that d, unless they differ by more than
-// rounding: classes too small to show in S = 1 may show in the mean. Once a row, and looked for in none but those.
+// rounding: classes too small to show in S = 1 may show in the mean. Once a row, and looked for in none but those, in
+// the block whose centre is the first to be the row's.
 template <typename A>
-void settle_means(const LogitPair& in, int64_t row, double* stats) {
+void settle_means(const LogitPair& in, int64_t row, const Centres<A>* centres, double* stats) {
   if (in.classes <= kBlock) return;  // one block: its centres are the row's
   const A m_z = static_cast<A>(stats[kMaxZ]), m_o = static_cast<A>(stats[kMaxO]);
   alignas(64) A buffer[kBlock];
@@ -194,6 +195,8 @@ void settle_means(const LogitPair& in, int64_t row, double* stats) {
     if (static_cast<A>(stats[of_z ? kSumP : kSumQ]) != A(1)) continue;
     int64_t top = -1;
     for (int64_t start = 0; start < in.classes && top < 0; start += kBlock) {
+      const Centres<A>& seen = centres[start / kBlock];
+      if ((of_z ? seen.z : seen.o) != (of_z ? m_z : m_o)) continue;
       const int64_t n = std::min(kBlock, in.classes - start);
       const A* x = of_z ? load_z(in, row, start, n, buffer) : load_o(in, row, start, n, buffer);
       const A most = of_z ? m_z : m_o;
@@ -215,10 +218,11 @@ void settle_means(const LogitPair& in, int64_t row, double* stats) {
 
 // A row whose sums are complete: its loss, and what its gradients and statistics need.
 template <typename Op>
-void sum_up(const Job<Op>& job, int64_t row, const typename Op::Sums& sums, double* stats) {
+void sum_up(const Job<Op>& job, int64_t row, const typename Op::Sums& sums, const Centres<typename Op::A>* centres,
+            double* stats) {
   using A = typename Op::A;
   job.row_loss[row] = static_cast<A>(job.op.summary(row, sums, stats) * job.factor);
-  if (job.finishes() || job.stats != nullptr) settle_means<A>(job.pair(), row, stats);
+  if (job.finishes() || job.stats != nullptr) settle_means(job.pair(), row, centres, stats);
 }
 
 // A forward, by whole rows.
@@ -242,7 +246,7 @@ void whole_rows(const Job<Op>& job, int64_t row_begin, int64_t row_end) {
         run_rows<AddStretch<Op>>(job.op, row, begin, end, parked, centres.get(), buffers, of_stretch);
         if (begin != 0) run_rows<MergeStretch<Op>>(job.op, sums, next);
       }
-      sum_up(job, row, sums, stats);
+      sum_up(job, row, sums, centres.get(), stats);
       if (job.finishes()) {
         run_rows<FinishStretch<Op>>(job, row, 0, classes, stats, job.factor, parked, centres.get(), buffers);
       }
@@ -279,7 +283,7 @@ void merge_rows(Job<Op>& job) {
       for (int64_t s = 1; s < stretches; ++s) {
         run_rows<MergeStretch<Op>>(job.op, sums, job.sums[row * stretches + s]);
       }
-      sum_up(job, row, sums, stats);
+      sum_up(job, row, sums, &job.centres[row * job.blocks()], stats);
     }
     job.leave(row, stats);
   }

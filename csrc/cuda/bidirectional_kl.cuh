@@ -129,9 +129,9 @@ __global__ void __launch_bounds__(Tile<T, kVectorised, kWarps>::kBlock, Tile<T, 
       }
     }
     if (threadIdx.x == 0) {
-      A e_p = counts ? product(sums.w_p / sums.s_p, inv_t) : A(0);
-      A e_q = counts ? product(sums.w_q / sums.s_q, inv_t) : A(0);
-      A loss = e_p - e_q;
+      A e_p = counts ? sums.w_p / sums.s_p : A(0);
+      A e_q = counts ? sums.w_q / sums.s_q : A(0);
+      A loss = (e_p - e_q) * inv_t;
       if (sums.lone > 0 && loss == loss) {
         loss = -minus_infinity(A());
         e_p = e_q = loss - loss;  // NaN
@@ -186,10 +186,10 @@ __global__ void __launch_bounds__(Tile<T, kVectorised, kWarps>::kBlock, Tile<T, 
         A& y = o[i / Tile::kVec][i % Tile::kVec];
         const A zc = x - m_z, oc = y - m_o;
         // d is 0 where both sides are -inf. Where one is, e_p and e_q are NaN and take the whole row with them.
-        const A d = x == minus_infinity(A()) ? A(0) : (zc - oc) * inv_t;
+        const A d = x == minus_infinity(A()) ? A(0) : zc - oc;
         const A p = product(power_of_two(zc * to_exp2), inv_s_p), q = product(power_of_two(oc * to_exp2), inv_s_q);
-        x = counts ? scale * (p * about_mean(d, e_p, near_p) + (p - q)) : A(0);
-        y = counts ? scale * ((q - p) - q * about_mean(d, e_q, near_q)) : A(0);
+        x = counts ? scale * ((p * inv_t) * about_mean(d, e_p, near_p) + (p - q)) : A(0);
+        y = counts ? scale * ((q - p) - (q * inv_t) * about_mean(d, e_q, near_q)) : A(0);
       }
 #pragma unroll
       for (int u = 0; u < Tile::kUnroll; ++u) {

@@ -23,6 +23,7 @@ __all__ = [
     "check_reduction",
     "autocast_dtype",
     "autocast_enabled",
+    "distinct",
     "dtype_name",
     "filled",
     "is_ordinary",
@@ -215,6 +216,11 @@ def scale_rows(grads: Iterable[Tensor], scales: Iterable[Tensor], dtype: torch.d
     return [(g * s[:, None]).to(dtype) if g.dim() == 2 else g for g, s in zip(grads, scales, strict=True)]
 
 
+def distinct(a: Tensor, b: Tensor) -> Tensor:
+    """``b``, or a view of it where it is ``a`` in compiled code: torch traces no autograd.Function that takes one twice."""
+    return b.view_as(b) if b is a and torch.compiler.is_compiling() else b
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -223,8 +229,8 @@ _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def alike(a: object, b: object) -> bool:
-    """Whether two logits pass all checks at one look: tensors (..., V) of one floating-point dtype, shape and device. Where
-    they do not, the checks below say why."""
+    """Whether two logits pass all checks at one look: strided tensors (..., V) of one floating-point dtype, shape and device.
+    Where they do not, the checks below say why."""
     return (
         isinstance(a, Tensor)
         and isinstance(b, Tensor)
@@ -233,12 +239,17 @@ def alike(a: object, b: object) -> bool:
         and a.shape == b.shape
         and a.dim() > 0
         and a.device == b.device
+        and a.layout == b.layout == torch.strided
     )
 
 
 def check_floating(op: str, name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(
+            f"{op}: {name} must be strided, got a {str(x.layout).removeprefix('torch.')} tensor; x.to_dense() is"
+        )
     if x.dtype not in _FLOATING:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {dtype_name(x.dtype)}")
 
@@ -264,7 +275,8 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_temperature(op: str, temperature: object, dtype: torch.dtype) -> float:
-    """T as a float. ``dtype``: what exponentials are taken in, where log2(e) / T has to be a number."""
+    """T as a float. ``dtype``: what exponentials are taken in, where the square of T, and that of 1 / T, which a gradient is
+    times, have to be numbers."""
     if isinstance(temperature, Tensor):
         raise TypeError(f"{op}: temperature must be a Python number (reading a tensor would synchronise), got a Tensor")
     if not isinstance(temperature, (int, float, Real)) or isinstance(temperature, bool):
@@ -272,9 +284,11 @@ def check_temperature(op: str, temperature: object, dtype: torch.dtype) -> float
     temperature = float(temperature)
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"{op}: temperature must be finite and > 0, got {temperature}")
-    if math.log2(math.e) / temperature > torch.finfo(dtype).max:
+    most = math.sqrt(torch.finfo(dtype).max)
+    if not 1.0 / most <= temperature <= most:
         raise ValueError(
-            f"{op}: temperature must be finite and > 0, and its inverse finite in {dtype_name(dtype)}, got {temperature}"
+            f"{op}: temperature must be finite and > 0, and its square and that of its inverse finite in "
+            f"{dtype_name(dtype)}, got {temperature}"
         )
     return temperature
 

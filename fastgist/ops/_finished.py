@@ -92,8 +92,11 @@ def divisor_of(op: str, divisor: object, reduction: str, like: Tensor, dtype: to
             raise ValueError(f"{op}: divisor gets no gradient; detach it")
         if divisor.is_complex() or divisor.dtype == torch.bool:
             raise TypeError(f"{op}: divisor must be a real number, got {_common.dtype_name(divisor.dtype)}")
+        if divisor.is_cpu and is_plain(divisor) and not 0.0 <= float(divisor) < float("inf"):
+            raise ValueError(f"{op}: divisor must be finite and > 0 (or 0, a count of no rows), got {float(divisor)}")
         given = divisor.reshape(()).to(device=like.device, dtype=dtype, non_blocking=True)
-        return given.clamp(min=torch.finfo(dtype).tiny)  # of a count of no rows: their loss of 0 stays 0
+        # Of a count of no rows the loss of 0 stays 0. What nobody could look at and is no count makes the loss NaN.
+        return given.clamp(min=torch.finfo(dtype).tiny).masked_fill_(given < 0, float("nan"))
     if isinstance(divisor, bool) or not isinstance(divisor, (int, float, Real)):
         raise TypeError(f"{op}: divisor must be a number or a Tensor, got {type(divisor).__name__}")
     number: float = divisor  # type: ignore[assignment]

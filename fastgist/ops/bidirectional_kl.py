@@ -242,6 +242,7 @@ def bidirectional_kl(
         t_squared: multiply by T^2, as in knowledge distillation.
         divisor: what "mean" divides by in place of the number of rows that count: a number > 0 or a tensor of one number, such
             as the tokens of all accumulated batches (:func:`fastgist.distributed.mean_divisor` for several processes).
+            A tensor may be 0, a count of no rows; below 0 it raises on a CPU and makes the loss NaN elsewhere.
         impl: "auto", "triton", "cuda", "native" or "reference"; see :mod:`fastgist.backends`.
 
     Returns:
@@ -270,5 +271,6 @@ def bidirectional_kl(
     if moving is not None:
         temperature = scale = 1.0  # no part of the graph
     settings = temperature, scale, reduction != "none", impl, torch.is_grad_enabled()
+    other_logits = _common.distinct(logits, other_logits)
     loss = _BidirectionalKL.apply(logits, other_logits, mask, divisor, moving, settings)
     return loss.reshape(leading) if reduction == "none" else loss

@@ -165,7 +165,7 @@ class _GistLinearLoss(torch.autograd.Function):
         narrow_weight, narrow_bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         tensors = hidden, gist_hidden, narrow_weight, narrow_bias, target
         dtype = accumulate_dtype(hidden.dtype)
-        whole = torch.full((), scale, dtype=dtype, device=hidden.device)
+        whole = hidden.new_full((), scale, dtype=dtype)
         whole = whole if divisor is None else whole / divisor
         # A mean's 1 / rows in a float16 gradient would underflow before any loss scale could lift it: it waits.
         lifted = hidden.dtype == torch.float16
@@ -310,9 +310,10 @@ def gist_linear_loss(
         (hidden, gist_hidden, weight, target),
         (*options, reduction, scale),
     )
+    hidden, gist_hidden = hidden.reshape(rows, width), gist_hidden.reshape(rows, width)
     loss = _GistLinearLoss.apply(
-        hidden.reshape(rows, width),
-        gist_hidden.reshape(rows, width),
+        hidden,
+        _common.distinct(hidden, gist_hidden),
         weight,
         bias,
         target,

@@ -291,6 +291,7 @@ def gist_loss(
             nothing.
         divisor: what "mean" divides by in place of the number of rows that count: a number > 0 or a tensor of one number, such
             as the tokens of all accumulated batches (:func:`fastgist.distributed.mean_divisor` for several processes).
+            A tensor may be 0, a count of no rows; below 0 it raises on a CPU and makes the loss NaN elsewhere.
         impl: "auto", "triton", "cuda", "native" or "reference"; see :mod:`fastgist.backends`.
 
     Returns:
@@ -327,5 +328,6 @@ def gist_loss(
     if moving is not None:
         numbers = (1.0,) * len(numbers)  # no part of the graph
     settings = (*numbers, int(ignore_index)), scale, reduction != "none", impl, torch.is_grad_enabled()
+    gist_logits = _common.distinct(logits, gist_logits)
     loss = _GistLoss.apply(logits, gist_logits, target, divisor, moving, settings)
     return loss.reshape(leading) if reduction == "none" else loss

@@ -52,11 +52,11 @@ def sparse_teacher(log_probs: Tensor, indices: Tensor, classes: int) -> tuple[Te
     probs = wide.exp()
     largest, at = wide.max(-1, keepdim=True)
     rest = -torch.expm1(largest.squeeze(-1)) - probs.scatter(-1, at, 0.0).sum(-1)
-    hidden = torch.finfo(log_probs.dtype).eps * torch.where(probs == 0, 0.0, -probs * wide).sum(-1)
+    hidden = torch.finfo(log_probs.dtype).eps * (-probs * wide).masked_fill(probs == 0, 0.0).sum(-1)
     none_left = (rest <= hidden) | ((indices >= 0).sum(-1) >= classes)
     impossible = (indices >= classes) | (indices < 0) & ((indices < -1) | (log_probs != -torch.inf))
     wrong = impossible.any(-1) | repeated(indices).any(-1)
-    log_rest = torch.where(none_left, -torch.inf, rest.log()).masked_fill(wrong, torch.nan)
+    log_rest = rest.log().masked_fill(none_left, -torch.inf).masked_fill(wrong, torch.nan)
     return log_probs, indices, log_rest
 
 
