@@ -54,7 +54,7 @@ def exact(op: str, pair, rest, dtype, factor: float = SCALE, **options) -> tuple
     """The same by the formula, in ``dtype``."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in pair]
     if op == "bidirectional_kl":
-        rows = kl_formula(*leaves, mask=rest, reduction="none", temperature=3.0)
+        rows = kl_formula(*leaves, mask=rest, reduction="none", temperature=options.get("temperature", 3.0))
     else:
         rows = gist_formula(*leaves, rest, reduction="none", **options)
     rows = rows * factor
@@ -136,6 +136,22 @@ def test_any_strides(op, form, laid):
     else:
         z = z[:1].expand(4, -1)
     check(op, [z, pair[1]], rest, finish(op, [z, pair[1]], rest, form))
+
+
+@each
+@each_form
+def test_masks_of_different_depth_below_temperature_1(op, form):
+    """By the least number on one side and by -1e9 on the other: d / T is infinite there, and times a probability of 0."""
+    pair, rest = logits(2, 300), torch.full((2,), 150, device=DEVICE) if op == "gist_loss" else None
+    pair[0][:, :100], pair[1][:, :100] = torch.finfo(torch.float32).min, -1e9
+    options = (0.5, 0.75, 0.75, 0.75, 0.5, 0.0, -100)
+    _, row_loss, grads = finish(op, pair, rest, form, options=options, temperature=0.5)
+    short, targets = [x[:, 100:] for x in pair], rest if rest is None else rest - 100
+    true, plain = (exact(op, short, targets, to, temperature=0.5) for to in (torch.float64, torch.float32))
+    assert_within_budget(row_loss, plain[1], true[1], scale=float(true[1].sum()) + 1.0)
+    for mine, p, t in zip(grads, plain[2], true[2], strict=True):
+        assert_within_budget(mine[:, 100:], p, t, scale=1.0)
+        assert bool((mine[:, :100] == 0).all())
 
 
 @each
