@@ -46,8 +46,8 @@ _SERVES: dict[tuple[str, str], _Implementation] = {
 }
 
 #: The order in which "auto" asks. The losses compiled for CPUs are faster than plain PyTorch at every shape measured
-#: (DESIGN.md, "The CPU path"), adapter at most. On a GPU Triton comes first but where a card said otherwise (_quicker): neither
-#: its one-launch losses nor those in CUDA C++ have been timed on one.
+#: (DESIGN.md, "The CPU path"), adapter at most. On a GPU Triton comes first but where a card said otherwise (_quicker):
+#: neither its one-launch losses nor those in CUDA C++ have been timed on one.
 #: (In two launches CUDA C++ was the faster on an H200: bidirectional_kl of 8192 rows, bfloat16, forward and backward, 0.48 ms
 #: against 0.66 at 1,000 classes, 1.00 against 1.33 at 32,000, 3.58 against 4.72 at 128,256, host included.)
 _AUTO = {"cuda": ("triton", "cuda"), "cpu": ("native",)}

@@ -321,3 +321,22 @@ def test_scale_by_one_touches_nothing(monkeypatch):
     scale_unless_one(grads, torch.ones((), device=DEVICE))
     assert all(torch.equal(g.view(torch.int32), bits) for g in grads)
     scale_unless_one([torch.empty(0, 5, device=DEVICE)], torch.tensor(2.0, device=DEVICE))
+
+
+# -- Triton or CUDA C++ ----------------------------------------------------------------------------------------------
+
+
+def test_a_card_decides_between_triton_and_cuda(monkeypatch):
+    """By the launch tables' entry of the loss, architecture and number of classes; Triton where there is none."""
+    from fastgist import backends
+    from fastgist_kernels import common
+
+    table = {
+        ("bidirectional_kl_impl", "sm_90", "v32768"): {"cuda": 1},
+        ("gist_loss_impl", "sm_90", "v1024"): {"cuda": 0},
+    }
+    monkeypatch.setattr(common, "device_arch", lambda device: "sm_90")
+    monkeypatch.setattr(common, "launch_config", lambda *key: table.get(key, {}))
+    at = lambda op, classes: backends._quicker.__wrapped__(op, torch.device("cuda", 0), classes)  # noqa: E731
+    assert at("bidirectional_kl", 32000) == at("bidirectional_kl", 16385) == "cuda"
+    assert at("bidirectional_kl", 1000) == at("gist_loss", 1000) == at("gist_loss", 32000) == "triton"
