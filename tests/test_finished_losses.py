@@ -54,7 +54,7 @@ def exact(op: str, pair, rest, dtype, factor: float = SCALE, **options) -> tuple
     """The same by the formula, in ``dtype``."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in pair]
     if op == "bidirectional_kl":
-        rows = kl_formula(*leaves, mask=rest, reduction="none", temperature=3.0)
+        rows = kl_formula(*leaves, mask=rest, reduction="none", temperature=options.get("temperature", 3.0))
     else:
         rows = gist_formula(*leaves, rest, reduction="none", **options)
     rows = rows * factor
@@ -136,6 +136,22 @@ def test_any_strides(op, form, laid):
     else:
         z = z[:1].expand(4, -1)
     check(op, [z, pair[1]], rest, finish(op, [z, pair[1]], rest, form))
+
+
+@each
+@each_form
+def test_masks_of_different_depth_below_temperature_1(op, form):
+    """By the least number on one side and by -1e9 on the other: d / T is infinite there, and times a probability of 0."""
+    pair, rest = logits(2, 300), torch.full((2,), 150, device=DEVICE) if op == "gist_loss" else None
+    pair[0][:, :100], pair[1][:, :100] = torch.finfo(torch.float32).min, -1e9
+    options = (0.5, 0.75, 0.75, 0.75, 0.5, 0.0, -100)
+    _, row_loss, grads = finish(op, pair, rest, form, options=options, temperature=0.5)
+    short, targets = [x[:, 100:] for x in pair], rest if rest is None else rest - 100
+    true, plain = (exact(op, short, targets, to, temperature=0.5) for to in (torch.float64, torch.float32))
+    assert_within_budget(row_loss, plain[1], true[1], scale=float(true[1].sum()) + 1.0)
+    for mine, p, t in zip(grads, plain[2], true[2], strict=True):
+        assert_within_budget(mine[:, 100:], p, t, scale=1.0)
+        assert bool((mine[:, :100] == 0).all())
 
 
 @each
@@ -305,3 +321,22 @@ def test_scale_by_one_touches_nothing(monkeypatch):
     scale_unless_one(grads, torch.ones((), device=DEVICE))
     assert all(torch.equal(g.view(torch.int32), bits) for g in grads)
     scale_unless_one([torch.empty(0, 5, device=DEVICE)], torch.tensor(2.0, device=DEVICE))
+
+
+# -- Triton or CUDA C++ ----------------------------------------------------------------------------------------------
+
+
+def test_a_card_decides_between_triton_and_cuda(monkeypatch):
+    """By the launch tables' entry of the loss, architecture and number of classes; Triton where there is none."""
+    from fastgist import backends
+    from fastgist_kernels import common
+
+    table = {
+        ("bidirectional_kl_impl", "sm_90", "v32768"): {"cuda": 1},
+        ("gist_loss_impl", "sm_90", "v1024"): {"cuda": 0},
+    }
+    monkeypatch.setattr(common, "device_arch", lambda device: "sm_90")
+    monkeypatch.setattr(common, "launch_config", lambda *key: table.get(key, {}))
+    at = lambda op, classes: backends._quicker.__wrapped__(op, torch.device("cuda", 0), classes)  # noqa: E731
+    assert at("bidirectional_kl", 32000) == at("bidirectional_kl", 16385) == "cuda"
+    assert at("bidirectional_kl", 1000) == at("gist_loss", 1000) == at("gist_loss", 32000) == "triton"

@@ -287,10 +287,12 @@ def _table_specs():
 
     table = json.loads((ROOT / "kernels" / "fastgist_kernels" / "launch_tables.json").read_text())
     for name, archs in table.items():
-        known = (s for s in aot.all_specs() if "bf16" in s.label)
-        base = next(s for s in known if (s.table or s.kernel.fn.__name__[1:].removesuffix("_kernel")) == name)
         for arch, classes in archs.items():
             for shape_class, config in classes.items():
+                if "num_warps" not in config:  # a choice between kernels, not a tile of one
+                    continue
+                known = (s for s in aot.all_specs() if "bf16" in s.label)
+                base = next(s for s in known if (s.table or s.kernel.fn.__name__[1:].removesuffix("_kernel")) == name)
                 tile = {k: v for k, v in config.items() if k.startswith("BLOCK_")}
                 if "PARTS" in base.constexprs:  # as many as warps
                     tile["PARTS"] = config["num_warps"]
