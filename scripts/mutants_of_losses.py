@@ -155,8 +155,8 @@ BIDIRECTIONAL_KL = [
         "bidirectional_kl",
         (
             "p and q swapped in the other gradient",
-            "grad_o = (q - p) - ",
-            "grad_o = (p - q) * 1.0 - ",
+            "+ (q - p)",
+            "+ (p - q) * 1.0",
             "the difference of the two softmaxes has a sign",
         ),
         (
@@ -357,8 +357,8 @@ GIST_LOSS = [
         ),
         (
             "no 1 / T in the gradient",
-            "kl_z = (p - q) + (p * terms.inv_t) * about_mean(",
-            "kl_z = (p - q) + p * about_mean(",
+            "kl_z = (p * terms.inv_t) * apart(",
+            "kl_z = p * apart(",
             "T inside the gradient",
         ),
         (

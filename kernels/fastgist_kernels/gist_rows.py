@@ -19,7 +19,7 @@ from fastgist_kernels.common import LOG2E
 from fastgist_kernels.gelu import exponential
 from fastgist_kernels.pair_rows import (
     Rows,
-    about_mean,
+    apart,
     finished_factor,
     gradient_factor,
     lane_sum,
@@ -329,10 +329,10 @@ def gist_gradients(
     q = seen.q * over_row(about.share_q, VEC)
     # As in kl_rows.py: d - e, as the two must cancel, and over T goes p, which may be 0 where d / T is infinite.
     if KIND.kl_z:
-        kl_z = (p - q) + (p * terms.inv_t) * about_mean(seen.d, about.e_p, about.near_p, VEC)
+        kl_z = (p * terms.inv_t) * apart(seen.d, over_row(about.e_p, VEC), about.near_p, VEC) + (p - q)
         grad_z += over_row(factor * (terms.beta_z * terms.inv_t), VEC) * kl_z
     if KIND.kl_g:
-        kl_g = (q - p) - (q * terms.inv_t) * about_mean(seen.d, about.e_q, about.near_q, VEC)
+        kl_g = (q * terms.inv_t) * apart(over_row(about.e_q, VEC), seen.d, about.near_q, VEC) + (q - p)
         grad_g += over_row(factor * (terms.beta_g * terms.inv_t), VEC) * kl_g
     store_gradients(out, rows, start, stop, grad_z, grad_g, BLOCK_V, VEC)
 

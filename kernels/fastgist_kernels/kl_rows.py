@@ -11,7 +11,7 @@ import triton.language as tl
 from fastgist_kernels.common import LOG2E
 from fastgist_kernels.pair_rows import (
     Rows,
-    about_mean,
+    apart,
     finished_factor,
     gradient_factor,
     load_pair,
@@ -97,8 +97,8 @@ def kl_gradients(out, rows, seen, about, inv_t, start, stop, BLOCK_V: tl.constex
     q = seen.q * over_row(about.over_q, VEC)
     # d - e, not d / T - e / T: a fused multiply-add would round the two apart where they must cancel. And over T goes p: where
     # a class is masked by the least float, p is 0 and d / T may be infinite.
-    grad_z = (p - q) + (p * inv_t) * about_mean(seen.d, about.e_p, about.near_p, VEC)
-    grad_o = (q - p) - (q * inv_t) * about_mean(seen.d, about.e_q, about.near_q, VEC)
+    grad_z = (p * inv_t) * apart(seen.d, over_row(about.e_p, VEC), about.near_p, VEC) + (p - q)
+    grad_o = (q * inv_t) * apart(over_row(about.e_q, VEC), seen.d, about.near_q, VEC) + (q - p)
     store_gradients(out, rows, start, stop, grad_z, grad_o, BLOCK_V, VEC)
 
 

@@ -31,7 +31,7 @@ __all__ = [
     "Rows",
     "Seen",
     "State",
-    "about_mean",
+    "apart",
     "finished_factor",
     "gradient_factor",
     "lane_sum",
@@ -375,13 +375,13 @@ def nearness(s, e):
 
 
 @triton.jit
-def about_mean(d, e, near, VEC: tl.constexpr):
-    """A tile's d less the mean of its row. ``near``: :func:`nearness`, or None where each row's state was formed about its own
-    maxima, and the difference is 0 where it should be."""
-    x = d - over_row(e, VEC)
+def apart(x, y, near, VEC: tl.constexpr):
+    """x - y of a tile's d and the means of its rows. ``near``: :func:`nearness`, or None where each row's state was formed
+    about its own maxima, and the difference is 0 where it should be."""
+    difference = x - y
     if near is not None:
-        x = tl.where(tl.abs(x) <= over_row(near, VEC), 0.0, x)
-    return x
+        difference = tl.where(tl.abs(difference) <= over_row(near, VEC), 0.0, difference)
+    return difference
 
 
 @triton.jit
