@@ -213,7 +213,7 @@ class _Triton:
         from fastgist_kernels.gist_linear_loss import gist_linear_loss_chunk
 
         own = None if stats is None else row_losses.new_empty(9, len(row_losses))
-        gist_linear_loss_chunk(logits, target, scale, *self.options, row_losses, need_z or need_gist, own)  # type: ignore[call-arg]
+        gist_linear_loss_chunk(logits, target, scale, *self.options, row_losses, need_z or need_gist, own)
         if stats is not None:
             stats.copy_(own)
 
@@ -222,4 +222,4 @@ class _Triton:
 
         aim = target[:, start : start + logits.shape[1]] if target.is_floating_point() else target
         part = start, self.all_classes
-        gist_linear_loss_classes(logits, aim, scale, stats, *part, *self.options, need_gist)  # type: ignore[call-arg]
+        gist_linear_loss_classes(logits, aim, scale, stats, *part, *self.options, need_gist)
