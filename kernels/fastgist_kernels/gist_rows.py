@@ -293,7 +293,7 @@ def gist_row_loss(state, sums, terms):
 
 
 @triton.jit
-def gist_about(rows, m_z, m_g, s_p, s_q, e_p, e_q, near_p, near_q, unit_z, unit_g, weight, factor):
+def gist_about(rows, m_z, m_g, s_p, s_q, e_p, e_q, unit_z, unit_g, weight, factor):
     """Rows that do not count were read as -inf, so p = q = d = 0: with these numbers 0 their gradients are 0, and no element
     asks whether its row counts."""
     # exp / S, not exp(. - log S): the argument's rounding grows with log S, the quotient's does not.
@@ -304,8 +304,8 @@ def gist_about(rows, m_z, m_g, s_p, s_q, e_p, e_q, near_p, near_q, unit_z, unit_
         tl.where(rows.count, 1.0 / s_q, 0.0),
         tl.where(rows.count, e_p, 0.0),
         tl.where(rows.count, e_q, 0.0),
-        near_p,
-        near_q,
+        nearness(s_p, e_p),
+        nearness(s_q, e_q),
         tl.where(rows.count, weight / unit_z, 0.0),
         tl.where(rows.count, weight / unit_g, 0.0),
         tl.where(rows.count, factor, 0.0),
@@ -314,7 +314,18 @@ def gist_about(rows, m_z, m_g, s_p, s_q, e_p, e_q, near_p, near_q, unit_z, unit_
 
 @triton.jit
 def gist_gradients(
-    out, rows, seen, weights, about, terms, start, stop, KIND: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr
+    out,
+    rows,
+    seen,
+    weights,
+    about,
+    terms,
+    start,
+    stop,
+    MERGED: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    VEC: tl.constexpr,
 ):
     """Write a tile of the gradients asked for. A side takes nothing of a term of weight 0, not even NaN."""
     factor = about.factor
@@ -329,10 +340,10 @@ def gist_gradients(
     q = seen.q * over_row(about.share_q, VEC)
     # As in kl_rows.py: d - e, as the two must cancel, and over T goes p, which may be 0 where d / T is infinite.
     if KIND.kl_z:
-        kl_z = (p * terms.inv_t) * apart(seen.d, over_row(about.e_p, VEC), about.near_p, VEC) + (p - q)
+        kl_z = (p * terms.inv_t) * apart(seen.d, over_row(about.e_p, VEC), about.near_p, MERGED, VEC) + (p - q)
         grad_z += over_row(factor * (terms.beta_z * terms.inv_t), VEC) * kl_z
     if KIND.kl_g:
-        kl_g = (q * terms.inv_t) * apart(over_row(about.e_q, VEC), seen.d, about.near_q, VEC) + (q - p)
+        kl_g = (q * terms.inv_t) * apart(over_row(about.e_q, VEC), seen.d, about.near_q, MERGED, VEC) + (q - p)
         grad_g += over_row(factor * (terms.beta_g * terms.inv_t), VEC) * kl_g
     store_gradients(out, rows, start, stop, grad_z, grad_g, BLOCK_V, VEC)
 
@@ -347,7 +358,7 @@ def gist_finish_tile(
     z, g = load_pair(pair, rows, start, mask, BLOCK_V, VEC, "evict_first")
     weights = class_weights(target, aim, rows, start, mask, KIND, BLOCK_V, VEC)
     seen = seen_again(z.to(tl.float32), g.to(tl.float32), about.m_z, about.m_g, terms.inv_t * LOG2E, VEC)
-    gist_gradients(out, rows, seen, weights, about, terms, start, stop, KIND, BLOCK_V, VEC)
+    gist_gradients(out, rows, seen, weights, about, terms, start, stop, True, KIND, BLOCK_V, VEC)
 
 
 @triton.jit
@@ -375,19 +386,7 @@ def gist_finish(
         if KIND.in_place:
             tl.debug_barrier()  # the label's logits have been read by every thread before one of them overwrites them
         about = gist_about(
-            rows,
-            state.m_z,
-            state.m_o,
-            state.s_p,
-            state.s_q,
-            e_p,
-            e_q,
-            nearness(state.s_p, e_p),
-            nearness(state.s_q, e_q),
-            sums.unit_z,
-            sums.unit_g,
-            sums.weight,
-            factor,
+            rows, state.m_z, state.m_o, state.s_p, state.s_q, e_p, e_q, sums.unit_z, sums.unit_g, sums.weight, factor
         )
         for at in range(start, stop, BLOCK_V):
             gist_finish_tile(pair, out, rows, target, aim, about, terms, at, stop, KIND, BLOCK_V, VEC)
@@ -419,22 +418,10 @@ def gist_whole(
     factor = tl.where(aim.invalid, float("nan"), finished_factor(out))
     store_row_loss(out, rows, loss * factor)
     about = gist_about(
-        rows,
-        state.m_z,
-        state.m_o,
-        state.s_p,
-        state.s_q,
-        e_p,
-        e_q,
-        None,
-        None,
-        sums.unit_z,
-        sums.unit_g,
-        sums.weight,
-        factor,
+        rows, state.m_z, state.m_o, state.s_p, state.s_q, e_p, e_q, sums.unit_z, sums.unit_g, sums.weight, factor
     )
     weights = class_weights(target, aim, rows, 0, mask, KIND, BLOCK_V, VEC)
-    gist_gradients(out, rows, seen, weights, about, terms, 0, out.V, KIND, BLOCK_V, VEC)
+    gist_gradients(out, rows, seen, weights, about, terms, 0, out.V, False, KIND, BLOCK_V, VEC)
     return tl.where(rows.count, loss * factor, 0.0)
 
 
@@ -489,18 +476,14 @@ def gist_backward(
     pair, out, rows, target, aim, terms, start, KIND: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr
 ):  # fmt: skip
     """Write the gradients of the tile at column ``start`` from the statistics of rows."""
-    s_p, s_q = stat(out, 2, rows, 1.0), stat(out, 3, rows, 1.0)
-    e_p, e_q = stat(out, 4, rows, 0.0), stat(out, 5, rows, 0.0)
     about = gist_about(
         rows,
         stat(out, 0, rows, 0.0),
         stat(out, 1, rows, 0.0),
-        s_p,
-        s_q,
-        e_p,
-        e_q,
-        nearness(s_p, e_p),
-        nearness(s_q, e_q),
+        stat(out, 2, rows, 1.0),
+        stat(out, 3, rows, 1.0),
+        stat(out, 4, rows, 0.0),
+        stat(out, 5, rows, 0.0),
         stat(out, 6, rows, 1.0),
         stat(out, 7, rows, 1.0),
         stat(out, 8, rows, 0.0),

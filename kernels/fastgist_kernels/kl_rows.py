@@ -63,14 +63,14 @@ def kl_rows(first, mask_ptr, stride_mask, M, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def kl_about(rows, m_z, m_o, s_p, s_q, e_p, e_q, near_p, near_q, factor):
+def kl_about(rows, m_z, m_o, s_p, s_q, e_p, e_q, factor):
     """Rows that do not count were read as -inf, so p = q = d = 0: with these numbers 0 their gradients are 0, and no element
     asks whether its row counts."""
     # exp / S, not exp(. - log S): the argument's rounding grows with log S, the quotient's does not.
     over_p = tl.where(rows.count, factor / s_p, 0.0)
     over_q = tl.where(rows.count, factor / s_q, 0.0)
     e_p, e_q = tl.where(rows.count, e_p, 0.0), tl.where(rows.count, e_q, 0.0)
-    return KlAbout(m_z, m_o, over_p, over_q, e_p, e_q, near_p, near_q)
+    return KlAbout(m_z, m_o, over_p, over_q, e_p, e_q, nearness(s_p, e_p), nearness(s_q, e_q))
 
 
 @triton.jit
@@ -91,14 +91,16 @@ def kl_lanes(pair, rows, start, stop, to_exp2, BLOCK_V: tl.constexpr, VEC: tl.co
 
 
 @triton.jit
-def kl_gradients(out, rows, seen, about, inv_t, start, stop, BLOCK_V: tl.constexpr, VEC: tl.constexpr):
+def kl_gradients(
+    out, rows, seen, about, inv_t, start, stop, MERGED: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr
+):
     """Write a tile of the gradients asked for."""
     p = seen.p * over_row(about.over_p, VEC)
     q = seen.q * over_row(about.over_q, VEC)
     # d - e, not d / T - e / T: a fused multiply-add would round the two apart where they must cancel. And over T goes p: where
     # a class is masked by the least float, p is 0 and d / T may be infinite.
-    grad_z = (p * inv_t) * apart(seen.d, over_row(about.e_p, VEC), about.near_p, VEC) + (p - q)
-    grad_o = (q * inv_t) * apart(over_row(about.e_q, VEC), seen.d, about.near_q, VEC) + (q - p)
+    grad_z = (p * inv_t) * apart(seen.d, over_row(about.e_p, VEC), about.near_p, MERGED, VEC) + (p - q)
+    grad_o = (q * inv_t) * apart(over_row(about.e_q, VEC), seen.d, about.near_q, MERGED, VEC) + (q - p)
     store_gradients(out, rows, start, stop, grad_z, grad_o, BLOCK_V, VEC)
 
 
@@ -108,7 +110,7 @@ def kl_finish_tile(pair, out, rows, about, inv_t, start, stop, BLOCK_V: tl.const
     mask = tile_mask(rows.count, start, stop, BLOCK_V, VEC)
     z, o = load_pair(pair, rows, start, mask, BLOCK_V, VEC, "evict_first")
     seen = seen_again(z.to(tl.float32), o.to(tl.float32), about.m_z, about.m_o, inv_t * LOG2E, VEC)
-    kl_gradients(out, rows, seen, about, inv_t, start, stop, BLOCK_V, VEC)
+    kl_gradients(out, rows, seen, about, inv_t, start, stop, True, BLOCK_V, VEC)
 
 
 @triton.jit
@@ -127,8 +129,7 @@ def kl_finish(pair, out, rows, state, start, stop, inv_t, BLOCK_V: tl.constexpr,
         store_stat(out, 4, rows, e_p)
         store_stat(out, 5, rows, e_q)
     else:
-        near_p, near_q = nearness(state.s_p, e_p), nearness(state.s_q, e_q)
-        about = kl_about(rows, state.m_z, state.m_o, state.s_p, state.s_q, e_p, e_q, near_p, near_q, factor * inv_t)
+        about = kl_about(rows, state.m_z, state.m_o, state.s_p, state.s_q, e_p, e_q, factor * inv_t)
         for at in range(start, stop, BLOCK_V):
             kl_finish_tile(pair, out, rows, about, inv_t, at, stop, BLOCK_V, VEC)
 
@@ -145,8 +146,8 @@ def kl_whole(pair, out, rows, inv_t, BLOCK_V: tl.constexpr, VEC: tl.constexpr):
     loss, e_p, e_q = pair_means(state, inv_t)
     factor = finished_factor(out)
     store_row_loss(out, rows, loss * factor)
-    about = kl_about(rows, state.m_z, state.m_o, state.s_p, state.s_q, e_p, e_q, None, None, factor * inv_t)
-    kl_gradients(out, rows, seen, about, inv_t, 0, out.V, BLOCK_V, VEC)
+    about = kl_about(rows, state.m_z, state.m_o, state.s_p, state.s_q, e_p, e_q, factor * inv_t)
+    kl_gradients(out, rows, seen, about, inv_t, 0, out.V, False, BLOCK_V, VEC)
     return tl.where(rows.count, loss * factor, 0.0)
 
 
@@ -177,18 +178,14 @@ def kl_merge(pair, out, rows, parts, start, stop, inv_t, BLOCK_V: tl.constexpr, 
 @triton.jit
 def kl_backward(pair, out, rows, start, inv_t, BLOCK_V: tl.constexpr, VEC: tl.constexpr):
     """Write the gradients of the tile at column ``start`` from the statistics of rows."""
-    s_p, s_q = stat(out, 2, rows, 1.0), stat(out, 3, rows, 1.0)
-    e_p, e_q = stat(out, 4, rows, 0.0), stat(out, 5, rows, 0.0)
     about = kl_about(
         rows,
         stat(out, 0, rows, 0.0),
         stat(out, 1, rows, 0.0),
-        s_p,
-        s_q,
-        e_p,
-        e_q,
-        nearness(s_p, e_p),
-        nearness(s_q, e_q),
+        stat(out, 2, rows, 1.0),
+        stat(out, 3, rows, 1.0),
+        stat(out, 4, rows, 0.0),
+        stat(out, 5, rows, 0.0),
         gradient_factor(out, rows) * inv_t,
     )
     kl_finish_tile(pair, out, rows, about, inv_t, start, out.V, BLOCK_V, VEC)

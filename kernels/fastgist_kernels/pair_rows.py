@@ -375,11 +375,11 @@ def nearness(s, e):
 
 
 @triton.jit
-def apart(x, y, near, VEC: tl.constexpr):
-    """x - y of a tile's d and the means of its rows. ``near``: :func:`nearness`, or None where each row's state was formed
-    about its own maxima, and the difference is 0 where it should be."""
+def apart(x, y, near, MERGED: tl.constexpr, VEC: tl.constexpr):
+    """x - y of a tile's d and the means of its rows. ``near``: :func:`nearness`. Not MERGED: each row's state was formed about
+    its own maxima, and the difference is 0 where it should be."""
     difference = x - y
-    if near is not None:
+    if MERGED:
         difference = tl.where(tl.abs(difference) <= over_row(near, VEC), 0.0, difference)
     return difference
 
