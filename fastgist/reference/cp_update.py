@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgist.reference._numerics import accumulate, accumulate_dtype, row_blocks
-from fastgist.reference.cp_linear import Dropout, _dropped, _folded_v, low_rank_dtype
+from fastgist.reference.cp_linear import Dropout, _dropped, _folded_v, _of_factors, _outer, _scaled, low_rank_dtype
 
 __all__ = ["backward", "cp_update", "forward"]
 
@@ -121,7 +121,7 @@ def backward(
     grad_x = grad_u = grad_v = grad_gain = grad_h = None
     u, v, gain, h = _in_dtype(_product_dtype(grad.dtype, factors), u, v, gain, h)
     if need_x or need_u:
-        grad_h = _project(grad, _folded_v(v, gain, folds)).mul_(scale)
+        grad_h = _scaled(_project(grad, _folded_v(v, gain, folds)), scale)
         grad_h = (drop or _dropped)(grad_h, dropout_p, seed)
     if need_x:
         grad_x = grad.new_empty(grad.shape[0], u.shape[0])
@@ -131,21 +131,21 @@ def backward(
             else:
                 grad_x[rows] = torch.mm(grad_h[rows], u.transpose(0, 1))
     if need_u:
-        grad_u = _product(grad_h, x).transpose(0, 1).contiguous()
+        grad_u = _product(grad_h, x)
     if need_v or need_gain:
-        outer = accumulate(_product(h, grad)).mul_(scale).transpose(0, 1).contiguous().view(folds, -1, h.shape[1])
-        if need_v:
-            grad_v = (outer if gain is None else outer * accumulate(gain)[:, None]).sum(0)
-        if need_gain:
-            by_fold = (outer * accumulate(v)).sum(1)
-            grad_gain = by_fold.sum(0, keepdim=True) if gain.shape[0] == 1 else by_fold
+        outer = _product(h, grad)
+        if scale != 1.0 or gain is not None or folds > 1:  # more is to be done to it: without rounding on the way
+            outer = _scaled(accumulate(outer), scale)
+        grad_v, grad_gain = _of_factors(outer, v, gain, folds, need_v, need_gain)
     return grad_x, grad_u, grad_v, grad_gain
 
 
 def _product(narrow: Tensor, wide: Tensor) -> Tensor:
-    """narrow^T wide, (R, C), in ``narrow``'s dtype. A product with a narrow result is asked for as its transpose."""
+    """wide^T narrow, (C, R), contiguous, in ``narrow``'s dtype. Blocks of rows are summed as its transpose."""
+    if wide.dtype == narrow.dtype:
+        return _outer(wide, narrow)
     total = None
     for rows in _blocks(wide, narrow.dtype):
         a, b = narrow[rows].transpose(0, 1), wide[rows].to(narrow.dtype)
         total = torch.mm(a, b) if total is None else total.addmm_(a, b)
-    return total
+    return total.transpose(0, 1).contiguous()
