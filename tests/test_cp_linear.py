@@ -177,7 +177,7 @@ def test_hard_02_03_bad_arguments(impl, device):
         cp_linear(x[:, :39], weight, bias, u, v, gain, impl=impl)
     with pytest.raises(ValueError, match=r"expected v\.shape\[1\] == 5 .*got 4"):
         cp_linear(x, weight, bias, u, v[:, :4], gain, impl=impl)
-    with pytest.raises(ValueError, match=r"multiple of v\.shape\[0\].*64 rows of weight and 31 of v"):
+    with pytest.raises(ValueError, match=r"multiple of v\.shape\[0\].*64 rows of weight and 31 rows of v"):
         cp_linear(x, weight, bias, u, v[:31], gain, impl=impl)
     with pytest.raises(ValueError, match=r"gain\.shape == \(5,\) or \(2, 5\).*got \(3, 5\)"):
         cp_linear(x, weight, bias, u, v, gain[[0, 1, 1]], impl=impl)

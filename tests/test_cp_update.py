@@ -351,7 +351,7 @@ def test_hard_02_03_bad_arguments(impl, device):
         (ValueError, "scale must be finite", (y, x, u, v), {"scale": float("nan")}),
         (TypeError, "seed must be an int64 Tensor", (y, x, u, v), {"dropout_p": 0.1, "training": True, "seed": 3}),
         (TypeError, "y is float32 and x is float16", (y, x.half(), u, v), {}),
-        (TypeError, "x is float32 and u is float16", (y, x, u.half(), v), {}),
+        (TypeError, "y is float32 and u is float16", (y, x, u.half(), v), {}),
         (TypeError, "u is float32 and gain is float16", (y.half(), x.half(), u, v, gain.half()), {}),
         (TypeError, "y must be float32, float64, bfloat16 or float16, got int64", (y.long(), x, u, v), {}),
     ):

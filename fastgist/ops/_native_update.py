@@ -17,7 +17,7 @@ __all__ = ["backward", "forward", "pays"]
 
 
 def pays(x: Tensor, rank: int, widest: int) -> bool:
-    """Whether C++ is faster than PyTorch's products for x (M, ..) and factors (<= widest, rank): DESIGN.md, "cp_update in C++".
+    """Whether C++ is faster than PyTorch for x (M, ..) and factors of (<= widest, rank) (DESIGN.md, "cp_update in C++").
     It packs the factors at every call, and reads them again and again."""
     rows, factor = x.shape[0], rank * widest
     return (

@@ -256,10 +256,12 @@ def _settle_dtypes(
         if not (y.dtype in _HALF and u.dtype == torch.float32):
             u = u.to(y.dtype)
         v, gain = v.to(u.dtype), None if gain is None else gain.to(u.dtype)
-    _common.check_same_dtype(_OP, y=y, x=x)
-    if not (y.dtype in _HALF and u.dtype == torch.float32):
-        _common.check_same_dtype(_OP, x=x, u=u)
-    _common.check_same_dtype(_OP, u=u, v=v, gain=gain)
+    factors = {"u": u, "v": v, "gain": gain}
+    if y.dtype in _HALF and u.dtype == torch.float32:
+        _common.check_same_dtype(_OP, y=y, x=x)
+        _common.check_same_dtype(_OP, **factors)
+    else:
+        _common.check_same_dtype(_OP, y=y, x=x, **factors)
     return x, u, v, gain
 
 

@@ -45,15 +45,12 @@ def _product_dtype(x: torch.dtype, factors: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if x == factors == torch.bfloat16 else accumulate_dtype(x)
 
 
-def _blocks(wide: Tensor, dtype: torch.dtype) -> list[slice]:
-    """Rows to take at a time. Half precision is widened a block at a time, so that no (M, N) float32 tensor exists."""
-    return [slice(0, wide.shape[0])] if wide.dtype == dtype else row_blocks(wide)
-
-
 def _project(a: Tensor, b: Tensor) -> Tensor:
-    """a b (M, R), in b's dtype."""
+    """a b (M, R), in b's dtype. Half precision is widened a block of rows at a time: no (M, N) float32 tensor exists."""
+    if a.dtype == b.dtype:
+        return torch.mm(a, b)
     h = a.new_empty(a.shape[0], b.shape[1], dtype=b.dtype)
-    for rows in _blocks(a, b.dtype):
+    for rows in row_blocks(a):
         torch.mm(a[rows].to(b.dtype), b, out=h[rows])
     return h
 
@@ -61,14 +58,11 @@ def _project(a: Tensor, b: Tensor) -> Tensor:
 def _add(y: Tensor, h: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
     """out = y + scale * h v^T, rounded once; ``y`` may be ``out``. h and v have one dtype."""
     v = v.transpose(0, 1)
-    for rows in _blocks(out, h.dtype):
-        here = out[rows]
-        if out.dtype != h.dtype:
-            here.copy_(torch.mm(h[rows], v).mul_(scale).add_(y[rows]))
-        elif y is out:
-            here.addmm_(h[rows], v, alpha=scale)
-        else:
-            torch.addmm(y[rows], h[rows], v, alpha=scale, out=here)
+    if out.dtype == h.dtype:
+        torch.addmm(y, h, v, alpha=scale, out=out)
+        return
+    for rows in row_blocks(out):
+        out[rows].copy_(torch.mm(h[rows], v).mul_(scale).add_(y[rows]))
 
 
 def _in_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -124,11 +118,11 @@ def backward(
         grad_h = _scaled(_project(grad, _folded_v(v, gain, folds)), scale)
         grad_h = (drop or _dropped)(grad_h, dropout_p, seed)
     if need_x:
-        grad_x = grad.new_empty(grad.shape[0], u.shape[0])
-        for rows in _blocks(grad_x, grad_h.dtype):
-            if grad_x.dtype == grad_h.dtype:
-                torch.mm(grad_h, u.transpose(0, 1), out=grad_x)
-            else:
+        if grad.dtype == grad_h.dtype:
+            grad_x = torch.mm(grad_h, u.transpose(0, 1))
+        else:
+            grad_x = grad.new_empty(grad.shape[0], u.shape[0])
+            for rows in row_blocks(grad_x):
                 grad_x[rows] = torch.mm(grad_h[rows], u.transpose(0, 1))
     if need_u:
         grad_u = _product(grad_h, x)
@@ -145,7 +139,7 @@ def _product(narrow: Tensor, wide: Tensor) -> Tensor:
     if wide.dtype == narrow.dtype:
         return _outer(wide, narrow)
     total = None
-    for rows in _blocks(wide, narrow.dtype):
+    for rows in row_blocks(wide):
         a, b = narrow[rows].transpose(0, 1), wide[rows].to(narrow.dtype)
         total = torch.mm(a, b) if total is None else total.addmm_(a, b)
     return total.transpose(0, 1).contiguous()
