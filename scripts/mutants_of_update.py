@@ -101,21 +101,15 @@ CP_UPDATE = [
     *reference(
         "cp_update",
         (
-            "update not scaled in place",
-            "here.addmm_(h[rows], v, alpha=scale)",
-            "here.addmm_(h[rows], v)",
-            "scale, in place",
-        ),
-        (
             "update not scaled",
-            "torch.addmm(y[rows], h[rows], v, alpha=scale, out=here)",
-            "torch.addmm(y[rows], h[rows], v, out=here)",
+            "torch.addmm(y, h, v, alpha=scale, out=out)",
+            "torch.addmm(y, h, v, out=out)",
             "scale",
         ),
         (
             "half precision not scaled",
-            "here.copy_(torch.mm(h[rows], v).mul_(scale).add_(y[rows]))",
-            "here.copy_(torch.mm(h[rows], v).add_(y[rows]))",
+            "out[rows].copy_(torch.mm(h[rows], v).mul_(scale).add_(y[rows]))",
+            "out[rows].copy_(torch.mm(h[rows], v).add_(y[rows]))",
             "scale, in half precision",
         ),
         (
@@ -137,10 +131,10 @@ CP_UPDATE = [
             "the mask of the forward",
         ),
         (
-            "gain left out of dV",
-            "(outer if gain is None else outer * accumulate(gain)[:, None]).sum(0)",
-            "outer.sum(0)",
-            "dV = sum_g P_g * gain_g",
+            "factors' gradients not scaled",
+            "outer = _scaled(accumulate(outer), scale)",
+            "outer = accumulate(outer)",
+            "P_g = s dy_g^T h",
         ),
     ),
     *op(
@@ -165,7 +159,7 @@ CP_UPDATE = [
         "ops/cp_update: written where x is read",
         "cp_update",
         "fastgist/ops/cp_update.py",
-        "alone = not (inplace and y.untyped_storage()._cdata == x.untyped_storage()._cdata)",
+        "alone = not (inplace and any(_share_memory(y, t) for t in (x, u, v, gain)))",
         "alone = True",
         "of y and x in one memory a program would read what another has written",
     ),

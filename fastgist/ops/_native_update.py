@@ -20,13 +20,10 @@ def pays(x: Tensor, rank: int, widest: int) -> bool:
     """Whether C++ is faster than PyTorch for x (M, ..) and factors of (<= widest, rank) (DESIGN.md, "cp_update in C++").
     It packs the factors at every call, and reads them again and again."""
     rows, factor = x.shape[0], rank * widest
-    return (
-        x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and backends.vector_bytes() == 64
-        and rows >= 64
-        and factor <= min(2**20, 2**12 * rows)
-    )
+    if x.dtype != torch.float32 or x.device.type != "cpu" or rows < 64:
+        return False
+    wide = backends.vector_bytes() == 64 or (backends.vector_bytes() == 32 and rank <= 8)
+    return wide and factor <= min(2**20, 2**12 * rows)
 
 
 def _factor(v: Tensor, gain: Tensor | None, folds: int, scale: float, x_dtype: torch.dtype) -> tuple[Tensor, float]:

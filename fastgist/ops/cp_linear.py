@@ -123,6 +123,18 @@ def _bwd(
     return tuple(empty_unless(g, first) for g in (grad_x, grad_weight, grad_bias, grad_u, grad_v, grad_gain))
 
 
+def _joined(pieces: list[Tensor], dim: int) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def _of_weights(grads: list[Tensor], x: Tensor) -> Tensor:
+    """(dy_1 | dy_2 | ...)^T x, (N, K)."""
+    out = x.new_empty(sum(g.shape[1] for g in grads), x.shape[1])
+    for rows, grad in zip(out.split([g.shape[1] for g in grads]), grads, strict=True):
+        torch.mm(grad.transpose(0, 1), x, out=rows)
+    return out
+
+
 def _bwd_in_cpp(
     grad, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, need_x, need_u, need_v, need_gain
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -138,18 +150,6 @@ def _bwd_in_cpp(
     elif low_x:
         grad_x.addmm_(grad, weights[0])
     return grad_x, grad_u, *reference._of_factors(outer, v, gain, folds, need_v, need_gain)
-
-
-def _joined(pieces: list[Tensor], dim: int) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-
-
-def _of_weights(grads: list[Tensor], x: Tensor) -> Tensor:
-    """(dy_1 | dy_2 | ...)^T x, (N, K)."""
-    out = x.new_empty(sum(g.shape[1] for g in grads), x.shape[1])
-    for rows, grad in zip(out.split([g.shape[1] for g in grads]), grads, strict=True):
-        torch.mm(grad.transpose(0, 1), x, out=rows)
-    return out
 
 
 def _empty_grads(grads, x, weights, v, gain, h, folds, wanted):
