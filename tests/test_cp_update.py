@@ -261,6 +261,57 @@ def test_what_in_place_refuses(impl, device):
     assert not torch.equal(y, before)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_in_place_refuses_a_y_whose_elements_share_memory(impl, device, compiled):
+    """Rows that begin before the last one has ended, an expanded y, columns that meet the next one's; nothing is written."""
+    _, x, u, v, gain = case(device=device)
+    memory = torch.randn(19 * 64, device=device)
+    before = memory.clone()
+
+    def run(y, x):
+        return cp_update(y, x, u, v, gain, inplace=True, impl=impl)
+
+    torch._dynamo.reset()
+    ours = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
+    error = (ValueError, torch._dynamo.exc.Unsupported) if compiled else ValueError
+    for shape, strides in (
+        ((19, 64), (63, 1)),
+        ((19, 64), (0, 1)),
+        ((19, 64), (1, 19 - 1)),
+        ((2, 3, 64), (128, 63, 1)),
+    ):
+        y = memory.as_strided(shape, strides)
+        with pytest.raises(error, match="elements of y share memory"):
+            ours(y, x[: shape[0]] if len(shape) == 2 else x[:6].view(2, 3, 40))
+    assert torch.equal(memory, before)
+    for shape, strides in (((19, 64), (1, 19)), ((1, 64), (0, 1)), ((19, 64), (64, 1))):  # no two in one place
+        y = memory.clone().as_strided(shape, strides)
+        want = cp_update(y.clone(), x[: shape[0]], u, v, gain, impl=impl)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(y, x[: shape[0]]), want)
+
+
+@pytest.mark.parametrize("name", ["u", "v", "gain"])
+def test_in_place_beside_factors_in_the_same_memory(impl, device, name):
+    """They are read as they were, and the backward has them so too."""
+    inputs = dict(zip(NAMES, case(device=device), strict=True))
+    grad = torch.randn(19, 64, device=device)
+    other, place = inputs[name], slice(3, 3 + inputs[name].numel())
+    inputs["y"].view(-1)[place] = other.reshape(-1)
+    want = evaluate(cp_update, tuple(inputs.values()), [False, True, True, True, True], grad, impl=impl)
+    held = inputs["y"].clone()
+    shared = held.view(-1)[place].view(other.shape)
+    leaves = {n: t.detach().clone().requires_grad_() for n, t in inputs.items() if n not in ("y", name)}
+    given = {n: shared if n == name else leaves[n] for n in NAMES[1:]}
+    out = cp_update(held, *given.values(), inplace=True, impl=impl)
+    assert out is held
+    torch.testing.assert_close(out.detach(), want[0])
+    out.backward(grad)
+    for n, g in zip(NAMES[1:], want[1][1:], strict=True):
+        if n != name:
+            torch.testing.assert_close(leaves[n].grad, g)
+
+
 def test_in_place_in_inference_mode(impl, device):
     y, x, u, v, gain = case(device=device)
     want = cp_update(y, x, u, v, gain, impl=impl)

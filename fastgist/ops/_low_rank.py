@@ -50,16 +50,16 @@ def check_low_rank(op: str, u: Tensor, v: Tensor, gain: Tensor | None, width: in
 
 
 def check_writable(op: str, name: str, t: Tensor) -> None:
-    """That no two elements of ``t``, which is to be written to, are shown to share memory by its strides, or cannot be shown
-    not to: from the narrowest dimension on, each steps over all that is below it."""
-    end = 0  # how far an element may be from the first
-    for stride, size in sorted((stride, size) for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1):
-        if stride <= end and t.numel():
+    """That each dimension of ``t``, which is to be written to, steps over all that narrower ones reach: then no two elements
+    share memory. (Strides that interleave without meeting are refused too.)"""
+    shape, strides = t.shape, t.stride()
+    for i in range(t.dim()):
+        reach = sum((shape[j] - 1) * strides[j] for j in range(t.dim()) if j != i and strides[j] <= strides[i])
+        if shape[i] > 1 and strides[i] <= reach:
             raise ValueError(
-                f"{op}: inplace=True, but elements of {name} share memory (shape {tuple(t.shape)}, strides {t.stride()}): "
+                f"{op}: inplace=True, but elements of {name} share memory (shape {tuple(shape)}, strides {tuple(strides)}): "
                 "it is expanded, or its rows overlap"
             )
-        end += (size - 1) * stride
 
 
 def check_number(op: str, name: str, value: object) -> float:

@@ -266,7 +266,6 @@ def _settle_dtypes(
 
 
 def _check_in_place(y: Tensor, recorded: bool) -> None:
-    check_writable(_OP, "y", y)
     if not torch.is_grad_enabled():
         return
     if y.requires_grad and y.is_leaf:
@@ -336,6 +335,8 @@ def cp_update(
     dropout_p, seed = check_dropout(_OP, x, dropout_p, training, seed)
     record = torch.is_grad_enabled()
     compiling = torch.compiler.is_compiling()
+    if inplace:
+        check_writable(_OP, "y", y)
     if inplace and not compiling:
         _check_in_place(y, record and any(t is not None and t.requires_grad for t in (y, x, u, v, gain)))
     if (
