@@ -88,12 +88,12 @@ def test_cp_linear_of_several_weights_and_other_dtypes_stays_plain(passes):
 def test_float16_gain_that_takes_v_past_its_range():
     """V times the gain is 90,000; the scale brings the result back."""
     x, u = torch.full((70, 8), 0.5).half().requires_grad_(), torch.full((8, 2), 0.25).half().requires_grad_()
-    v, gain = torch.full((16, 2), 300.0).half(), torch.full((1, 2), 300.0).half()
+    v, gain = (torch.full((n, 2), 300.0).half().requires_grad_() for n in (16, 1))
     y = torch.zeros(70, 16).half()
     results = {}
     for impl in ("native", "reference"):
         out = cp_update(y, x, u, v, gain, scale=1e-3, impl=impl)
-        results[impl] = [out, *torch.autograd.grad(out.float().mean(), (x, u))]
+        results[impl] = [out, *torch.autograd.grad(out.float().mean(), (x, u, v, gain))]
         assert all(bool(t.isfinite().all()) for t in results[impl])
     torch.testing.assert_close(results["native"], results["reference"])
 
