@@ -77,8 +77,10 @@ def test_cp_linear_with_folds_and_without_a_gain(passes, folds, gain):
 
 def test_cp_linear_of_several_weights_and_other_dtypes_stays_plain(passes):
     x, weight, bias, u, v, gain = linear.case()
-    cp_linear(x, [weight[:32], weight[32:]], [bias[:32], bias[32:]], u, v, gain)
-    cp_linear(x, weight, bias, u, v, gain, impl="reference")
+    v.requires_grad_()
+    q, k = cp_linear(x, [weight[:32], weight[32:]], [bias[:32], bias[32:]], u, v, gain)
+    (q.sum() + k.sum()).backward()
+    cp_linear(x, weight, bias, u, v, gain, impl="reference").sum().backward()
     assert not passes
 
 
