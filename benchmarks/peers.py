@@ -302,6 +302,15 @@ def update_addmm(y: Tensor, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return torch.addmm(y, x @ u, v.T)
 
 
+def update_chain(y: Tensor, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """PEFT's expression: two linear layers, their result scaled, and a sum."""
+    return y + F.linear(F.linear(x, u.T), v) * 1.0
+
+
+def update_dense(y: Tensor, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    return torch.addmm(y, x, u @ v.T)
+
+
 def adapter_eager(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
     return x + F.linear(F.gelu(F.linear(x, down, down_bias)), up, up_bias)
 
@@ -391,7 +400,10 @@ PEERS: dict[str, dict[str, Build]] = {
     | {"frozen linear alone": _plain(frozen_linear), "autograd.Function": _plain(cp_chain)}
     | {"PEFT LoRA": _peft_lora, "PEFT LoRA, compiled": _compiled_build(_peft_lora)}
     | {"PEFT AdaLoRA": _peft_adalora, "PEFT AdaLoRA, compiled": _compiled_build(_peft_adalora)},
-    "cp_update": _implementations("cp_update") | _both("added", update_added) | _both("addmm", update_addmm),
+    "cp_update": _implementations("cp_update")
+    | _both("added", update_added)
+    | _both("addmm", update_addmm)
+    | {"chain": _plain(update_chain), "dense delta": _plain(update_dense)},
     "adapter": _implementations("adapter")
     | _both("eager", adapter_eager)
     | {"autograd.Function": _plain(adapter_chain)},

@@ -41,6 +41,7 @@ _SERVES: dict[tuple[str, str], _Implementation] = {
     ("gist_loss", "native"): _Implementation("cpu", _ALL),
     ("gist_linear_loss", "native"): _Implementation("cpu", _ALL),
     ("adapter", "native"): _Implementation("cpu", _ALL),
+    ("cp_update", "native"): _Implementation("cpu", _ALL),
     ("bidirectional_kl", "cuda"): _Implementation("cuda", _ALL),
     ("gist_loss", "cuda"): _Implementation("cuda", _ALL),
 }

@@ -157,11 +157,16 @@ CP_LINEAR = [
         ),
         (
             "gain left out of dV",
-            "weighted = outer if gain is None else outer * accumulate(gain)[:, None]",
-            "weighted = outer",
+            "weighted = by_fold if gain is None else by_fold * accumulate(gain)[:, None]",
+            "weighted = by_fold",
             "each fold by its gain",
         ),
-        ("dgain without V", "by_fold = (outer * accumulate(v)).sum(1)", "by_fold = outer.sum(1)", "colsum(P * V)"),
+        (
+            "dgain without V",
+            "grad_gain = (outer.view(folds, -1, outer.shape[1]) * accumulate(v)).sum(1)",
+            "grad_gain = outer.view(folds, -1, outer.shape[1]).sum(1)",
+            "colsum(P * V)",
+        ),
         (
             "half merges its weight",
             "    if seed is not None or a.dtype not in (torch.float32, torch.float64):\n",

@@ -7,6 +7,7 @@ from mutant_list import Mutant, kernel, op, reference
 __all__ = ["CP_UPDATE"]
 
 _LAYERS = ("tests/test_any_base.py",)
+_IN_CPP = ("tests/test_native_update.py", "tests/test_cp_update.py")
 
 
 def _tuner(*rows: tuple[str, str, str, str]) -> list[Mutant]:
@@ -101,21 +102,15 @@ CP_UPDATE = [
     *reference(
         "cp_update",
         (
-            "update not scaled in place",
-            "here.addmm_(h[rows], v, alpha=scale)",
-            "here.addmm_(h[rows], v)",
-            "scale, in place",
-        ),
-        (
             "update not scaled",
-            "torch.addmm(y[rows], h[rows], v, alpha=scale, out=here)",
-            "torch.addmm(y[rows], h[rows], v, out=here)",
+            "torch.addmm(y, h, v, alpha=scale, out=out)",
+            "torch.addmm(y, h, v, out=out)",
             "scale",
         ),
         (
             "half precision not scaled",
-            "here.copy_(torch.mm(h[rows], v).mul_(scale).add_(y[rows]))",
-            "here.copy_(torch.mm(h[rows], v).add_(y[rows]))",
+            "out[rows].copy_(torch.mm(h[rows], v).mul_(scale).add_(y[rows]))",
+            "out[rows].copy_(torch.mm(h[rows], v).add_(y[rows]))",
             "scale, in half precision",
         ),
         (
@@ -137,10 +132,10 @@ CP_UPDATE = [
             "the mask of the forward",
         ),
         (
-            "gain left out of dV",
-            "(outer if gain is None else outer * accumulate(gain)[:, None]).sum(0)",
-            "outer.sum(0)",
-            "dV = sum_g P_g * gain_g",
+            "factors' gradients not scaled",
+            "outer = _scaled(accumulate(outer), scale)",
+            "outer = accumulate(outer)",
+            "P_g = s dy_g^T h",
         ),
     ),
     *op(
@@ -165,9 +160,110 @@ CP_UPDATE = [
         "ops/cp_update: written where x is read",
         "cp_update",
         "fastgist/ops/cp_update.py",
-        "alone = not (inplace and y.untyped_storage()._cdata == x.untyped_storage()._cdata)",
+        "alone = not (inplace and any(_share_memory(y, t) for t in (x, u, v, gain)))",
         "alone = True",
         "of y and x in one memory a program would read what another has written",
+    ),
+    *op(
+        "cp_update",
+        (
+            "mask left out of h",
+            "    if h is not None and seed is not None:\n",
+            "    if False:\n",
+            "V's gradient takes the units that were kept",
+        ),
+        (
+            "dropped out twice",
+            "again = (1.0 - dropout_p) if through_h and seed is not None else 1.0",
+            "again = 1.0",
+            "h has been divided by 1 - p already",
+        ),
+        (
+            "past float16's range",
+            "        if excess > 0:\n",
+            "        if False:\n",
+            "V times the gain may pass 65504",
+        ),
+        (
+            "scale of the larger V'",
+            "outer.mul_(again * (scale / factor_scale))",
+            "outer.mul_(again)",
+            "what was put into the scale is none of V's gradient",
+        ),
+        (
+            "no mask in the backward",
+            "seed if through_h else None",
+            "None",
+            "the mask of the forward",
+        ),
+        (
+            "result left in the copy",
+            "    if to is not out:\n",
+            "    if False:\n",
+            "rows that are not contiguous",
+        ),
+        (
+            "half precision taken",
+            "x.dtype != torch.float32 or ",
+            "",
+            "PyTorch's products are faster there",
+        ),
+        (
+            "few rows taken",
+            " or rows < 64:",
+            ":",
+            "the factors are packed for nothing",
+        ),
+        file="_native_update",
+        tests=_IN_CPP,
+    ),
+    *op(
+        "cp_update",
+        (
+            "strided rows copied",
+            'if impl == "auto" and chosen == "native" and not (contiguous and _native_update.pays(x, rank, widest)):',
+            'if impl == "auto" and chosen == "native" and not _native_update.pays(x, rank, widest):',
+            "plain PyTorch writes into them without a copy",
+        ),
+        (
+            "factors changed before the backward",
+            "u, v, gain = (t.clone() if _share_memory(y, t) else t for t in (u, v, gain))",
+            "pass",
+            "what the backward reads was y's memory",
+        ),
+        tests=_IN_CPP,
+    ),
+    *op(
+        "cp_linear",
+        (
+            "base left out of dx",
+            "        grad_x.addmm_(grad, weights[0])\n",
+            "        pass\n",
+            "dx = dy W + dL/dh U^T",
+        ),
+        (
+            "update in C++ although W has it",
+            "low_x, need_outer = need_x and merged is None, need_v or need_gain",
+            "low_x, need_outer = need_x, need_v or need_gain",
+            "what W + dW has done is not done again",
+        ),
+        (
+            "other dtypes and weights in C++",
+            "in_cpp = len(grads) == 1 and _update_in_cpp(",
+            "in_cpp = _update_in_cpp(",
+            "of several weights each has its gradient",
+        ),
+        tests=_IN_CPP,
+    ),
+    *op(
+        "cp_update",
+        (
+            "overlapping rows taken",
+            "if shape[i] > 1 and strides[i] <= reach:",
+            "if shape[i] > 1 and strides[i] == 0:",
+            "of two elements in one place one is lost",
+        ),
+        file="_low_rank",
     ),
     *_tuner(
         (

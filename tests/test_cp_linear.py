@@ -55,7 +55,8 @@ def evaluate(function, inputs, wanted, grad, **options):
     return y.detach(), [None if t is None else t.grad for t in leaves]
 
 
-def check(inputs, grad, impl, wanted=None, ours=None, **options):
+def check(inputs, grad, impl, wanted=None, ours=None, by_terms=False, **options):
+    """``by_terms``: the floor's scale is the absolute sum of what is summed, for sums whose order is another than BLAS's."""
     wanted = [t is not None for t in inputs] if wanted is None else wanted
     y, grads = evaluate(cp_linear, inputs if ours is None else ours, wanted, grad, impl=impl, **options)
     peers = on_every_device(lambda i, g, o: evaluate(plain, i, wanted, g, **o), list(inputs), grad, options)
@@ -67,10 +68,12 @@ def check(inputs, grad, impl, wanted=None, ours=None, **options):
         evaluate(plain, double, wanted, grad, **options), (exact_y, exact_grads), rtol=1e-9, atol=1e-9
     )
     assert_within_budget(y, plain_y, exact_y, what="y")
-    for name, w, g, p, e in zip(NAMES, wanted, grads, plain_grads, exact_grads, strict=True):
+    sizes = [None if t is None else t.abs() for t in double]
+    _, terms = evaluate(formula, sizes, wanted, grad.abs(), **options) if by_terms else (None, exact_grads)
+    for name, w, g, p, e, t in zip(NAMES, wanted, grads, plain_grads, exact_grads, terms, strict=True):
         assert (g is not None) == w, name
         if w:
-            assert_within_budget(g, p, e, what=f"gradient of {name}")
+            assert_within_budget(g, p, e, what=f"gradient of {name}", scale=float(t.max()) if by_terms else None)
     return y, grads
 
 
@@ -177,7 +180,7 @@ def test_hard_02_03_bad_arguments(impl, device):
         cp_linear(x[:, :39], weight, bias, u, v, gain, impl=impl)
     with pytest.raises(ValueError, match=r"expected v\.shape\[1\] == 5 .*got 4"):
         cp_linear(x, weight, bias, u, v[:, :4], gain, impl=impl)
-    with pytest.raises(ValueError, match=r"multiple of v\.shape\[0\].*64 rows of weight and 31 of v"):
+    with pytest.raises(ValueError, match=r"multiple of v\.shape\[0\].*64 rows of weight and 31 rows of v"):
         cp_linear(x, weight, bias, u, v[:31], gain, impl=impl)
     with pytest.raises(ValueError, match=r"gain\.shape == \(5,\) or \(2, 5\).*got \(3, 5\)"):
         cp_linear(x, weight, bias, u, v, gain[[0, 1, 1]], impl=impl)

@@ -253,12 +253,63 @@ def test_what_in_place_refuses(impl, device):
     y = y.detach()
     with pytest.raises(RuntimeError, match="y is a view of another tensor"):
         cp_update((y * 1.0)[:], x, u, v, gain, inplace=True, impl=impl)
-    with pytest.raises(ValueError, match=r"y is expanded \(strides \(0, 1\)\)"):
+    with pytest.raises(ValueError, match=r"elements of y share memory \(shape \(19, 64\), strides \(0, 1\)\)"):
         cp_update(y[:1].expand(19, 64), x, u, v, gain, inplace=True, impl=impl)
     assert torch.equal(y, before)
     with torch.no_grad():
         cp_update(y[:], x, u, v, gain, inplace=True, impl=impl)
     assert not torch.equal(y, before)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_in_place_refuses_a_y_whose_elements_share_memory(impl, device, compiled):
+    """Rows that begin before the last one has ended, an expanded y, columns that meet the next one's; nothing is written."""
+    _, x, u, v, gain = case(device=device)
+    memory = torch.randn(19 * 64, device=device)
+    before = memory.clone()
+
+    def run(y, x):
+        return cp_update(y, x, u, v, gain, inplace=True, impl=impl)
+
+    torch._dynamo.reset()
+    ours = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
+    error = (ValueError, torch._dynamo.exc.Unsupported) if compiled else ValueError
+    for shape, strides in (
+        ((19, 64), (63, 1)),
+        ((19, 64), (0, 1)),
+        ((19, 64), (1, 19 - 1)),
+        ((2, 3, 64), (128, 63, 1)),
+    ):
+        y = memory.as_strided(shape, strides)
+        with pytest.raises(error, match="elements of y share memory"):
+            ours(y, x[: shape[0]] if len(shape) == 2 else x[:6].view(2, 3, 40))
+    assert torch.equal(memory, before)
+    for shape, strides in (((19, 64), (1, 19)), ((1, 64), (0, 1)), ((19, 64), (64, 1))):  # no two in one place
+        y = memory.clone().as_strided(shape, strides)
+        want = cp_update(y.clone(), x[: shape[0]], u, v, gain, impl=impl)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(y, x[: shape[0]]), want)
+
+
+@pytest.mark.parametrize("name", ["u", "v", "gain"])
+def test_in_place_beside_factors_in_the_same_memory(impl, device, name):
+    """They are read as they were, and the backward has them so too."""
+    inputs = dict(zip(NAMES, case(device=device), strict=True))
+    grad = torch.randn(19, 64, device=device)
+    other, place = inputs[name], slice(3, 3 + inputs[name].numel())
+    inputs["y"].view(-1)[place] = other.reshape(-1)
+    want = evaluate(cp_update, tuple(inputs.values()), [False, True, True, True, True], grad, impl=impl)
+    held = inputs["y"].clone()
+    shared = held.view(-1)[place].view(other.shape)
+    leaves = {n: t.detach().clone().requires_grad_() for n, t in inputs.items() if n not in ("y", name)}
+    given = {n: shared if n == name else leaves[n] for n in NAMES[1:]}
+    out = cp_update(held, *given.values(), inplace=True, impl=impl)
+    assert out is held
+    torch.testing.assert_close(out.detach(), want[0])
+    out.backward(grad)
+    for n, g in zip(NAMES[1:], want[1][1:], strict=True):
+        if n != name:
+            torch.testing.assert_close(leaves[n].grad, g)
 
 
 def test_in_place_in_inference_mode(impl, device):
@@ -351,7 +402,7 @@ def test_hard_02_03_bad_arguments(impl, device):
         (ValueError, "scale must be finite", (y, x, u, v), {"scale": float("nan")}),
         (TypeError, "seed must be an int64 Tensor", (y, x, u, v), {"dropout_p": 0.1, "training": True, "seed": 3}),
         (TypeError, "y is float32 and x is float16", (y, x.half(), u, v), {}),
-        (TypeError, "x is float32 and u is float16", (y, x, u.half(), v), {}),
+        (TypeError, "y is float32 and u is float16", (y, x, u.half(), v), {}),
         (TypeError, "u is float32 and gain is float16", (y.half(), x.half(), u, v, gain.half()), {}),
         (TypeError, "y must be float32, float64, bfloat16 or float16, got int64", (y.long(), x, u, v), {}),
     ):

@@ -158,6 +158,31 @@ def test_two_residuals_are_added_in_place_in_plain_pytorch(dtype):
     assert max(others) <= max(rows * (hidden + 1), width * (hidden + 1)) * b + SMALL
 
 
+@pytest.mark.parametrize("way", ["reference", "native"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_cp_update_adds_nothing_as_large_as_y(way, inplace):
+    """Forward: y where it is not written in place, h, and V times the gain. Backward: the gradients, dL/dh and dV before it is
+    weighed by the gain. (C++ takes its own packed factors from malloc, which the profiler does not see.)"""
+    if way == "native" and backends.vector_bytes() == 0:
+        pytest.skip("no extension")
+    rows, width, rank = 1600, 384, 16
+    y, x = torch.randn(rows, width), torch.randn(rows, width).requires_grad_()
+    factors = [torch.randn(s).requires_grad_() for s in ((width, rank), (width, rank), (1, rank))]
+    b, held = 4, []
+
+    def step():
+        held.append(F.cp_update(y, x, *factors, inplace=inplace, impl=way))
+
+    F.cp_update(y.clone(), x, *factors, impl=way)
+    h, factor = rows * rank * b, width * rank * b
+    others, _ = temporaries(step, [h] if inplace else [rows * width * b, h])
+    assert max(others) <= factor + SMALL
+    out, grad = held[0], torch.ones(rows, width)
+    sizes = [t.numel() * b for t in (x, *factors)]
+    others, _ = temporaries(lambda: held.append(torch.autograd.grad(out, [x, *factors], grad)), sizes)
+    assert max(others) <= max(h, factor) + SMALL
+
+
 # -- C++ ---------------------------------------------------------------------------------------------------------------
 
 

@@ -112,8 +112,11 @@ def _nobody_listens(args: Iterable[object]) -> bool:
         if kind in _ORDINARY:
             if torch._C._dispatch_keys(a).raw_repr() not in _known_keys and not is_ordinary(a):  # type: ignore[arg-type]
                 return False
-        elif (kind is list and not all(is_ordinary(t) for t in a)) or isinstance(a, Tensor):  # type: ignore[attr-defined]
+        elif isinstance(a, Tensor):
             return False
+        elif kind is list:  # of tensors, or of what an operator is asked for
+            if any(isinstance(t, Tensor) and not is_ordinary(t) for t in a):  # type: ignore[attr-defined]
+                return False
     return True
 
 

@@ -1,4 +1,4 @@
-"""What cp_linear and adapter share on the way in: numbers, dropout, autocast, and the gradient of a frozen layer's weight."""
+"""What cp_linear, cp_update and adapter share on the way in: shapes of the factors, numbers, dropout, autocast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,55 @@ from fastgist import backends
 from fastgist.ops import _common
 from fastgist.reference.cp_linear import Dropout
 
-__all__ = ["cast_for_autocast", "check_dropout", "check_number", "dropout_for", "empty_unless"]
+__all__ = [
+    "cast_for_autocast",
+    "check_dropout",
+    "check_low_rank",
+    "check_matrices",
+    "check_number",
+    "check_writable",
+    "dropout_for",
+    "empty_unless",
+]
+
+
+def check_matrices(op: str, **matrices: Tensor) -> None:
+    for name, t in matrices.items():
+        if t.dim() != 2:
+            raise ValueError(f"{op}: {name} must be 2-D, got shape {tuple(t.shape)}")
+
+
+def check_low_rank(op: str, u: Tensor, v: Tensor, gain: Tensor | None, width: int, side: str, units: str) -> None:
+    """Rank, folds and gain of an update of ``width`` outputs: of ``side``, for an error, and so many ``units``. u, v: 2-D."""
+    rank, rows = u.shape[1], v.shape[0]
+    if rank == 0:
+        raise ValueError(f"{op}: expected a rank of at least 1, got u of shape {tuple(u.shape)}")
+    if v.shape[1] != rank:
+        raise ValueError(f"{op}: expected v.shape[1] == {rank} (the rank of u), got {v.shape[1]}")
+    if rows == 0 or width == 0 or width % rows:
+        raise ValueError(
+            f"{op}: expected {side} to be a multiple of v.shape[0] (G folds of width n share v), got {width} {units} and "
+            f"{rows} rows of v"
+        )
+    folds = width // rows
+    if gain is not None and tuple(gain.shape) not in ((rank,), (folds, rank)):
+        raise ValueError(
+            f"{op}: expected gain.shape == ({rank},) or ({folds}, {rank}) (rank {rank}, {width} / {rows} folds), got "
+            f"{tuple(gain.shape)}"
+        )
+
+
+def check_writable(op: str, name: str, t: Tensor) -> None:
+    """That each dimension of ``t``, which is to be written to, steps over all that narrower ones reach: then no two elements
+    share memory. (Strides that interleave without meeting are refused too.)"""
+    shape, strides = t.shape, t.stride()
+    for i in range(t.dim()):
+        reach = sum((shape[j] - 1) * strides[j] for j in range(t.dim()) if j != i and strides[j] <= strides[i])
+        if shape[i] > 1 and strides[i] <= reach:
+            raise ValueError(
+                f"{op}: inplace=True, but elements of {name} share memory (shape {tuple(shape)}, strides {tuple(strides)}): "
+                "it is expanded, or its rows overlap"
+            )
 
 
 def check_number(op: str, name: str, value: object) -> float:

@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 
 from fastgist import backends
-from fastgist.ops import _common
-from fastgist.ops._low_rank import cast_for_autocast, check_dropout, check_number, dropout_for, empty_unless
+from fastgist.ops import _common, _native_update
+from fastgist.ops._low_rank import (
+    cast_for_autocast,
+    check_dropout,
+    check_low_rank,
+    check_matrices,
+    check_number,
+    dropout_for,
+    empty_unless,
+)
 from fastgist.reference import cp_linear as reference
 from fastgist.reference.cp_linear import low_rank_dtype
 
@@ -40,9 +48,11 @@ def _fwd(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     drop = dropout_for(impl, seed)
+    one = len(weights) == 1 and _update_in_cpp(impl, x, u.shape[1], max(weights[0].shape))
+    update = _native_update.forward if one else None
     impl = backends.resolve(_OP, impl, x)
     if impl == "reference" or x.numel() == 0:
-        y, h = reference.forward(x, weights, biases, u, v, gain, seed, scale, dropout_p, need_h, drop)
+        y, h = reference.forward(x, weights, biases, u, v, gain, seed, scale, dropout_p, need_h, drop, update)
         return y, empty_unless(h if need_h else None, x)
     from fastgist_kernels import cp_linear as kernels
 
@@ -50,6 +60,13 @@ def _fwd(
     tf32 = _common.tf32_allowed()
     kernels.cp_linear_fwd(x, weights, biases, u, v, gain, seed, scale, dropout_p, tf32, y, h)
     return y, empty_unless(h, x)
+
+
+def _update_in_cpp(impl: str, a: Tensor, rank: int, widest: int) -> bool:
+    """Whether the update beside a product with ``a`` (M, ..) and one weight runs in C++: where "auto" leaves the product to
+    PyTorch and C++ is the faster."""
+    plain = impl == "auto" and backends.resolve(_OP, impl, a) == "reference"
+    return plain and _native_update.pays(a, rank, widest)
 
 
 def _empty_results(x: Tensor, weights: list[Tensor], u: Tensor, need_h: bool) -> tuple[Tensor, Tensor | None]:
@@ -80,13 +97,18 @@ def _bwd(
 ) -> tuple[Tensor, ...]:
     first = grads[0]
     drop = dropout_for(impl, seed)
+    low = next((t.shape[1] for t in (v, h) if t is not None), 0)
+    inner = max((t.shape[1] for t in (x, *weights) if t is not None), default=0)
+    in_cpp = len(grads) == 1 and _update_in_cpp(impl, first, low, max(inner, first.shape[1]))
     impl = backends.resolve(_OP, impl, first)
     need_x, need_weight, need_bias, need_u, need_v, need_gain = needs
     grad_weight = _of_weights(grads, x) if need_weight else None
     grad_bias = _joined([g.sum(0) for g in grads], 0) if need_bias else None
     wanted = (need_x, need_u, need_v, need_gain)
     empty = all(g.numel() == 0 for g in grads) or (x is not None and x.numel() == 0)
-    if impl == "reference" or empty:
+    if in_cpp and any(wanted) and not empty:
+        found = _bwd_in_cpp(first, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, *wanted)
+    elif impl == "reference" or empty:
         found = reference.backward(grads, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, *wanted, drop)
     elif any(wanted):
         from fastgist_kernels import cp_linear_bwd as kernels
@@ -111,6 +133,23 @@ def _of_weights(grads: list[Tensor], x: Tensor) -> Tensor:
     for rows, grad in zip(out.split([g.shape[1] for g in grads]), grads, strict=True):
         torch.mm(grad.transpose(0, 1), x, out=rows)
     return out
+
+
+def _bwd_in_cpp(
+    grad, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, need_x, need_u, need_v, need_gain
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """:func:`fastgist.reference.cp_linear.backward` of one weight, what the factors ask of it in C++."""
+    merged = reference._merged_weight(grad, weights[0], u, v, gain, seed, scale, need_u) if need_x else None
+    low_x, need_outer = need_x and merged is None, need_v or need_gain
+    grad_x = grad_u = outer = None
+    if low_x or need_u or need_outer:
+        options = (folds, scale, dropout_p, low_x, need_u, need_outer)
+        grad_x, grad_u, outer = _native_update.backward(grad, x, u, v, gain, seed, h, *options)
+    if merged is not None:
+        grad_x = torch.mm(grad, merged)
+    elif low_x:
+        grad_x.addmm_(grad, weights[0])
+    return grad_x, grad_u, *reference._of_factors(outer, v, gain, folds, need_v, need_gain)
 
 
 def _empty_grads(grads, x, weights, v, gain, h, folds, wanted):
@@ -223,11 +262,9 @@ def _base(weight: Any, bias: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]
 def _check_shapes(
     x: Tensor, weights: dict[str, Tensor], biases: dict[str, Tensor], u: Tensor, v: Tensor, gain: Tensor | None
 ) -> None:
-    for name, t in (*weights.items(), ("u", u), ("v", v)):
-        if t.dim() != 2:
-            raise ValueError(f"{_OP}: {name} must be 2-D, got shape {tuple(t.shape)}")
+    check_matrices(_OP, **weights, u=u, v=v)
     first, *others = weights.items()
-    rows, columns, rank = first[1].shape[0], first[1].shape[1], u.shape[1]
+    rows, columns = first[1].shape
     for name, t in others:
         if t.shape[1] != columns:
             raise ValueError(f"{_OP}: expected {name}.shape[1] == {columns} (as {first[0]}'s), got {t.shape[1]}")
@@ -246,27 +283,13 @@ def _check_shapes(
             )
     if u.shape[0] != columns:
         raise ValueError(f"{_OP}: expected u.shape[0] == {columns} (weight is {rows} x {columns}), got {u.shape[0]}")
-    if rank == 0:
-        raise ValueError(f"{_OP}: expected a rank of at least 1, got u of shape {tuple(u.shape)}")
-    if v.shape[1] != rank:
-        raise ValueError(f"{_OP}: expected v.shape[1] == {rank} (the rank of u), got {v.shape[1]}")
-    if v.shape[0] == 0 or rows == 0 or rows % v.shape[0]:
-        raise ValueError(
-            f"{_OP}: expected weight.shape[0] to be a multiple of v.shape[0] (G folds of width n share v), got "
-            f"{rows} rows of weight and {v.shape[0]} of v"
-        )
+    check_low_rank(_OP, u, v, gain, rows, "weight.shape[0]", "rows of weight")
     for name, t in weights.items() if others and v.shape[0] != rows else ():
         if t.shape[0] % v.shape[0]:
             raise ValueError(
                 f"{_OP}: expected {name}.shape[0] to be a multiple of v.shape[0] == {v.shape[0]}, or a row of v for each of "
                 f"all {rows} rows, got {t.shape[0]}"
             )
-    folds = rows // v.shape[0]
-    if gain is not None and tuple(gain.shape) not in ((rank,), (folds, rank)):
-        raise ValueError(
-            f"{_OP}: expected gain.shape == ({rank},) or ({folds}, {rank}) (rank {rank}, {rows} / {v.shape[0]} folds), "
-            f"got {tuple(gain.shape)}"
-        )
 
 
 @overload

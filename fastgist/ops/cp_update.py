@@ -8,10 +8,18 @@ import torch
 from torch import Tensor
 
 from fastgist import backends
-from fastgist.ops import _common
-from fastgist.ops._low_rank import check_dropout, check_number, dropout_for, empty_unless
+from fastgist.ops import _common, _native_update
+from fastgist.ops._low_rank import (
+    check_dropout,
+    check_low_rank,
+    check_matrices,
+    check_number,
+    check_writable,
+    dropout_for,
+    empty_unless,
+)
 from fastgist.reference import cp_update as reference
-from fastgist.reference.cp_linear import low_rank_dtype
+from fastgist.reference.cp_linear import _of_factors, low_rank_dtype
 
 __all__ = ["cp_update"]
 
@@ -39,15 +47,27 @@ def _run(
 ) -> Tensor:
     """Write ``out``, which may be ``y``; the result is h, empty where it is not needed."""
     drop = dropout_for(impl, seed)
-    impl = backends.resolve(_OP, impl, x)
+    impl = _resolve(impl, x, u.shape[1], max(u.shape[0], y.shape[1]), out.is_contiguous())
     if impl == "reference" or x.numel() == 0:
         h = reference.forward(y, x, u, v, gain, seed, scale, dropout_p, out, drop)
         return empty_unless(h if need_h else None, x)
+    h = _empty_h(x, u) if need_h else None
+    if impl == "native":
+        _native_update.forward(y, x, u, v, gain, seed, scale, dropout_p, out, h)
+        return empty_unless(h, x)
     from fastgist_kernels import cp_update as kernels
 
-    h = _empty_h(x, u) if need_h else None
     kernels.cp_update_fwd(y, x, u, v, gain, seed, scale, dropout_p, _common.tf32_allowed(), out, h)
     return empty_unless(h, x)
+
+
+def _resolve(impl: str, x: Tensor, rank: int, widest: int, contiguous: bool = True) -> str:
+    """The implementation for ``x`` (M, ..) and factors (<= widest, rank). "auto" leaves to plain PyTorch what it is faster at,
+    and rows that are not contiguous, which C++ would not write into without a copy. Forward and backward may differ."""
+    chosen = backends.resolve(_OP, impl, x)
+    if impl == "auto" and chosen == "native" and not (contiguous and _native_update.pays(x, rank, widest)):
+        return "reference"
+    return chosen
 
 
 def _empty_h(x: Tensor, u: Tensor) -> Tensor:
@@ -89,12 +109,19 @@ def _bwd(
     impl: str,
 ) -> tuple[Tensor, ...]:
     drop = dropout_for(impl, seed)
-    impl = backends.resolve(_OP, impl, grad)
+    need_x, need_u, need_v, need_gain = needs
+    inner = x.shape[1] if x is not None else u.shape[0] if u is not None else 0
+    impl = _resolve(impl, grad, (h if v is None else v).shape[1], max(inner, grad.shape[1]))
     grads: tuple[Tensor | None, ...]
     if impl == "reference" or grad.numel() == 0 or (x is not None and x.numel() == 0):
         grad_x, *low_rank = reference.backward(
             grad, x, u, v, gain, seed, h, folds, scale, dropout_p, dtype, *needs, drop=drop
         )
+        grads = (grad_x, *(None if g is None else g.to(dtype) for g in low_rank))
+    elif impl == "native":
+        options = (folds, scale, dropout_p, need_x, need_u, need_v or need_gain)
+        grad_x, grad_u, outer = _native_update.backward(grad, x, u, v, gain, seed, h, *options)
+        low_rank = [grad_u, *_of_factors(outer, v, gain, folds, need_v, need_gain)]
         grads = (grad_x, *(None if g is None else g.to(dtype) for g in low_rank))
     else:
         from fastgist_kernels import cp_update as kernels
@@ -147,10 +174,11 @@ class _CPUpdate(torch.autograd.Function):
         need_h = need_v or need_gain
         given = (x, u, v, gain, seed, scale, dropout_p, need_h, impl)
         shape = (x.shape[0], y.shape[-1])
-        alone = not (inplace and y.untyped_storage()._cdata == x.untyped_storage()._cdata)
-        if need_u and not alone:  # autograd would not notice: what a Function saves it saves after the change of y
-            x = x.clone()
-            given = (x, *given[1:])
+        alone = not (inplace and any(_share_memory(y, t) for t in (x, u, v, gain)))
+        if not alone:  # autograd would not notice: what a Function saves it saves after the change of y
+            x = x.clone() if need_u and _share_memory(y, x) else x
+            u, v, gain = (t.clone() if _share_memory(y, t) else t for t in (u, v, gain))
+            given = (x, u, v, gain, *given[4:])
         target = _rows_in_place(y, shape) if inplace and alone else None
         if target is not None:
             out, h = y, _fwd_inplace_op(target, *given)
@@ -187,6 +215,10 @@ class _CPUpdate(torch.autograd.Function):
         return grad if ctx.needs_input_grad[0] else None, *grads, None, None, None, None, None, None
 
 
+def _share_memory(y: Tensor, t: Tensor | None) -> bool:
+    return t is not None and y.untyped_storage()._cdata == t.untyped_storage()._cdata
+
+
 def _rows_in_place(y: Tensor, shape: tuple[int, int]) -> Tensor | None:
     """y as a matrix of rows to write to; None where that would be a copy, also of memory that holds -y."""
     if y.is_neg():
@@ -201,34 +233,17 @@ def _rows_in_place(y: Tensor, shape: tuple[int, int]) -> Tensor | None:
 
 
 def _check_shapes(y: Tensor, x: Tensor, u: Tensor, v: Tensor, gain: Tensor | None) -> None:
-    for name, t in (("u", u), ("v", v)):
-        if t.dim() != 2:
-            raise ValueError(f"{_OP}: {name} must be 2-D, got shape {tuple(t.shape)}")
+    check_matrices(_OP, u=u, v=v)
     columns, rank = u.shape
-    if columns == 0 or rank == 0:
-        raise ValueError(
-            f"{_OP}: expected at least 1 input feature and a rank of at least 1, got u of shape {(columns, rank)}"
-        )
+    if columns == 0:
+        raise ValueError(f"{_OP}: expected at least 1 input feature, got u of shape {(columns, rank)}")
     if x.dim() == 0 or x.shape[-1] != columns:
         raise ValueError(
             f"{_OP}: expected x.shape[-1] == {columns} (u is {columns} x {rank}), got x of {tuple(x.shape)}"
         )
     if y.dim() != x.dim() or y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"{_OP}: expected y and x to have the same rows, got {tuple(y.shape)} and {tuple(x.shape)}")
-    if v.shape[1] != rank:
-        raise ValueError(f"{_OP}: expected v.shape[1] == {rank} (the rank of u), got {v.shape[1]}")
-    width = y.shape[-1]
-    if v.shape[0] == 0 or width == 0 or width % v.shape[0]:
-        raise ValueError(
-            f"{_OP}: expected y.shape[-1] to be a multiple of v.shape[0] (G folds of width n share v), got {width} columns "
-            f"of y and {v.shape[0]} rows of v"
-        )
-    folds = width // v.shape[0]
-    if gain is not None and tuple(gain.shape) not in ((rank,), (folds, rank)):
-        raise ValueError(
-            f"{_OP}: expected gain.shape == ({rank},) or ({folds}, {rank}) (rank {rank}, {width} / {v.shape[0]} folds), "
-            f"got {tuple(gain.shape)}"
-        )
+    check_low_rank(_OP, u, v, gain, y.shape[-1], "y.shape[-1]", "columns of y")
 
 
 def _settle_dtypes(
@@ -241,16 +256,16 @@ def _settle_dtypes(
         if not (y.dtype in _HALF and u.dtype == torch.float32):
             u = u.to(y.dtype)
         v, gain = v.to(u.dtype), None if gain is None else gain.to(u.dtype)
-    _common.check_same_dtype(_OP, y=y, x=x)
-    if not (y.dtype in _HALF and u.dtype == torch.float32):
-        _common.check_same_dtype(_OP, x=x, u=u)
-    _common.check_same_dtype(_OP, u=u, v=v, gain=gain)
+    factors = {"u": u, "v": v, "gain": gain}
+    if y.dtype in _HALF and u.dtype == torch.float32:
+        _common.check_same_dtype(_OP, y=y, x=x)
+        _common.check_same_dtype(_OP, **factors)
+    else:
+        _common.check_same_dtype(_OP, y=y, x=x, **factors)
     return x, u, v, gain
 
 
 def _check_in_place(y: Tensor, recorded: bool) -> None:
-    if any(stride == 0 and size > 1 for size, stride in zip(y.shape, y.stride(), strict=True)):
-        raise ValueError(f"{_OP}: inplace=True, but y is expanded (strides {y.stride()}): its elements share memory")
     if not torch.is_grad_enabled():
         return
     if y.requires_grad and y.is_leaf:
@@ -295,16 +310,16 @@ def cp_update(
         training: whether dropout is active.
         seed: as in :func:`cp_linear`, under the same rule: the same seed gives the same mask.
         inplace: write into y and return it. Autograd counts it as a change of y: a layer that has kept its output for its own
-            backward raises there. x may share y's memory; where u is trained, x as it was is copied then. (torch.compile
-            decides by itself where an update is in place.)
-        impl: "auto", "triton" or "reference"; see :mod:`fastgist.backends`.
+            backward raises there. x and the factors may share y's memory: they are read as they were, and copied for a
+            backward. (torch.compile decides by itself where an update is in place.)
+        impl: "auto", "triton", "native" or "reference"; see :mod:`fastgist.backends`.
 
     Returns:
         (..., N) in y's dtype; y itself where ``inplace``. Under autocast x is taken in y's dtype.
 
     Raises:
-        ValueError: shapes that do not fit, a rank of 0, dropout_p outside [0, 1), a scale that is not finite, an expanded y
-            that is to be written to.
+        ValueError: shapes that do not fit, a rank of 0, dropout_p outside [0, 1), a scale that is not finite, a y that
+            is to be written to and whose elements share memory by its strides.
         TypeError: dtypes that differ outside autocast, or are not floating point; a seed that is not int64.
         RuntimeError: ``inplace`` of a leaf that requires grad, or of a view where gradients are recorded; an explicit ``impl``
             that cannot run here; a second derivative.
@@ -320,6 +335,8 @@ def cp_update(
     dropout_p, seed = check_dropout(_OP, x, dropout_p, training, seed)
     record = torch.is_grad_enabled()
     compiling = torch.compiler.is_compiling()
+    if inplace:
+        check_writable(_OP, "y", y)
     if inplace and not compiling:
         _check_in_place(y, record and any(t is not None and t.requires_grad for t in (y, x, u, v, gain)))
     if (

@@ -169,6 +169,24 @@ def _outers(pieces: list[Tensor], b: Tensor) -> Tensor:
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
+def _of_factors(
+    outer: Tensor | None, v: Tensor | None, gain: Tensor | None, folds: int, need_v: bool, need_gain: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dV = sum_g P_g * g_g and dgain_g = colsum(P_g * V) from ``outer`` (N, R), the P_g one above the other, in its dtype."""
+    grad_v = grad_gain = None
+    if need_v:
+        grad_v = outer
+        if gain is not None or folds > 1:
+            by_fold = outer.view(folds, -1, outer.shape[1])
+            weighted = by_fold if gain is None else by_fold * accumulate(gain)[:, None]
+            grad_v = weighted[0] if folds == 1 else weighted.sum(0)
+    if need_gain:
+        grad_gain = (outer.view(folds, -1, outer.shape[1]) * accumulate(v)).sum(1)
+        if gain.shape[0] == 1:
+            grad_gain = grad_gain.sum(0, keepdim=True)
+    return grad_v, grad_gain
+
+
 def _sum_of_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     (a, b), *others = pairs
     total = torch.mm(a, b)
@@ -190,10 +208,12 @@ def forward(
     dropout_p: float,
     need_h: bool,
     drop: Dropout | None = None,
+    update: Callable[..., None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y (M, N), and h = drop(x U) (M, R) in low_rank_dtype where needed. The weight (N, K) comes in pieces, one above the
     other, none of which is copied; ``biases`` is empty or as long. gain: (1, R) or (G, R). ``drop``: what drops out h
-    in place of the function here, to the same result."""
+    in place of the function here, to the same result. ``update``: what adds to y of one weight, with the arguments of
+    :func:`fastgist.ops._native_update.forward`."""
     y = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
     h = None
     for i, (rows, own_v, own_gain) in enumerate(_pieces([w.shape[0] for w in weights], v, gain)):
@@ -204,7 +224,10 @@ def forward(
             torch.addmm(biases[i], x, used.transpose(0, 1), out=out)
         else:
             torch.mm(x, used.transpose(0, 1), out=out)
-        if merged is None:
+        if merged is None and update is not None:
+            h = x.new_empty(x.shape[0], u.shape[1]) if need_h else None
+            update(out, x, u, v, gain, seed, scale, dropout_p, out, h)
+        elif merged is None:
             h = (drop or _dropped)(x @ u, dropout_p, seed) if h is None else h
             folds = _folds(weight.shape[0], own_v)
             if _on_rows(own_gain, folds, x.shape[0], weight.shape[0]):
@@ -268,12 +291,8 @@ def backward(
         grad_v = _outers(grads, _scaled(h * gain, scale)) if need_v else None
         grad_gain = _scaled((low * h).sum(0, keepdim=True), scale) if need_gain else None
     elif need_v or need_gain:
-        outer = _scaled(accumulate(_outers(grads, h)), scale).view(folds, -1, h.shape[1])
-        if need_v:
-            weighted = outer if gain is None else outer * accumulate(gain)[:, None]
-            grad_v = weighted.sum(0).to(dtype)
-        if need_gain:
-            by_fold = (outer * accumulate(v)).sum(1)
-            grad_gain = by_fold.sum(0, keepdim=True) if gain.shape[0] == 1 else by_fold
-            grad_gain = grad_gain.to(dtype)
+        outer = _scaled(accumulate(_outers(grads, h)), scale)
+        grad_v, grad_gain = (
+            None if g is None else g.to(dtype) for g in _of_factors(outer, v, gain, folds, need_v, need_gain)
+        )
     return grad_x, grad_u, grad_v, grad_gain

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgist.reference._numerics import accumulate, accumulate_dtype, row_blocks
-from fastgist.reference.cp_linear import Dropout, _dropped, _folded_v, low_rank_dtype
+from fastgist.reference.cp_linear import Dropout, _dropped, _folded_v, _of_factors, _outer, _scaled, low_rank_dtype
 
 __all__ = ["backward", "cp_update", "forward"]
 
@@ -45,15 +45,12 @@ def _product_dtype(x: torch.dtype, factors: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if x == factors == torch.bfloat16 else accumulate_dtype(x)
 
 
-def _blocks(wide: Tensor, dtype: torch.dtype) -> list[slice]:
-    """Rows to take at a time. Half precision is widened a block at a time, so that no (M, N) float32 tensor exists."""
-    return [slice(0, wide.shape[0])] if wide.dtype == dtype else row_blocks(wide)
-
-
 def _project(a: Tensor, b: Tensor) -> Tensor:
-    """a b (M, R), in b's dtype."""
+    """a b (M, R), in b's dtype. Half precision is widened a block of rows at a time: no (M, N) float32 tensor exists."""
+    if a.dtype == b.dtype:
+        return torch.mm(a, b)
     h = a.new_empty(a.shape[0], b.shape[1], dtype=b.dtype)
-    for rows in _blocks(a, b.dtype):
+    for rows in row_blocks(a):
         torch.mm(a[rows].to(b.dtype), b, out=h[rows])
     return h
 
@@ -61,14 +58,11 @@ def _project(a: Tensor, b: Tensor) -> Tensor:
 def _add(y: Tensor, h: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
     """out = y + scale * h v^T, rounded once; ``y`` may be ``out``. h and v have one dtype."""
     v = v.transpose(0, 1)
-    for rows in _blocks(out, h.dtype):
-        here = out[rows]
-        if out.dtype != h.dtype:
-            here.copy_(torch.mm(h[rows], v).mul_(scale).add_(y[rows]))
-        elif y is out:
-            here.addmm_(h[rows], v, alpha=scale)
-        else:
-            torch.addmm(y[rows], h[rows], v, alpha=scale, out=here)
+    if out.dtype == h.dtype:
+        torch.addmm(y, h, v, alpha=scale, out=out)
+        return
+    for rows in row_blocks(out):
+        out[rows].copy_(torch.mm(h[rows], v).mul_(scale).add_(y[rows]))
 
 
 def _in_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -121,31 +115,31 @@ def backward(
     grad_x = grad_u = grad_v = grad_gain = grad_h = None
     u, v, gain, h = _in_dtype(_product_dtype(grad.dtype, factors), u, v, gain, h)
     if need_x or need_u:
-        grad_h = _project(grad, _folded_v(v, gain, folds)).mul_(scale)
+        grad_h = _scaled(_project(grad, _folded_v(v, gain, folds)), scale)
         grad_h = (drop or _dropped)(grad_h, dropout_p, seed)
     if need_x:
-        grad_x = grad.new_empty(grad.shape[0], u.shape[0])
-        for rows in _blocks(grad_x, grad_h.dtype):
-            if grad_x.dtype == grad_h.dtype:
-                torch.mm(grad_h, u.transpose(0, 1), out=grad_x)
-            else:
+        if grad.dtype == grad_h.dtype:
+            grad_x = torch.mm(grad_h, u.transpose(0, 1))
+        else:
+            grad_x = grad.new_empty(grad.shape[0], u.shape[0])
+            for rows in row_blocks(grad_x):
                 grad_x[rows] = torch.mm(grad_h[rows], u.transpose(0, 1))
     if need_u:
-        grad_u = _product(grad_h, x).transpose(0, 1).contiguous()
+        grad_u = _product(grad_h, x)
     if need_v or need_gain:
-        outer = accumulate(_product(h, grad)).mul_(scale).transpose(0, 1).contiguous().view(folds, -1, h.shape[1])
-        if need_v:
-            grad_v = (outer if gain is None else outer * accumulate(gain)[:, None]).sum(0)
-        if need_gain:
-            by_fold = (outer * accumulate(v)).sum(1)
-            grad_gain = by_fold.sum(0, keepdim=True) if gain.shape[0] == 1 else by_fold
+        outer = _product(h, grad)
+        if scale != 1.0 or gain is not None or folds > 1:  # more is to be done to it: without rounding on the way
+            outer = _scaled(accumulate(outer), scale)
+        grad_v, grad_gain = _of_factors(outer, v, gain, folds, need_v, need_gain)
     return grad_x, grad_u, grad_v, grad_gain
 
 
 def _product(narrow: Tensor, wide: Tensor) -> Tensor:
-    """narrow^T wide, (R, C), in ``narrow``'s dtype. A product with a narrow result is asked for as its transpose."""
+    """wide^T narrow, (C, R), contiguous, in ``narrow``'s dtype. Blocks of rows are summed as its transpose."""
+    if wide.dtype == narrow.dtype:
+        return _outer(wide, narrow)
     total = None
-    for rows in _blocks(wide, narrow.dtype):
+    for rows in row_blocks(wide):
         a, b = narrow[rows].transpose(0, 1), wide[rows].to(narrow.dtype)
         total = torch.mm(a, b) if total is None else total.addmm_(a, b)
-    return total
+    return total.transpose(0, 1).contiguous()

@@ -1,0 +1,167 @@
+"""The low-rank update in C++: cp_linear's part of it, which "auto" alone takes, memory, threads, and what "auto" takes.
+
+cp_update's own values and gradients are held against float64 in test_cp_update.py, which runs for "native" too.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import test_cp_linear as linear
+import test_cp_update as update
+import torch
+
+from fastgist import _extension, backends
+from fastgist.functional import cp_linear, cp_update
+from fastgist.ops import _native_update
+from fastgist.reference.cp_linear import merge_pays
+from fastgist.testing import poisoned_allocations
+
+if _extension.load() is not None:
+    pytest.skip(f"no extension: {_extension.load()}", allow_module_level=True)
+
+from test_extension import DEVICE, python
+
+if DEVICE != "cpu" or backends.interpreting():
+    pytest.skip("about CPU code", allow_module_level=True)
+
+pytestmark = pytest.mark.kernel
+SEED = torch.tensor([11])
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """ "auto" takes C++ at any size; which of its passes ran."""
+    seen: list[str] = []
+
+    def telling(name):
+        real = getattr(_native_update, name)
+        return lambda *args: (seen.append(name), real(*args))[1]
+
+    monkeypatch.setattr(_native_update, "pays", lambda *args: True)
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(_native_update, name, telling(name))
+    return seen
+
+
+# -- cp_linear -------------------------------------------------------------------------------------------------------
+
+OPTIONS = {"plain": {"scale": 0.5}, "dropout": {"scale": 0.5, "dropout_p": 0.25, "training": True, "seed": SEED}}
+
+
+@pytest.mark.parametrize("factors", list(itertools.product([False, True], repeat=3)))
+@pytest.mark.parametrize("need_x", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("rows", [5, 90])
+def test_cp_linear_takes_it_for_its_update(passes, rows, options, need_x, factors):
+    """Of few rows y and dx have the update added, of many W has, and C++ forms the factors' gradients alone."""
+    inputs = linear.case(rows, 24, 16, 3, 2)
+    merged = options == "plain" and merge_pays(rows, 24, 32, 3, factors[1] or factors[2])
+    assert merged == (options == "plain" and rows == 90)
+    with poisoned_allocations():
+        linear.check(
+            inputs, torch.randn(rows, 32), "auto", [need_x, True, False, *factors], None, True, **OPTIONS[options]
+        )
+    assert ("forward" in passes) != merged
+    assert ("backward" in passes) == (any(factors) or (need_x and not merged))
+
+
+@pytest.mark.parametrize("folds", [1, 3])
+@pytest.mark.parametrize("gain", [False, True])
+def test_cp_linear_with_folds_and_without_a_gain(passes, folds, gain):
+    *inputs, its = linear.case(33, 40, 24, 17, folds)
+    linear.check([*inputs, its if gain else None], torch.randn(33, 24 * folds), "auto", by_terms=True)
+    assert passes == ["forward", "backward"]
+
+
+def test_cp_linear_of_several_weights_and_other_dtypes_stays_plain(passes):
+    x, weight, bias, u, v, gain = linear.case()
+    v.requires_grad_()
+    q, k = cp_linear(x, [weight[:32], weight[32:]], [bias[:32], bias[32:]], u, v, gain)
+    (q.sum() + k.sum()).backward()
+    cp_linear(x, weight, bias, u, v, gain, impl="reference").sum().backward()
+    assert not passes
+
+
+# -- cp_update -------------------------------------------------------------------------------------------------------
+
+
+def test_float16_gain_that_takes_v_past_its_range():
+    """V times the gain is 90,000; the scale brings the result back."""
+    x, u = torch.full((70, 8), 0.5).half().requires_grad_(), torch.full((8, 2), 0.25).half().requires_grad_()
+    v, gain = (torch.full((n, 2), 300.0).half().requires_grad_() for n in (16, 1))
+    y = torch.zeros(70, 16).half()
+    results = {}
+    for impl in ("native", "reference"):
+        out = cp_update(y, x, u, v, gain, scale=1e-3, impl=impl)
+        results[impl] = [out, *torch.autograd.grad(out.float().mean(), (x, u, v, gain))]
+        assert all(bool(t.isfinite().all()) for t in results[impl])
+    torch.testing.assert_close(results["native"], results["reference"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_any_number_of_threads_gives_the_same_bits(dtype):
+    inputs = update.case(1100, 72, 40, 9, 2, dtype)
+    grad = torch.randn(1100, 80)
+    options = {"dropout_p": 0.3, "training": True, "seed": SEED, "impl": "native"}
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y, grads = update.evaluate(cp_update, inputs, [True] * 5, grad, **options)
+            found.append([y, *grads])
+    finally:
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+def test_rows_that_are_not_contiguous_are_written_where_they_are(passes):
+    """ "auto" leaves them to plain PyTorch, which needs no copy of y there."""
+    y, x, u, v, gain = update.case(128)
+    wide = torch.zeros(128, 100)
+    wide[:, :64] = y
+    cp_update(wide[:, :64], x, u, v, gain, inplace=True)
+    assert not passes
+    torch.testing.assert_close(wide[:, :64], cp_update(y, x, u, v, gain, impl="native"))
+    assert bool((wide[:, 64:] == 0).all())
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_lesser_instruction_sets(isa):
+    script = (
+        "import torch, test_cp_update as t\n"
+        "for shape in ((1, 8, 8, 1, 1), (70, 130, 37, 17, 2), (600, 40, 24, 40, 1)):\n"
+        "    inputs = t.case(*shape)\n"
+        "    t.check(inputs, torch.randn(shape[0], shape[2] * shape[4]), 'native', scale=0.7)\n"
+        "print('right')"
+    )
+    done = python("-c", f"import sys; sys.path.insert(0, 'tests')\n{script}", FASTGIST_CPU_ISA=isa)
+    assert done.returncode == 0, done.stderr
+    assert "right" in done.stdout
+
+
+# -- what "auto" takes -----------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_it_where_it_was_faster(monkeypatch):
+    def pays(rows, inner, rank, dtype=torch.float32):
+        return _native_update.pays(torch.empty(rows, inner, dtype=dtype, device="cpu"), rank, inner)
+
+    for vectors, wanted in ((64, True), (32, False), (16, False), (0, False)):
+        monkeypatch.setattr(_extension, "vector_bytes", lambda vectors=vectors: vectors)
+        assert pays(3152, 768, 32) == pays(64, 768, 64) == pays(256, 4096, 256) == wanted
+        assert not pays(63, 768, 4) and not pays(64, 2048, 256) and not pays(4096, 4096, 512)
+        assert not pays(3152, 768, 32, torch.bfloat16) and not pays(3152, 768, 32, torch.float64)
+        assert pays(64, 768, 8) == (vectors >= 32)
+
+
+def test_auto_runs_what_it_takes(monkeypatch):
+    ran = []
+    monkeypatch.setattr(_native_update, "pays", lambda x, rank, widest: (x.shape[0], rank, widest) == (70, 5, 90))
+    real = _native_update.forward
+    monkeypatch.setattr(_native_update, "forward", lambda *args: (ran.append("forward"), real(*args))[1])
+    for rows, inner in ((70, 90), (70, 40), (69, 90)):
+        cp_update(*update.case(rows, inner))
+    assert ran == ["forward"]
