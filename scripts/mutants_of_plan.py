@@ -53,9 +53,15 @@ PLAN = [
         "cp_linear",
         (
             "the library's narrow product without gain",
-            "torch.mm(a, folded_v(b, gain, columns // fold_n), out=h)",
-            "torch.mm(a, folded_v(b, None, columns // fold_n), out=h)",
+            "folded_v(b, gain, columns // fold_n)",
+            "folded_v(b, None, columns // fold_n)",
             "each fold by its gain",
+        ),
+        (
+            "the library's narrow product of the first rows",
+            "rows = folded[first : first + a.shape[1]]",
+            "rows = folded[: a.shape[1]]",
+            "each piece by its rows",
         ),
         file="cp_linear_project",
         tests=("tests/test_cp_linear_plan.py",),

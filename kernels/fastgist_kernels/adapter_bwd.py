@@ -401,7 +401,7 @@ def _dx(
         total = gates.sum(0)
         if up_bias is not None and up_bias.dim() == 2:
             by_bias = torch.empty_like(total)
-            project(grad, up_bias.to(grad.dtype).t(), None, None, scale, 0.0, tf32, by_bias)
+            project([grad], up_bias.to(grad.dtype).t(), None, None, scale, 0.0, tf32, by_bias)
             total += by_bias
         grad_gate.copy_(total)
 

@@ -18,7 +18,7 @@ import torch
 
 from fastgist_kernels.common import device_arch
 
-__all__ = ["FEW_ROWS", "FORMS", "PIECES", "aligned", "can", "described", "most_fused_rank"]
+__all__ = ["FEW_ROWS", "FORMS", "aligned", "can", "described", "most_fused_rank"]
 
 #: A launch table holds positions in this tuple: new forms go to its end.
 FORMS = ("fused", "started", "blas", "few", "tma_fused", "tma_started")
@@ -26,8 +26,6 @@ FORMS = ("fused", "started", "blas", "few", "tma_fused", "tma_started")
 TMA_ARCHITECTURES = ("sm_90", "sm_100", "sm_103")
 #: Rows of the form for few rows at most.
 FEW_ROWS = 64
-#: Weights that one launch takes: q, k and v. More of them go in groups that share h.
-PIECES = 3
 
 
 def most_fused_rank(dtype: torch.dtype, tf32: bool) -> int:
