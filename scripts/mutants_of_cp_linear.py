@@ -302,8 +302,8 @@ CP_LINEAR_FORMS = [
         "cp_linear",
         (
             "v of the first piece",
-            "return piece, start, 0, pick(piece, (n0, n1, n2), PIECES), start, 0",
-            "return piece, start, 0, pick(piece, (n0, n1, n2), PIECES), 0, 0",
+            "return start, 0, pick(piece, (n0, n1, n2), PIECES)",
+            "return 0, 0, pick(piece, (n0, n1, n2), PIECES)",
             "v has a row for each column of all pieces",
         ),
         (
@@ -320,8 +320,8 @@ CP_LINEAR_FORMS = [
         ),
         (
             "folds of the first piece",
-            "find(fold, n0 // fold_n, n1 // fold_n, PIECES)",
-            "find(fold, n0 // fold_n, n0 // fold_n, PIECES)",
+            "return 0, start // fold_n, fold_n",
+            "return 0, 0, fold_n",
             "pieces have folds of their own",
         ),
         file="cp_linear_parts",

@@ -19,8 +19,8 @@ CP_LINEAR = [
         ),
         (
             "gain left out of dL/dh",
-            "                acc = acc * tl.load(gain_ptrs, mask=mask_r, other=0.0).to(tl.float32)[None, :]\n",
-            "                acc = acc * 1.0\n",
+            "                    acc = acc * tl.load(gain_ptrs, mask=mask_r, other=0.0).to(tl.float32)[None, :]\n",
+            "                    acc = acc * 1.0\n",
             "the gain of each fold",
         ),
         (

@@ -46,6 +46,12 @@ PLAN = [
             "if form)",
             "not before a card has shown them right",
         ),
+        (
+            "the tile of the first piece",
+            "not all(map(aligned, (*given, *weights)))",
+            "not all(map(aligned, (given[0], *weights)))",
+            "one piece that goes through registers is enough",
+        ),
         file="cp_linear_plan",
         tests=("tests/test_cp_linear_plan.py",),
     ),
@@ -65,5 +71,22 @@ PLAN = [
         ),
         file="cp_linear_project",
         tests=("tests/test_cp_linear_plan.py",),
+    ),
+    *kernel(
+        "cp_linear",
+        (
+            "an expanded number counts as aligned",
+            "1 in t.stride() and all(",
+            "all(",
+            "it is fetched number by number",
+        ),
+        (
+            "rows that overlap described",
+            "t.stride(0) >= t.shape[1]",
+            "t.stride(0) >= 0",
+            "CUDA takes no such descriptor",
+        ),
+        file="cp_linear_forms",
+        tests=("tests/test_cp_linear_plan.py", "tests/test_cp_linear_forms.py"),
     ),
 ]

@@ -206,6 +206,8 @@ def test_what_a_form_asks():
     assert not can("few", x[:64], weights, 4, True, forward=False)
     assert not can("few", x[:32].repeat(1, 2)[:, 1:65], weights, 4, True), "not on a boundary of 16 bytes"
     assert not can("few", x[:32], [weights[0], torch.empty(8, 72)[:, :64]], 4, True)
+    assert not can("few", torch.empty(32, 1024)[:, ::16], weights, 4, True), "no two numbers side by side"
+    assert not can("few", torch.empty(1).expand(32, 64), weights, 4, True)
     assert can("fused", x, weights, 32, False) and not can("fused", x, weights, 33, False)
     assert can("fused", x, weights, 64, True) and not can("fused", x.half(), weights, 65, False)
     assert can("fused", x.half(), weights, 64, False) and not can("fused", x.half(), weights, 64, False, forward=False)
@@ -226,3 +228,5 @@ def test_what_tensor_descriptors_ask():
     assert not can("tma_started", x, weights * 2, 4, False)
     assert not can("tma_started", x[:, 1:], weights, 4, False) and not can("tma_started", x.t(), weights, 4, False)
     assert not can("tma_started", torch.empty(65, 66)[:, :64], weights, 4, False), "rows of 264 bytes"
+    assert not can("tma_started", x[:1].expand(65, 64), weights, 4, False), "one row for all"
+    assert not can("tma_started", x.as_strided((65, 64), (32, 1)), weights, 4, False), "rows that overlap"

@@ -290,6 +290,18 @@ def test_float16_stays_in_the_kernels(h200):
         assert not plan.narrow_by_library(_operands(m, 4096, 4096, dtype=torch.float16)[0], 4096, 16, False)
 
 
+def test_a_piece_that_cannot_be_fetched_16_bytes_at_a_time_takes_the_ragged_tile(h200):
+    (_, weights), tiles = _operands(16384, 2304, 768, pieces=3), plan.TILES["sm_90"]
+    whole = torch.empty(16384, 768, dtype=torch.bfloat16, device="meta")
+    one = torch.empty(1, dtype=torch.bfloat16, device="meta").expand(16384, 768)
+    apart = torch.empty(16384, 768 * 16, dtype=torch.bfloat16, device="meta")[:, ::16]
+    odd = torch.empty(16384, 777, dtype=torch.bfloat16, device="meta")[:, :768]
+    for last in (whole, one, apart, odd):
+        tile = plan.matmul_config([whole, whole, last], weights, 768, 32, False, forward=False)
+        ragged = tuple(tile[name] for name in plan.TILE_NAMES) == tiles["ragged"]
+        assert ragged == (last is not whole)
+
+
 def test_who_reads_dy_and_who_forms_x_u(h200):
     def dy(m: int, d: int, dtype=torch.bfloat16) -> tuple[torch.Tensor, int]:
         return torch.empty(m, d, dtype=dtype, device="meta"), d

@@ -254,7 +254,7 @@ CARD = {
 def test_cp_linear_on_a_card_adds_nothing_as_large_as_y(form, dtype, card):
     sizes = {"rows": 16384, "inner": 768} | CARD[form]
     rows, inner, out, rank = (sizes[n] for n in ("rows", "inner", "out", "rank"))
-    b, weights = dtype.itemsize, sizes.get("weights", 1)
+    b = dtype.itemsize
     trained, run = _cp(**sizes, dtype=dtype)
     low = rows * rank * (4 if dtype == torch.float16 else b)
     folded = out * rank * b

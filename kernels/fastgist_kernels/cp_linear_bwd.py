@@ -22,11 +22,10 @@ from fastgist_kernels.cp_linear_parts import (
     dropout_args,
     dropped,
     folded_v,
-    folds_of_all,
     gain_strides,
     groups,
     low_rank_empty,
-    place_of_fold,
+    own_folds,
 )
 from fastgist_kernels.cp_linear_plan import cp_linear_form, one_pass, product_precision
 from fastgist_kernels.cp_linear_project import project
@@ -90,30 +89,34 @@ def _cp_linear_bwd_dy_kernel(
         mask_h = mask_m[:, None] & mask_r[None, :]
         h = tl.load(h_ptr + offs_m[:, None] * R + offs_r[None, :], mask=mask_h, other=0.0)
         grad_h = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        for each in range(0, folds_of_all(n0, n1, n2, fold_n, PIECES, WHOLE)):
-            piece, start, first_n, width, first_v, fold = place_of_fold(each, n0, n1, n2, fold_n, PIECES, WHOLE)
+        for piece in range(0, PIECES):
             dy_ptr = pick(piece, (dy0_ptr, dy1_ptr, dy2_ptr), PIECES)
             stride_m = pick(piece, (stride_dym0, stride_dym1, stride_dym2), PIECES)
             stride_n = pick(piece, (stride_dyn0, stride_dyn1, stride_dyn2), PIECES)
-            acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-            for first_j in range(0, width, BLOCK_N):
-                offs_c = first_j + offs_j
-                offs_n = first_n + offs_c
-                mask_c = offs_c < width
-                dy_ptrs = dy_ptr + offs_m[:, None] * stride_m + offs_n[None, :] * stride_n
-                v_ptrs = v_ptr + (first_v + offs_c)[:, None] * stride_vn + offs_r[None, :] * stride_vr
-                mask_p = mask_c[:, None] & mask_r[None, :]
-                dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
-                v = tl.load(v_ptrs, mask=mask_p, other=0.0)
-                acc = dot(dy, v, acc, PRECISION)
-                part_ptrs = part_ptr + (start + offs_n)[:, None] * R + offs_r[None, :]
-                part = low_dot(tl.trans(dy), h, tl.zeros([BLOCK_N, BLOCK_R], tl.float32), WIDE, PRECISION)
-                part += tl.load(part_ptrs, mask=mask_p & (block > 0), other=0.0)
-                tl.store(part_ptrs, part, mask=mask_p)
-            if HAS_GAIN:
-                gain_ptrs = gain_ptr + tl.cast(fold, tl.int64) * stride_gg + offs_r * stride_gr
-                acc = acc * tl.load(gain_ptrs, mask=mask_r, other=0.0).to(tl.float32)[None, :]
-            grad_h += acc
+            columns = pick(piece, (n0, n1, n2), PIECES)
+            start = pick(piece, (0, n0, n0 + n1), PIECES)
+            first_v, first_fold, width = own_folds(piece, n0, n1, n2, fold_n, PIECES, WHOLE)
+            for own in range(0, columns // width):
+                first_n = tl.cast(own, tl.int64) * width
+                acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+                for first_j in range(0, width, BLOCK_N):
+                    offs_c = first_j + offs_j
+                    offs_n = first_n + offs_c
+                    mask_c = offs_c < width
+                    dy_ptrs = dy_ptr + offs_m[:, None] * stride_m + offs_n[None, :] * stride_n
+                    v_ptrs = v_ptr + (first_v + offs_c)[:, None] * stride_vn + offs_r[None, :] * stride_vr
+                    mask_p = mask_c[:, None] & mask_r[None, :]
+                    dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
+                    v = tl.load(v_ptrs, mask=mask_p, other=0.0)
+                    acc = dot(dy, v, acc, PRECISION)
+                    part_ptrs = part_ptr + (start + offs_n)[:, None] * R + offs_r[None, :]
+                    part = low_dot(tl.trans(dy), h, tl.zeros([BLOCK_N, BLOCK_R], tl.float32), WIDE, PRECISION)
+                    part += tl.load(part_ptrs, mask=mask_p & (block > 0), other=0.0)
+                    tl.store(part_ptrs, part, mask=mask_p)
+                if HAS_GAIN:
+                    gain_ptrs = gain_ptr + tl.cast(first_fold + own, tl.int64) * stride_gg + offs_r * stride_gr
+                    acc = acc * tl.load(gain_ptrs, mask=mask_r, other=0.0).to(tl.float32)[None, :]
+                grad_h += acc
         grad_h = grad_h * scale
         if HAS_DROPOUT:
             grad_h = dropped(grad_h, seed_ptr, offs_m, 0, R, threshold, inv_keep, BLOCK_M, BLOCK_R)
@@ -204,8 +207,9 @@ def cp_linear_bwd(
     form: str | None = None,
 ) -> None:
     """Write the gradients that are not None: grad_x (M, K), grad_u (K, R), grad_v (n, R), grad_gain (1 or G, R), contiguous,
-    from dy, a piece (M, N_i) of any strides for each weight (N_i, K), each read where it is. Inputs that none of the gradients needs may be None, or no weights. ``form``: how dx is computed, one that
-    can run here; None takes what the plan says."""
+    from dy, a piece (M, N_i) of any strides for each weight (N_i, K), each read where it is. Inputs that none of
+    the gradients needs may be None, or no weights. ``form``: how dx is computed, one that can run here; None takes what the
+    plan says."""
     grads = [g for g in grads if g.shape[1]]
     weights = [w for w in weights if w.shape[0]]
     rank = h.shape[1] if v is None else v.shape[1]
@@ -229,7 +233,8 @@ def cp_linear_bwd(
 def low_rank_grads(
     dy, x, v, gain, seed, h, folds, scale, dropout_p, tf32, grad_h, grad_u, grad_v, grad_gain, *, known: bool = False
 ) -> None:
-    """Write dL/dh into grad_h (M, R) and the factors' gradients, of each what is not None, from dy (M, N) in pieces. ``known``: grad_h holds it already. grad_u is made of grad_h."""
+    """Write dL/dh into grad_h (M, R) and the factors' gradients, of each what is not None, from dy (M, N) in pieces.
+    ``known``: grad_h holds it already. grad_u is made of grad_h."""
     columns = sum(piece.shape[1] for piece in dy)
     need_grad_h = grad_h is not None and not known
     need_outer = grad_v is not None or grad_gain is not None
@@ -338,7 +343,8 @@ def _specs() -> list[Spec]:
         ("fp16", "tf32", 32, 1, False),
         ("fp16", "tf32", 32, 3, False),
     ):
-        constexprs: dict[str, object] = {**unit, "PIECES": pieces, "WHOLE": whole, "HAS_GAIN": True, "HAS_DROPOUT": True, "WIDE": dtype == "fp16", "PRECISION": precision}
+        constexprs: dict[str, object] = {**unit, "PIECES": pieces, "WHOLE": whole, "HAS_GAIN": True}
+        constexprs |= {"HAS_DROPOUT": True, "WIDE": dtype == "fp16", "PRECISION": precision}
         constexprs |= {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_R": rank}
         if pieces == 1:
             constexprs |= dict.fromkeys(("dy1_ptr", "dy2_ptr"))

@@ -23,11 +23,10 @@ __all__ = [
     "dropout_args",
     "dropped",
     "folded_v",
-    "folds_of_all",
     "gain_strides",
     "groups",
     "low_rank_empty",
-    "place_of_fold",
+    "own_folds",
     "place_of_tile",
     "runs",
     "tiles_of_all",
@@ -99,27 +98,15 @@ def place_of_tile(
 
 
 @triton.jit
-def folds_of_all(n0, n1, n2, fold_n, PIECES: tl.constexpr, WHOLE: tl.constexpr):
-    """What :func:`place_of_fold` counts: folds, or (WHOLE) pieces."""
+def own_folds(piece, n0, n1, n2, fold_n, PIECES: tl.constexpr, WHOLE: tl.constexpr):
+    """Of one of up to three pieces of n0, n1 and n2 columns: its first row of v, its first fold, its folds' width.
+
+    WHOLE: v has a row for each of all columns, which are one fold, and of it a piece has as much as it is wide."""
+    start = pick(piece, (0, n0, n0 + n1), PIECES)
     if WHOLE:
-        return PIECES
-    return sum_of(n0, n1, n2, PIECES) // fold_n
-
-
-@triton.jit
-def place_of_fold(fold, n0, n1, n2, fold_n, PIECES: tl.constexpr, WHOLE: tl.constexpr):
-    """Where fold ``fold`` of up to three pieces of n0, n1 and n2 columns lies: its piece, that piece's first column among all,
-    its first column in the piece, its width, its first row of v, its row of gain.
-
-    WHOLE: v has a row for each of all columns, which are one fold; the part of it that is a piece's is found here."""
-    if WHOLE:
-        piece = fold
-        start = pick(piece, (0, n0, n0 + n1), PIECES)
-        return piece, start, 0, pick(piece, (n0, n1, n2), PIECES), start, 0
+        return start, 0, pick(piece, (n0, n1, n2), PIECES)
     else:
-        piece, own = find(fold, n0 // fold_n, n1 // fold_n, PIECES)
-        start = pick(piece, (0, n0, n0 + n1), PIECES)
-        return piece, start, tl.cast(own, tl.int64) * fold_n, fold_n, 0, fold
+        return 0, start // fold_n, fold_n
 
 
 # -- on the host -----------------------------------------------------------------------------------------------------

@@ -180,8 +180,9 @@ def _interpreted(s: Sizes, forward: bool) -> tuple[str, ...]:
 def cp_linear_form(
     x: torch.Tensor, weights: Sequence[torch.Tensor], fold_n: int, rank: int, tf32: bool, *, forward: bool = True
 ) -> str:
-    """Which form computes (x W^T + update), or with ``forward=False`` (dy W + dL/dh U^T), x being dy or a piece of it: the table's entry, where
-    one was measured and these operands allow it; else the cheapest that they allow by the model. Folds count forward only."""
+    """Which form computes (x W^T + update), or with ``forward=False`` (dy W + dL/dh U^T), x being dy or a piece
+    of it: the table's entry, where one was measured and these operands allow it; else the cheapest that they allow by the
+    model. Folds count forward only."""
     arch = device_arch(x.device)
     rows, out, inner = x.shape[0], _columns(weights, True), _columns(weights, False)
     folds = max(1, out // fold_n, len(weights)) if forward else 1
@@ -202,8 +203,8 @@ def _narrow_by_library(arch: str, name: str, sms: int, s: Sizes) -> bool:
 
 
 def narrow_by_library(a: torch.Tensor, columns: int, rank: int, tf32: bool) -> bool:
-    """Whether the library forms a (M, columns) or what it is a piece of times (columns, R) rather than the kernel made for it. Not for float16, whose result is
-    float32."""
+    """Whether the library forms a (M, columns) or what it is a piece of times (columns, R) rather than the kernel
+    made for it. Not for float16, whose result is float32."""
     arch = device_arch(a.device)
     if arch == "interpret" or a.dtype == torch.float16:
         return False
@@ -220,8 +221,9 @@ def _one_pass(arch: str, name: str, sms: int, s: Sizes) -> bool:
 
 
 def one_pass(grad: torch.Tensor, columns: int, rank: int) -> bool:
-    """Whether one kernel takes dL/dh and dV from dy (M, columns), ``grad`` being that or a piece of it. It adds to N R floats at each 128 rows, by fewer programs
-    the larger R is; two kernels read dy twice. The table's entry, else the cheaper by the model."""
+    """Whether one kernel takes dL/dh and dV from dy (M, columns), ``grad`` being that or a piece of it. It adds to
+    columns x R floats at each 128 rows, by fewer programs the larger R is; two kernels read dy twice. The table's entry, else
+    the cheaper by the model."""
     arch = device_arch(grad.device)
     if arch == "interpret":
         return rank <= 16

@@ -17,9 +17,8 @@ from fastgist_kernels.cp_linear_parts import (
     dropout_args,
     dropped,
     folded_v,
-    folds_of_all,
     gain_strides,
-    place_of_fold,
+    own_folds,
     runs,
 )
 from fastgist_kernels.cp_linear_plan import narrow_by_library, product_precision, shape_class
@@ -68,8 +67,8 @@ def _cp_linear_project_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """h (M, R) = drop(scale * sum_g (a_g b) * gain_g) over the folds a_g (M, fold_n) of a, in pieces: x U, and dL/dh. ADD: added
-    to what h holds of other pieces."""
+    """h (M, R) = drop(scale * sum_g (a_g b) * gain_g) over the folds a_g (M, fold_n) of a, in pieces: x U, and dL/dh.
+    ADD: added to what h holds of other pieces."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_r = tl.program_id(1) * BLOCK_R
     offs_r = first_r.to(tl.int64) + tl.arange(0, BLOCK_R)
@@ -77,24 +76,27 @@ def _cp_linear_project_kernel(
     mask_m = offs_m < M
     mask_r = offs_r < R
     h = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for each in range(0, folds_of_all(n0, n1, n2, fold_n, PIECES, WHOLE)):
-        piece, _, first_n, width, first_b, fold = place_of_fold(each, n0, n1, n2, fold_n, PIECES, WHOLE)
+    for piece in range(0, PIECES):
         a_ptr = pick(piece, (a0_ptr, a1_ptr, a2_ptr), PIECES)
         stride_am = pick(piece, (stride_am0, stride_am1, stride_am2), PIECES)
         stride_an = pick(piece, (stride_an0, stride_an1, stride_an2), PIECES)
-        acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        for first_j in range(0, width, BLOCK_N):
-            offs_c = first_j + offs_j
-            mask_c = offs_c < width
-            a_ptrs = a_ptr + offs_m[:, None] * stride_am + (first_n + offs_c)[None, :] * stride_an
-            b_ptrs = b_ptr + (first_b + offs_c)[:, None] * stride_bn + offs_r[None, :] * stride_br
-            a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
-            b = tl.load(b_ptrs, mask=mask_c[:, None] & mask_r[None, :], other=0.0)
-            acc = dot(a, b, acc, PRECISION)
-        if HAS_GAIN:
-            gain_ptrs = gain_ptr + tl.cast(fold, tl.int64) * stride_gg + offs_r * stride_gr
-            acc = acc * tl.load(gain_ptrs, mask=mask_r, other=0.0).to(tl.float32)[None, :]
-        h += acc
+        columns = pick(piece, (n0, n1, n2), PIECES)
+        first_b, first_fold, width = own_folds(piece, n0, n1, n2, fold_n, PIECES, WHOLE)
+        for own in range(0, columns // width):
+            first_n = tl.cast(own, tl.int64) * width
+            acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+            for first_j in range(0, width, BLOCK_N):
+                offs_c = first_j + offs_j
+                mask_c = offs_c < width
+                a_ptrs = a_ptr + offs_m[:, None] * stride_am + (first_n + offs_c)[None, :] * stride_an
+                b_ptrs = b_ptr + (first_b + offs_c)[:, None] * stride_bn + offs_r[None, :] * stride_br
+                a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
+                b = tl.load(b_ptrs, mask=mask_c[:, None] & mask_r[None, :], other=0.0)
+                acc = dot(a, b, acc, PRECISION)
+            if HAS_GAIN:
+                gain_ptrs = gain_ptr + tl.cast(first_fold + own, tl.int64) * stride_gg + offs_r * stride_gr
+                acc = acc * tl.load(gain_ptrs, mask=mask_r, other=0.0).to(tl.float32)[None, :]
+            h += acc
     h = h * scale
     if HAS_DROPOUT:
         h = dropped(h, seed_ptr, offs_m, first_r, R, threshold, inv_keep, BLOCK_M, BLOCK_R)
@@ -186,7 +188,8 @@ def _specs() -> list[Spec]:
         ("fp32", "ieee", 32, 64, 8, 3, 1, False),
         ("fp32", "ieee", 32, 64, 8, 3, 3, False),
     ):
-        constexprs = {**unit, "PIECES": pieces, "WHOLE": whole, "ADD": False, "HAS_GAIN": True, "HAS_DROPOUT": True, "PRECISION": precision}
+        constexprs = {**unit, "PIECES": pieces, "WHOLE": whole, "ADD": False, "HAS_GAIN": True}
+        constexprs |= {"HAS_DROPOUT": True, "PRECISION": precision}
         constexprs |= {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_R": rank}
         if pieces == 1:
             constexprs |= dict.fromkeys(("a1_ptr", "a2_ptr"))

@@ -1,4 +1,4 @@
-"""Up to three matrices that stand side by side without being copied: the weights of q, k and v, the gradients of their outputs.
+"""Up to three matrices side by side that nobody copies: the weights of q, k and v, the gradients of their outputs.
 
 A kernel takes three of each (pointer, size, strides), of which the first PIECES count, and asks here which of them a tile
 lies in. With one piece nothing of this is left in what is compiled.
