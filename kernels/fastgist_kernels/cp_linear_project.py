@@ -188,7 +188,7 @@ def _specs() -> list[Spec]:
         ("fp32", "ieee", 32, 64, 8, 3, 1, False),
         ("fp32", "ieee", 32, 64, 8, 3, 3, False),
     ):
-        constexprs = {**unit, "PIECES": pieces, "WHOLE": whole, "ADD": False, "HAS_GAIN": True}
+        constexprs: dict[str, object] = {**unit, "PIECES": pieces, "WHOLE": whole, "ADD": False, "HAS_GAIN": True}
         constexprs |= {"HAS_DROPOUT": True, "PRECISION": precision}
         constexprs |= {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_R": rank}
         if pieces == 1:

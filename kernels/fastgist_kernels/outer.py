@@ -9,7 +9,7 @@ fixed order. Also here: the dot for low-rank operands, and the rounding that bel
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import triton
@@ -179,6 +179,10 @@ def _splits(sms: int, tiles: int, rows: int, block_m: int, rank: int, itemsize: 
     return max(1, min(4 * sms // tiles, most, cdiv(rows, block_m)))
 
 
+def _partial_grid(pieces: Sequence[torch.Tensor], rank: int, splits: int) -> Callable[[Mapping], tuple]:
+    return lambda c: (sum(cdiv(t.shape[1], c["BLOCK_C"]) for t in pieces), cdiv(rank, c["BLOCK_R"]), splits)
+
+
 def outer_partials(pieces: Sequence[torch.Tensor], b, *, tf32: bool) -> torch.Tensor:
     """Stage one: partial sums of a^T b, (splits, C R) float32, from a (M, C) in pieces side by side and b (M, R), of any
     strides. For float16 a, b is float32."""
@@ -196,11 +200,7 @@ def outer_partials(pieces: Sequence[torch.Tensor], b, *, tf32: bool) -> torch.Te
         some = pieces[i : i + PIECES]
         launch(
             _outer_partial_kernel,
-            lambda c, some=some: (
-                sum(cdiv(t.shape[1], c["BLOCK_C"]) for t in some),
-                cdiv(rank, c["BLOCK_R"]),
-                splits,
-            ),
+            _partial_grid(some, rank, splits),
             config,
             *padded(some),
             b,
