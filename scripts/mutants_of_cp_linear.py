@@ -284,6 +284,18 @@ CP_LINEAR_FORMS = [
             "each piece counts its own tiles from 0",
         ),
         (
+            "the third piece behind the second alone",
+            "before = tl.where(behind, count0 + count1, before)",
+            "before = tl.where(behind, count1, before)",
+            "what stands before it is both",
+        ),
+        (
+            "the first piece for the second",
+            "value = tl.where(piece > 0, given[1], value)",
+            "value = tl.where(piece > 1, given[1], value)",
+            "two pieces",
+        ),
+        (
             "the second piece for the third",
             "value = tl.where(piece > 1, given[2], value)",
             "value = tl.where(piece > 1, given[1], value)",
