@@ -46,12 +46,6 @@ PLAN = [
             "if form)",
             "not before a card has shown them right",
         ),
-        (
-            "the tile of the first piece",
-            "not all(map(aligned, (*given, *weights)))",
-            "not all(map(aligned, (given[0], *weights)))",
-            "one piece that goes through registers is enough",
-        ),
         file="cp_linear_plan",
         tests=("tests/test_cp_linear_plan.py",),
     ),
@@ -75,6 +69,19 @@ PLAN = [
     *kernel(
         "cp_linear",
         (
+            "the tile of the first piece",
+            "not all(map(aligned, (*given, *weights)))",
+            "not all(map(aligned, (given[0], *weights)))",
+            "one piece that goes through registers is enough",
+        ),
+        file="cp_linear_plan",
+        tests=(
+            "tests/test_cp_linear_plan.py::test_a_piece_that_cannot_be_fetched_16_bytes_at_a_time_takes_the_ragged_tile",
+        ),
+    ),
+    *kernel(
+        "cp_linear",
+        (
             "an expanded number counts as aligned",
             "1 in t.stride() and all(",
             "all(",
@@ -87,6 +94,9 @@ PLAN = [
             "CUDA takes no such descriptor",
         ),
         file="cp_linear_forms",
-        tests=("tests/test_cp_linear_plan.py", "tests/test_cp_linear_forms.py"),
+        tests=(
+            "tests/test_cp_linear_forms.py::test_what_a_form_asks",
+            "tests/test_cp_linear_forms.py::test_what_tensor_descriptors_ask",
+        ),
     ),
 ]
