@@ -64,7 +64,7 @@ PLAN = [
             "each piece by its rows",
         ),
         file="cp_linear_project",
-        tests=("tests/test_cp_linear_plan.py",),
+        tests=("tests/test_cp_linear_plan.py::test_a_narrow_product_by_the_library",),
     ),
     *kernel(
         "cp_linear",
