@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from mutant_list import kernel
+from mutant_list import Mutant, kernel, op
 
 __all__ = ["CP_LINEAR_FORMS"]
 
 _FORMS = ("tests/test_cp_linear_forms.py",)
 _ALL = (*_FORMS, "tests/test_cp_linear.py")
+_PIECES = ("tests/test_cp_pieces.py",)
 
 CP_LINEAR_FORMS = [
     *kernel(
@@ -98,8 +99,8 @@ CP_LINEAR_FORMS = [
         ("gain of the first weight", "fold += start // fold_n", "fold += 0", "each weight has its folds' gain"),
         (
             "bias of the weight before",
-            "bias_ptr = tl.where(behind, biases[2], bias_ptr)",
-            "bias_ptr = tl.where(behind, biases[1], bias_ptr)",
+            "bias_ptr = pick(piece, biases, PIECES)",
+            "bias_ptr = pick(piece, (biases[0], biases[1], biases[1]), PIECES)",
             "each weight has its bias",
         ),
         (
@@ -110,8 +111,8 @@ CP_LINEAR_FORMS = [
         ),
         (
             "gain of a later launch",
-            "            fold += folds\n",
-            "            fold += 0\n",
+            "            fold += folds\n        columns = slice",
+            "        columns = slice",
             "a launch starts at its first fold",
         ),
         file="cp_linear_parts",
@@ -124,6 +125,24 @@ CP_LINEAR_FORMS = [
             "(first_n + offs_c)[None, :] * stride_an",
             "offs_c[None, :] * stride_an",
             "dL/dh sums over the folds",
+        ),
+        (
+            "projection reads the first piece's rows",
+            "stride_am = pick(piece, (stride_am0, stride_am1, stride_am2), PIECES)",
+            "stride_am = stride_am0",
+            "each piece has its row stride",
+        ),
+        (
+            "a later run overwrites",
+            "ADD=i > 0",
+            "ADD=False",
+            "dL/dh sums over all pieces",
+        ),
+        (
+            "projection reads the first piece's columns",
+            "stride_an = pick(piece, (stride_an0, stride_an1, stride_an2), PIECES)",
+            "stride_an = stride_an0",
+            "each piece has its column stride",
         ),
         (
             "projection forgets the scale",
@@ -150,29 +169,41 @@ CP_LINEAR_FORMS = [
         "cp_linear",
         (
             "dy of the first weight for all",
-            "offs_y = start + offs_w",
-            "offs_y = offs_w",
-            "each weight has its columns of dy",
+            "dy_ptr = pick(piece, (dy0_ptr, dy1_ptr, dy2_ptr), PIECES)",
+            "dy_ptr = dy0_ptr",
+            "each weight has its dy",
+        ),
+        (
+            "strides of the first dy for all",
+            "stride_m = pick(piece, (stride_dym0, stride_dym1, stride_dym2), PIECES)",
+            "stride_m = stride_dym0",
+            "each dy has its row stride",
+        ),
+        (
+            "V' of the first weight for all",
+            "offs_v = pick(piece, (0, n0, n0 + n1), PIECES) + offs_w",
+            "offs_v = offs_w",
+            "V' has a row for each row of all weights",
         ),
         (
             "steps counted through",
-            "first_n = (step - first_step) * BLOCK_K",
+            "first_n = own_step * BLOCK_K",
             "first_n = step * BLOCK_K",
             "each weight starts at its first row",
         ),
         (
             "rows of the next weight enter",
-            "mask_n = offs_w < rows",
-            "mask_n = offs_w < rows + 1",
+            "mask_n = offs_w < pick(piece, (n0, n1, n2), PIECES)",
+            "mask_n = offs_w < pick(piece, (n0, n1, n2), PIECES) + 1",
             "the row after the last",
         ),
         ("no dropout of a fused dL/dh", "        if HAS_DROPOUT:\n", "        if False:\n", "the mask of the forward"),
         ("scale left out of a fused dL/dh", "grad_h = acc_h * scale", "grad_h = acc_h", "scale in dL/dh"),
-        ("a later launch overwrites", "add=i > 0", "add=False", "later weights add to dx"),
+        ("a later launch overwrites", "add=first > 0", "add=False", "later weights add to dx"),
         (
             "the library overwrites",
-            "grad_x.addmm_(columns, weight)",
-            "torch.mm(columns, weight, out=grad_x)",
+            "grad_x.addmm_(grad, weight)",
+            "torch.mm(grad, weight, out=grad_x)",
             "dx sums over the weights",
         ),
         file="cp_linear_dx",
@@ -243,5 +274,141 @@ CP_LINEAR_FORMS = [
         ),
         file="cp_linear_tma",
         tests=_FORMS,
+    ),
+    *kernel(
+        "cp_linear",
+        (
+            "items counted through",
+            "        i -= before\n",
+            "        i -= 0\n",
+            "each piece counts its own tiles from 0",
+        ),
+        (
+            "the third piece behind the second alone",
+            "before = tl.where(behind, count0 + count1, before)",
+            "before = tl.where(behind, count1, before)",
+            "what stands before it is both",
+        ),
+        (
+            "the first piece for the second",
+            "value = tl.where(piece > 0, given[1], value)",
+            "value = tl.where(piece > 1, given[1], value)",
+            "two pieces",
+        ),
+        (
+            "the second piece for the third",
+            "value = tl.where(piece > 1, given[2], value)",
+            "value = tl.where(piece > 1, given[1], value)",
+            "three pieces",
+        ),
+        (
+            "strides of the first piece for all",
+            "every = [t.stride() for t in pieces]",
+            "every = [pieces[0].stride() for t in pieces]",
+            "each piece has its layout",
+        ),
+        file="pieces",
+        tests=_PIECES,
+    ),
+    *kernel(
+        "cp_linear",
+        (
+            "v of the first piece",
+            "return start, 0, pick(piece, (n0, n1, n2), PIECES)",
+            "return 0, 0, pick(piece, (n0, n1, n2), PIECES)",
+            "v has a row for each column of all pieces",
+        ),
+        (
+            "gain of the first run",
+            "            fold += folds\n        start += columns",
+            "        start += columns",
+            "a launch starts at its first fold",
+        ),
+        (
+            "v of the first run",
+            "yield some, v[start : start + columns], gain, len(some) > 1",
+            "yield some, v[:columns], gain, len(some) > 1",
+            "a launch starts at its first row of v",
+        ),
+        (
+            "folds of the first piece",
+            "return 0, start // fold_n, fold_n",
+            "return 0, 0, fold_n",
+            "pieces have folds of their own",
+        ),
+        file="cp_linear_parts",
+        tests=_PIECES,
+    ),
+    *kernel(
+        "cp_linear",
+        (
+            "partial sums of the first piece",
+            "part_ptrs = part_ptr + (start + offs_n)[:, None] * R",
+            "part_ptrs = part_ptr + offs_n[:, None] * R",
+            "each piece has its columns of dV",
+        ),
+        (
+            "rows of the first piece",
+            "stride_m = pick(piece, (stride_dym0, stride_dym1, stride_dym2), PIECES)",
+            "stride_m = stride_dym0",
+            "each piece has its row stride",
+        ),
+        (
+            "columns of the first piece",
+            "stride_n = pick(piece, (stride_dyn0, stride_dyn1, stride_dyn2), PIECES)",
+            "stride_n = stride_dyn0",
+            "each piece has its column stride",
+        ),
+        file="cp_linear_bwd",
+        tests=_PIECES,
+    ),
+    *kernel(
+        "cp_linear",
+        (
+            "sums of the first piece",
+            "offs_p = pick(piece, (0, c0, c0 + c1), PIECES) + offs_c",
+            "offs_p = offs_c",
+            "each piece has its columns of dV",
+        ),
+        (
+            "rows of the first piece",
+            "stride_am = pick(piece, (stride_am0, stride_am1, stride_am2), PIECES)",
+            "stride_am = stride_am0",
+            "each piece has its row stride",
+        ),
+        (
+            "a later launch writes over the first",
+            "part[:, first * rank :]",
+            "part",
+            "each launch has its columns of dV",
+        ),
+        file="outer",
+        tests=_PIECES,
+    ),
+    *op(
+        "cp_linear",
+        (
+            "gain of all results",
+            "v, gain = _taken(v, of_v, used), _taken(gain, of_gain, used)",
+            "v, gain = _taken(v, of_v, used), gain",
+            "results without a gradient have no fold",
+        ),
+        (
+            "gradients of the first results",
+            "for i, rows in zip(used, t.split",
+            "for i, rows in zip(range(len(used)), t.split",
+            "each fold's gradient has its place",
+        ),
+        tests=_PIECES,
+    ),
+    Mutant(
+        "cp_linear_bwd: pieces joined",
+        "cp_linear",
+        "kernels/fastgist_kernels/cp_linear_bwd.py",
+        "    grads = [g for g in grads if g.shape[1]]\n",
+        "    grads = list(torch.cat(grads, 1).split([g.shape[1] for g in grads], 1))\n",
+        "no M x N temporary",
+        False,
+        ("tests/test_temporary_memory.py",),
     ),
 ]

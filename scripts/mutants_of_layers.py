@@ -19,8 +19,8 @@ CP_LINEAR = [
         ),
         (
             "gain left out of dL/dh",
-            "                acc = acc * tl.load(gain_ptrs, mask=mask_r, other=0.0).to(tl.float32)[None, :]\n",
-            "                acc = acc * 1.0\n",
+            "                    acc = acc * tl.load(gain_ptrs, mask=mask_r, other=0.0).to(tl.float32)[None, :]\n",
+            "                    acc = acc * 1.0\n",
             "the gain of each fold",
         ),
         (
@@ -31,7 +31,7 @@ CP_LINEAR = [
         ),
         (
             "programs write one partial",
-            "part_ptr += pid * N * R",
+            "part_ptr += pid * sum_of(n0, n1, n2, PIECES) * R",
             "part_ptr += pid * 0",
             "each program has its own",
         ),
@@ -74,7 +74,7 @@ CP_LINEAR = [
         ),
         (
             "splits write one partial",
-            "part_ptrs = part_ptr + split * products +",
+            "part_ptrs = part_ptr + split * stride_part +",
             "part_ptrs = part_ptr +",
             "each split has its place",
         ),

@@ -53,11 +53,50 @@ PLAN = [
         "cp_linear",
         (
             "the library's narrow product without gain",
-            "torch.mm(a, folded_v(b, gain, columns // fold_n), out=h)",
-            "torch.mm(a, folded_v(b, None, columns // fold_n), out=h)",
+            "folded_v(b, gain, columns // fold_n)",
+            "folded_v(b, None, columns // fold_n)",
             "each fold by its gain",
         ),
+        (
+            "the library's narrow product of the first rows",
+            "rows = folded[first : first + a.shape[1]]",
+            "rows = folded[: a.shape[1]]",
+            "each piece by its rows",
+        ),
         file="cp_linear_project",
-        tests=("tests/test_cp_linear_plan.py",),
+        tests=("tests/test_cp_linear_plan.py::test_a_narrow_product_by_the_library",),
+    ),
+    *kernel(
+        "cp_linear",
+        (
+            "the tile of the first piece",
+            "not all(map(aligned, (*given, *weights)))",
+            "not all(map(aligned, (given[0], *weights)))",
+            "one piece that goes through registers is enough",
+        ),
+        file="cp_linear_plan",
+        tests=(
+            "tests/test_cp_linear_plan.py::test_a_piece_that_cannot_be_fetched_16_bytes_at_a_time_takes_the_ragged_tile",
+        ),
+    ),
+    *kernel(
+        "cp_linear",
+        (
+            "an expanded number counts as aligned",
+            "1 in t.stride() and all(",
+            "all(",
+            "it is fetched number by number",
+        ),
+        (
+            "rows that overlap described",
+            "t.stride(0) >= t.shape[1]",
+            "t.stride(0) >= 0",
+            "CUDA takes no such descriptor",
+        ),
+        file="cp_linear_forms",
+        tests=(
+            "tests/test_cp_linear_forms.py::test_what_a_form_asks",
+            "tests/test_cp_linear_forms.py::test_what_tensor_descriptors_ask",
+        ),
     ),
 ]

@@ -93,8 +93,8 @@ CP_UPDATE = [
         ),
         (
             "dropout left out of dL/dh",
-            "    elif need_grad_h:\n        project(grad, v, gain, seed, scale, dropout_p, tf32, grad_h)",
-            "    elif need_grad_h:\n        project(grad, v, gain, None, scale, dropout_p, tf32, grad_h)",
+            "    elif need_grad_h:\n        project(dy, v, gain, seed, scale, dropout_p, tf32, grad_h)",
+            "    elif need_grad_h:\n        project(dy, v, gain, None, scale, dropout_p, tf32, grad_h)",
             "the mask of the forward, where no one pass is taken",
         ),
         file="cp_linear_bwd",

@@ -68,22 +68,100 @@ def test_equals_the_weights_one_above_the_other(impl, dtype, outs, fold, dropout
             assert_within_budget(g, p, e, what=name)
 
 
+def by_formula(dtype, given, grad):
+    """Gradients of x, u, v and gain by the plain formula from dy (M, N)."""
+    x, weights, biases, u, v, gain = given
+    leaves = [leaf(None if t is None else t.to(dtype)) for t in (x, u, v, gain)]
+    y = formula(leaves[0], torch.cat(weights).to(dtype), torch.cat(biases).to(dtype), *leaves[1:])
+    return torch.autograd.grad(y, [t for t in leaves if t is not None], grad.to(dtype))
+
+
+def hold(given, outputs, grads, leaves, grad):
+    """``grads`` into some of ``outputs`` of ``leaves``, against what the formula makes of the whole dy."""
+    torch.autograd.backward(outputs, grads)
+    leaves = [t for t in leaves if t is not None]
+    plain, exact = (by_formula(dtype, given, grad) for dtype in (torch.float32, torch.float64))
+    for name, g, p, e in zip(NAMES, leaves, plain, exact, strict=False):
+        assert_within_budget(g.grad, p, e, what=name)
+
+
 def test_outputs_that_nobody_uses_or_that_come_in_other_layouts(impl):
-    """A gradient of zeros for the one, and gradients as wide as a row of them or expanded for the others."""
-    x, weights, biases, u, v, gain = case()
+    """No gradient for the one, and gradients as wide as a row of them or expanded for the others."""
+    given = x, weights, biases, u, v, gain = case()
     wide = torch.randn(37, 100, device=DEVICE)[:, ::4]
     grad = torch.cat((wide[:, :24], torch.zeros(37, 24, device=DEVICE), torch.ones(37, 48, device=DEVICE)), 1)
     mine = [leaf(t) for t in (x, u, v, gain)]
     q, _, o = cp_linear(mine[0], weights, biases, *mine[1:], impl=impl)
-    torch.autograd.backward([q, o.sum()], [wide[:, :24], torch.ones((), device=DEVICE)])
+    hold(given, [q, o.sum()], [wide[:, :24], torch.ones((), device=DEVICE)], mine, grad)
 
-    def by_formula(dtype):
-        leaves = [leaf(t.to(dtype)) for t in (x, u, v, gain)]
-        y = formula(leaves[0], torch.cat(weights).to(dtype), torch.cat(biases).to(dtype), *leaves[1:])
-        return torch.autograd.grad(y, leaves, grad.to(dtype))
 
-    for name, g, p, e in zip(NAMES, mine, by_formula(torch.float32), by_formula(torch.float64), strict=True):
-        assert_within_budget(g.grad, p, e, what=name)
+def _inside(g):
+    wide = torch.full((g.shape[0], 3 * g.shape[1] + 1), torch.nan, device=g.device)
+    wide[:, 5 : 5 + g.shape[1]] = g
+    return wide[:, 5 : 5 + g.shape[1]]
+
+
+LAYOUTS = {
+    "contiguous": lambda g: g.clone(),
+    "columns of a wider matrix": _inside,
+    "transposed": lambda g: g.t().contiguous().t(),
+    "every second column": lambda g: g.repeat_interleave(2, 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("rank", [5, 20])  # one read of dy for dL/dh and dV, and two
+@pytest.mark.parametrize(("outs", "fold"), [((24, 24, 48), 24), ((20, 36, 7), None), ((66, 33), 33)])
+def test_incoming_gradients_of_different_layouts(impl, outs, fold, rank):
+    """Each where it lies: another layout, and another row stride, for each piece."""
+    given = x, weights, biases, u, v, gain = case(outs=outs, fold=fold, rank=rank)
+    pieces = [torch.randn(37, n, device=DEVICE) for n in outs]
+    for turn in range(len(LAYOUTS)):
+        chosen = [list(LAYOUTS.values())[(turn + i) % len(LAYOUTS)] for i in range(len(outs))]
+        mine = [leaf(t) for t in (x, u, v, gain)]
+        outputs = cp_linear(mine[0], weights, biases, *mine[1:], impl=impl)
+        hold(given, outputs, [lay(g) for lay, g in zip(chosen, pieces, strict=True)], mine, torch.cat(pieces, 1))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("missing", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize(("outs", "fold"), [((24, 24, 48), 24), ((20, 36, 7), None)])
+def test_results_without_a_gradient_are_left_out(impl, outs, fold, missing, shared):
+    """As if their weights were not there: zeros where a gradient is theirs alone, none for their weights."""
+    given = list(case(outs=outs, fold=fold))
+    if shared:
+        given[5] = torch.randn(5, device=DEVICE)
+    x, weights, biases, u, v, gain = given
+    pieces = [torch.randn(37, n, device=DEVICE) for n in outs]
+    whole = torch.cat([torch.zeros_like(g) if i in missing else g for i, g in enumerate(pieces)], 1)
+    mine, base = [leaf(t) for t in (x, u, v, gain)], [[leaf(t) for t in ts] for ts in (weights, biases)]
+    outputs = cp_linear(mine[0], *base, *mine[1:], impl=impl)
+    used = [i for i in range(3) if i not in missing]
+    hold(given, [outputs[i] for i in used], [pieces[i] for i in used], mine, whole)
+    for i, (weight, bias) in enumerate(zip(*base, strict=True)):
+        assert (weight.grad is None, bias.grad is None) == (i in missing, i in missing)
+        if i not in missing:
+            torch.testing.assert_close(weight.grad, pieces[i].T @ x)
+            torch.testing.assert_close(bias.grad, pieces[i].sum(0))
+
+
+def test_no_gradient_at_all(impl):
+    """What stands behind may hand out none."""
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, t):
+            return t.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    x, weights, biases, u, v, gain = case()
+    mine = [leaf(t) for t in (x, u, v, gain)]
+    for outputs in (cp_linear(mine[0], weights, biases, *mine[1:], impl=impl),
+                    [cp_linear(mine[0], weights[0], None, *mine[1:3], impl=impl)]):  # fmt: skip
+        sum(Nothing.apply(o) for o in outputs).backward()
+    assert all(t.grad is None for t in mine)
 
 
 def test_outputs_are_columns_of_one_matrix_and_can_be_viewed(impl):

@@ -103,7 +103,8 @@ def _bwd(
     impl = backends.resolve(_OP, impl, first)
     need_x, need_weight, need_bias, need_u, need_v, need_gain = needs
     grad_weight = _of_weights(grads, x) if need_weight else None
-    grad_bias = _joined([g.sum(0) for g in grads], 0) if need_bias else None
+    sums = [g.sum(0) for g in grads] if need_bias else []
+    grad_bias = torch.cat(sums) if len(sums) > 1 else next(iter(sums), None)
     wanted = (need_x, need_u, need_v, need_gain)
     empty = all(g.numel() == 0 for g in grads) or (x is not None and x.numel() == 0)
     if in_cpp and any(wanted) and not empty:
@@ -113,18 +114,13 @@ def _bwd(
     elif any(wanted):
         from fastgist_kernels import cp_linear_bwd as kernels
 
-        grad = _joined(grads, 1)  # the kernels read one matrix
         found = _empty_grads(grads, x, weights, v, gain, h, folds, wanted)
         tf32 = _common.tf32_allowed()
-        kernels.cp_linear_bwd(grad, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, tf32, *found)
+        kernels.cp_linear_bwd(grads, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, tf32, *found)
     else:
         found = (None, None, None, None)
     grad_x, grad_u, grad_v, grad_gain = found
     return tuple(empty_unless(g, first) for g in (grad_x, grad_weight, grad_bias, grad_u, grad_v, grad_gain))
-
-
-def _joined(pieces: list[Tensor], dim: int) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 def _of_weights(grads: list[Tensor], x: Tensor) -> Tensor:
@@ -199,6 +195,8 @@ class _CPLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, u, v, gain, seed, scale, dropout_p, record, impl, count, *base):
+        if not torch.compiler.is_compiling():  # which knows no gradient that is missing
+            ctx.set_materialize_grads(False)
         first = len(ctx.needs_input_grad) - len(base)
         need_x, need_u, need_v, need_gain = _common.needs(ctx, 4, record)
         of_base = [record and need for need in ctx.needs_input_grad[first:]]
@@ -225,13 +223,45 @@ class _CPLinear(torch.autograd.Function):
     @_common.single_backward(_OP)
     def backward(ctx, *grads):
         x, u, v, gain, seed, h, *weights = ctx.saved_tensors
-        options = (ctx.folds, ctx.scale, ctx.dropout_p, ctx.needs, ctx.impl)
-        found = _bwd_op(list(grads), x, weights, u, v, gain, seed, h, *options)
+        used = [i for i, g in enumerate(grads) if g is not None]
+        if not any(grads[i].shape[1] for i in used):
+            return (None,) * len(ctx.needs_input_grad)
+        folds, of_v, of_gain = ctx.folds, None, None
+        if len(used) < len(grads):  # as if the weights whose results nobody used were not there
+            each = [rows * folds // sum(ctx.rows) for rows in ctx.rows]
+            of_v = ctx.rows if folds == 1 else None
+            of_gain = each if gain is not None and gain.shape[0] > 1 else None
+            folds = max(1, sum(each[i] for i in used))
+            v, gain = _taken(v, of_v, used), _taken(gain, of_gain, used)
+            weights = [weights[i] for i in used if weights]
+        options = (folds, ctx.scale, ctx.dropout_p, ctx.needs, ctx.impl)
+        found = _bwd_op([grads[i] for i in used], x, weights, u, v, gain, seed, h, *options)
         found = [g if needed else None for g, needed in zip(found, ctx.needs, strict=True)]
-        grad_x, grad_weight, grad_bias, *low_rank = found
-        of_base = [g for whole in (grad_weight, grad_bias) for g in _split(whole, ctx.rows)]
+        grad_x, grad_weight, grad_bias, grad_u, grad_v, grad_gain = found
+        low_rank = grad_u, _put_back(grad_v, of_v, used), _put_back(grad_gain, of_gain, used)
+        own = [dict(zip(used, _split(g, [ctx.rows[i] for i in used]), strict=True)) for g in (grad_weight, grad_bias)]
+        of_base = [g.get(i) for g in own for i in range(len(grads))]
         of_base = [g if needed else None for g, needed in zip(of_base, ctx.of_base, strict=False)]
         return grad_x, *low_rank, None, None, None, None, None, None, *of_base
+
+
+def _taken(t: Tensor | None, counts: list[int] | None, used: list[int]) -> Tensor | None:
+    """Of ``t``, parts of ``counts`` rows, those that are ``used``; all of it where nothing is counted."""
+    if t is None or counts is None:
+        return t
+    parts = t.split(counts)
+    return torch.cat([parts[i] for i in used])
+
+
+def _put_back(t: Tensor | None, counts: list[int] | None, used: list[int]) -> Tensor | None:
+    """What :func:`_taken` took, zeros where the others were."""
+    if t is None or counts is None:
+        return t
+    out = t.new_zeros(sum(counts), t.shape[1])
+    parts = out.split(counts)
+    for i, rows in zip(used, t.split([counts[i] for i in used]), strict=True):
+        parts[i].copy_(rows)
+    return out
 
 
 def _split(grad: Tensor | None, rows: list[int]) -> tuple[Tensor | None, ...]:

@@ -401,7 +401,7 @@ def _dx(
         total = gates.sum(0)
         if up_bias is not None and up_bias.dim() == 2:
             by_bias = torch.empty_like(total)
-            project(grad, up_bias.to(grad.dtype).t(), None, None, scale, 0.0, tf32, by_bias)
+            project([grad], up_bias.to(grad.dtype).t(), None, None, scale, 0.0, tf32, by_bias)
             total += by_bias
         grad_gate.copy_(total)
 
@@ -415,33 +415,19 @@ _UNIT = dict.fromkeys(
 
 
 def _spec(
-    dtype: str,
-    precision: str,
-    hidden: int,
-    gated: bool,
-    rows: int,
-    sizes: str = "even",
-    normed: bool = False,
-    dropped: bool = False,
-    block: bool = False,
-    saved: bool = False,
-) -> Spec:
+    dtype: str, precision: str, hidden: int, gated: bool, rows: int, sizes: str = "even", normed: bool = False,
+    dropped: bool = False, block: bool = False, saved: bool = False,
+) -> Spec:  # fmt: skip
     """The kernel at the tile that a launch takes. ``sizes``: "even", "odd" (a number of hidden units that 16 does not
     divide) or "ragged" (that, and widths that no tile divides). ``block``: with float32 weights beside a half-precision x.
     ``saved``: of a frozen down weight, where z was kept instead of x."""
     ragged = sizes == "ragged"
     tile = tile_defaults("adapter_bwd", dtype == "fp32", hidden, gated, ragged, normed)
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
-    flags = {
-        "ACTIVATION": "gelu",
-        "HAS_DOWN_BIAS": True,
-        "HAS_GATE": gated,
-        "LOAD_Z": saved or hidden > 64,
-        "ADD_DY": True,
-    }
-    flags |= {"ADD_BASE": False, "NEED_DX": True, "NEED_DZ": not saved, "NEED_H": True, "NEED_GATE": gated}
-    flags |= {"SUM_DZ": True, "SUM_DY": True, "EVEN_D": not ragged, "WIDE": dtype == "fp16", "PRECISION": precision}
-    flags |= {"BLOCK_M": rows, "BLOCK_H": hidden, "HAS_DROPOUT": dropped}
+    flags = {"ACTIVATION": "gelu", "HAS_DOWN_BIAS": True, "HAS_GATE": gated, "LOAD_Z": saved or hidden > 64}
+    flags |= {"ADD_DY": True, "ADD_BASE": False, "NEED_DX": True, "NEED_DZ": not saved, "NEED_H": True}
+    flags |= {"NEED_GATE": gated, "SUM_DZ": True, "SUM_DY": True, "EVEN_D": not ragged, "WIDE": dtype == "fp16"}
+    flags |= {"PRECISION": precision, "BLOCK_M": rows, "BLOCK_H": hidden, "HAS_DROPOUT": dropped}
     flags |= dict.fromkeys(("HAS_NORM", "HAS_NORM_WEIGHT", "HAS_NORM_BIAS"), normed)
     constexprs = _UNIT | flags | tile
     types = argument_types(_adapter_bwd_dx_kernel, constexprs, dtype) | {"stats_ptr": "*fp32", "norm_sums_ptr": "*fp32"}

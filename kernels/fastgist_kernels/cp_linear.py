@@ -25,9 +25,7 @@ from fastgist_kernels.cp_linear_parts import (
     gain_strides,
     groups,
     low_rank_empty,
-    padded,
     place_of_tile,
-    sizes,
     tiles_of_all,
 )
 from fastgist_kernels.cp_linear_plan import (
@@ -41,6 +39,7 @@ from fastgist_kernels.cp_linear_plan import (
 from fastgist_kernels.cp_linear_project import project
 from fastgist_kernels.cp_linear_tma import matmul_by_descriptors
 from fastgist_kernels.outer import argument_types, low_dot, narrow
+from fastgist_kernels.pieces import padded, sizes
 
 __all__ = ["SPECS", "cp_linear_fwd"]
 
@@ -191,7 +190,7 @@ def _matmul(x, group: Group, u, seed, scale, dropout_p, tf32, y, h, *, fused: bo
     or read."""
     rows, inner = x.shape
     rank = group.v.shape[1]
-    config = matmul_config(x, group.weights, group.fold_n, rank, tf32)
+    config = matmul_config([x], group.weights, group.fold_n, rank, tf32)
     launch(
         _cp_linear_fwd_kernel,
         lambda c: (cdiv(rows, c["BLOCK_M"]) * column_tiles(group, c["BLOCK_N"]),),
@@ -206,7 +205,7 @@ def _matmul(x, group: Group, u, seed, scale, dropout_p, tf32, y, h, *, fused: bo
         h,
         y,
         rows,
-        *sizes(group.weights),
+        *sizes(group.weights, 0),
         inner,
         rank,
         group.fold_n,
@@ -250,7 +249,7 @@ def cp_linear_fwd(x, weights, biases, u, v, gain, seed, scale, dropout_p, tf32, 
     if h is None and (form.endswith("started") or len(runs) > 1):
         h = low_rank_empty(x, rank)
     if form.endswith("started"):
-        project(x, u, None, seed, 1.0, dropout_p, tf32, h)
+        project([x], u, None, seed, 1.0, dropout_p, tf32, h)
     for i, group in enumerate(runs):
         fused = form.endswith("fused") and i == 0
         own_u, own_seed = (u, seed) if fused else (None, None)
@@ -276,7 +275,7 @@ def _by_blas(x, weights, biases, u, v, gain, seed, scale, dropout_p, tf32, y, h)
         scale = 1.0
     else:
         low = low_rank_empty(x, rank) if h is None else h
-    project(x, u, None, seed, 1.0, dropout_p, tf32, low[:, :rank])
+    project([x], u, None, seed, 1.0, dropout_p, tf32, low[:, :rank])
     if several and h is not None:
         h.copy_(low[:, :rank])
     first = 0

@@ -18,17 +18,28 @@ from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, device_arch, dot, launch
 from fastgist_kernels.cp_linear_cost import dy_programs
 from fastgist_kernels.cp_linear_dx import dx_by_blas, dx_fused, dx_started
-from fastgist_kernels.cp_linear_parts import dropout_args, dropped, folded_v, gain_strides, groups, low_rank_empty
+from fastgist_kernels.cp_linear_parts import (
+    dropout_args,
+    dropped,
+    folded_v,
+    gain_strides,
+    groups,
+    low_rank_empty,
+    own_folds,
+)
 from fastgist_kernels.cp_linear_plan import cp_linear_form, one_pass, product_precision
 from fastgist_kernels.cp_linear_project import project
 from fastgist_kernels.outer import argument_types, low_dot, narrow, outer, outer_partials, rank_block
+from fastgist_kernels.pieces import PIECES, padded, pick, sizes, strides, sum_of
 
 __all__ = ["SPECS", "cp_linear_bwd", "low_rank_grads"]
 
 
 @triton.jit
 def _cp_linear_bwd_dy_kernel(
-    dy_ptr,
+    dy0_ptr,
+    dy1_ptr,
+    dy2_ptr,
     v_ptr,
     gain_ptr,
     seed_ptr,
@@ -36,12 +47,18 @@ def _cp_linear_bwd_dy_kernel(
     grad_h_ptr,
     part_ptr,
     M,
-    N,
+    n0,
+    n1,
+    n2,
     R,
     fold_n,
     blocks,
-    stride_dym,
-    stride_dyn,
+    stride_dym0,
+    stride_dym1,
+    stride_dym2,
+    stride_dyn0,
+    stride_dyn1,
+    stride_dyn2,
     stride_vn,
     stride_vr,
     stride_gg,
@@ -49,6 +66,8 @@ def _cp_linear_bwd_dy_kernel(
     scale,
     threshold,
     inv_keep,
+    PIECES: tl.constexpr,
+    WHOLE: tl.constexpr,
     HAS_GAIN: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     WIDE: tl.constexpr,
@@ -63,34 +82,41 @@ def _cp_linear_bwd_dy_kernel(
     offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
     offs_j = tl.arange(0, BLOCK_N).to(tl.int64)
     mask_r = offs_r < R
-    part_ptr += pid * N * R
+    part_ptr += pid * sum_of(n0, n1, n2, PIECES) * R
     for block in range(0, blocks):
         offs_m = (pid * blocks + block) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         mask_h = mask_m[:, None] & mask_r[None, :]
         h = tl.load(h_ptr + offs_m[:, None] * R + offs_r[None, :], mask=mask_h, other=0.0)
         grad_h = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        for fold in range(0, N // fold_n):
-            first_n = tl.cast(fold, tl.int64) * fold_n
-            acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-            for first_j in range(0, fold_n, BLOCK_N):
-                offs_c = first_j + offs_j
-                offs_n = first_n + offs_c
-                mask_c = offs_c < fold_n
-                dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
-                v_ptrs = v_ptr + offs_c[:, None] * stride_vn + offs_r[None, :] * stride_vr
-                mask_p = mask_c[:, None] & mask_r[None, :]
-                dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
-                v = tl.load(v_ptrs, mask=mask_p, other=0.0)
-                acc = dot(dy, v, acc, PRECISION)
-                part_ptrs = part_ptr + offs_n[:, None] * R + offs_r[None, :]
-                part = low_dot(tl.trans(dy), h, tl.zeros([BLOCK_N, BLOCK_R], tl.float32), WIDE, PRECISION)
-                part += tl.load(part_ptrs, mask=mask_p & (block > 0), other=0.0)
-                tl.store(part_ptrs, part, mask=mask_p)
-            if HAS_GAIN:
-                gain_ptrs = gain_ptr + tl.cast(fold, tl.int64) * stride_gg + offs_r * stride_gr
-                acc = acc * tl.load(gain_ptrs, mask=mask_r, other=0.0).to(tl.float32)[None, :]
-            grad_h += acc
+        for piece in range(0, PIECES):
+            dy_ptr = pick(piece, (dy0_ptr, dy1_ptr, dy2_ptr), PIECES)
+            stride_m = pick(piece, (stride_dym0, stride_dym1, stride_dym2), PIECES)
+            stride_n = pick(piece, (stride_dyn0, stride_dyn1, stride_dyn2), PIECES)
+            columns = pick(piece, (n0, n1, n2), PIECES)
+            start = pick(piece, (0, n0, n0 + n1), PIECES)
+            first_v, first_fold, width = own_folds(piece, n0, n1, n2, fold_n, PIECES, WHOLE)
+            for own in range(0, columns // width):
+                first_n = tl.cast(own, tl.int64) * width
+                acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+                for first_j in range(0, width, BLOCK_N):
+                    offs_c = first_j + offs_j
+                    offs_n = first_n + offs_c
+                    mask_c = offs_c < width
+                    dy_ptrs = dy_ptr + offs_m[:, None] * stride_m + offs_n[None, :] * stride_n
+                    v_ptrs = v_ptr + (first_v + offs_c)[:, None] * stride_vn + offs_r[None, :] * stride_vr
+                    mask_p = mask_c[:, None] & mask_r[None, :]
+                    dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
+                    v = tl.load(v_ptrs, mask=mask_p, other=0.0)
+                    acc = dot(dy, v, acc, PRECISION)
+                    part_ptrs = part_ptr + (start + offs_n)[:, None] * R + offs_r[None, :]
+                    part = low_dot(tl.trans(dy), h, tl.zeros([BLOCK_N, BLOCK_R], tl.float32), WIDE, PRECISION)
+                    part += tl.load(part_ptrs, mask=mask_p & (block > 0), other=0.0)
+                    tl.store(part_ptrs, part, mask=mask_p)
+                if HAS_GAIN:
+                    gain_ptrs = gain_ptr + tl.cast(first_fold + own, tl.int64) * stride_gg + offs_r * stride_gr
+                    acc = acc * tl.load(gain_ptrs, mask=mask_r, other=0.0).to(tl.float32)[None, :]
+                grad_h += acc
         grad_h = grad_h * scale
         if HAS_DROPOUT:
             grad_h = dropped(grad_h, seed_ptr, offs_m, 0, R, threshold, inv_keep, BLOCK_M, BLOCK_R)
@@ -162,7 +188,7 @@ def _cp_linear_bwd_reduce_kernel(
 
 
 def cp_linear_bwd(
-    grad,
+    grads,
     x,
     weights,
     u,
@@ -181,63 +207,67 @@ def cp_linear_bwd(
     form: str | None = None,
 ) -> None:
     """Write the gradients that are not None: grad_x (M, K), grad_u (K, R), grad_v (n, R), grad_gain (1 or G, R), contiguous,
-    from grad (M, N) of any strides. Inputs that none of them needs may be None, or no weights. ``form``: how dx is computed,
-    one that can run here; None takes what the plan says."""
+    from dy, a piece (M, N_i) of any strides for each weight (N_i, K), each read where it is. Inputs that none of
+    the gradients needs may be None, or no weights. ``form``: how dx is computed, one that can run here; None takes what the
+    plan says."""
+    grads = [g for g in grads if g.shape[1]]
+    weights = [w for w in weights if w.shape[0]]
     rank = h.shape[1] if v is None else v.shape[1]
     need_grad_h = grad_x is not None or grad_u is not None
-    grad_h = low_rank_empty(grad, rank) if need_grad_h else None
-    weights = [w for w in weights if w.shape[0]]
+    grad_h = low_rank_empty(grads[0], rank) if need_grad_h else None
     if grad_x is not None and form is None:
-        form = cp_linear_form(grad, weights, grad_x.shape[1], rank, tf32, forward=False)
+        form = cp_linear_form(grads[0], weights, grad_x.shape[1], rank, tf32, forward=False)
     fused = grad_x is not None and form == "fused" and len(list(groups(weights, ()))) == 1
     if fused:
-        dx_fused(grad, weights, folded_v(v, gain, folds), u, seed, scale, dropout_p, tf32, grad_x, grad_h)
+        dx_fused(grads, weights, folded_v(v, gain, folds), u, seed, scale, dropout_p, tf32, grad_x, grad_h)
     of_factors = (grad_u, grad_v, grad_gain)
-    low_rank_grads(grad, x, v, gain, seed, h, folds, scale, dropout_p, tf32, grad_h, *of_factors, known=fused)
+    low_rank_grads(grads, x, v, gain, seed, h, folds, scale, dropout_p, tf32, grad_h, *of_factors, known=fused)
     if grad_x is None or fused:
         return
     if form == "blas":
-        dx_by_blas(grad, weights, u, grad_x, grad_h)
+        dx_by_blas(grads, weights, u, grad_x, grad_h)
     else:
-        dx_started(grad, weights, u, tf32, grad_x, grad_h)
+        dx_started(grads, weights, u, tf32, grad_x, grad_h)
 
 
 def low_rank_grads(
-    grad, x, v, gain, seed, h, folds, scale, dropout_p, tf32, grad_h, grad_u, grad_v, grad_gain, *, known: bool = False
+    dy, x, v, gain, seed, h, folds, scale, dropout_p, tf32, grad_h, grad_u, grad_v, grad_gain, *, known: bool = False
 ) -> None:
-    """Write dL/dh into grad_h (M, R) and the factors' gradients, of each what is not None. ``known``: grad_h holds it already.
-    grad_u is made of grad_h."""
+    """Write dL/dh into grad_h (M, R) and the factors' gradients, of each what is not None, from dy (M, N) in pieces.
+    ``known``: grad_h holds it already. grad_u is made of grad_h."""
+    columns = sum(piece.shape[1] for piece in dy)
     need_grad_h = grad_h is not None and not known
     need_outer = grad_v is not None or grad_gain is not None
     rank = h.shape[1] if v is None else v.shape[1]
     part = None
-    if need_grad_h and need_outer and one_pass(grad, rank):
-        part = _dy_pass(grad, v, gain, seed, h, scale, dropout_p, tf32, grad_h)
+    if need_grad_h and need_outer and len(dy) <= PIECES and one_pass(dy[0], columns, rank):
+        part = _dy_pass(dy, v, gain, seed, h, scale, dropout_p, tf32, grad_h)
     elif need_grad_h:
-        project(grad, v, gain, seed, scale, dropout_p, tf32, grad_h)
+        project(dy, v, gain, seed, scale, dropout_p, tf32, grad_h)
     if need_outer:
-        part = outer_partials(grad, h, tf32=tf32) if part is None else part
-        _reduce(part, v, gain, grad.shape[1], rank, folds, scale, grad_v, grad_gain)
+        part = outer_partials(dy, h, tf32=tf32) if part is None else part
+        _reduce(part, v, gain, columns, rank, folds, scale, grad_v, grad_gain)
         del part  # before dU's are made
     if grad_u is not None:
         outer(x, grad_h, grad_u, tf32=tf32)
 
 
-def _dy_pass(grad, v, gain, seed, h, scale, dropout_p, tf32, grad_h) -> torch.Tensor:
-    """Write grad_h and return the partial dy^T h, (programs, N R) float32."""
-    rows, columns = grad.shape
+def _dy_pass(dy, v, gain, seed, h, scale, dropout_p, tf32, grad_h) -> torch.Tensor:
+    """Write grad_h and return the partial dy^T h, (programs, N R) float32, from dy in at most three pieces."""
+    rows, columns = grad_h.shape[0], sum(piece.shape[1] for piece in dy)
     fold_n, rank = v.shape
-    if device_arch(grad.device) == "interpret":
+    dtype, device = dy[0].dtype, dy[0].device
+    if device_arch(device) == "interpret":
         block_m, config = 16, {"BLOCK_N": 16}
     else:
         block_m, config = 128, {"BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
-    programs, blocks = dy_programs(rows, rank, grad.element_size(), block_m)
-    part = torch.empty(programs, columns * rank, dtype=torch.float32, device=grad.device)
+    programs, blocks = dy_programs(rows, rank, dtype.itemsize, block_m)
+    part = torch.empty(programs, columns * rank, dtype=torch.float32, device=device)
     launch(
         _cp_linear_bwd_dy_kernel,
         lambda c: (programs,),
         config,
-        grad,
+        *padded(dy),
         v,
         gain,
         seed,
@@ -245,19 +275,21 @@ def _dy_pass(grad, v, gain, seed, h, scale, dropout_p, tf32, grad_h) -> torch.Te
         grad_h,
         part,
         rows,
-        columns,
+        *sizes(dy, 1),
         rank,
         fold_n,
         blocks,
-        *grad.stride(),
+        *strides(dy),
         *v.stride(),
         *gain_strides(gain),
         scale,
         *dropout_args(seed, dropout_p),
+        PIECES=len(dy),
+        WHOLE=len(dy) > 1 and fold_n == columns,
         HAS_GAIN=gain is not None,
         HAS_DROPOUT=seed is not None,
-        WIDE=grad.dtype == torch.float16,
-        PRECISION=product_precision(grad.dtype, tf32),
+        WIDE=dtype == torch.float16,
+        PRECISION=product_precision(dtype, tf32),
         BLOCK_M=block_m,
         BLOCK_R=rank_block(rank),
     )
@@ -302,20 +334,30 @@ def _reduce(part, v, gain, columns, rank, folds, scale, grad_v, grad_gain) -> No
 
 def _specs() -> list[Spec]:
     out = []
-    unit = {"stride_dyn": 1, "stride_vr": 1, "stride_gr": 1}
-    for dtype, precision, rank in (("bf16", "ieee", 16), ("bf16", "ieee", 32), ("fp16", "tf32", 32)):
-        constexprs = unit | {"HAS_GAIN": True, "HAS_DROPOUT": True, "WIDE": dtype == "fp16", "PRECISION": precision}
+    unit = dict.fromkeys(("stride_dyn0", "stride_dyn1", "stride_dyn2", "stride_vr", "stride_gr"), 1)
+    for dtype, precision, rank, pieces, whole in (
+        ("bf16", "ieee", 16, 1, False),
+        ("bf16", "ieee", 32, 1, False),
+        ("bf16", "ieee", 32, 3, False),
+        ("bf16", "ieee", 32, 3, True),
+        ("fp16", "tf32", 32, 1, False),
+        ("fp16", "tf32", 32, 3, False),
+    ):
+        constexprs: dict[str, object] = {**unit, "PIECES": pieces, "WHOLE": whole, "HAS_GAIN": True}
+        constexprs |= {"HAS_DROPOUT": True, "WIDE": dtype == "fp16", "PRECISION": precision}
         constexprs |= {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_R": rank}
+        if pieces == 1:
+            constexprs |= dict.fromkeys(("dy1_ptr", "dy2_ptr"))
         out.append(
             Spec(
                 _cp_linear_bwd_dy_kernel,
-                f"{dtype}_r{rank}",
+                f"{dtype}_r{rank}" + (f"_{pieces}_pieces" if pieces > 1 else "") + "_whole" * whole,
                 argument_types(_cp_linear_bwd_dy_kernel, constexprs, dtype),
                 constexprs,
                 num_warps=8,
                 num_stages=3,
                 matrix=True,
-                aligned=("M", "N", "R", "fold_n"),
+                aligned=("M", "n0", "n1", "n2", "R", "fold_n"),
                 archs=(90, 100),
             )
         )

@@ -5,7 +5,7 @@
 The forward's two forms again. Fused, dL/dh accumulates beside dy W as R more columns of the loop over N, is stored for dU by
 the first column of programs, and multiplies U^T in the epilogue: one launch reads dy once. V' is made beforehand, N R
 numbers. Started, dL/dh comes from a kernel of its own and the accumulator starts from dL/dh U^T.
-W may be several weights one above the other (cp_linear_parts.py): the loop over N walks them, none is copied.
+W may be several weights one above the other, and dy a piece for each (pieces.py): the loop over N walks them, none is copied.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ import triton.language as tl
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import cdiv, dot, launch
 from fastgist_kernels.cp_linear_forms import most_fused_rank
-from fastgist_kernels.cp_linear_parts import dropout_args, dropped, groups, padded, sizes
+from fastgist_kernels.cp_linear_parts import dropout_args, dropped, groups
 from fastgist_kernels.cp_linear_plan import TILE_NAMES, TILES, matmul_config, product_precision, rank_tile
 from fastgist_kernels.outer import argument_types, low_dot, narrow
+from fastgist_kernels.pieces import find, padded, pick, sizes, strides, sum_of
 
 __all__ = ["SPECS", "dx_by_blas", "dx_fused", "dx_started"]
 
 
 @triton.jit
 def _cp_linear_dx_kernel(
-    dy_ptr,
+    dy0_ptr,
+    dy1_ptr,
+    dy2_ptr,
     w0_ptr,
     w1_ptr,
     w2_ptr,
@@ -41,8 +44,12 @@ def _cp_linear_dx_kernel(
     n2,
     K,
     R,
-    stride_dym,
-    stride_dyn,
+    stride_dym0,
+    stride_dym1,
+    stride_dym2,
+    stride_dyn0,
+    stride_dyn1,
+    stride_dyn2,
     stride_wn,
     stride_wk,
     stride_uk,
@@ -101,46 +108,29 @@ def _cp_linear_dx_kernel(
             acc = low_dot(grad_h.to(tl.float32), u, acc, WIDE, PRECISION)
 
     steps0 = tl.cdiv(n0, BLOCK_K)
-    steps1 = steps0
-    steps = steps0
-    if PIECES > 1:
-        steps1 += tl.cdiv(n1, BLOCK_K)
-        steps = steps1
-    if PIECES > 2:
-        steps += tl.cdiv(n2, BLOCK_K)
-    for step in range(0, steps):
-        w_ptr = w0_ptr
-        rows = n0
-        start = 0
-        first_step = 0
-        if PIECES > 1:
-            behind = step >= steps0
-            w_ptr = tl.where(behind, w1_ptr, w_ptr)
-            rows = tl.where(behind, n1, rows)
-            start = tl.where(behind, n0, start)
-            first_step = tl.where(behind, steps0, first_step)
-        if PIECES > 2:
-            behind = step >= steps1
-            w_ptr = tl.where(behind, w2_ptr, w_ptr)
-            rows = tl.where(behind, n2, rows)
-            start = tl.where(behind, n0 + n1, start)
-            first_step = tl.where(behind, steps1, first_step)
-        first_n = (step - first_step) * BLOCK_K
+    steps1 = tl.cdiv(n1, BLOCK_K)
+    for step in range(0, sum_of(steps0, steps1, tl.cdiv(n2, BLOCK_K), PIECES)):
+        piece, own_step = find(step, steps0, steps1, PIECES)
+        dy_ptr = pick(piece, (dy0_ptr, dy1_ptr, dy2_ptr), PIECES)
+        stride_m = pick(piece, (stride_dym0, stride_dym1, stride_dym2), PIECES)
+        stride_n = pick(piece, (stride_dyn0, stride_dyn1, stride_dyn2), PIECES)
+        w_ptr = pick(piece, (w0_ptr, w1_ptr, w2_ptr), PIECES)
+        first_n = own_step * BLOCK_K
         offs_w = first_n + offs_n
-        offs_y = start + offs_w
         mask_dy = mask_m[:, None]
         mask_w = mask_k[None, :]
         mask_v = mask_r[None, :]
         if not EVEN_N:
-            mask_n = offs_w < rows
+            mask_n = offs_w < pick(piece, (n0, n1, n2), PIECES)
             mask_dy = mask_dy & mask_n[None, :]
             mask_w = mask_w & mask_n[:, None]
             mask_v = mask_v & mask_n[:, None]
-        dy = tl.load(dy_ptr + offs_m[:, None] * stride_dym + offs_y[None, :] * stride_dyn, mask=mask_dy, other=0.0)
+        dy = tl.load(dy_ptr + offs_m[:, None] * stride_m + offs_w[None, :] * stride_n, mask=mask_dy, other=0.0)
         w = tl.load(w_ptr + offs_w[:, None] * stride_wn + offs_k[None, :] * stride_wk, mask=mask_w, other=0.0)
         acc = dot(dy, w, acc, PRECISION)
         if FUSED:
-            v = tl.load(v_ptr + offs_y[:, None] * R + offs_r[None, :], mask=mask_v, other=0.0)
+            offs_v = pick(piece, (0, n0, n0 + n1), PIECES) + offs_w
+            v = tl.load(v_ptr + offs_v[:, None] * R + offs_r[None, :], mask=mask_v, other=0.0)
             acc_h = dot(dy, v, acc_h, PRECISION)
 
     if FUSED:
@@ -159,45 +149,53 @@ def _cp_linear_dx_kernel(
 
 # -- launching -------------------------------------------------------------------------------------------------------
 
-
-def dx_fused(grad, weights, folded, u, seed, scale, dropout_p, tf32, grad_x, grad_h) -> None:
-    """Write dx and grad_h from dy (M, N), weights (N_i, K) that one launch takes, folded V' (N, R) and u (K, R)."""
-    (group,) = groups(weights, ())
-    _dx(grad, group.weights, folded.contiguous(), u, seed, scale, dropout_p, tf32, grad_x, grad_h, fused=True)
-
-
-def dx_started(grad, weights, u, tf32, grad_x, grad_h) -> None:
-    """Write dx from dy (M, N), weights (N_i, K), u (K, R), of any strides, and grad_h (M, R), contiguous. More weights than a
-    launch takes are added to what the ones before wrote."""
-    for i, group in enumerate(groups(weights, ())):
-        columns = grad[:, group.columns]
-        _dx(columns, group.weights, None, u, None, 1.0, 0.0, tf32, grad_x, grad_h, fused=False, add=i > 0)
+#: (fused, several weights) -> what the tile of full float32 products takes instead.
+_FULL_FLOAT32: dict[tuple[bool, bool], dict[str, int]] = {
+    (True, True): {"BLOCK_M": 32},
+    (True, False): {},
+    (False, True): {"num_warps": 4},
+    (False, False): {"num_warps": 4},
+}
 
 
-def dx_by_blas(grad, weights, u, grad_x, grad_h) -> None:
-    """As :func:`dx_started`, by the library: a product for each weight, added to those before, and the update's."""
+def dx_fused(grads, weights, folded, u, seed, scale, dropout_p, tf32, grad_x, grad_h) -> None:
+    """Write dx and grad_h from dy, a piece (M, N_i) for each of the weights (N_i, K), which one launch takes, folded V' (N, R)
+    and u (K, R)."""
+    _dx(grads, weights, folded.contiguous(), u, seed, scale, dropout_p, tf32, grad_x, grad_h, fused=True)
+
+
+def dx_started(grads, weights, u, tf32, grad_x, grad_h) -> None:
+    """Write dx from dy, a piece (M, N_i) for each of the weights (N_i, K), u (K, R), of any strides, and grad_h (M, R),
+    contiguous. More weights than a launch takes are added to what the ones before wrote."""
     first = 0
-    for weight in weights:
-        columns = grad[:, first : first + weight.shape[0]]
-        if first == 0:
-            torch.mm(columns, weight, out=grad_x)
+    for group in groups(weights, ()):
+        last = first + len(group.weights)
+        _dx(grads[first:last], group.weights, None, u, None, 1.0, 0.0, tf32, grad_x, grad_h, fused=False, add=first > 0)
+        first = last
+
+
+def dx_by_blas(grads, weights, u, grad_x, grad_h) -> None:
+    """As :func:`dx_started`, by the library: a product for each weight, added to those before, and the update's."""
+    for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+        if i == 0:
+            torch.mm(grad, weight, out=grad_x)
         else:
-            grad_x.addmm_(columns, weight)
-        first += weight.shape[0]
+            grad_x.addmm_(grad, weight)
     grad_x.addmm_(grad_h, u.t())
 
 
-def _dx(grad, weights, v, u, seed, scale, dropout_p, tf32, grad_x, grad_h, *, fused: bool, add: bool = False) -> None:
+def _dx(grads, weights, v, u, seed, scale, dropout_p, tf32, grad_x, grad_h, *, fused: bool, add: bool = False) -> None:
+    dtype = grads[0].dtype
     rows, columns = grad_x.shape
     rank = u.shape[1]
-    config = matmul_config(grad, weights, columns, rank, tf32, forward=False)
-    if grad.dtype == torch.float32 and not (tf32 or fused) and grad.is_cuda:
-        config["num_warps"] = 4  # for eight, ptxas keeps values on the stack to fit three programs on a processor
+    config = matmul_config(grads, weights, columns, rank, tf32, forward=False)
+    if dtype == torch.float32 and not tf32 and grad_x.is_cuda:  # else ptxas keeps values on the stack
+        config |= _FULL_FLOAT32[fused, len(weights) > 1]
     launch(
         _cp_linear_dx_kernel,
         lambda c: (cdiv(rows, c["BLOCK_M"]) * cdiv(columns, c["BLOCK_N"]),),
         config,
-        grad,
+        *padded(grads),
         *padded(weights),
         v,
         u,
@@ -205,10 +203,10 @@ def _dx(grad, weights, v, u, seed, scale, dropout_p, tf32, grad_x, grad_h, *, fu
         grad_h,
         grad_x,
         rows,
-        *sizes(weights),
+        *sizes(weights, 0),
         columns,
         rank,
-        *grad.stride(),
+        *strides(grads),
         *weights[0].stride(),
         *u.stride(),
         scale,
@@ -218,9 +216,9 @@ def _dx(grad, weights, v, u, seed, scale, dropout_p, tf32, grad_x, grad_h, *, fu
         ADD=add,
         HAS_DROPOUT=seed is not None,
         EVEN_N=all(w.shape[0] % config["BLOCK_K"] == 0 for w in weights),
-        WIDE=grad.dtype == torch.float16,
-        PRECISION=product_precision(grad.dtype, tf32),
-        BLOCK_R=rank_tile(grad, rank, tf32, fused),
+        WIDE=dtype == torch.float16,
+        PRECISION=product_precision(dtype, tf32),
+        BLOCK_R=rank_tile(grads[0], rank, tf32, fused),
     )
 
 
@@ -229,7 +227,7 @@ def _dx(grad, weights, v, u, seed, scale, dropout_p, tf32, grad_x, grad_h, *, fu
 
 def _specs() -> list[Spec]:
     out = []
-    unit = {"stride_dyn": 1, "stride_wk": 1, "stride_ur": 1}
+    unit = {"stride_dyn0": 1, "stride_dyn1": 1, "stride_dyn2": 1, "stride_wk": 1, "stride_ur": 1}
     # (dtype, precision, kind of tile, rank tile, fused, N_i multiples of the tile, weights)
     cases = [
         ("bf16", "ieee", "large", 16, True, True, 1),
@@ -255,12 +253,12 @@ def _specs() -> list[Spec]:
             if shared and (dtype, kind, rank, fused, pieces) in seen:
                 continue
             seen.add((dtype, kind, rank, fused, pieces))
+            tile |= _FULL_FLOAT32[fused, pieces > 1] if kind == "ieee" else {}
             warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
-            warps = 4 if kind == "ieee" and not fused else warps
             flags: dict[str, object] = {"PIECES": pieces, "FUSED": fused, "ADD": False, "HAS_DROPOUT": fused}
             flags |= {"EVEN_N": even, "WIDE": dtype == "fp16", "PRECISION": precision, "BLOCK_R": rank, "GROUP_M": 8}
             if pieces == 1:
-                flags |= dict.fromkeys(("w1_ptr", "w2_ptr"))
+                flags |= dict.fromkeys(("dy1_ptr", "dy2_ptr", "w1_ptr", "w2_ptr"))
             constexprs: dict[str, object] = {**unit, **flags, **tile}
             label = f"{dtype}_{kind}_{'fused' if fused else 'started'}_r{rank}"
             label += ("" if even else "_ragged") + (f"_{pieces}_weights" if pieces > 1 else "")

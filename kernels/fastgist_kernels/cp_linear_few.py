@@ -41,13 +41,12 @@ from fastgist_kernels.cp_linear_parts import (
     dropped,
     gain_strides,
     groups,
-    padded,
     place_of_tile,
-    sizes,
     tiles_of_all,
 )
 from fastgist_kernels.cp_linear_plan import product_precision, shape_class
 from fastgist_kernels.outer import argument_types, low_dot, narrow, processors, rank_block
+from fastgist_kernels.pieces import padded, sizes
 
 __all__ = ["SPECS", "few"]
 
@@ -282,7 +281,7 @@ def _partial(
         low,
         rows,
         out,
-        *sizes(group.weights),
+        *sizes(group.weights, 0),
         inner,
         rank,
         k_per_split,
@@ -316,7 +315,7 @@ def _finish(part, low, group: Group, seed, scale, dropout_p, tf32, y, h) -> None
         low.shape[0],
         rows,
         out,
-        *sizes(group.weights),
+        *sizes(group.weights, 0),
         rank,
         group.fold_n,
         group.biases[0].stride(0) if group.biases else 0,

@@ -18,7 +18,7 @@ import torch
 
 from fastgist_kernels.common import device_arch
 
-__all__ = ["FEW_ROWS", "FORMS", "PIECES", "aligned", "can", "described", "most_fused_rank"]
+__all__ = ["FEW_ROWS", "FORMS", "aligned", "can", "described", "most_fused_rank"]
 
 #: A launch table holds positions in this tuple: new forms go to its end.
 FORMS = ("fused", "started", "blas", "few", "tma_fused", "tma_started")
@@ -26,8 +26,6 @@ FORMS = ("fused", "started", "blas", "few", "tma_fused", "tma_started")
 TMA_ARCHITECTURES = ("sm_90", "sm_100", "sm_103")
 #: Rows of the form for few rows at most.
 FEW_ROWS = 64
-#: Weights that one launch takes: q, k and v. More of them go in groups that share h.
-PIECES = 3
 
 
 def most_fused_rank(dtype: torch.dtype, tf32: bool) -> int:
@@ -36,17 +34,20 @@ def most_fused_rank(dtype: torch.dtype, tf32: bool) -> int:
 
 
 def aligned(t: torch.Tensor) -> bool:
-    """Whether a tile of ``t`` can be fetched 16 bytes at a time, as Triton sees it: it looks at strides for multiples of 16.
+    """Whether a tile of ``t`` can be fetched 16 bytes at a time, as Triton sees it: numbers that lie next to each other along
+    one side (not so where one number is expanded), and a multiple of 16 of them from there to the next.
 
     Else every load of the loop goes through registers: tiles with BLOCK_K = 64 then spill and, where u is not aligned
     either, meet a fault of ptxas 12.8 (see :func:`fastgist_kernels.aot.undefined_uniform`).
     """
-    return t.data_ptr() % 16 == 0 and all(s == 1 or s % 16 == 0 for s in t.stride())
+    return t.data_ptr() % 16 == 0 and 1 in t.stride() and all(s == 1 or s % 16 == 0 for s in t.stride())
 
 
 def described(t: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can stand for the matrix ``t``: rows without gaps that begin on 16 bytes."""
-    return t.data_ptr() % 16 == 0 and t.stride(1) == 1 and t.stride(0) * t.dtype.itemsize % 16 == 0
+    """Whether a tensor descriptor can stand for the matrix ``t``: rows without gaps that begin on 16 bytes and do not overlap
+    (CUDA takes no stride below a row's length)."""
+    rows = t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) * t.dtype.itemsize % 16 == 0
+    return rows and t.data_ptr() % 16 == 0
 
 
 def can(

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from fastgist_kernels.common import cdiv
-from fastgist_kernels.cp_linear_forms import PIECES
 from fastgist_kernels.philox import keep_mask
+from fastgist_kernels.pieces import PIECES, find, pick, sum_of
 
 __all__ = [
     "Group",
@@ -26,9 +26,9 @@ __all__ = [
     "gain_strides",
     "groups",
     "low_rank_empty",
-    "padded",
+    "own_folds",
     "place_of_tile",
-    "sizes",
+    "runs",
     "tiles_of_all",
 ]
 
@@ -50,12 +50,10 @@ def _tiles_of(rows, fold_n, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def tiles_of_all(n0, n1, n2, fold_n, PIECES: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Column tiles of up to three weights of n0, n1 and n2 rows."""
-    tiles = _tiles_of(n0, fold_n, WHOLE, BLOCK_N)
-    if PIECES > 1:
-        tiles += _tiles_of(n1, fold_n, WHOLE, BLOCK_N)
-    if PIECES > 2:
-        tiles += _tiles_of(n2, fold_n, WHOLE, BLOCK_N)
-    return tiles
+    tiles0 = _tiles_of(n0, fold_n, WHOLE, BLOCK_N)
+    tiles1 = _tiles_of(n1, fold_n, WHOLE, BLOCK_N)
+    tiles2 = _tiles_of(n2, fold_n, WHOLE, BLOCK_N)
+    return sum_of(tiles0, tiles1, tiles2, PIECES)
 
 
 @triton.jit
@@ -76,33 +74,16 @@ def place_of_tile(
     row in this weight, its first row in the fold, the fold's width, the fold among all folds, the first row of v.
 
     WHOLE: v has a row for each row of all weights, which are one fold then. Else each weight is folds of width fold_n."""
-    w_ptr = weights[0]
-    bias_ptr = biases[0]
+    tiles0 = _tiles_of(n0, fold_n, WHOLE, BLOCK_N)
+    tiles1 = _tiles_of(n1, fold_n, WHOLE, BLOCK_N)
+    piece, tile = find(tile, tiles0, tiles1, PIECES)
+    start = pick(piece, (0, n0, n0 + n1), PIECES)
     width = fold_n
-    start = 0
     if WHOLE:
-        width = n0
-    if PIECES > 1:
-        tiles0 = _tiles_of(n0, fold_n, WHOLE, BLOCK_N)
-        behind = tile >= tiles0
-        w_ptr = tl.where(behind, weights[1], w_ptr)
-        if HAS_BIAS:
-            bias_ptr = tl.where(behind, biases[1], bias_ptr)
-        if WHOLE:
-            width = tl.where(behind, n1, width)
-        start = tl.where(behind, n0, start)
-        before = tl.where(behind, tiles0, 0)
-        if PIECES > 2:
-            tiles01 = tiles0 + _tiles_of(n1, fold_n, WHOLE, BLOCK_N)
-            behind = tile >= tiles01
-            w_ptr = tl.where(behind, weights[2], w_ptr)
-            if HAS_BIAS:
-                bias_ptr = tl.where(behind, biases[2], bias_ptr)
-            if WHOLE:
-                width = tl.where(behind, n2, width)
-            start = tl.where(behind, n0 + n1, start)
-            before = tl.where(behind, tiles01, before)
-        tile -= before
+        width = pick(piece, (n0, n1, n2), PIECES)
+    bias_ptr = biases[0]
+    if HAS_BIAS:
+        bias_ptr = pick(piece, biases, PIECES)
     fold_tiles = tl.cdiv(width, BLOCK_N)
     fold = (tile // fold_tiles).to(tl.int64)
     first = (tile % fold_tiles).to(tl.int64) * BLOCK_N
@@ -113,7 +94,19 @@ def place_of_tile(
             first_v += start
         else:
             fold += start // fold_n
-    return w_ptr, bias_ptr, start, first_row, first, width, fold, first_v
+    return pick(piece, weights, PIECES), bias_ptr, start, first_row, first, width, fold, first_v
+
+
+@triton.jit
+def own_folds(piece, n0, n1, n2, fold_n, PIECES: tl.constexpr, WHOLE: tl.constexpr):
+    """Of one of up to three pieces of n0, n1 and n2 columns: its first row of v, its first fold, its folds' width.
+
+    WHOLE: v has a row for each of all columns, which are one fold, and of it a piece has as much as it is wide."""
+    start = pick(piece, (0, n0, n0 + n1), PIECES)
+    if WHOLE:
+        return start, 0, pick(piece, (n0, n1, n2), PIECES)
+    else:
+        return 0, start // fold_n, fold_n
 
 
 # -- on the host -----------------------------------------------------------------------------------------------------
@@ -167,15 +160,24 @@ def _alike(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], a: i
     return weights[a].stride() == weights[b].stride() and (not biases or biases[a].stride() == biases[b].stride())
 
 
-def padded(given: Sequence) -> tuple:
-    """``given`` and None up to three: what a launch takes."""
-    return (*given, *(None,) * (PIECES - len(given)))
-
-
-def sizes(weights: Sequence[torch.Tensor]) -> tuple[int, int, int]:
-    """Rows of each weight, 0 where there is none."""
-    n0, n1, n2 = (0 if w is None else w.shape[0] for w in padded(weights))
-    return n0, n1, n2
+def runs(
+    pieces: Sequence[torch.Tensor], v: torch.Tensor, gain: torch.Tensor | None
+) -> Iterator[tuple[Sequence[torch.Tensor], torch.Tensor, torch.Tensor | None, bool]]:
+    """Pieces (M, N_i) of dy, at most three at a time, with their part of v and gain, and whether that has a row for each of
+    their columns."""
+    whole = len(pieces) > 1 and v.shape[0] == sum(t.shape[1] for t in pieces)
+    start, fold = 0, 0
+    for first in range(0, len(pieces), PIECES):
+        some = pieces[first : first + PIECES]
+        columns = sum(t.shape[1] for t in some)
+        if whole:
+            yield some, v[start : start + columns], gain, len(some) > 1
+        else:
+            folds = columns // v.shape[0]
+            own_gain = gain if gain is None or gain.shape[0] == 1 else gain[fold : fold + folds]
+            yield some, v, own_gain, False
+            fold += folds
+        start += columns
 
 
 def column_tiles(group: Group, block_n: int) -> int:

@@ -116,18 +116,24 @@ def _tile_kind(arch: str, name: str, sms: int, s: Sizes) -> str:
 
 
 def matmul_config(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], fold_n: int, rank: int, tf32: bool, *, forward: bool = True
+    given: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    fold_n: int,
+    rank: int,
+    tf32: bool,
+    *,
+    forward: bool = True,
 ) -> dict[str, int]:
-    """The tile of y = x W^T + ..., or with ``forward=False`` of dx = dy W + ..., x being dy. The weights (N_i, K) stand one
-    above the other; folds of a piece of its own width have ``fold_n`` at most."""
+    """The tile of y = x W^T + ..., ``given`` being x alone, or with ``forward=False`` of dx = dy W + ..., ``given`` being dy's
+    pieces. The weights (N_i, K) stand one above the other; folds of a piece of its own width have ``fold_n`` at most."""
+    x = given[0]
     arch = device_arch(x.device)
-    rows, inner = x.shape
-    out = _columns(weights, forward)
+    rows, out, inner = x.shape[0], _columns(weights, forward), _columns(weights, not forward)
     if arch == "interpret":
         return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2}
     s = Sizes(_rows(rows), out, inner, rank, max(1, out // fold_n), _dtype_name(x.dtype, tf32))
     kind = _tile_kind(arch, _card_name(x.device), processors(x.device), s)
-    if kind in ("large", "medium") and not (aligned(x) and all(map(aligned, weights))):
+    if kind in ("large", "medium") and not all(map(aligned, (*given, *weights))):
         kind = "ragged"
     default = dict(zip(TILE_NAMES, TILES[family(arch)][kind], strict=True)) | {"GROUP_M": 8}
     return default | launch_config("cp_linear_fwd", arch, shape_class(rows, out, inner, rank))
@@ -174,12 +180,11 @@ def _interpreted(s: Sizes, forward: bool) -> tuple[str, ...]:
 def cp_linear_form(
     x: torch.Tensor, weights: Sequence[torch.Tensor], fold_n: int, rank: int, tf32: bool, *, forward: bool = True
 ) -> str:
-    """Which form computes (x W^T + update), or with ``forward=False`` (dy W + dL/dh U^T), x being dy: the table's entry, where
-    one was measured and these operands allow it; else the cheapest that they allow by the model. Folds count forward only."""
+    """Which form computes (x W^T + update), or with ``forward=False`` (dy W + dL/dh U^T), x being dy or a piece
+    of it: the table's entry, where one was measured and these operands allow it; else the cheapest that they allow by the
+    model. Folds count forward only."""
     arch = device_arch(x.device)
-    rows, last = x.shape
-    other = _columns(weights, forward)
-    out, inner = (other, last) if forward else (last, other)
+    rows, out, inner = x.shape[0], _columns(weights, True), _columns(weights, False)
     folds = max(1, out // fold_n, len(weights)) if forward else 1
     s = Sizes(_rows(rows), out, inner, rank, folds, _dtype_name(x.dtype, tf32))
     if arch == "interpret":
@@ -197,13 +202,13 @@ def _narrow_by_library(arch: str, name: str, sms: int, s: Sizes) -> bool:
     return narrow(card_of(arch, name, sms), s).by_library
 
 
-def narrow_by_library(a: torch.Tensor, rank: int, tf32: bool) -> bool:
-    """Whether the library forms a (M, N) times (N, R) rather than the kernel made for it. Not for float16, whose result is
-    float32."""
+def narrow_by_library(a: torch.Tensor, columns: int, rank: int, tf32: bool) -> bool:
+    """Whether the library forms a (M, columns) or what it is a piece of times (columns, R) rather than the kernel
+    made for it. Not for float16, whose result is float32."""
     arch = device_arch(a.device)
     if arch == "interpret" or a.dtype == torch.float16:
         return False
-    s = Sizes(_rows(a.shape[0]), rank, a.shape[1], rank, 1, _dtype_name(a.dtype, tf32))
+    s = Sizes(_rows(a.shape[0]), rank, columns, rank, 1, _dtype_name(a.dtype, tf32))
     return _narrow_by_library(arch, _card_name(a.device), processors(a.device), s)
 
 
@@ -215,13 +220,14 @@ def _one_pass(arch: str, name: str, sms: int, s: Sizes) -> bool:
     return dy_pass(c, s, True).seconds <= dy_pass(c, s, False).seconds
 
 
-def one_pass(grad: torch.Tensor, rank: int) -> bool:
-    """Whether one kernel takes dL/dh and dV from dy (M, N). It adds to N R floats at each 128 rows, by fewer programs
-    the larger R is; two kernels read dy twice. The table's entry, else the cheaper by the model."""
+def one_pass(grad: torch.Tensor, columns: int, rank: int) -> bool:
+    """Whether one kernel takes dL/dh and dV from dy (M, columns), ``grad`` being that or a piece of it. It adds to
+    columns x R floats at each 128 rows, by fewer programs the larger R is; two kernels read dy twice. The table's entry, else
+    the cheaper by the model."""
     arch = device_arch(grad.device)
     if arch == "interpret":
         return rank <= 16
-    s = Sizes(_rows(grad.shape[0]), grad.shape[1], 1, rank, 1, _dtype_name(grad.dtype, False))
+    s = Sizes(_rows(grad.shape[0]), columns, 1, rank, 1, _dtype_name(grad.dtype, False))
     measured = launch_config("cp_linear_one_pass", arch, form_class(s, False))
     return (
         bool(measured["one_pass"]) if measured else _one_pass(arch, _card_name(grad.device), processors(grad.device), s)

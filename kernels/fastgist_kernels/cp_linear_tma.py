@@ -144,7 +144,7 @@ def matmul_by_descriptors(x, group: Group, u, seed, scale, dropout_p, tf32, y, h
     rows, inner = x.shape
     rank = group.v.shape[1]
     arch = device_arch(x.device)
-    tile = matmul_config(x, group.weights, group.fold_n, rank, tf32)
+    tile = matmul_config([x], group.weights, group.fold_n, rank, tf32)
     tile |= launch_config("cp_linear_tma", arch, shape_class(rows, weight.shape[0], inner, rank))
     if (
         arch.startswith("sm_1") and fused

@@ -237,7 +237,7 @@ def cp_update_fwd(y, x, u, v, gain, seed, scale, dropout_p, tf32, out, h) -> Non
         _update(y, x, u, v, gain, seed, h, scale, dropout_p, tf32, out)
         return
     h = low_rank_empty(x, u.shape[1]) if h is None else h
-    project(x, u.to(x.dtype), None, seed, 1.0, dropout_p, tf32, h)
+    project([x], u.to(x.dtype), None, seed, 1.0, dropout_p, tf32, h)
     _update(y, None, None, v, gain, None, h, scale, 0.0, tf32, out)
 
 
@@ -249,7 +249,7 @@ def cp_update_bwd(
     v = None if v is None else v.to(grad.dtype)
     gain = None if gain is None else gain.to(grad.dtype)
     grad_h = None if grad_x is None and grad_u is None else low_rank_empty(grad, v.shape[1])
-    low_rank_grads(grad, x, v, gain, seed, h, folds, scale, dropout_p, tf32, grad_h, grad_u, grad_v, grad_gain)
+    low_rank_grads([grad], x, v, gain, seed, h, folds, scale, dropout_p, tf32, grad_h, grad_u, grad_v, grad_gain)
     if grad_x is not None:
         _update(None, None, None, u, None, None, grad_h, 1.0, 0.0, tf32, grad_x)
 

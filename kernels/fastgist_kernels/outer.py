@@ -9,7 +9,7 @@ fixed order. Also here: the dot for low-rank operands, and the rounding that bel
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import triton
@@ -17,6 +17,7 @@ import triton.language as tl
 
 from fastgist_kernels.aot import Spec
 from fastgist_kernels.common import INTERPRET, cdiv, device_arch, dot, launch, launch_config, next_power_of_2
+from fastgist_kernels.pieces import PIECES, find, padded, pick, sizes, strides
 
 __all__ = [
     "SPECS",
@@ -53,27 +54,42 @@ def low_dot(a, b, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _outer_partial_kernel(
-    a_ptr,
+    a0_ptr,
+    a1_ptr,
+    a2_ptr,
     b_ptr,
     part_ptr,
     M,
-    C,
+    c0,
+    c1,
+    c2,
     R,
     rows_per_split,
-    stride_am,
-    stride_ac,
+    stride_am0,
+    stride_am1,
+    stride_am2,
+    stride_ac0,
+    stride_ac1,
+    stride_ac2,
     stride_bm,
     stride_br,
+    stride_part,
+    PIECES: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    offs_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """Columns of a stand in up to three pieces; a tile of them lies in one."""
+    piece, tile = find(tl.program_id(0), tl.cdiv(c0, BLOCK_C), tl.cdiv(c1, BLOCK_C), PIECES)
+    a_ptr = pick(piece, (a0_ptr, a1_ptr, a2_ptr), PIECES)
+    stride_am = pick(piece, (stride_am0, stride_am1, stride_am2), PIECES)
+    stride_ac = pick(piece, (stride_ac0, stride_ac1, stride_ac2), PIECES)
+    offs_c = tile.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2).to(tl.int64)
-    mask_c = offs_c < C
+    mask_c = offs_c < pick(piece, (c0, c1, c2), PIECES)
     mask_r = offs_r < R
     acc = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
     for start in range(0, rows_per_split, BLOCK_M):
@@ -84,8 +100,8 @@ def _outer_partial_kernel(
         a_t = tl.load(a_ptrs, mask=mask_c[:, None] & mask_m[None, :], other=0.0)  # [BLOCK_C, BLOCK_M]
         b = tl.load(b_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
         acc = low_dot(a_t, b, acc, WIDE, PRECISION)
-    products = tl.cast(C, tl.int64) * R
-    part_ptrs = part_ptr + split * products + offs_c[:, None] * R + offs_r[None, :]
+    offs_p = pick(piece, (0, c0, c0 + c1), PIECES) + offs_c
+    part_ptrs = part_ptr + split * stride_part + offs_p[:, None] * R + offs_r[None, :]
     tl.store(part_ptrs, acc, mask=mask_c[:, None] & mask_r[None, :])
 
 
@@ -163,33 +179,44 @@ def _splits(sms: int, tiles: int, rows: int, block_m: int, rank: int, itemsize: 
     return max(1, min(4 * sms // tiles, most, cdiv(rows, block_m)))
 
 
-def outer_partials(a, b, *, tf32: bool) -> torch.Tensor:
-    """Stage one: a^T b in pieces, (splits, C R) float32, from a (M, C) and b (M, R) of any strides. For float16 a, b is
-    float32."""
-    rows, columns = a.shape
+def _partial_grid(pieces: Sequence[torch.Tensor], rank: int, splits: int) -> Callable[[Mapping], tuple]:
+    return lambda c: (sum(cdiv(t.shape[1], c["BLOCK_C"]) for t in pieces), cdiv(rank, c["BLOCK_R"]), splits)
+
+
+def outer_partials(pieces: Sequence[torch.Tensor], b, *, tf32: bool) -> torch.Tensor:
+    """Stage one: partial sums of a^T b, (splits, C R) float32, from a (M, C) in pieces side by side and b (M, R), of any
+    strides. For float16 a, b is float32."""
+    a = pieces[0]
+    rows, columns = a.shape[0], sum(t.shape[1] for t in pieces)
     rank = b.shape[1]
     config = _partial_config(a.device, a.dtype, columns, rank)
-    tiles = cdiv(columns, config["BLOCK_C"]) * cdiv(rank, config["BLOCK_R"])
+    tiles = sum(cdiv(t.shape[1], config["BLOCK_C"]) for t in pieces) * cdiv(rank, config["BLOCK_R"])
     splits = _splits(processors(a.device), tiles, rows, config["BLOCK_M"], rank, a.element_size())
     rows_per_split = cdiv(cdiv(rows, splits), config["BLOCK_M"]) * config["BLOCK_M"]
     splits = cdiv(rows, rows_per_split)
     part = torch.empty(splits, columns * rank, dtype=torch.float32, device=a.device)
-    launch(
-        _outer_partial_kernel,
-        lambda c: (cdiv(columns, c["BLOCK_C"]), cdiv(rank, c["BLOCK_R"]), splits),
-        config,
-        a,
-        b,
-        part,
-        rows,
-        columns,
-        rank,
-        rows_per_split,
-        *a.stride(),
-        *b.stride(),
-        WIDE=a.dtype == torch.float16,
-        PRECISION="tf32" if tf32 or a.dtype == torch.float16 else "ieee",
-    )
+    first = 0
+    for i in range(0, len(pieces), PIECES):
+        some = pieces[i : i + PIECES]
+        launch(
+            _outer_partial_kernel,
+            _partial_grid(some, rank, splits),
+            config,
+            *padded(some),
+            b,
+            part[:, first * rank :],
+            rows,
+            *sizes(some, 1),
+            rank,
+            rows_per_split,
+            *strides(some),
+            *b.stride(),
+            part.stride(0),
+            PIECES=len(some),
+            WIDE=a.dtype == torch.float16,
+            PRECISION="tf32" if tf32 or a.dtype == torch.float16 else "ieee",
+        )
+        first += sum(t.shape[1] for t in some)
     return part
 
 
@@ -214,7 +241,7 @@ def reduce_partials(part, out, tail=None, *, factor: float = 1.0) -> None:
 
 def outer(a, b, out, *, tf32: bool, factor: float = 1.0) -> None:
     """Write out (C, R), of any strides, = factor a^T b."""
-    reduce_partials(outer_partials(a, b, tf32=tf32), out, factor=factor)
+    reduce_partials(outer_partials([a], b, tf32=tf32), out, factor=factor)
 
 
 # -- ahead-of-time specs ---------------------------------------------------------------------------------------------
@@ -244,32 +271,35 @@ def argument_types(kernel, constexprs: Mapping[str, object], dtype: str) -> dict
 
 
 def _specs() -> list[Spec]:
-    sizes = {"M": "i32", "C": "i32", "R": "i32", "rows_per_split": "i32"}
-    strides = {"stride_am": "i64", "stride_bm": "i64"}
-    unit = {"stride_ac": 1, "stride_br": 1}
     out = []
-    # (label, dtype of a, dtype of b, precision, tile, warps)
+    unit = dict.fromkeys(("stride_ac0", "stride_ac1", "stride_ac2", "stride_br"), 1)
+    # (label, dtype of a, dtype of b, precision, tile, warps, pieces)
     cases = [
-        ("bf16_r16", "bf16", "bf16", "ieee", (64, 128, 16), 4),
-        ("bf16_r64", "bf16", "bf16", "ieee", (64, 128, 64), 4),
-        ("bf16_r128", "bf16", "bf16", "ieee", (64, 128, 128), 8),
-        ("fp16_r64", "fp16", "fp32", "tf32", (64, 128, 64), 8),
-        ("fp32_r64", "fp32", "fp32", "ieee", (32, 64, 64), 4),
-        ("tf32_r64", "fp32", "fp32", "tf32", (32, 64, 64), 4),
+        ("bf16_r16", "bf16", "bf16", "ieee", (64, 128, 16), 4, 1),
+        ("bf16_r64", "bf16", "bf16", "ieee", (64, 128, 64), 4, 1),
+        ("bf16_r64_3_pieces", "bf16", "bf16", "ieee", (64, 128, 64), 4, 3),
+        ("bf16_r128", "bf16", "bf16", "ieee", (64, 128, 128), 8, 1),
+        ("fp16_r64", "fp16", "fp32", "tf32", (64, 128, 64), 8, 1),
+        ("fp16_r64_3_pieces", "fp16", "fp32", "tf32", (64, 128, 64), 8, 3),
+        ("fp32_r64", "fp32", "fp32", "ieee", (32, 64, 64), 4, 1),
+        ("fp32_r64_3_pieces", "fp32", "fp32", "ieee", (32, 64, 64), 4, 3),
+        ("tf32_r64", "fp32", "fp32", "tf32", (32, 64, 64), 4, 1),
     ]
-    for label, a, b, precision, (block_m, block_c, block_r), warps in cases:
+    for label, a, b, precision, (block_m, block_c, block_r), warps, pieces in cases:
+        constexprs: dict[str, object] = {**unit, "PIECES": pieces, "WIDE": a == "fp16", "PRECISION": precision}
+        constexprs |= {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_R": block_r}
+        if pieces == 1:
+            constexprs |= dict.fromkeys(("a1_ptr", "a2_ptr"))
         out.append(
             Spec(
                 _outer_partial_kernel,
                 label,
-                {"a_ptr": f"*{a}", "b_ptr": f"*{b}", "part_ptr": "*fp32"} | sizes | strides,
-                unit
-                | {"WIDE": a == "fp16", "PRECISION": precision}
-                | {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_R": block_r},
+                argument_types(_outer_partial_kernel, constexprs, a) | {"b_ptr": f"*{b}"},
+                constexprs,
                 num_warps=warps,
                 num_stages=3,
                 matrix=precision == "ieee" and a == "bf16",
-                aligned=("C", "R"),
+                aligned=("c0", "c1", "c2", "R"),
             )
         )
     out.append(
