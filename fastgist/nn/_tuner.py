@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
 from fastgist import functional
+from fastgist.nn._quantised import BeforeCall, before_call
 
 __all__ = [
     "Factors",
@@ -65,10 +66,12 @@ def autocast_enabled(device: torch.device) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """True if calling ``module`` runs more than its class's forward: hooks, or a forward replaced on the instance."""
+    """True if calling ``module`` runs more than its class's forward: hooks (but ours, which changes no value), or a forward
+    replaced on the instance."""
+    before = module._forward_pre_hooks
     return bool(
         module._forward_hooks
-        or module._forward_pre_hooks
+        or (before and not all(type(hook) is BeforeCall for hook in before.values()))
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
@@ -119,6 +122,12 @@ def _gives_away(layer: nn.Module) -> bool:
     return False
 
 
+def _has_no_backward(y: Tensor) -> bool:
+    """Whether ``y`` came of an operation without a backward: outside autograd, or one for which torch has put a node that only
+    warns, and passes no gradient on."""
+    return not y.requires_grad or (y.grad_fn is not None and y.grad_fn.name().endswith("WarnNotImplemented"))
+
+
 def keep_original_state(layer: Any) -> None:
     """Make ``layer``'s state_dict the same merged or not, and refuse to load into it while it is merged.
 
@@ -165,6 +174,9 @@ class TunerLinear(nn.Module, ABC):
 
     Factors in another dtype than the base's are cast at the edge, so float32 factors serve a bfloat16 model. Beside a layer
     that is called float32 factors stay as they are.
+
+    A base without a backward, whose input wants a gradient, is refused at the call (RuntimeError): layers below would lose
+    theirs in silence. bitsandbytes' 4-bit layers, which have none once evaluated on some CPUs, are unpacked first.
 
     Raises:
         TypeError: ``base_layer`` has no ``in_features`` and ``out_features`` (nor ``nx`` and ``nf``).
@@ -219,11 +231,21 @@ class TunerLinear(nn.Module, ABC):
             return functional.cp_linear(
                 x, base.weight, base.bias, u, v, gain, scale=self.scale, dropout_p=p, training=self.training
             )
+        through = x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        before_call(base, x)
         y = base(x)
         if not isinstance(y, Tensor):
             raise TypeError(
                 f"{type(self).__name__}: base_layer, a {type(base).__name__}, must return a Tensor, got "
                 f"{type(y).__name__}"
+            )
+        if through and _has_no_backward(y):
+            raise RuntimeError(
+                f"{type(self).__name__}: base_layer, a {type(base).__name__}, has no backward here: its output does not "
+                "depend on its input for autograd, and every layer below would silently lose its gradient. Some quantised "
+                "layers have none on this device, or once they were evaluated: train on another device, or load the model "
+                "anew and train before evaluating. Where nothing below is trained, give x.detach(), or call under "
+                "torch.no_grad()"
             )
         if few and x.dtype == y.dtype:
             return self._few_rows(y, x, factors)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgist.nn._quantised import can_train
 from fastgist.nn._tuner import fan, keep_original_state, linear_slice
 
 __all__ = ["AffineLayer", "BiasShift", "ScaleShift", "channels"]
@@ -214,7 +215,8 @@ class ScaleShift(AffineLayer):
 
 
 class BiasShift(AffineLayer):
-    """BitFit: the layer with a trained bias, kept as a change ``delta`` of the frozen one. No pass is added.
+    """BitFit: the layer with a trained bias, kept as a change ``delta`` of the frozen one. No pass is added (but one over the
+    output of a quantised layer).
 
     Args:
         base_layer: a frozen layer with a bias.
@@ -247,6 +249,9 @@ class BiasShift(AffineLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
+        if not can_train(self.base_layer.weight):  # quantised: only its output is sure to be what its bias is added to
+            y = self.base_layer(x, *args, **kwargs)
+            return y + self._shaped(self.delta, y)
         return torch.func.functional_call(self.base_layer, {"bias": self._bias()}, (x, *args), kwargs)
 
     def forward_slice(self, x: Tensor, start: int, stop: int) -> Tensor | None:

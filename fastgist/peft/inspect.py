@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgist.nn._quantised import count
 from fastgist.peft import state as _state
 from fastgist.peft.family import find_family
 
@@ -17,7 +18,8 @@ __all__ = ["Report", "assert_training", "print_trainable_parameters", "report"]
 
 @dataclass(frozen=True)
 class Report:
-    """Numbers of a model. ``parts``: trained numbers by part. ``total``: every parameter once, added ones included."""
+    """Numbers of a model. ``parts``: trained numbers by part. ``total``: every parameter once, added ones included
+    (one of 4 bits as one number)."""
 
     model: str
     adapter: str | None
@@ -67,7 +69,7 @@ def report(model: nn.Module) -> Report:
         config=record.config if record else None,
         others=tuple(n for n in state.records if n != state.active) if state else (),
         trainable=sum(p.numel() for p in trained),
-        total=sum(p.numel() for p in model.parameters()),
+        total=sum(count(p) for p in model.parameters()),
         parts=dict(parts),
         layers=dict(layers),
         dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in trained})),

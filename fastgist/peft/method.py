@@ -26,6 +26,7 @@ from fastgist.nn import (
     factory,
     fan,
 )
+from fastgist.nn._quantised import can_train
 from fastgist.peft.config import (
     AdapterConfig,
     BitFitConfig,
@@ -357,6 +358,16 @@ class _LinearProbe(Method):
 class _Full(_LinearProbe):
     title = "full fine-tuning"
     whole = True
+
+    def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]:
+        frozen = [name for name, p in model.named_parameters() if not can_train(p)]
+        if frozen:
+            shown = ", ".join(frozen[:4]) + (f" and {len(frozen) - 4} more" if len(frozen) > 4 else "")
+            raise ValueError(
+                f"FullConfig: trains every weight, and {len(frozen)} of {len(list(model.parameters()))} are quantised, which "
+                f"cannot be trained: {shown}; load the model unquantised, or take LoraConfig(), CPConfig() or an adapter"
+            )
+        return {}
 
 
 register_method(AdapterConfig, _Adapters())

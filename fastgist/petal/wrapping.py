@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastgist.nn import Gate, InstructionMoE, mix_instructions
+from fastgist.nn._quantised import count
 from fastgist.peft import state as _state
 from fastgist.peft.family import find_family
 from fastgist.peft.surgery import add_record
@@ -88,8 +89,8 @@ def trainable_shares(model: nn.Module) -> Shares:
             parts[kind] = parts.get(kind, 0) + parameter.numel()
     return Shares(
         trainable=sum(parts.values()),
-        qformer=plain.query_tokens.numel() + sum(p.numel() for p in plain.qformer.parameters()),
-        model=sum(p.numel() for p in plain.parameters()),
+        qformer=plain.query_tokens.numel() + sum(count(p) for p in plain.qformer.parameters()),
+        model=sum(count(p) for p in plain.parameters()),
         parts=parts,
     )
 
