@@ -25,6 +25,7 @@ from torch.autograd.graph import register_multi_grad_hook
 from fastgist.gist.loss import WITHOUT_GIST, default_loss, divided, fuses, hooked_everywhere, loss_of, shaped
 from fastgist.gist.output import GistOutput
 from fastgist.nn import GistLoss, GistToken, is_hooked, is_plain
+from fastgist.nn._checks import check_dropout, check_one_of, check_positive
 from fastgist.peft import state as _state
 from fastgist.peft.once import hold_once
 
@@ -47,9 +48,10 @@ class GistConfig:
     full_length: str = "refuse"
 
     def __post_init__(self) -> None:
+        self.length = check_positive("GistConfig", "length", self.length)
+        check_dropout("GistConfig", self.dropout)
         for name, known in (("readout", READOUTS), ("full_length", FULL)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"GistConfig: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+            check_one_of("GistConfig", name, getattr(self, name), known)
 
     @property
     def rows(self) -> int:

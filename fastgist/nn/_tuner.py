@@ -16,8 +16,6 @@ from fastgist.nn._quantised import BeforeCall, before_call
 __all__ = [
     "Factors",
     "TunerLinear",
-    "check_dropout",
-    "check_positive",
     "factory",
     "fan",
     "is_hooked",
@@ -42,23 +40,6 @@ class Factors(NamedTuple):
     u: Tensor
     v: Tensor
     gain: Tensor | None = None
-
-
-def check_positive(owner: str, name: str, value: object) -> int:
-    """``value`` if it is an int > 0; else an error that names ``owner`` and ``name``."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{owner}: {name} must be a positive int, got {value!r}")
-    if value <= 0:
-        raise ValueError(f"{owner}: {name} must be a positive int, got {value}")
-    return value
-
-
-def check_dropout(owner: str, dropout: float) -> float:
-    if not isinstance(dropout, (int, float)) or isinstance(dropout, bool):
-        raise TypeError(f"{owner}: dropout must be a number in [0, 1), got {dropout!r}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"{owner}: dropout must be in [0, 1), got {dropout}")
-    return float(dropout)
 
 
 def autocast_enabled(device: torch.device) -> bool:

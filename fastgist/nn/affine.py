@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgist.nn._checks import check_one_of
 from fastgist.nn._quantised import can_train
 from fastgist.nn._tuner import fan, keep_original_state, linear_slice
 
@@ -173,8 +174,7 @@ class ScaleShift(AffineLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(base_layer)
-        if init not in INITS:
-            raise ValueError(f"ScaleShift: init must be one of {', '.join(INITS)}, got {init!r}")
+        check_one_of("ScaleShift", "init", init, INITS)
         self.init = init
         self.scale = nn.Parameter(torch.empty(self.channels, device=device, dtype=dtype))
         self.shift = nn.Parameter(torch.empty(self.channels, device=device, dtype=dtype))

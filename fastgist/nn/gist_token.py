@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastgist.nn._tuner import check_dropout, check_positive
+from fastgist.nn._checks import check_dropout, check_positive
 
 __all__ = ["GistToken"]
 

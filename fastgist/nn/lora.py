@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from fastgist.nn._tuner import Factors, TunerLinear, check_dropout, check_positive, factory, uniform_fan_in_
+from fastgist.nn._checks import check_dropout, check_number, check_one_of, check_positive
+from fastgist.nn._tuner import Factors, TunerLinear, factory, uniform_fan_in_
 
 __all__ = ["LoRALinear"]
 
@@ -54,10 +54,8 @@ class LoRALinear(TunerLinear):
     ) -> None:
         super().__init__(base_layer)
         self.rank = check_positive("LoRALinear", "rank", rank)
-        if not (math.isfinite(alpha) and alpha > 0):
-            raise ValueError(f"LoRALinear: alpha must be finite and > 0, got {alpha}")
-        if init not in INITS:
-            raise ValueError(f"LoRALinear: init must be one of {', '.join(INITS)}, got {init!r}")
+        check_number("LoRALinear", "alpha", alpha, above=0.0)
+        check_one_of("LoRALinear", "init", init, INITS)
         self.folds = check_positive("LoRALinear", "folds", folds)
         if self.out_features % folds:
             raise ValueError(f"LoRALinear: folds must divide {self.out_features} (out_features), got {folds}")

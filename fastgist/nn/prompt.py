@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgist.nn._tuner import check_dropout, check_positive
+from fastgist.nn._checks import check_dropout, check_module, check_positive
 
 __all__ = ["PromptedBlock"]
 
@@ -43,6 +43,7 @@ class PromptedBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_module("PromptedBlock", "base_layer", base_layer)
         if isinstance(base_layer, PromptedBlock):
             raise ValueError("PromptedBlock: base_layer has prompts already")
         self.base_layer = base_layer

@@ -26,8 +26,11 @@ from fastgist.nn import (
     factory,
     fan,
 )
+from fastgist.nn._checks import check_one_of
 from fastgist.nn._quantised import can_train
 from fastgist.peft.config import (
+    FACT_CORES,
+    PLACEMENTS,
     AdapterConfig,
     BitFitConfig,
     CPConfig,
@@ -118,9 +121,9 @@ class _Adapters(Method):
         assert isinstance(config, AdapterConfig)
         if config.placement in self.beside:
             return self._beside(model, family, config)
-        if config.placement not in self.placements:
-            known = ", ".join([*self.placements, *self.beside])
-            raise ValueError(f"AdapterConfig: placement must be one of {known}, got {config.placement!r}")
+        check_one_of(
+            "AdapterConfig", "placement", config.placement, PLACEMENTS
+        )  # a field may be set after it was checked
         sublayers = family.sublayers(model)
         built: dict[str, nn.Module] = {}
         for kind, side in self.placements[config.placement]:
@@ -278,10 +281,8 @@ class _FacT(_CP):
 
     def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]:
         assert isinstance(config, FacTConfig)
-        cores = {"tt": "tt", "tk": "tucker"}
-        if config.form not in cores:
-            raise ValueError(f"FacTConfig: form must be one of {', '.join(cores)}, got {config.form!r}")
-        return self.shared(model, family, config, cores[config.form], config.scale)
+        check_one_of("FacTConfig", "form", config.form, tuple(FACT_CORES))
+        return self.shared(model, family, config, FACT_CORES[config.form], config.scale)
 
 
 class _Prompts(Method):
