@@ -196,6 +196,19 @@ def test_a_file_knows_its_quantised_weights(how, tmp_path):
         fastgist.load_adapter(llama(), tmp_path)
 
 
+def test_an_adapter_of_a_quantised_model_merges_into_the_dense_one(tmp_path):
+    model = stirred(get_peft_model(quantised(llama(), four_bits), LoraConfig()))
+    with pytest.raises(TypeError, match=r"q_proj: .*load the adapter into the model unquantised, and merge there"):
+        fastgist.merge(model)
+    fastgist.save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="other frozen weights"):
+        dense_model = fastgist.load_adapter(llama(), tmp_path).eval()
+    with torch.no_grad():
+        before = dense_model(IDS).logits
+        merged = fastgist.merge_and_unload(dense_model)
+        torch.testing.assert_close(merged(IDS).logits, before)
+
+
 def test_a_file_that_says_nothing_of_its_weights_loads(tmp_path, monkeypatch):
     """As those from before quantised weights were looked at."""
     model = get_peft_model(quantised(llama(), four_bits), LoraConfig())

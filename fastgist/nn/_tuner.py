@@ -342,7 +342,8 @@ class TunerLinear(nn.Module, ABC):
                 what += f" with a {type(weight.data).__name__} weight of {str(weight.dtype).removeprefix('torch.')}"
             raise TypeError(
                 f"{type(self).__name__}.merge: base_layer is {what}; only a dense floating-point torch.nn.Linear can "
-                "be merged into (a quantised weight would lose most of the update)"
+                "be merged into (a quantised weight would lose most of the update: load the adapter into the model "
+                "unquantised, and merge there)"
             )
 
     @torch.no_grad()
