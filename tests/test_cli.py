@@ -118,6 +118,8 @@ def test_warmup_says_when_there_is_nothing_to_compile() -> None:
         assert "nothing to compile for cpu" in result.stdout
     result = invoke("warmup", "--dtype", "float31")
     assert result.exit_code == 2 and "float31" in result.stderr
+    result = invoke("warmup", "--dtype", ",")
+    assert result.exit_code == 2 and "--dtype takes" in result.stderr
 
 
 def test_warmup_runs_every_operation_forward_and_backward() -> None:

@@ -521,7 +521,7 @@ def test_loss_errors() -> None:
     with pytest.raises(ValueError, match=r"interaction must be one of bkld, .*got 'kl'"):
         GistLoss(interaction="kl")
     for module in (GistLoss, BidirectionalKLLoss):
-        with pytest.raises(ValueError, match=f"{module.__name__}: temperature must be finite and > 0, got 0"):
+        with pytest.raises(ValueError, match=f"{module.__name__}: temperature must be a finite number > 0, got 0"):
             module(temperature=0.0)
     with pytest.raises(ValueError, match="reduction must be one of"):
         GistLoss(reduction="median")

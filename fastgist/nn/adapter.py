@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from fastgist import functional
-from fastgist.nn._checks import check_bool, check_dropout, check_module, check_number, check_one_of, check_positive
+from fastgist.nn._checks import (
+    check_bool,
+    check_callable,
+    check_dropout,
+    check_module,
+    check_number,
+    check_one_of,
+    check_place,
+    check_positive,
+)
 from fastgist.nn._tuner import autocast_enabled, uniform_fan_in_
 
 __all__ = ["AdaptedBlock", "AdaptedLayer", "Adapter", "BlockForward"]
@@ -70,7 +79,7 @@ class Adapter(nn.Module):
         self.activation, self.scale, self.init = activation, check_number("Adapter", "scale", scale), init
         self.norm_eps = check_number("Adapter", "norm_eps", norm_eps, above=0.0)
         self.dropout = check_dropout("Adapter", dropout)
-        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        kwargs = check_place("Adapter", device, dtype)
         self.down_weight = nn.Parameter(torch.empty(bottleneck_dim, dim, **kwargs))
         self.down_bias = nn.Parameter(torch.empty(bottleneck_dim, **kwargs))
         self.up_weight = nn.Parameter(torch.empty(dim, bottleneck_dim, **kwargs))
@@ -186,6 +195,7 @@ class AdaptedBlock(nn.Module):
             raise ValueError("AdaptedBlock: base_layer has an adapter already")
         if not branches or not set(branches) <= set(BRANCHES):
             raise ValueError(f"AdaptedBlock: branches must be some of {', '.join(BRANCHES)}, got {tuple(branches)}")
+        check_callable("AdaptedBlock", "run", run)
         self.base_layer = base_layer
         self.adapter = adapter
         self.run = run

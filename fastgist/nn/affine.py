@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgist.nn._checks import check_one_of
+from fastgist.nn._checks import check_one_of, check_place
 from fastgist.nn._quantised import can_train
 from fastgist.nn._tuner import fan, keep_original_state, linear_slice
 
@@ -176,8 +176,9 @@ class ScaleShift(AffineLayer):
         super().__init__(base_layer)
         check_one_of("ScaleShift", "init", init, INITS)
         self.init = init
-        self.scale = nn.Parameter(torch.empty(self.channels, device=device, dtype=dtype))
-        self.shift = nn.Parameter(torch.empty(self.channels, device=device, dtype=dtype))
+        place = check_place("ScaleShift", device, dtype)
+        self.scale = nn.Parameter(torch.empty(self.channels, **place))
+        self.shift = nn.Parameter(torch.empty(self.channels, **place))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -236,7 +237,7 @@ class BiasShift(AffineLayer):
         super().__init__(base_layer)
         if not isinstance(getattr(base_layer, "bias", None), Tensor):
             raise ValueError(f"BiasShift: base_layer ({type(base_layer).__name__}) has no bias")
-        self.delta = nn.Parameter(torch.empty(self.channels, device=device, dtype=dtype))
+        self.delta = nn.Parameter(torch.empty(self.channels, **check_place("BiasShift", device, dtype)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgist.nn._checks import check_number, check_one_of, check_positive
+from fastgist.nn._checks import check_integer, check_number, check_one_of, check_place, check_positive
 from fastgist.nn._estimators import Club, Mine, Tokens, as_tokens, orthonormal, project, stein_score
 
 __all__ = ["InformationBottleneckLoss"]
@@ -135,6 +135,8 @@ class InformationBottleneckLoss(nn.Module):
         sizes = {"z_dim": z_dim, "noise_pairs": noise_pairs, "club_hidden": club_hidden, "mine_hidden": mine_hidden}
         for name, size in (sizes | {"estimator_steps": estimator_steps}).items():
             check_positive(owner, name, size)
+        check_integer(owner, "ignore_index", ignore_index)
+        check_place(owner, device, None)
         check_number(owner, "estimator_lr", estimator_lr, above=0.0)
         self.released = preset == "released"
         needs_x = compression == "club" or self.released

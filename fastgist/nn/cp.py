@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgist import functional
-from fastgist.nn._checks import check_dropout, check_number, check_one_of, check_positive
+from fastgist.nn._checks import check_dropout, check_number, check_one_of, check_place, check_positive
 from fastgist.nn._tuner import (
     Factors,
     TunerLinear,
@@ -81,7 +81,7 @@ class CPFactors(nn.Module):
         self.modes = check_positive("CPFactors", "modes", modes)
         self.core = core
         self.dropout = check_dropout("CPFactors", dropout)
-        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        kwargs = check_place("CPFactors", device, dtype)
         self.u = nn.Parameter(torch.empty(in_features, rank, **kwargs))
         self.v = nn.Parameter(torch.empty(out_features, rank, **kwargs))
         if core == "tt":

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgist import functional
-from fastgist.nn._checks import check_one_of, check_positive
+from fastgist.nn._checks import check_one_of, check_place, check_positive
 from fastgist.nn._tuner import autocast_enabled, uniform_fan_in_
 from fastgist.nn.adapter import ACTIVATIONS, INITS
 
@@ -141,7 +141,7 @@ class InstructionMixer(nn.Module):
     ) -> None:
         super().__init__()
         self.num_instructions = check_positive("InstructionMixer", "num_instructions", num_instructions)
-        self.logits = nn.Parameter(torch.empty(num_instructions, device=device, dtype=dtype))
+        self.logits = nn.Parameter(torch.empty(num_instructions, **check_place("InstructionMixer", device, dtype)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -228,7 +228,7 @@ class InstructionMoE(nn.Module):
             if check_positive("InstructionMoE", "top_k", top_k) > num_experts:
                 raise ValueError(f"InstructionMoE: top_k must be in 1..{num_experts} (num_experts), got {top_k}")
         self.gating, self.top_k, self.activation, self.init = gating, top_k, activation, init
-        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        kwargs = check_place("InstructionMoE", device, dtype)
         hidden = num_experts * bottleneck_dim
         self.down_weight = nn.Parameter(torch.empty(hidden, dim, **kwargs))
         self.down_bias = nn.Parameter(torch.empty(hidden, **kwargs))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgist.nn._checks import check_module, check_positive
+from fastgist.nn._checks import check_callable, check_module, check_place, check_positive
 
 __all__ = ["AttentionForward", "PrefixedAttention"]
 
@@ -52,8 +52,10 @@ class PrefixedAttention(nn.Module):
             check_positive("PrefixedAttention", n, w) for n, w in (("heads", heads), ("head_dim", head_dim))
         )
         shape = heads, length, head_dim
-        self.key = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.value = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        check_callable("PrefixedAttention", "run", run)
+        place = check_place("PrefixedAttention", device, dtype)
+        self.key = nn.Parameter(torch.empty(shape, **place))
+        self.value = nn.Parameter(torch.empty(shape, **place))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

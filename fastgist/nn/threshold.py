@@ -106,6 +106,8 @@ class CPThreshold(nn.Module):
     ) -> None:
         super().__init__()
         check_one_of("CPThreshold", "policy", policy, POLICIES)
+        if not callable(gamma):
+            _positive("gamma", gamma)
         self.policy, self.gamma, self.dynamic = policy, gamma, check_bool("CPThreshold", "dynamic", dynamic)
         self.decay = check_number("CPThreshold", "decay", decay, least=0.0, below=1.0)
         self.softness = _positive("softness", softness)

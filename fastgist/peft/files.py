@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgist.nn import AffineLayer, TunerLinear
+from fastgist.nn._checks import check_module, shown
 from fastgist.nn._quantised import can_train
 from fastgist.peft import state as _state
 from fastgist.peft import storage, surgery
@@ -49,6 +50,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         OSError: the folder cannot be written.
     """
     state = _state.need_state(model, "save_adapter")
+    _check_folder("save_adapter", folder)
     if (Path(folder) / "adapter_config.json").exists():
         raise ValueError(
             f"save_adapter: {folder} holds an adapter of Hugging Face PEFT (adapter_config.json), whose "
@@ -70,6 +72,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     if state.extension is not None:
         config[state.extension.name] = dataclasses.asdict(state.extension.config)
     storage.write(folder, config, _state.owned_tensors(plain, state))
+
+
+def _check_folder(caller: str, folder: object) -> None:
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"{caller}: folder must be a path, got {shown(folder)}")
 
 
 def _check_peft_head(plain: nn.Module, state: _state.State) -> None:
@@ -111,6 +118,8 @@ def load_adapter(
         FileNotFoundError: no adapter there.
         ValueError: the file is damaged, of another kind, or does not fit the model. The error gives the path.
     """
+    check_module("load_adapter", "model", model)
+    _check_folder("load_adapter", folder)
     config, tensors = storage.read(folder)
     path = Path(folder) / storage.MODEL_NAME
     adapter = _adapter_config(config, path)

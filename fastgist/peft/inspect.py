@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgist.nn._checks import check_module
 from fastgist.nn._quantised import count
 from fastgist.peft import state as _state
 from fastgist.peft.family import find_family
@@ -50,6 +51,7 @@ class Report:
 
 def report(model: nn.Module) -> Report:
     """What is trained in ``model``, wrapped or not; ``print(report(model))`` shows it."""
+    check_module("report", "model", model)
     state = _state.state_of(model)
     plain = _state.inner(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -79,6 +81,7 @@ def report(model: nn.Module) -> Report:
 
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print numerator, denominator and share: ``trainable params: 1,234 || all params: 5,678 || trainable%: 21.73``."""
+    check_module("print_trainable_parameters", "model", model)
     r = report(model)
     print(f"trainable params: {r.trainable:,} || all params: {r.total:,} || trainable%: {100 * r.share:.4f}")
 
@@ -97,6 +100,7 @@ def assert_training(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
         RuntimeError: nothing is trainable, or parameters (named) receive no gradient, or those outside the head only
             zeros.
     """
+    check_module("assert_training", "model", model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise RuntimeError(f"assert_training: no parameter of {type(model).__name__} requires a gradient")

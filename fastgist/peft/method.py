@@ -103,7 +103,12 @@ def method_of(config: PeftConfig) -> Method:
         if type(config) is config_class:
             return method
     known = ", ".join(c.__name__ for c, _ in _METHODS.values())
-    raise TypeError(f"get_peft_model: config must be one of {known} (or registered), got {type(config).__name__}")
+    got = (
+        f"the class {config.__name__} (write {config.__name__}())"
+        if isinstance(config, type)
+        else type(config).__name__
+    )
+    raise TypeError(f"get_peft_model: config must be one of {known} (or registered), got {got}")
 
 
 class _Adapters(Method):

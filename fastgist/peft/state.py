@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgist.nn._checks import check_module
 from fastgist.nn._quantised import can_train, guard
 from fastgist.peft.config import PeftConfig
 from fastgist.peft.family import Family, find_family
@@ -137,9 +138,11 @@ def need_state(model: nn.Module, caller: str) -> State:
     """The state of a wrapped model, enabled.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: the model is not wrapped.
         RuntimeError: called inside disable_adapter.
     """
+    check_module(caller, "model", model)
     state = state_of(model)
     if state is None:
         raise ValueError(f"{caller}: {type(model).__name__} is not wrapped by get_peft_model or add_gist")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from fastgist.nn._checks import check_module
 from fastgist.peft import state as _state
 from fastgist.peft.config import PeftConfig
 from fastgist.peft.method import method_of
@@ -51,6 +52,7 @@ def get_peft_model(model: nn.Module, config: PeftConfig, name: str = "default") 
 
 def add_record(model: nn.Module, config: PeftConfig, name: str, caller: str, filled: bool = False) -> Record:
     """``filled``: a file fills the layers at once, so that what they start from does not matter."""
+    check_module(caller, "model", model)
     method = method_of(config)
     _state.check_name(name, caller)
     plain = _state.inner(model)
@@ -109,7 +111,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
         RuntimeError: an adapter is merged at present.
     """
     state = need_state(model, "set_adapter")
-    if name not in state.records:
+    if not isinstance(name, str) or name not in state.records:
         raise ValueError(f"set_adapter: no adapter named {name!r}; there are {', '.join(state.records) or 'none'}")
     _refuse_merged(state, "set_adapter")
     if name != state.active:

@@ -94,6 +94,8 @@ def warmup(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device")
     dtypes = [_dtype(name.strip()) for name in dtype.split(",") if name.strip()]
+    if not dtypes:
+        raise UserError(f"--dtype takes float32, bfloat16 and float16, by commas, got {dtype!r}")
     probes = [torch.empty(0, dtype=d, device=device) for d in dtypes]
     chosen = {(op, probe.dtype): backends.resolve(op, "auto", probe) for op in backends.OPS for probe in probes}
     if "triton" not in chosen.values():
