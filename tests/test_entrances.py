@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 
 import pytest
 import torch
+from pairs import TIMM_BACKBONES
 from torch import nn
 from vits import images, vit
 
@@ -180,3 +183,36 @@ def test_a_gist_models_input_and_labels_are_tensors():
     for number in ("x", 2.5, math.nan, [1]):
         with pytest.raises(TypeError, match="^GistModel: num_items_in_batch must be an int, got"):
             model(images(2), labels=torch.tensor([0, 1]), num_items_in_batch=number)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (fg.LoraConfig(rank=33), "LoraConfig: rank must be at most 32, blocks.0.attn.qkv being 32 -> 32, got 33"),
+        (fg.CPConfig(rank=64), "CPConfig: rank must be at most 32, blocks.0.attn.qkv being 32 -> 32, got 64"),
+        (fg.FacTConfig(rank=33), "FacTConfig: rank must be at most 32, blocks.0.attn.qkv being 32 -> 32, got 33"),
+        (fg.LoraConfig(rank=97, targets=("fc1", "qkv")),
+         "LoraConfig: rank must be at most 32, blocks.0.attn.qkv being 32 -> 96, got 97"),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_rank_above_every_width_is_named_and_nothing_changes(config, words) -> None:
+    model = vit()
+    modules, state = {n: type(m) for n, m in model.named_modules()}, copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError) as error:
+        fg.get_peft_model(model, config)
+    assert str(error.value) == words
+    assert {n: type(m) for n, m in model.named_modules()} == modules
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_rank_above_the_width_of_some_layers_is_warned_of() -> None:
+    """A Swin's stages are 16 and 32 wide."""
+    words = r"LoraConfig: rank 20 is above the smaller width of 2 of 4 layers \(layers\.0\.blocks\.0\.attn\.qkv is 16 -> 16\)"
+    with pytest.warns(UserWarning, match=words):
+        fg.get_peft_model(TIMM_BACKBONES["Swin"](), fg.LoraConfig(rank=20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fg.get_peft_model(TIMM_BACKBONES["Swin"](), fg.LoraConfig(rank=16))
+        fg.get_peft_model(vit(), fg.LoraConfig(rank=32))

@@ -20,6 +20,7 @@ __all__ = [
     "fan",
     "is_hooked",
     "is_plain",
+    "keeps_columns",
     "linear_slice",
 ]
 
@@ -77,6 +78,16 @@ def is_plain(layer: nn.Module) -> bool:
     return (
         type(layer) is nn.Linear  # a parametrised layer is of a class of its own
         and type(layer.weight) in (nn.Parameter, Tensor)
+        and layer.weight.dtype in _DTYPES
+    )
+
+
+def keeps_columns(layer: nn.Module) -> bool:
+    """True for transformers' Conv1D, a linear layer whose dense weight is (in, out)."""
+    kind = type(layer)
+    return (
+        (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+        and type(layer.weight) is nn.Parameter
         and layer.weight.dtype in _DTYPES
     )
 
@@ -318,7 +329,7 @@ class TunerLinear(nn.Module, ABC):
 
     # -- merging ----------------------------------------------------------------------------------------------------
     def get_delta_weight(self) -> Tensor:
-        """The dense update as ``nn.Linear`` stores weights, (out, in), in the factors' dtype."""
+        """The dense update as ``nn.Linear`` stores weights, (out, in), in the factors' dtype; also around a Conv1D."""
         u, v, gain = self.get_factors()
         return self.scale * (self._folded(v, gain) @ u.transpose(0, 1))
 
@@ -335,15 +346,15 @@ class TunerLinear(nn.Module, ABC):
     def check_mergeable(self) -> None:
         """Raise TypeError if the base layer's weight cannot take the update without loss (quantised, parametrised)."""
         base = self.base_layer
-        if not is_plain(base):
+        if not (is_plain(base) or keeps_columns(base)):
             weight = getattr(base, "weight", None)
             what = type(base).__name__
             if isinstance(weight, Tensor):
                 what += f" with a {type(weight.data).__name__} weight of {str(weight.dtype).removeprefix('torch.')}"
             raise TypeError(
-                f"{type(self).__name__}.merge: base_layer is {what}; only a dense floating-point torch.nn.Linear can "
-                "be merged into (a quantised weight would lose most of the update: load the adapter into the model "
-                "unquantised, and merge there)"
+                f"{type(self).__name__}.merge: base_layer is {what}; only a dense floating-point torch.nn.Linear (or "
+                "transformers' Conv1D) can be merged into (a quantised weight would lose most of the update: load the "
+                "adapter into the model unquantised, and merge there)"
             )
 
     @torch.no_grad()
@@ -363,7 +374,9 @@ class TunerLinear(nn.Module, ABC):
         self.check_mergeable()
         weight = self.base_layer.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        total = (weight.to(wide) + self.get_delta_weight().to(wide)).to(weight.dtype)
+        delta = self.get_delta_weight().to(wide)
+        delta = delta.transpose(0, 1) if keeps_columns(self.base_layer) else delta
+        total = (weight.to(wide) + delta).to(weight.dtype)
         if bool(weight.isfinite().all()) and not bool(total.isfinite().all()):
             raise RuntimeError(
                 f"{type(self).__name__}.merge: the merged weight is not finite in "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastgist.nn._checks import check_one_of, check_place
 from fastgist.nn._quantised import can_train
-from fastgist.nn._tuner import fan, keep_original_state, linear_slice
+from fastgist.nn._tuner import fan, keep_original_state, keeps_columns, linear_slice
 
 __all__ = ["AffineLayer", "BiasShift", "ScaleShift", "channels"]
 
@@ -18,7 +18,7 @@ INITS = ("identity", "paper")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNELS_FIRST = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 #: What multiplies its output channels by ``weight`` (its rows) and adds ``bias``: an RMS norm has no bias to add, and
-#: some of them multiply by 1 + weight; transformers' Conv1D keeps channels in columns.
+#: some of them multiply by 1 + weight.
 _MERGEABLE = (nn.Linear, nn.LayerNorm, *_CONVOLUTIONS)
 
 
@@ -201,7 +201,7 @@ class ScaleShift(AffineLayer):
 
     def check_mergeable(self) -> None:
         super().check_mergeable()
-        if not isinstance(self.base_layer, _MERGEABLE):
+        if not (isinstance(self.base_layer, _MERGEABLE) or keeps_columns(self.base_layer)):
             raise TypeError(
                 f"{type(self).__name__}.merge: base_layer is {type(self.base_layer).__name__}; a scale and a shift go "
                 "into a linear layer, a convolution or a normalisation of torch with a weight and a place for a bias"
@@ -211,7 +211,7 @@ class ScaleShift(AffineLayer):
         weight, bias = self.base_layer.weight, self.base_layer.bias
         wide = torch.promote_types(weight.dtype, torch.float32)
         scale, shift = self.scale.to(wide), self.shift.to(wide)
-        rows = scale.reshape(-1, *[1] * (weight.dim() - 1))
+        rows = scale if keeps_columns(self.base_layer) else scale.reshape(-1, *[1] * (weight.dim() - 1))
         return weight.to(wide) * rows, shift if bias is None else bias.to(wide) * scale + shift
 
 

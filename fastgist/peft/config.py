@@ -105,7 +105,11 @@ class AdapterConfig(PeftConfig):
 
 @dataclass
 class LoraConfig(PeftConfig):
-    """LoRA. targets: names of linear layers, or of parts of a fused one ("q", "v" of a timm ViT's qkv)."""
+    """LoRA. targets: names of linear layers, or of parts of a fused one ("q", "v" of a timm ViT's qkv).
+
+    rank: one above the smaller width of every layer is refused where the layers are made, above that of some warned of
+    (so for :class:`CPConfig` and :class:`FacTConfig`).
+    """
 
     method: ClassVar[str] = "lora"
     rank: int = 8

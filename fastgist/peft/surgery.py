@@ -249,6 +249,9 @@ def merge_and_unload(model: nn.Module, keep_head: bool = True) -> nn.Module:
     """The plain model with the updates of the adapter in place in its weights, for ``save_pretrained`` and whatever else wants
     a plain model. There is no way back: save the adapter first. Other named adapters go.
 
+    SSF's shift needs a bias. A layer without one gets one, and a warning says so: a fresh model of the class has no place for
+    it, and must be given one before the weights are loaded (``load_state_dict`` refuses, ``from_pretrained`` drops it).
+
     Args:
         keep_head: as :func:`unload`'s.
 
@@ -263,7 +266,19 @@ def merge_and_unload(model: nn.Module, keep_head: bool = True) -> nn.Module:
         merge(model)
     if not keep_head:
         _refuse_whole(state, "merge_and_unload")
-    return _taken_out(model, state, keep_head)
+    plain = _state.inner(model)
+    before = {name.replace(".base_layer.", ".") for name in plain.state_dict()}
+    merged = _taken_out(model, state, keep_head)
+    added = sorted(plain.state_dict().keys() - before)
+    if added:
+        shown = ", ".join(added[:4]) + (f" and {len(added) - 4} more" if len(added) > 4 else "")
+        warnings.warn(
+            f"merge_and_unload: {len(added)} layers without a bias got one, which a fresh model of this class has no place "
+            f"for: {shown}; give it those before loading these weights",
+            UserWarning,
+            stacklevel=2,
+        )
+    return merged
 
 
 def _taken_out(model: nn.Module, state: State, keep_head: bool) -> nn.Module:
