@@ -30,8 +30,15 @@ def _text(kind: str) -> dict[str, Any]:
     }
 
 
-def make(kind: str = "instructblip-opt", layers: int = 4, seed: int = 0, image: int = 20, **qformer: Any) -> Any:
-    """A model in evaluation mode whose query tokens are not zero."""
+def make(
+    kind: str = "instructblip-opt",
+    layers: int = 4,
+    seed: int = 0,
+    image: int = 20,
+    text: dict[str, int] | None = None,
+    **qformer: Any,
+) -> Any:
+    """A model in evaluation mode whose query tokens are not zero. ``text``: other sizes of the language model."""
     import transformers
 
     name = "InstructBlip" if kind.startswith("instructblip") else "Blip2"
@@ -48,7 +55,9 @@ def make(kind: str = "instructblip-opt", layers: int = 4, seed: int = 0, image: 
     config = getattr(transformers, f"{name}Config")(
         vision_config=vision | {"patch_size": 4},
         qformer_config=sizes,
-        text_config=_text(kind) | {"vocab_size": 60, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0},
+        text_config=_text(kind)
+        | (text or {})
+        | {"vocab_size": 60, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0},
         num_query_tokens=QUERIES,
         image_token_index=IMAGE,
     )

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from petal_by_hand import by_hand
 from qformers import VICUNA, inputs, make, quiet, stir
-from quantised import by_torchao, eight_bits
+from quantised import by_torchao, eight_bits, four_bits
 
 import fastgist as fg
 from fastgist import petal
@@ -60,12 +60,12 @@ def test_vicuna_trains_is_saved_and_generates_with_beams(tmp_path):
 
 def quantise_language(model: nn.Module, how) -> nn.Module:
     """Every linear layer of the language model but its head, as quantised loading has them."""
-    language = model.language_model
+    language, mode = model.language_model, model.training
     for path, layer in list(language.named_modules()):
         if type(layer) is nn.Linear and not path.endswith("lm_head"):
             parent, _, leaf = path.rpartition(".")
             setattr(language.get_submodule(parent), leaf, how(layer.requires_grad_(False)))
-    return model
+    return model.train(mode)
 
 
 @pytest.mark.parametrize("kind", ["instructblip-opt", "instructblip-t5", "instructblip-vicuna"])
@@ -86,3 +86,22 @@ def test_a_quantised_language_model(kind, how, tmp_path):
     loaded = fg.load_adapter(quantise_language(make(kind), how), tmp_path).eval()
     given, options = inputs(kind, labels=False), {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     assert torch.equal(loaded.generate(**given, **options), model.generate(**given, **options))
+
+
+@pytest.mark.parametrize("kind", ["instructblip-opt", "instructblip-vicuna"])
+def test_a_language_model_in_four_bits(kind):
+    """Also once it was evaluated, which packs its weights on some CPUs. bitsandbytes packs no width but multiples of 32, and
+    transformers' T5 casts its states to the type of wo's weight, which its quantised loading leaves as it was."""
+    sizes = {"hidden_size": 64}
+    sizes |= {"ffn_dim": 64, "word_embed_proj_dim": 64} if kind.endswith("opt") else {"intermediate_size": 64}
+    plain = quantise_language(make(kind, text=sizes), four_bits)
+    with torch.no_grad():
+        before = plain(**inputs(kind)).logits
+    model = wrapped(plain, instruct_llm=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs(kind)).logits, before)
+    stir(model)
+    quiet(model).train()(**inputs(kind)).loss.backward()
+    got = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert got == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert model.eval().generate(**inputs(kind, labels=False), max_new_tokens=3, min_new_tokens=3).shape[0] == 3

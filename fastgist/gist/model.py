@@ -106,6 +106,8 @@ class GistHost(ABC):
     after: bool = False
     #: The model's width.
     dim: int
+    #: Whether the token comes behind all that a prediction reads, which then is the plain model's.
+    behind: bool = False
     #: Whether the token is in the sequence at present.
     active: bool = False
     #: Whether :meth:`forward` and :meth:`rows` take ``prefix``, a Hugging Face PeftModel whose keys and values come first.
