@@ -269,6 +269,36 @@ def test_a_row_of_full_length(make, full_length) -> None:
         torch.testing.assert_close(model(**some).logits, want.logits)
 
 
+@pytest.mark.parametrize("make", CLASSIFIERS)
+def test_a_compiled_step_has_the_same_gradients(make) -> None:
+    options = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if make is gpt2 else {}
+    model = gisted(make, AdapterConfig(4, "houlsby"), GistConfig(dropout=0.0), **options).train()
+    given, ours = texts("left"), [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(run) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(GistLoss()(run(**given), torch.tensor([0, 2, 1])), ours)
+
+    want = gradients(model)
+    torch._dynamo.reset()
+    torch.testing.assert_close(gradients(torch.compile(model, backend="aot_eager", fullgraph=True)), want)
+
+
+@pytest.mark.parametrize("make", CLASSIFIERS)
+def test_recomputed_layers_drop_the_same(make) -> None:
+    """GPT-2's own dropout, the layers' and the token's, drawn again in the backward from the same state."""
+    model = gisted(make, LoraConfig(rank=2, dropout=0.4), GistConfig(dropout=0.3)).train()
+    given, ours = texts("left"), [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(seed: int) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(seed)
+        return torch.autograd.grad(GistLoss()(model(**given), torch.tensor([0, 2, 1])), ours)
+
+    want, other = gradients(3), gradients(4)
+    assert not all(torch.equal(a, b) for a, b in zip(want, other, strict=True))
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(gradients(3), want)
+
+
 @pytest.mark.parametrize("make", [llama, mistral, gpt2])
 def test_compiled_in_one_graph(make) -> None:
     model = gisted(make, LoraConfig(rank=2))

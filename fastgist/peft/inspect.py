@@ -98,7 +98,7 @@ def assert_training(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
 
     Raises:
         RuntimeError: nothing is trainable, or parameters (named) receive no gradient, or those outside the head only
-            zeros.
+            zeros; or the backward fails, which is explained where it comes of reentrant checkpointing.
     """
     check_module("assert_training", "model", model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -140,7 +140,7 @@ def _probe(model: nn.Module, parameters: list[nn.Parameter], inputs: tuple, kwar
             outputs = _tensors(model(*inputs, **kwargs))
             loss = sum((out.float() * torch.randn_like(out, dtype=torch.float32)).sum() for out in outputs)
         if isinstance(loss, Tensor) and loss.requires_grad:
-            loss.backward()
+            _backward(loss)
         return [p.grad for p in parameters]
     finally:
         for p, grad in zip(parameters, grads, strict=True):
@@ -150,6 +150,19 @@ def _probe(model: nn.Module, parameters: list[nn.Parameter], inputs: tuple, kwar
         with torch.no_grad():
             for name, b in model.named_buffers():
                 b.copy_(buffers[name])
+
+
+def _backward(loss: Tensor) -> None:
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise RuntimeError(
+            "assert_training: the backward goes through a part of the graph twice. Reentrant gradient checkpointing does so "
+            "where blocks share a tensor that is trained, as DeBERTa's do their relative positions, also in the plain model: "
+            "use the non-reentrant kind"
+        ) from error
 
 
 def _tensors(output: Any) -> list[Tensor]:
