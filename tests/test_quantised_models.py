@@ -307,6 +307,13 @@ def test_a_quantised_head_is_refused_by_name(how):
     assert fastgist.peft.state.state_of(model) is None
 
 
+@every_way
+def test_a_threshold_that_reads_weights_refuses_quantised_ones(how):
+    with pytest.raises(TypeError, match="CPThreshold: policy 'trust' reads the weight's norm.*'modes' reads none"):
+        get_peft_model(quantised(llama(), how), CPConfig(threshold="trust"))
+    get_peft_model(quantised(llama(), how), CPConfig(threshold="modes"))
+
+
 # -- a start from the weights --------------------------------------------------------------------------------------------
 
 
