@@ -479,7 +479,7 @@ def test_models_that_cannot_be(tmp_path):
     ):
         with pytest.raises(TypeError, match=f"expected a model with a Q-Former .*got {type(model).__name__}"):
             petal.wrap(model)
-    with pytest.raises(TypeError, match="config must be a PetalConfig, got LoraConfig"):
+    with pytest.raises(TypeError, match="config must be a PetalConfig, got a LoraConfig"):
         petal.wrap(make(), fg.LoraConfig())
     model = fresh()
     with pytest.raises(ValueError, match="has an adapter named 'default' already"):

@@ -285,6 +285,20 @@ def test_a_shifted_quantised_layer_is_its_output_shifted(how, kind):
         layer.merge()
 
 
+@pytest.mark.parametrize("kind", [ScaleShift, BiasShift])
+def test_a_shifted_layer_that_computes_in_bfloat16_trains_after_an_evaluation(kind):
+    base = wide_four_bits(False)
+    base.compute_dtype = torch.bfloat16
+    layer = stirred(kind(base)).train()
+    x = torch.randn(20, 256, generator=torch.Generator().manual_seed(2))
+    evaluated(layer, x)
+    rows = x.clone().requires_grad_()
+    y, below = layer(rows), base(rows)
+    scale, shift = (layer.scale, layer.shift) if kind is ScaleShift else (1.0, layer.delta)
+    assert_within_budget(y, below * scale + shift, below.double() * scale + shift)
+    assert torch.autograd.grad(y.sum(), rows)[0].any()
+
+
 @every_way
 def test_full_tuning_of_quantised_weights_is_refused_by_name(how):
     model = quantised(llama(), how)
@@ -305,6 +319,13 @@ def test_a_quantised_head_is_refused_by_name(how):
     with pytest.raises(TypeError, match=r"get_peft_model: score\.weight is quantised.*leave score out"):
         get_peft_model(model, LoraConfig())
     assert fastgist.peft.state.state_of(model) is None
+
+
+@every_way
+def test_a_threshold_that_reads_weights_refuses_quantised_ones(how):
+    with pytest.raises(TypeError, match="CPThreshold: policy 'trust' reads the weight's norm.*'modes' reads none"):
+        get_peft_model(quantised(llama(), how), CPConfig(threshold="trust"))
+    get_peft_model(quantised(llama(), how), CPConfig(threshold="modes"))
 
 
 # -- a start from the weights --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgist.nn._checks import check_one_of, check_place
-from fastgist.nn._quantised import can_train
+from fastgist.nn._quantised import before_call, can_train
 from fastgist.nn._tuner import fan, keep_original_state, keeps_columns, linear_slice
 
 __all__ = ["AffineLayer", "BiasShift", "ScaleShift", "channels"]
@@ -187,6 +187,7 @@ class ScaleShift(AffineLayer):
         nn.init.normal_(self.shift, 0.0, deviation)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        before_call(self.base_layer, x)
         y = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return y
@@ -250,7 +251,8 @@ class BiasShift(AffineLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        if not can_train(self.base_layer.weight):  # quantised: only its output is sure to be what its bias is added to
+        if not can_train(self.base_layer.weight):  # quantised: its own bias may be added in fewer bits than delta has
+            before_call(self.base_layer, x)
             y = self.base_layer(x, *args, **kwargs)
             return y + self._shaped(self.delta, y)
         return torch.func.functional_call(self.base_layer, {"bias": self._bias()}, (x, *args), kwargs)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgist.nn._checks import check_bool, check_number, check_one_of
+from fastgist.nn._quantised import can_train
 from fastgist.nn._tuner import autocast_enabled
 from fastgist.nn.schedule import Schedule, value_at
 
@@ -164,10 +165,10 @@ class CPThreshold(nn.Module):
             return
         weight = getattr(base_layer, "weight", None)
         stored = sizes if hasattr(base_layer, "nx") else sizes[::-1]
-        if not (isinstance(weight, Tensor) and weight.is_floating_point() and tuple(weight.shape) == stored):
+        if not (isinstance(weight, Tensor) and can_train(weight) and tuple(weight.shape) == stored):
             raise TypeError(
                 "CPThreshold: policy 'trust' reads the weight's norm, and expected a dense floating-point weight of shape "
-                f"{stored}, got {type(base_layer).__name__}"
+                f"{stored}, got {type(base_layer).__name__} with a {type(weight).__name__}; policy 'modes' reads none"
             )
         across = int(inward) if stored == sizes[::-1] else int(not inward)
         for fold, mode in zip(weight.chunk(len(folds), dim=across), folds, strict=True):
