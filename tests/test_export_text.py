@@ -112,6 +112,16 @@ def test_examples_of_other_names_and_one_row_are_refused(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
+def test_a_length_that_the_trace_refuses_is_said(tmp_path: Path) -> None:
+    """Traced beyond Mistral's window of five tokens, a text of few is another case for torch.export."""
+    model = fg.get_peft_model(BACKBONES["mistral"](), METHODS["LoRA"])
+    with pytest.raises(RuntimeError, match=r"would not take inputs of shape \(1, 3\): .*; nothing was written"):
+        export_model(model, tmp_path / "model.pt2", inputs(model))
+    assert not list(tmp_path.iterdir())
+    model = fg.get_peft_model(BACKBONES["mistral"](sliding_window=20), METHODS["LoRA"])
+    assert export_model(model, tmp_path / "model.pt2", inputs(model)).merged
+
+
 def test_what_torch_cannot_trace_is_said(tmp_path: Path) -> None:
     model = adapted("bert", "LoRA", gist=False)
 

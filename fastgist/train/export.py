@@ -321,7 +321,13 @@ def _check(
             wide = {name: t.double() if t.is_floating_point() else t for name, t in random.items()}
             with torch.no_grad():
                 expected, exact = eager(**random), exact_model(**wide)
-            found = run(random)
+            try:
+                found = run(random)
+            except Exception as error:  # a size that the trace has taken for granted
+                shape, reason = tuple(next(iter(random.values())).shape), " ".join(str(error).split())[:300]
+                raise RuntimeError(
+                    f"export_model: {path} would not take inputs of shape {shape}: {reason}; nothing was written"
+                ) from error
             rounding = float((expected.double() - exact).abs().max())
             bound = SLACK * rounding + error_floor(exact, expected.dtype)
             difference = (found.to(expected).double() - expected.double()).abs().max().item()
