@@ -144,7 +144,7 @@ studies: setup ## temperature and gist length on digits, paired by seed, into do
 petalstudy: setup ## PETAL's threshold off, static and dynamic on the petal demo's questions, into docs/ (minutes)
 	@$(PY) scripts/petal_study.py $(ARGS)
 
-textstudy: setup ## every method on the standard library's docstrings, with and without gist, into docs/ (half an hour)
+textstudy: setup ## seven methods on the standard library's docstrings, with and without gist, into docs/ (half an hour)
 	@$(PY) scripts/text_study.py $(ARGS)
 
 # Four stages, each in its own process; all run, and one that fails fails the target. Logs in build/test/.

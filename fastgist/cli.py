@@ -343,13 +343,16 @@ def _env(config: EnvConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False)  # "fastgist[train]" is no style
     for title, rows in (
         ("versions", found["versions"]),
+        ("not installed", found["missing"]),
         ("devices", {d["name"]: d["about"] for d in found["devices"]}),
         ("compiled extension", {_EXTENSION_ROWS.get(k, k): _plain(v) for k, v in found["extension"].items()}),
         ("implementations", found["implementations"]),
     ):
+        if not rows:
+            continue
         table = Table(title=title, title_justify="left", show_header=False)
         for key, value in rows.items():
             table.add_row(str(key), str(value))

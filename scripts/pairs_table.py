@@ -12,7 +12,15 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from pairs import DECODER_BACKBONES, METHODS, TIMM_BACKBONES, TRANSFORMERS_BACKBONES, attempt  # noqa: E402
+from pairs import (  # noqa: E402
+    DECODER_BACKBONES,
+    MERGED,
+    METHODS,
+    TIMM_BACKBONES,
+    TRANSFORMERS_BACKBONES,
+    attempt,
+    merging,
+)
 
 from fastgist import assert_training  # noqa: E402
 
@@ -23,6 +31,12 @@ HEAD = """\
 Written by `python scripts/pairs_table.py`, which builds a tiny model of each architecture, puts the method and a gist token
 on it and runs a forward and a backward. A number stands for the reason of a refusal, below the table; "alone" means that
 the method works there without a gist token.
+"""
+MERGING = """\
+What `merge`, `unmerge` and `merge_and_unload` do, tried in float64 without a gist token: the logits stay, and the way back is
+bitwise. "yes": a fresh model of the class loads the merged weights. "more keys": the merged model is right, but layers without
+a bias got one, for which a fresh model has no place (`merge_and_unload` warns). Empty: the method does not go there. Methods
+without a column do not merge; with a linear probe and full fine-tuning there is nothing to merge.
 """
 
 
@@ -71,6 +85,22 @@ def table(backbones: Mapping[str, Callable[[], nn.Module]], methods: Iterable[st
     return lines
 
 
+def merged_table(backbones: Mapping[str, Callable[[], nn.Module]], reasons: list[str]) -> list[str]:
+    """As :func:`table`, of which methods' updates go into the weights."""
+    lines = ["| | " + " | ".join(MERGED) + " |", "|---|" + "---|" * len(MERGED)]
+    for name, build in backbones.items():
+        cells = []
+        for method in MERGED:
+            result, why = merging(build, method)
+            why = f"more keys: {why}" if result == "more keys" else why.removesuffix("; nothing was changed")
+            if result and why and why not in reasons:
+                reasons.append(why)
+            cells.append(f"{result} [{reasons.index(why) + 1}]" if result and why else result)
+        if any(cells):
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def page() -> str:
     reasons: list[str] = []
     parts = [HEAD, "## timm\n", *table(TIMM_BACKBONES, METHODS, reasons), ""]
@@ -78,6 +108,8 @@ def page() -> str:
         parts += ["## transformers, encoders\n", *table(TRANSFORMERS_BACKBONES, METHODS, reasons), ""]
     if DECODER_BACKBONES:
         parts += ["## transformers, decoders\n", *table(DECODER_BACKBONES, METHODS, reasons), ""]
+    everything = TIMM_BACKBONES | TRANSFORMERS_BACKBONES | DECODER_BACKBONES
+    parts += ["## Merging\n", MERGING, *merged_table(everything, reasons), ""]
     parts += ["## Why not\n", *(f"{i}. {why}" for i, why in enumerate(reasons, 1)), ""]
     return "\n".join(parts)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Does a gist token help on text? Every method with and without one, on a small BERT that is pre-trained here.
+"""Does a gist token help on text? Seven methods with and without one, on a small BERT that is pre-trained here.
 
     python scripts/text_study.py                 table, docs/text-study.json, docs/text-study.svg
     python scripts/text_study.py --tune          the learning rates: on validation texts, on a draw no result uses

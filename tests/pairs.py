@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from fastgist import (
 )
 from fastgist.gist import GistModel, GistOutput
 from fastgist.peft import PeftConfig
+from fastgist.peft.method import method_of
 
 __all__ = [
     "CARRIERS",
@@ -42,10 +44,12 @@ __all__ = [
     "TIMM_BACKBONES",
     "TRANSFORMERS_BACKBONES",
     "VARIANTS",
+    "MERGED",
     "attempt",
     "both",
     "example",
     "made",
+    "merging",
     "without_gist",
 ]
 
@@ -187,6 +191,74 @@ def attempt(build: Callable[[], nn.Module], method: str, gist: bool = True) -> n
     model = build()
     get_peft_model(model, METHODS[method])
     return add_gist(model, GistConfig(dropout=0.0)) if gist else model
+
+
+#: The methods whose updates can go into weights.
+MERGED = [
+    name
+    for name, config in METHODS.items()
+    if method_of(config).can_merge(config) and name not in ("linear probe", "full")
+]
+
+
+def merging(build: Callable[[], nn.Module], method: str) -> tuple[str, str]:
+    """Merge a method of :data:`MERGED` into a fresh model of ``build`` and back, then for good, in float64.
+
+    Returns:
+        ("yes", "") where the plain model's own class loads the weights, ("more keys", which ones) where it has no place for
+        some, ("no", why) where the merge is refused, ("", why) where the model does not take the method.
+
+    Raises:
+        AssertionError: logits differ, or what is put back is not bitwise the original.
+    """
+    plain = build().double().eval()
+    model = copy.deepcopy(plain)
+    try:
+        stir(get_peft_model(model, METHODS[method])).eval()
+    except (ValueError, TypeError) as error:
+        return "", str(error)
+    given = _inputs(model)
+    want, state = _logits(model, given), copy.deepcopy(model.state_dict())
+    try:
+        fastgist.merge(model)
+    except TypeError as error:
+        same_state(model, state)
+        return "no", str(error).split(": ", 1)[1]
+    torch.testing.assert_close(_logits(model, given), want)
+    same_state(fastgist.unmerge(model), state)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        merged = fastgist.merge_and_unload(model)
+    torch.testing.assert_close(_logits(merged, given), want)
+    more = sorted(merged.state_dict().keys() - plain.state_dict().keys())
+    told = [str(w.message) for w in caught if "merge_and_unload" in str(w.message)]
+    assert len(told) == bool(more) and all(more[0] in text for text in told), (more, told)
+    if more:
+        return "more keys", ", ".join(
+            sorted({name.rsplit(".", 2)[-2] + "." + name.rsplit(".", 1)[-1] for name in more})
+        )
+    plain.load_state_dict(merged.state_dict())
+    torch.testing.assert_close(_logits(plain, given), want)
+    return "yes", ""
+
+
+def same_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    found = model.state_dict()
+    assert found.keys() == state.keys() and all(torch.equal(v, state[k]) for k, v in found.items())
+
+
+def _inputs(model: nn.Module) -> dict[str, Tensor]:
+    if not hasattr(model, "main_input_name"):
+        return {"x": example(model, dtype=torch.float64)}
+    from hf_models import example_inputs
+
+    return example_inputs(model)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    output = model(**given)
+    return output if isinstance(output, Tensor) else output.logits
 
 
 def example(model: nn.Module, batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:

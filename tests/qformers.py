@@ -8,12 +8,17 @@ import torch
 
 BATCH, WORDS, QUERIES, IMAGE = 3, 5, 4, 50  # IMAGE: the image token's id
 KINDS = ("instructblip-opt", "instructblip-t5", "blip2-opt", "blip2-t5")
+#: InstructBLIP's other language model, a Llama, in tests of its own.
+VICUNA = ("instructblip-vicuna", "blip2-vicuna")
 
 
 def _text(kind: str) -> dict[str, Any]:
     if kind.endswith("opt"):
         sizes: dict[str, Any] = {"model_type": "opt", "hidden_size": 24, "num_hidden_layers": 2, "ffn_dim": 32}
         return sizes | {"num_attention_heads": 2, "word_embed_proj_dim": 24, "max_position_embeddings": 64}
+    if kind.endswith("vicuna"):
+        sizes = {"model_type": "llama", "hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 32}
+        return sizes | {"num_attention_heads": 2, "max_position_embeddings": 64}
     return {
         "model_type": "t5",
         "d_model": 24,
@@ -25,8 +30,15 @@ def _text(kind: str) -> dict[str, Any]:
     }
 
 
-def make(kind: str = "instructblip-opt", layers: int = 4, seed: int = 0, image: int = 20, **qformer: Any) -> Any:
-    """A model in evaluation mode whose query tokens are not zero."""
+def make(
+    kind: str = "instructblip-opt",
+    layers: int = 4,
+    seed: int = 0,
+    image: int = 20,
+    text: dict[str, int] | None = None,
+    **qformer: Any,
+) -> Any:
+    """A model in evaluation mode whose query tokens are not zero. ``text``: other sizes of the language model."""
     import transformers
 
     name = "InstructBlip" if kind.startswith("instructblip") else "Blip2"
@@ -43,7 +55,9 @@ def make(kind: str = "instructblip-opt", layers: int = 4, seed: int = 0, image: 
     config = getattr(transformers, f"{name}Config")(
         vision_config=vision | {"patch_size": 4},
         qformer_config=sizes,
-        text_config=_text(kind) | {"vocab_size": 60, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0},
+        text_config=_text(kind)
+        | (text or {})
+        | {"vocab_size": 60, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0},
         num_query_tokens=QUERIES,
         image_token_index=IMAGE,
     )
@@ -71,7 +85,7 @@ def inputs(
         if batch > 1:
             mask[1, 3:] = 0
         given["qformer_attention_mask"] = mask
-    if labels and kind.endswith("opt"):
+    if labels and not kind.endswith("t5"):
         given["labels"] = ids.where(torch.arange(ids.shape[1]) >= QUERIES + 2, -100)
     elif labels:
         given["labels"] = torch.randint(3, IMAGE, (batch, 3), generator=g)

@@ -75,11 +75,11 @@ def test_parameters_and_their_start() -> None:
 
 
 def test_bad_options() -> None:
-    with pytest.raises(ValueError, match=r"Adapter: dropout must be in \[0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"Adapter: dropout must be a number in \[0, 1\), got 1"):
         Adapter(6, 3, dropout=1.0)
     with pytest.raises(TypeError, match="Adapter: norm must be True or False, got 'in'"):
         Adapter(6, 3, norm="in")
-    with pytest.raises(ValueError, match="Adapter: norm_eps must be finite and > 0, got 0"):
+    with pytest.raises(ValueError, match="Adapter: norm_eps must be a finite number > 0, got 0"):
         Adapter(6, 3, norm=True, norm_eps=0.0)
     with pytest.raises(ValueError, match="dropout"):
         get_peft_model(vit(), AdapterConfig(dropout=-0.5))

@@ -17,6 +17,7 @@ from torch import nn
 from vits import stir, trainable
 
 from fastgist import (
+    AdapterConfig,
     FullConfig,
     GistConfig,
     LinearProbeConfig,
@@ -205,6 +206,55 @@ def test_24_gradient_checkpointing(name, method) -> None:
     torch.testing.assert_close(gradients(), want)
     assert once > 0
     assert len(calls) == 2 * once, "the last layer was not run again in the backward"
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_24_a_compiled_step_has_the_same_gradients(name) -> None:
+    model = add_gist(get_peft_model(without_dropout(backbone(name)), TRIED[COMPILED[name]]), GistConfig(dropout=0.0))
+    stir(model).train()
+    given, ours = example_inputs(model.model), [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(run) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(GistLoss()(run(**given), torch.tensor([0, 2, 1])), ours)
+
+    want = gradients(model)
+    torch._dynamo.reset()
+    torch.testing.assert_close(gradients(torch.compile(model, fullgraph=True, backend="aot_eager")), want)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS_BACKBONES)
+@pytest.mark.parametrize(
+    "config", [LoraConfig(rank=2, dropout=0.4), AdapterConfig(4, "adaptformer", scale=0.5, dropout=0.4)], ids=repr
+)
+def test_24_recomputed_layers_drop_the_same(name, config) -> None:
+    """The model's own dropout, the layers' and the token's, drawn again in the backward from the same state."""
+    model = stir(add_gist(get_peft_model(backbone(name), config), GistConfig(dropout=0.3))).train()
+    given, ours = example_inputs(model.model), [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(seed: int) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(seed)
+        return torch.autograd.grad(GistLoss()(model(**given), torch.tensor([0, 2, 1])), ours)
+
+    want, other = gradients(3), gradients(4)
+    assert not all(torch.equal(a, b) for a, b in zip(want, other, strict=True))
+    model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(gradients(3), want)
+
+
+def test_24_deberta_with_reentrant_checkpointing_is_explained() -> None:
+    """Its blocks share the relative positions: transformers' own model fails where they are trained."""
+    plain = backbone("deberta-v2").train()
+    plain.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="second time"):
+        plain(**example_inputs(plain)).logits.sum().backward()
+    for config, trains in ((LoraConfig(), True), (FullConfig(), False)):
+        model = get_peft_model(backbone("deberta-v2"), config)
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        if trains:
+            assert_training(model)
+            continue
+        with pytest.raises(RuntimeError, match="relative positions, also in the plain model: use the non-reentrant"):
+            assert_training(model)
 
 
 @pytest.mark.parametrize(

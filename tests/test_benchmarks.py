@@ -180,28 +180,60 @@ def test_plot_draws_the_layers_by_their_time_over_the_floor(tmp_path):
         for m in (3, 5)
         for provider, ratio in times.items()
     ]
-    environment = {
-        "device": "A CPU",
-        "device_slug": "cpu-a",
-        "threads": 2,
-        "versions": {"torch": "2.0"},
-        "date": "today",
-    }
+    environment = {"device": "A CPU", "device_slug": "cpu-a", "versions": {"torch": "2.0"}, "date": "today"}
     (tmp_path / "cpu-a").mkdir()
-    for op in ("cp_linear", "adapter"):
+    where = {}
+    # An operation that was measured twice, on another number of threads, has a panel for each.
+    for op, file, threads in (("cp_linear", "cp_linear", 1), ("adapter", "adapter", 2), ("adapter", "again", 1)):
         mine = [r for r in rows if r["op"] == op]
-        (tmp_path / "cpu-a" / f"{op}.json").write_text(json.dumps({"environment": environment, "rows": mine}))
-    found = plot.by_layers(plot.load(tmp_path, [], cpu=True))["cpu-a"]
-    assert set(found) == {"cp_linear", "adapter"}
-    assert list(found["adapter"]) == [f"M{m} d768, float32, forward + backward" for m in (3, 5)]
-    ratios = found["adapter"]["M3 d768, float32, forward + backward"]
+        content = {"environment": environment | {"threads": threads}, "rows": mine}
+        (tmp_path / "cpu-a" / f"{file}.json").write_text(json.dumps(content))
+        where[threads] = f"measured on A CPU, {threads} thread{'s' * (threads > 1)}, torch 2.0, today"
+    results = plot.load(tmp_path, [], cpu=True)
+    found = plot.by_layers(results)["cpu-a"]
+    assert set(found) == {("cp_linear", where[1]), ("adapter", where[2]), ("adapter", where[1])}
+    assert list(found["adapter", where[2]]) == [f"M{m} d768, float32, forward + backward" for m in (3, 5)]
+    ratios = found["adapter", where[2]]["M3 d768, float32, forward + backward"]
     assert ratios == {"fastgist native": pytest.approx(1.1), "eager": pytest.approx(2.0)}, (
         "compiled, the faster of the two"
     )
+    # None of the cases that are shown was measured: the last one is.
+    last = [(device, title) for device, title, _ in plot.panels(results) if title.startswith("adapter")]
+    assert last == [(where[n], "adapter  M5 d768  float32  fwd+bwd") for n in (2, 1)]
     assert plot.main(["--results", str(tmp_path), "--out", str(tmp_path / "figures")]) == 0
     drawn = (tmp_path / "figures" / "layers-cpu-a.svg").read_text()
+    assert all(drawn.count(words) == n for words, n in ((where[1], 2), (where[2], 1)))
     assert "M5 d768, float32, forward + backward" in drawn and ">fastgist native<" in drawn
     assert "frozen" not in drawn and "wrong" not in drawn
+
+
+def test_every_operation_that_was_measured_on_a_cpu_has_a_panel(tmp_path):
+    from benchmarks import plot
+
+    environment = {
+        "device": "A CPU",
+        "device_slug": "cpu-a",
+        "versions": {"torch": "2.0"},
+        "date": "today",
+        "threads": 2,
+    }
+    ops = sorted({op for op, kind in CASES if kind == "cpu"})
+    (tmp_path / "cpu-a").mkdir()
+    for op in ops:
+        rows = [
+            {
+                "op": op,
+                "case": c.name,
+                "dtype": "float32",
+                "direction": directions(op, "cpu", c)[0],
+                "provider": "eager",
+            }
+            | {"median_s": 1.0, "floor_s": 1.0, "parity": "within the budget"}
+            for c in CASES[op, "cpu"]
+        ]
+        (tmp_path / "cpu-a" / f"{op}.json").write_text(json.dumps({"environment": environment, "rows": rows}))
+    drawn = {title.split()[0] for _, title, _ in plot.panels(plot.load(tmp_path, [], cpu=True))}
+    assert drawn == set(ops) and {"cp_update", "topk_kl", "gelu"} <= drawn
 
 
 def test_there_are_marks_for_every_provider_of_the_layers():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from fastgist import cli
+from fastgist.train import diagnostics
 
 
 def invoke(*arguments: str):
@@ -53,6 +57,35 @@ def test_env_says_what_each_operation_runs_on_and_why() -> None:
         assert op in text
 
 
+def test_env_lists_what_the_extras_name_and_how_to_get_what_is_missing(monkeypatch) -> None:
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    named = {
+        extra: tuple(re.match(r"[\w-]+", r)[0] for r in extras[extra] if not r.startswith("fastgist["))
+        for extra in diagnostics.EXTRAS
+        if extra
+    }
+    assert {extra: packages for extra, packages in diagnostics.EXTRAS.items() if extra} == named
+    assert set(extras) - set(named) == {"build", "dev"}
+    installed = importlib.metadata.version
+
+    def version(package: str) -> str:
+        if package in ("torchao", "peft"):
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1.2.3" if package == "bitsandbytes" else installed(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = json.loads(invoke("env", "--json").stdout)
+    assert found["versions"]["bitsandbytes"] == "1.2.3"
+    assert (
+        found["missing"].items() >= {"torchao": "pip install 'fastgist[quantized]'", "peft": "pip install peft"}.items()
+    )
+    assert not found["versions"].keys() & found["missing"].keys()
+    text = invoke("env").stdout
+    assert "bitsandbytes" in text and "fastgist[quantized]" in text
+
+
 def test_env_needs_torch_and_the_table_printer_only() -> None:
     """timm, accelerate and the rest blocked."""
     code = (
@@ -85,6 +118,8 @@ def test_warmup_says_when_there_is_nothing_to_compile() -> None:
         assert "nothing to compile for cpu" in result.stdout
     result = invoke("warmup", "--dtype", "float31")
     assert result.exit_code == 2 and "float31" in result.stderr
+    result = invoke("warmup", "--dtype", ",")
+    assert result.exit_code == 2 and "--dtype takes" in result.stderr
 
 
 def test_warmup_runs_every_operation_forward_and_backward() -> None:

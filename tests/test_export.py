@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from images import write_digits
+from pairs import MERGED, TIMM_BACKBONES, attempt, example
 from vits import images, stir, vit
 
 import fastgist as fg
@@ -32,8 +33,12 @@ CONFIGS = {
     "adapter": fg.AdapterConfig(bottleneck_dim=3, placement="shared", scale=0.7),
     "normed adapter": fg.AdapterConfig(bottleneck_dim=3, placement="adaptformer", norm=True, dropout=0.1),
     "prefix": fg.PrefixConfig(length=2),
+    "fact": fg.FacTConfig(rank=3),
+    "prompts": fg.PromptConfig(length=2, deep=True),
+    "linear probe": fg.LinearProbeConfig(),
+    "full": fg.FullConfig(),
 }
-MERGING = ("lora", "cp", "ssf", "bitfit")
+MERGING = ("lora", "cp", "ssf", "bitfit", "fact")
 
 
 def adapted(name: str, gist: bool = True):
@@ -123,6 +128,27 @@ def test_a_program_runs_where_fastgist_is_not(tmp_path: Path) -> None:
         with torch.no_grad():
             found = torch.load(tmp_path / name / "y.pt", weights_only=True)
             torch.testing.assert_close(found, logits(model.eval()(x)))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "method"),
+    [
+        ("ViT", "FacT-TT"),
+        ("ViT", "full"),
+        ("DINOv2, registers", "linear probe"),
+        ("BEiT", "SSF"),  # q, k and v's biases apart
+        ("EVA-02", "VPT, deep"),
+        ("Swin V2", "FacT-TK"),
+    ],
+)
+def test_other_backbones_and_methods(backbone: str, method: str, tmp_path: Path) -> None:
+    model = stir(attempt(TIMM_BACKBONES[backbone], method))
+    done = export_model(model, tmp_path / "model.pt2", example(model)[0].shape)
+    assert done.merged == (method in MERGED) and done.difference <= done.allowed
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    x = example(model, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), logits(model.eval()(x)))
 
 
 @pytest.mark.parametrize("name", ["cp", "adapter"])

@@ -509,7 +509,7 @@ def test_models_without_a_place_for_it_are_left_alone(options, message) -> None:
 def test_strangers() -> None:
     with pytest.raises(TypeError, match=r"add_gist: the structure of torch.nn.*Linear is not known; known: .*timm"):
         add_gist(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="config must be a GistConfig, got LoraConfig"):
+    with pytest.raises(TypeError, match="config must be a GistConfig, got a LoraConfig"):
         add_gist(vit(), LoraConfig())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="readout must be one of first, mean, got 'last'"):
         GistConfig(readout="last")

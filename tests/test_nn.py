@@ -114,7 +114,7 @@ def test_cp_errors_name_what_came_and_what_was_wanted() -> None:
         CPLinear(nn.Linear(6, 4), nn.Linear(2, 2), 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="core must be one of cp, tucker, tt, got 'svd'"):
         CPFactors(6, 4, 3, 5, core="svd")
-    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1.0"):
+    with pytest.raises(ValueError, match=r"dropout must be a number in \[0, 1\), got 1.0"):
         CPFactors(6, 4, 3, 5, dropout=1.0)
 
 
@@ -165,7 +165,7 @@ def test_lora_on_parts_of_a_fused_layer_is_one_lora_a_part(parts) -> None:
 
 def test_lora_errors() -> None:
     base = nn.Linear(6, 12)
-    with pytest.raises(ValueError, match="alpha must be finite and > 0, got 0"):
+    with pytest.raises(ValueError, match="alpha must be a finite number > 0, got 0"):
         LoRALinear(base, alpha=0)
     with pytest.raises(ValueError, match=r"folds must divide 12 .*got 5"):
         LoRALinear(base, folds=5)
@@ -411,7 +411,7 @@ def test_adapter_errors() -> None:
         Adapter(6, 3, "tanh")
     with pytest.raises(ValueError, match="init must be one of"):
         Adapter(6, 3, init="zero")
-    with pytest.raises(ValueError, match="scale must be finite"):
+    with pytest.raises(ValueError, match="scale must be a finite number, got"):
         Adapter(6, 3, scale=math.inf)
     with pytest.raises(ValueError, match="placement must be one of sequential, parallel, got 'inside'"):
         AdaptedLayer(nn.Linear(6, 6), Adapter(6, 3), "inside")
@@ -521,7 +521,7 @@ def test_loss_errors() -> None:
     with pytest.raises(ValueError, match=r"interaction must be one of bkld, .*got 'kl'"):
         GistLoss(interaction="kl")
     for module in (GistLoss, BidirectionalKLLoss):
-        with pytest.raises(ValueError, match=f"{module.__name__}: temperature must be finite and > 0, got 0"):
+        with pytest.raises(ValueError, match=f"{module.__name__}: temperature must be a finite number > 0, got 0"):
             module(temperature=0.0)
     with pytest.raises(ValueError, match="reduction must be one of"):
         GistLoss(reduction="median")

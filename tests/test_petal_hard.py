@@ -202,7 +202,7 @@ def test_thresholds_under_autocast(core, policy):
         ({"dropout": "0.1"}, TypeError, r"dropout must be a number in \[0, 1\), got '0.1'"),
         ({"gated_query": "no"}, TypeError, "gated_query must be True or False, got 'no'"),
         ({"instruct_llm": 1}, TypeError, "instruct_llm must be True or False, got 1"),
-        ({"gist": {"temperature": 0.0}}, ValueError, "temperature must be > 0, got 0.0"),
+        ({"gist": {"temperature": 0.0}}, ValueError, "temperature must be a finite number > 0, got 0.0"),
         ({"gist": {"alpha": float("nan")}}, ValueError, "alpha must be a finite number, got nan"),
     ],
 )

@@ -449,14 +449,14 @@ def test_thresholds_by_configuration(tmp_path):
         ({"rank": 0}, ValueError, "rank must be a positive int, got 0"),
         ({"core": "dense"}, ValueError, "core must be one of"),
         ({"num_experts": -1}, ValueError, "num_experts must be a whole number >= 0, got -1"),
-        ({"expert_dim": 0}, ValueError, "bottleneck_dim must be a positive int, got 0"),
+        ({"expert_dim": 0}, ValueError, "expert_dim must be a positive int, got 0"),
         ({"gating": "hard"}, ValueError, "gating must be one of softmax, uniform"),
         ({"top_k": 3}, ValueError, "top_k must be in 1..2"),
-        ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"bottleneck": {"eta": -1.0}}, ValueError, "eta must be finite and >= 0, got -1.0"),
+        ({"dropout": 1.0}, ValueError, r"dropout must be a number in \[0, 1\), got 1.0"),
+        ({"bottleneck": {"eta": -1.0}}, ValueError, "eta must be a finite number >= 0, got -1.0"),
         ({"bottleneck": {"beta": 1.0}}, ValueError, "no field beta; it has b, bank"),
         ({"bottleneck": "club"}, TypeError, "bottleneck must be None, True or a BottleneckConfig, got str"),
-        ({"load_balance": -0.1}, ValueError, "load_balance must be finite and >= 0"),
+        ({"load_balance": -0.1}, ValueError, "load_balance must be a finite number >= 0"),
         ({"num_experts": 0, "num_instructions": 2}, ValueError, "num_experts is 0"),
     ],
 )
@@ -479,7 +479,7 @@ def test_models_that_cannot_be(tmp_path):
     ):
         with pytest.raises(TypeError, match=f"expected a model with a Q-Former .*got {type(model).__name__}"):
             petal.wrap(model)
-    with pytest.raises(TypeError, match="config must be a PetalConfig, got LoraConfig"):
+    with pytest.raises(TypeError, match="config must be a PetalConfig, got a LoraConfig"):
         petal.wrap(make(), fg.LoraConfig())
     model = fresh()
     with pytest.raises(ValueError, match="has an adapter named 'default' already"):

@@ -271,7 +271,15 @@ def test_a_held_out_part_selects_where_no_split_does(settings, folder):
 @pytest.mark.parametrize("method", [m for m in Method if m is not Method.LORA])
 def test_every_method_runs(settings, method, tmp_path):
     """One epoch on a handful; what is trained moves, and what is frozen stays."""
-    config = replace(settings, method=method, epochs=1, rank=None, val_split=0.0, val_name="", test_name="")
+    config = replace(
+        settings,
+        method=method,
+        epochs=1,
+        rank=4 if method is Method.CP else None,
+        val_split=0.0,
+        val_name="",
+        test_name="",
+    )
     summary = quiet(config)
     stored = adapter(config)
     assert summary["steps"] == 5 and stored and all(torch.isfinite(t).all() for t in stored.values())
@@ -285,6 +293,8 @@ def test_methods_a_model_cannot_take_are_one_line(settings):
         quiet(replace(settings, method=Method.ADAPTER, rank=None, set=["placement=parallel"]))
     with pytest.raises(UserError, match="--rank is for lora"):
         quiet(replace(settings, method=Method.SSF))
+    with pytest.raises(UserError, match="CPConfig: rank must be at most 32, bert.encoder.*, got 64"):  # cp's own
+        quiet(replace(settings, method=Method.CP, rank=None))
     with pytest.raises(UserError, match="--set targets=nothing|nothing"):
         quiet(replace(settings, set=["targets=nothing"]))
     assert not settings.output_dir.exists()

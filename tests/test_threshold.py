@@ -358,12 +358,12 @@ def test_without_a_threshold_nothing_changes() -> None:
 def test_errors_name_what_came_and_what_was_wanted() -> None:
     for options, match in (
         ({"policy": "hard"}, "policy must be one of modes, trust, got 'hard'"),
-        ({"gamma": 0.0}, "gamma must be finite and > 0, got 0.0"),
-        ({"gamma": math.nan}, "gamma must be finite and > 0, got nan"),
-        ({"gamma": Linear(0.0, 1.0)}, "gamma must be finite and > 0, got 0.0"),
-        ({"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
-        ({"softness": -1.0}, "softness must be finite and > 0, got -1.0"),
-        ({"floor": 0.0}, "floor must be finite and > 0, got 0.0"),
+        ({"gamma": 0.0}, "gamma must be a finite number > 0, got 0.0"),
+        ({"gamma": math.nan}, "gamma must be a finite number > 0, got nan"),
+        ({"gamma": Linear(0.0, 1.0)}, "gamma must be a finite number > 0, got 0.0"),
+        ({"decay": 1.0}, r"decay must be a number in \[0, 1\), got 1.0"),
+        ({"softness": -1.0}, "softness must be a finite number > 0, got -1.0"),
+        ({"floor": 0.0}, "floor must be a finite number > 0, got 0.0"),
     ):
         with pytest.raises(ValueError, match=f"CPThreshold: {match}"):
             CPThreshold(**options)

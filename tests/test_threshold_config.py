@@ -111,13 +111,13 @@ def test_a_file_holds_the_state_and_training_goes_on_from_it(policy, tmp_path) -
 def test_errors_name_field_and_value() -> None:
     for options, kind, match in (
         ({"policy": "hard"}, ValueError, "policy must be one of modes, trust, got 'hard'"),
-        ({"gamma": 0.0}, ValueError, "gamma must be finite and > 0, got 0.0"),
-        ({"gamma": math.inf}, ValueError, "gamma must be finite and > 0, got inf"),
-        ({"gamma": Linear(0.1, 1.0)}, TypeError, r"gamma must be a number, got Linear\("),
-        ({"gamma": True}, TypeError, "gamma must be a number, got True"),
-        ({"decay": 1.0}, ValueError, r"decay must be in \[0, 1\), got 1.0"),
-        ({"softness": -1.0}, ValueError, "softness must be finite and > 0, got -1.0"),
-        ({"floor": math.nan}, ValueError, "floor must be finite and > 0, got nan"),
+        ({"gamma": 0.0}, ValueError, "gamma must be a finite number > 0, got 0.0"),
+        ({"gamma": math.inf}, ValueError, "gamma must be a finite number > 0, got inf"),
+        ({"gamma": Linear(0.1, 1.0)}, TypeError, r"gamma must be a finite number > 0, got Linear\("),
+        ({"gamma": True}, TypeError, "gamma must be a finite number > 0, got True"),
+        ({"decay": 1.0}, ValueError, r"decay must be a number in \[0, 1\), got 1.0"),
+        ({"softness": -1.0}, ValueError, "softness must be a finite number > 0, got -1.0"),
+        ({"floor": math.nan}, ValueError, "floor must be a finite number > 0, got nan"),
         ({"dynamic": "yes"}, TypeError, "dynamic must be True or False, got 'yes'"),
     ):
         for made in (lambda o=options: ThresholdConfig(**o), lambda o=options: CPConfig(threshold=o)):
@@ -144,7 +144,7 @@ def test_a_damaged_configuration_names_the_file(tmp_path) -> None:
         config = json.loads(file.metadata()["fastgist"])
     config["adapter"]["threshold"]["gamma"] = -1.0
     storage.write(tmp_path, config, tensors)
-    with pytest.raises(ValueError, match=f"{path}: ThresholdConfig: gamma must be finite and > 0, got -1.0"):
+    with pytest.raises(ValueError, match=f"{path}: ThresholdConfig: gamma must be a finite number > 0, got -1.0"):
         load_adapter(vit(), tmp_path)
 
 

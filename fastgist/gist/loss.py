@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
 from fastgist.nn import GistLoss
+from fastgist.nn._checks import check_integer
 
 __all__ = ["WITHOUT_GIST", "default_loss", "divided", "fuses", "hooked_everywhere", "loss_of", "shaped"]
 
@@ -85,6 +86,8 @@ def divided(loss: nn.Module, value: Tensor, labels: Tensor, number: Tensor | int
     ``number`` counts elements of the labels, as transformers' Trainer counts them (without those that are -100), over
     all batches that are accumulated into one step; a row with C labels counts C times.
     """
+    if not isinstance(number, Tensor):
+        number = check_integer("GistModel", "num_items_in_batch", number)
     rows = labels.shape[0]
     number = number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1)  # a step of ignored labels alone: 0
     reduction = getattr(loss, "reduction", "mean")

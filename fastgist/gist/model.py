@@ -25,6 +25,7 @@ from torch.autograd.graph import register_multi_grad_hook
 from fastgist.gist.loss import WITHOUT_GIST, default_loss, divided, fuses, hooked_everywhere, loss_of, shaped
 from fastgist.gist.output import GistOutput
 from fastgist.nn import GistLoss, GistToken, is_hooked, is_plain
+from fastgist.nn._checks import check_dropout, check_module, check_one_of, check_positive, shown
 from fastgist.peft import state as _state
 from fastgist.peft.once import hold_once
 
@@ -47,9 +48,10 @@ class GistConfig:
     full_length: str = "refuse"
 
     def __post_init__(self) -> None:
+        self.length = check_positive("GistConfig", "length", self.length)
+        check_dropout("GistConfig", self.dropout)
         for name, known in (("readout", READOUTS), ("full_length", FULL)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"GistConfig: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+            check_one_of("GistConfig", name, getattr(self, name), known)
 
     @property
     def rows(self) -> int:
@@ -104,6 +106,8 @@ class GistHost(ABC):
     after: bool = False
     #: The model's width.
     dim: int
+    #: Whether the token comes behind all that a prediction reads, which then is the plain model's.
+    behind: bool = False
     #: Whether the token is in the sequence at present.
     active: bool = False
     #: Whether :meth:`forward` and :meth:`rows` take ``prefix``, a Hugging Face PeftModel whose keys and values come first.
@@ -277,6 +281,11 @@ class GistModel(_state.Front):
             "pixel_values": pixel_values,
         }
         kwargs |= {name: value for name, value in named.items() if value is not None}
+        for what, given in (("its input", args[0] if args else x), ("labels", labels)):
+            if given is not None and not isinstance(given, Tensor):
+                raise TypeError(f"GistModel: {what} must be a Tensor, got {shown(given)}")
+        if labels is not None and labels.dim() == 0:
+            raise ValueError("GistModel: labels must have a row for each sample, got one number")
         want = self.training if return_gist_logits is None else return_gist_logits
         value = None
         if self.peft_model is not None and self.host.takes_prefix:
@@ -442,8 +451,9 @@ def add_gist(model: nn.Module, config: GistConfig | None = None) -> GistModel:
         TypeError: an unknown model family.
     """
     config = GistConfig() if config is None else config
+    check_module("add_gist", "model", model)
     if not isinstance(config, GistConfig):
-        raise TypeError(f"add_gist: config must be a GistConfig, got {type(config).__name__}")
+        raise TypeError(f"add_gist: config must be a GistConfig, got {shown(config)}")
     known = _state.state_of(model)
     if isinstance(model, GistModel) or (known is not None and known.extension is not None):
         raise ValueError("add_gist: the model has a gist token already")

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
 from fastgist import functional
+from fastgist.nn._quantised import BeforeCall, before_call
 
 __all__ = [
     "Factors",
     "TunerLinear",
-    "check_dropout",
-    "check_positive",
     "factory",
     "fan",
     "is_hooked",
     "is_plain",
+    "keeps_columns",
     "linear_slice",
 ]
 
@@ -43,32 +43,17 @@ class Factors(NamedTuple):
     gain: Tensor | None = None
 
 
-def check_positive(owner: str, name: str, value: object) -> int:
-    """``value`` if it is an int > 0; else an error that names ``owner`` and ``name``."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{owner}: {name} must be a positive int, got {value!r}")
-    if value <= 0:
-        raise ValueError(f"{owner}: {name} must be a positive int, got {value}")
-    return value
-
-
-def check_dropout(owner: str, dropout: float) -> float:
-    if not isinstance(dropout, (int, float)) or isinstance(dropout, bool):
-        raise TypeError(f"{owner}: dropout must be a number in [0, 1), got {dropout!r}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"{owner}: dropout must be in [0, 1), got {dropout}")
-    return float(dropout)
-
-
 def autocast_enabled(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """True if calling ``module`` runs more than its class's forward: hooks, or a forward replaced on the instance."""
+    """True if calling ``module`` runs more than its class's forward: hooks (but ours, which changes no value), or a forward
+    replaced on the instance."""
+    before = module._forward_pre_hooks
     return bool(
         module._forward_hooks
-        or module._forward_pre_hooks
+        or (before and not all(type(hook) is BeforeCall for hook in before.values()))
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
@@ -97,6 +82,16 @@ def is_plain(layer: nn.Module) -> bool:
     )
 
 
+def keeps_columns(layer: nn.Module) -> bool:
+    """True for transformers' Conv1D, a linear layer whose dense weight is (in, out)."""
+    kind = type(layer)
+    return (
+        (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+        and type(layer.weight) is nn.Parameter
+        and layer.weight.dtype in _DTYPES
+    )
+
+
 def _gives_away(layer: nn.Module) -> bool:
     """Whether the tensor that ``layer(x)`` returns is the caller's alone, so that it may be written to.
 
@@ -117,6 +112,12 @@ def _gives_away(layer: nn.Module) -> bool:
             return False
         layer = inner
     return False
+
+
+def _has_no_backward(y: Tensor) -> bool:
+    """Whether ``y`` came of an operation without a backward: outside autograd, or one for which torch has put a node that only
+    warns, and passes no gradient on."""
+    return not y.requires_grad or (y.grad_fn is not None and y.grad_fn.name().endswith("WarnNotImplemented"))
 
 
 def keep_original_state(layer: Any) -> None:
@@ -165,6 +166,9 @@ class TunerLinear(nn.Module, ABC):
 
     Factors in another dtype than the base's are cast at the edge, so float32 factors serve a bfloat16 model. Beside a layer
     that is called float32 factors stay as they are.
+
+    A base without a backward, whose input wants a gradient, is refused at the call (RuntimeError): layers below would lose
+    theirs in silence. bitsandbytes' 4-bit layers, which have none once evaluated on some CPUs, are unpacked first.
 
     Raises:
         TypeError: ``base_layer`` has no ``in_features`` and ``out_features`` (nor ``nx`` and ``nf``).
@@ -219,11 +223,21 @@ class TunerLinear(nn.Module, ABC):
             return functional.cp_linear(
                 x, base.weight, base.bias, u, v, gain, scale=self.scale, dropout_p=p, training=self.training
             )
+        through = x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        before_call(base, x)
         y = base(x)
         if not isinstance(y, Tensor):
             raise TypeError(
                 f"{type(self).__name__}: base_layer, a {type(base).__name__}, must return a Tensor, got "
                 f"{type(y).__name__}"
+            )
+        if through and _has_no_backward(y):
+            raise RuntimeError(
+                f"{type(self).__name__}: base_layer, a {type(base).__name__}, has no backward here: its output does not "
+                "depend on its input for autograd, and every layer below would silently lose its gradient. Some quantised "
+                "layers have none on this device, or once they were evaluated: train on another device, or load the model "
+                "anew and train before evaluating. Where nothing below is trained, give x.detach(), or call under "
+                "torch.no_grad()"
             )
         if few and x.dtype == y.dtype:
             return self._few_rows(y, x, factors)
@@ -315,7 +329,7 @@ class TunerLinear(nn.Module, ABC):
 
     # -- merging ----------------------------------------------------------------------------------------------------
     def get_delta_weight(self) -> Tensor:
-        """The dense update as ``nn.Linear`` stores weights, (out, in), in the factors' dtype."""
+        """The dense update as ``nn.Linear`` stores weights, (out, in), in the factors' dtype; also around a Conv1D."""
         u, v, gain = self.get_factors()
         return self.scale * (self._folded(v, gain) @ u.transpose(0, 1))
 
@@ -332,14 +346,15 @@ class TunerLinear(nn.Module, ABC):
     def check_mergeable(self) -> None:
         """Raise TypeError if the base layer's weight cannot take the update without loss (quantised, parametrised)."""
         base = self.base_layer
-        if not is_plain(base):
+        if not (is_plain(base) or keeps_columns(base)):
             weight = getattr(base, "weight", None)
             what = type(base).__name__
             if isinstance(weight, Tensor):
                 what += f" with a {type(weight.data).__name__} weight of {str(weight.dtype).removeprefix('torch.')}"
             raise TypeError(
-                f"{type(self).__name__}.merge: base_layer is {what}; only a dense floating-point torch.nn.Linear can "
-                "be merged into (a quantised weight would lose most of the update)"
+                f"{type(self).__name__}.merge: base_layer is {what}; only a dense floating-point torch.nn.Linear (or "
+                "transformers' Conv1D) can be merged into (a quantised weight would lose most of the update: load the "
+                "adapter into the model unquantised, and merge there)"
             )
 
     @torch.no_grad()
@@ -359,7 +374,9 @@ class TunerLinear(nn.Module, ABC):
         self.check_mergeable()
         weight = self.base_layer.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        total = (weight.to(wide) + self.get_delta_weight().to(wide)).to(weight.dtype)
+        delta = self.get_delta_weight().to(wide)
+        delta = delta.transpose(0, 1) if keeps_columns(self.base_layer) else delta
+        total = (weight.to(wide) + delta).to(weight.dtype)
         if bool(weight.isfinite().all()) and not bool(total.isfinite().all()):
             raise RuntimeError(
                 f"{type(self).__name__}.merge: the merged weight is not finite in "

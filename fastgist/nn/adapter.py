@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from fastgist import functional
-from fastgist.nn._tuner import autocast_enabled, check_dropout, check_positive, uniform_fan_in_
+from fastgist.nn._checks import (
+    check_bool,
+    check_callable,
+    check_dropout,
+    check_module,
+    check_number,
+    check_one_of,
+    check_place,
+    check_positive,
+)
+from fastgist.nn._tuner import autocast_enabled, uniform_fan_in_
 
 __all__ = ["AdaptedBlock", "AdaptedLayer", "Adapter", "BlockForward"]
 
@@ -64,19 +73,13 @@ class Adapter(nn.Module):
         super().__init__()
         self.dim = check_positive("Adapter", "dim", dim)
         self.bottleneck_dim = check_positive("Adapter", "bottleneck_dim", bottleneck_dim)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"Adapter: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        if init not in INITS:
-            raise ValueError(f"Adapter: init must be one of {', '.join(INITS)}, got {init!r}")
-        if not math.isfinite(scale):
-            raise ValueError(f"Adapter: scale must be finite, got {scale}")
-        if not isinstance(norm, bool):
-            raise TypeError(f"Adapter: norm must be True or False, got {norm!r}")
-        if not (math.isfinite(norm_eps) and norm_eps > 0):
-            raise ValueError(f"Adapter: norm_eps must be finite and > 0, got {norm_eps}")
-        self.activation, self.scale, self.init = activation, float(scale), init
-        self.norm_eps, self.dropout = float(norm_eps), check_dropout("Adapter", dropout)
-        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        check_one_of("Adapter", "activation", activation, ACTIVATIONS)
+        check_one_of("Adapter", "init", init, INITS)
+        check_bool("Adapter", "norm", norm)
+        self.activation, self.scale, self.init = activation, check_number("Adapter", "scale", scale), init
+        self.norm_eps = check_number("Adapter", "norm_eps", norm_eps, above=0.0)
+        self.dropout = check_dropout("Adapter", dropout)
+        kwargs = check_place("Adapter", device, dtype)
         self.down_weight = nn.Parameter(torch.empty(bottleneck_dim, dim, **kwargs))
         self.down_bias = nn.Parameter(torch.empty(bottleneck_dim, **kwargs))
         self.up_weight = nn.Parameter(torch.empty(dim, bottleneck_dim, **kwargs))
@@ -131,6 +134,11 @@ class Adapter(nn.Module):
         )
 
 
+def _check_adapter(owner: str, adapter: object) -> None:
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"{owner}: adapter must be an Adapter, got {type(adapter).__name__}")
+
+
 class AdaptedLayer(nn.Module):
     """A sublayer with an adapter: after it (``A(f(x))``, A with its own residual) or beside it (``f(x) + A(x)``).
 
@@ -142,10 +150,11 @@ class AdaptedLayer(nn.Module):
 
     def __init__(self, base_layer: nn.Module, adapter: Adapter, placement: str = "sequential") -> None:
         super().__init__()
+        check_module("AdaptedLayer", "base_layer", base_layer)
+        _check_adapter("AdaptedLayer", adapter)
         if isinstance(base_layer, AdaptedLayer):
             raise ValueError("AdaptedLayer: base_layer has an adapter already")
-        if placement not in PLACEMENTS:
-            raise ValueError(f"AdaptedLayer: placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
+        check_one_of("AdaptedLayer", "placement", placement, PLACEMENTS)
         self.base_layer = base_layer
         self.adapter = adapter
         self.placement = placement
@@ -180,10 +189,13 @@ class AdaptedBlock(nn.Module):
         self, base_layer: nn.Module, adapter: Adapter, run: BlockForward, branches: Sequence[str] = BRANCHES
     ) -> None:
         super().__init__()
+        check_module("AdaptedBlock", "base_layer", base_layer)
+        _check_adapter("AdaptedBlock", adapter)
         if isinstance(base_layer, AdaptedBlock):
             raise ValueError("AdaptedBlock: base_layer has an adapter already")
         if not branches or not set(branches) <= set(BRANCHES):
             raise ValueError(f"AdaptedBlock: branches must be some of {', '.join(BRANCHES)}, got {tuple(branches)}")
+        check_callable("AdaptedBlock", "run", run)
         self.base_layer = base_layer
         self.adapter = adapter
         self.run = run

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgist.nn._tuner import fan, keep_original_state, linear_slice
+from fastgist.nn._checks import check_one_of, check_place
+from fastgist.nn._quantised import before_call, can_train
+from fastgist.nn._tuner import fan, keep_original_state, keeps_columns, linear_slice
 
 __all__ = ["AffineLayer", "BiasShift", "ScaleShift", "channels"]
 
@@ -16,7 +18,7 @@ INITS = ("identity", "paper")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNELS_FIRST = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 #: What multiplies its output channels by ``weight`` (its rows) and adds ``bias``: an RMS norm has no bias to add, and
-#: some of them multiply by 1 + weight; transformers' Conv1D keeps channels in columns.
+#: some of them multiply by 1 + weight.
 _MERGEABLE = (nn.Linear, nn.LayerNorm, *_CONVOLUTIONS)
 
 
@@ -172,11 +174,11 @@ class ScaleShift(AffineLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(base_layer)
-        if init not in INITS:
-            raise ValueError(f"ScaleShift: init must be one of {', '.join(INITS)}, got {init!r}")
+        check_one_of("ScaleShift", "init", init, INITS)
         self.init = init
-        self.scale = nn.Parameter(torch.empty(self.channels, device=device, dtype=dtype))
-        self.shift = nn.Parameter(torch.empty(self.channels, device=device, dtype=dtype))
+        place = check_place("ScaleShift", device, dtype)
+        self.scale = nn.Parameter(torch.empty(self.channels, **place))
+        self.shift = nn.Parameter(torch.empty(self.channels, **place))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -185,6 +187,7 @@ class ScaleShift(AffineLayer):
         nn.init.normal_(self.shift, 0.0, deviation)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        before_call(self.base_layer, x)
         y = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return y
@@ -199,7 +202,7 @@ class ScaleShift(AffineLayer):
 
     def check_mergeable(self) -> None:
         super().check_mergeable()
-        if not isinstance(self.base_layer, _MERGEABLE):
+        if not (isinstance(self.base_layer, _MERGEABLE) or keeps_columns(self.base_layer)):
             raise TypeError(
                 f"{type(self).__name__}.merge: base_layer is {type(self.base_layer).__name__}; a scale and a shift go "
                 "into a linear layer, a convolution or a normalisation of torch with a weight and a place for a bias"
@@ -209,12 +212,13 @@ class ScaleShift(AffineLayer):
         weight, bias = self.base_layer.weight, self.base_layer.bias
         wide = torch.promote_types(weight.dtype, torch.float32)
         scale, shift = self.scale.to(wide), self.shift.to(wide)
-        rows = scale.reshape(-1, *[1] * (weight.dim() - 1))
+        rows = scale if keeps_columns(self.base_layer) else scale.reshape(-1, *[1] * (weight.dim() - 1))
         return weight.to(wide) * rows, shift if bias is None else bias.to(wide) * scale + shift
 
 
 class BiasShift(AffineLayer):
-    """BitFit: the layer with a trained bias, kept as a change ``delta`` of the frozen one. No pass is added.
+    """BitFit: the layer with a trained bias, kept as a change ``delta`` of the frozen one. No pass is added (but one over the
+    output of a quantised layer).
 
     Args:
         base_layer: a frozen layer with a bias.
@@ -234,7 +238,7 @@ class BiasShift(AffineLayer):
         super().__init__(base_layer)
         if not isinstance(getattr(base_layer, "bias", None), Tensor):
             raise ValueError(f"BiasShift: base_layer ({type(base_layer).__name__}) has no bias")
-        self.delta = nn.Parameter(torch.empty(self.channels, device=device, dtype=dtype))
+        self.delta = nn.Parameter(torch.empty(self.channels, **check_place("BiasShift", device, dtype)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -247,6 +251,10 @@ class BiasShift(AffineLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
+        if not can_train(self.base_layer.weight):  # quantised: its own bias may be added in fewer bits than delta has
+            before_call(self.base_layer, x)
+            y = self.base_layer(x, *args, **kwargs)
+            return y + self._shaped(self.delta, y)
         return torch.func.functional_call(self.base_layer, {"bias": self._bias()}, (x, *args), kwargs)
 
     def forward_slice(self, x: Tensor, start: int, stop: int) -> Tensor | None:

@@ -8,18 +8,19 @@ is our reconstruction, except where ``preset="released"`` says otherwise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastgist.nn._checks import check_integer, check_number, check_one_of, check_place, check_positive
 from fastgist.nn._estimators import Club, Mine, Tokens, as_tokens, orthonormal, project, stein_score
 
 __all__ = ["InformationBottleneckLoss"]
 
 COMPRESSION, RELEVANCE = ("score", "club", None), ("score", "mine", None)
+PRESETS = ("released", None)
 MAX_DIMS, MIN_BANK = 8, 512
 #: The released code's constants; of its widths, x is 1408, z 768 and y 32,100.
 RELEASED: dict[str, Any] = {"compression": "club", "relevance": "mine", "b": 0.1, "sigma": 0.0}
@@ -125,31 +126,27 @@ class InformationBottleneckLoss(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        _one_of("preset", preset, ("released", None))
+        owner = type(self).__name__
+        check_one_of(owner, "preset", preset, PRESETS)
         if preset:
             compression, relevance, b, sigma, club_hidden, mine_hidden = RELEASED.values()
-        _one_of("compression", compression, COMPRESSION)
-        _one_of("relevance", relevance, RELEVANCE)
-        _one_of("projection", projection, ("fixed", "learned"))
-        _one_of("degree", degree, (1, 2))
-        sizes = {"z_dim": z_dim, "bank": bank, "dims": dims, "noise_pairs": noise_pairs, "club_hidden": club_hidden}
-        sizes |= {"mine_hidden": mine_hidden, "estimator_steps": estimator_steps}
-        for name, size in sizes.items():
-            _whole(name, size)
-        for name, value in (("eta", eta), ("b", b), ("sigma", sigma)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"InformationBottleneckLoss: {name} must be finite and >= 0, got {value}")
-        if not (math.isfinite(estimator_lr) and estimator_lr > 0):
-            raise ValueError(f"InformationBottleneckLoss: estimator_lr must be finite and > 0, got {estimator_lr}")
+        check_options(owner, compression, relevance, eta, b, sigma, dims, bank, projection)
+        check_one_of(owner, "degree", degree, (1, 2))
+        sizes = {"z_dim": z_dim, "noise_pairs": noise_pairs, "club_hidden": club_hidden, "mine_hidden": mine_hidden}
+        for name, size in (sizes | {"estimator_steps": estimator_steps}).items():
+            check_positive(owner, name, size)
+        check_integer(owner, "ignore_index", ignore_index)
+        check_place(owner, device, None)
+        check_number(owner, "estimator_lr", estimator_lr, above=0.0)
         self.released = preset == "released"
         needs_x = compression == "club" or self.released
         for name, width, why in (("x_dim", x_dim, needs_x), ("y_dim", y_dim, relevance is not None or self.released)):
             if width is not None:
-                _whole(name, width)
+                check_positive(owner, name, width)
             elif why:
                 raise ValueError(f"InformationBottleneckLoss: {self._what(compression, relevance)} needs {name}")
         if "score" in (compression, relevance):
-            _check_score(z_dim, y_dim, relevance, sigma, dims, bank)
+            _check_widths(z_dim, y_dim, relevance, dims)
         self.z_dim, self.x_dim, self.y_dim = z_dim, x_dim, y_dim
         self.compression, self.relevance, self.eta, self.b = compression, relevance, float(eta), float(b)
         self.sigma, self.dims, self.bank, self.projection, self.degree = float(sigma), dims, bank, projection, degree
@@ -348,29 +345,44 @@ class InformationBottleneckLoss(nn.Module):
         return ", ".join(parts + ["preset='released'"] * self.released)
 
 
-def _check_score(z_dim: int, y_dim: int | None, relevance: str | None, sigma: float, dims: int, bank: int) -> None:
+def check_options(
+    owner: str,
+    compression: object,
+    relevance: object,
+    eta: object,
+    b: object,
+    sigma: object,
+    dims: int,
+    bank: int,
+    projection: object,
+    preset: object = None,
+) -> None:
+    """What can be said of the options without the widths.
+
+    Raises:
+        ValueError: one that is out of range or unknown. TypeError: one of another type.
+    """
+    check_one_of(owner, "preset", preset, PRESETS)
+    check_one_of(owner, "compression", compression, COMPRESSION)
+    check_one_of(owner, "relevance", relevance, RELEVANCE)
+    check_one_of(owner, "projection", projection, ("fixed", "learned"))
+    for name, value in (("eta", eta), ("b", b), ("sigma", sigma)):
+        check_number(owner, name, value, least=0.0)
+    for name, size in (("dims", dims), ("bank", bank)):
+        check_positive(owner, name, size)
+    if preset is not None or "score" not in (compression, relevance):
+        return
     least = 2 if relevance == "score" else 1
     if not least <= dims <= MAX_DIMS:
-        raise ValueError(
-            f"InformationBottleneckLoss: a score takes dims from {least} to {MAX_DIMS} (more is noise), got {dims}"
-        )
+        raise ValueError(f"{owner}: a score takes dims from {least} to {MAX_DIMS} (more is noise), got {dims}")
+    if bank < MIN_BANK:
+        raise ValueError(f"{owner}: a score needs a bank of at least {MIN_BANK} past z, got {bank}")
+    if sigma == 0:
+        raise ValueError(f"{owner}: a score needs sigma > 0: without noise I(z; x) is infinite")
+
+
+def _check_widths(z_dim: int, y_dim: int | None, relevance: str | None, dims: int) -> None:
     if dims > z_dim or (relevance == "score" and dims // 2 > (y_dim or 0)):
         raise ValueError(
             f"InformationBottleneckLoss: dims={dims} is more than the widths allow: z_dim={z_dim}, y_dim={y_dim}"
         )
-    if bank < MIN_BANK:
-        raise ValueError(f"InformationBottleneckLoss: a score needs a bank of at least {MIN_BANK} past z, got {bank}")
-    if sigma == 0:
-        raise ValueError("InformationBottleneckLoss: a score needs sigma > 0: without noise I(z; x) is infinite")
-
-
-def _one_of(name: str, value: object, allowed: tuple) -> None:
-    if value not in allowed:
-        raise ValueError(
-            f"InformationBottleneckLoss: {name} must be one of {', '.join(map(str, allowed))}, got {value!r}"
-        )
-
-
-def _whole(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"InformationBottleneckLoss: {name} must be a positive whole number, got {value!r}")

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from fastgist import functional
+from fastgist.nn._checks import check_dropout, check_number, check_one_of, check_place, check_positive
 from fastgist.nn._tuner import (
     Factors,
     TunerLinear,
-    check_dropout,
-    check_positive,
     is_hooked,
     uniform_fan_in_,
 )
@@ -75,15 +74,14 @@ class CPFactors(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if core not in CORES:
-            raise ValueError(f"CPFactors: core must be one of {', '.join(CORES)}, got {core!r}")
+        check_one_of("CPFactors", "core", core, CORES)
         self.in_features = check_positive("CPFactors", "in_features", in_features)
         self.out_features = check_positive("CPFactors", "out_features", out_features)
         self.rank = check_positive("CPFactors", "rank", rank)
         self.modes = check_positive("CPFactors", "modes", modes)
         self.core = core
         self.dropout = check_dropout("CPFactors", dropout)
-        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        kwargs = check_place("CPFactors", device, dtype)
         self.u = nn.Parameter(torch.empty(in_features, rank, **kwargs))
         self.v = nn.Parameter(torch.empty(out_features, rank, **kwargs))
         if core == "tt":
@@ -271,11 +269,9 @@ class CPLinear(TunerLinear):
             raise ValueError(
                 f"CPLinear: factors.{side}_features must divide {mine} (base_layer's {side}_features), got {theirs}"
             )
-        if not math.isfinite(scale):
-            raise ValueError(f"CPLinear: scale must be finite, got {scale}")
-        self.scale = float(scale)
+        self.scale = check_number("CPLinear", "scale", scale)
         single = isinstance(mode, int) and not isinstance(mode, bool)
-        modes: tuple[int | None, ...] = (mode,) if single else tuple(mode)  # type: ignore[arg-type, assignment]
+        modes: tuple[int | None, ...] = (mode,) if single else _modes(mode)  # type: ignore[arg-type, assignment]
         if len(modes) != folds:
             raise ValueError(
                 f"CPLinear: expected {folds} modes, one for each fold of {theirs} in base_layer's "
@@ -306,6 +302,14 @@ class CPLinear(TunerLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mode={self.mode}"
+
+
+def _modes(mode: Sequence[int | None]) -> tuple[int | None, ...]:
+    """``mode`` as a tuple of whole numbers or None."""
+    found = tuple(mode) if isinstance(mode, Sequence) and not isinstance(mode, str) else (mode,)
+    if any(isinstance(m, bool) or not (m is None or isinstance(m, int)) for m in found):
+        raise TypeError(f"CPLinear: mode must be an int, or a tuple of ints and None, got {mode!r}")
+    return found
 
 
 def cp_together(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastgist.nn._tuner import check_dropout, check_positive
+from fastgist.nn._checks import check_dropout, check_place, check_positive
 
 __all__ = ["GistToken"]
 
@@ -33,7 +33,7 @@ class GistToken(nn.Module):
         self.dim = check_positive("GistToken", "dim", dim)
         self.length = check_positive("GistToken", "length", length)
         self.dropout = nn.Dropout(check_dropout("GistToken", dropout))
-        self.token = nn.Parameter(torch.empty(1, length, dim, device=device, dtype=dtype))
+        self.token = nn.Parameter(torch.empty(1, length, dim, **check_place("GistToken", device, dtype)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

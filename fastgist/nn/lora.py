@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
-from fastgist.nn._tuner import Factors, TunerLinear, check_dropout, check_positive, factory, uniform_fan_in_
+from fastgist.nn._checks import check_dropout, check_number, check_one_of, check_place, check_positive
+from fastgist.nn._tuner import Factors, TunerLinear, factory, uniform_fan_in_
 
 __all__ = ["LoRALinear"]
 
@@ -54,21 +54,22 @@ class LoRALinear(TunerLinear):
     ) -> None:
         super().__init__(base_layer)
         self.rank = check_positive("LoRALinear", "rank", rank)
-        if not (math.isfinite(alpha) and alpha > 0):
-            raise ValueError(f"LoRALinear: alpha must be finite and > 0, got {alpha}")
-        if init not in INITS:
-            raise ValueError(f"LoRALinear: init must be one of {', '.join(INITS)}, got {init!r}")
+        check_number("LoRALinear", "alpha", alpha, above=0.0)
+        check_one_of("LoRALinear", "init", init, INITS)
         self.folds = check_positive("LoRALinear", "folds", folds)
         if self.out_features % folds:
             raise ValueError(f"LoRALinear: folds must divide {self.out_features} (out_features), got {folds}")
-        self.parts = tuple(range(folds)) if parts is None else tuple(sorted(parts))
+        given = tuple(range(folds)) if parts is None else tuple(parts) if isinstance(parts, Iterable) else (None,)
+        if any(isinstance(part, bool) or not isinstance(part, int) for part in given):
+            raise TypeError(f"LoRALinear: parts must be None or a tuple of ints, got {parts!r}")
+        self.parts: tuple[int, ...] = tuple(sorted(given))
         if not self.parts or len(set(self.parts)) != len(self.parts) or not set(self.parts) <= set(range(folds)):
             raise ValueError(f"LoRALinear: parts must be different numbers in 0..{folds - 1}, got {parts}")
         self.alpha = alpha
         self.scale = alpha / rank
         self.dropout_p = check_dropout("LoRALinear", dropout)
         self.init = init
-        kwargs = factory(base_layer, device, dtype)
+        kwargs = factory(base_layer, **check_place("LoRALinear", device, dtype))
         width = rank * len(self.parts)
         self.u = nn.Parameter(torch.empty(self.in_features, width, **kwargs))
         self.v = nn.Parameter(torch.empty(self.out_features // folds, width, **kwargs))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgist import functional
+from fastgist.nn._checks import check_bool, check_integer, check_number, check_one_of
 from fastgist.nn.interactions import INTERACTIONS, Interaction, bernoulli_kl, interact
 from fastgist.nn.schedule import Schedule, value_at
 
@@ -33,6 +34,7 @@ class BidirectionalKLLoss(nn.Module):
 
     def __init__(self, temperature: float = 1.0, reduction: str = "batchmean", t_squared: bool = False) -> None:
         super().__init__()
+        _check_common("BidirectionalKLLoss", temperature, reduction, t_squared)
         self.temperature, self.reduction, self.t_squared = _temperature(self, temperature), reduction, t_squared
 
     def forward(
@@ -73,6 +75,7 @@ class TopKKLLoss(nn.Module):
         t_squared: bool = False,
     ) -> None:
         super().__init__()
+        _check_common("TopKKLLoss", temperature, reduction, t_squared)
         _one_of("direction", direction, ("both", "forward", "reverse"), "TopKKLLoss")
         self.temperature, self.direction = _temperature(self, temperature), direction
         self.reduction, self.t_squared = reduction, t_squared
@@ -152,8 +155,12 @@ class GistLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        _one_of("interaction", interaction, INTERACTIONS) if isinstance(interaction, str) else None
+        _one_of("interaction", interaction, INTERACTIONS) if not callable(interaction) else None
         _one_of("reduction", reduction, ("mean", "sum", "none"))
+        check_bool("GistLoss", "halve", halve)
+        check_number("GistLoss", "label_smoothing", label_smoothing, least=0.0, most=1.0)
+        check_integer("GistLoss", "ignore_index", ignore_index)
+        _check_common("GistLoss", 1.0 if callable(temperature) else temperature, reduction, t_squared)
         _one_of("problem_type", problem_type, PROBLEMS)
         _one_of("detach", detach, (None, "logits", "gist_logits"))
         if problem_type == "regression" and interaction in ("kl_forward", "kl_reverse", "jsd"):
@@ -166,8 +173,9 @@ class GistLoss(nn.Module):
             )
         if label_smoothing and problem_type != PROBLEMS[0]:
             raise ValueError(f"GistLoss: label_smoothing is for {PROBLEMS[0]}, got problem_type={problem_type!r}")
-        if not math.isfinite(alpha) or not (callable(beta) or math.isfinite(beta)):
-            raise ValueError(f"GistLoss: alpha and beta must be finite, got {alpha} and {beta}")
+        check_number("GistLoss", "alpha", alpha)
+        if not callable(beta):
+            check_number("GistLoss", "beta", beta)
         self.alpha, self.beta = float(alpha), beta if callable(beta) else float(beta)
         self.temperature = temperature if callable(temperature) else _temperature(self, temperature)
         self.interaction, self.t_squared, self.halve, self.detach = interaction, t_squared, halve, detach
@@ -362,6 +370,13 @@ class GistLoss(nn.Module):
         parts += [f"{name}={getattr(self, name)!r}" for name in ("t_squared", "halve", "detach", "problem_type")]
         parts += [f"{name}={getattr(self, name)!r}" for name in ("label_smoothing", "ignore_index", "reduction")]
         return ", ".join(parts)
+
+
+def _check_common(owner: str, temperature: object, reduction: object, t_squared: object) -> None:
+    """What all of the losses take."""
+    check_number(owner, "temperature", temperature, above=0.0)
+    check_one_of(owner, "reduction", reduction, ("mean", "batchmean", "sum", "none"))
+    check_bool(owner, "t_squared", t_squared)
 
 
 def _one_of(name: str, value: object, allowed: tuple, owner: str = "GistLoss") -> None:

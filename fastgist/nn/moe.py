@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgist import functional
-from fastgist.nn._tuner import autocast_enabled, check_positive, uniform_fan_in_
+from fastgist.nn._checks import check_one_of, check_place, check_positive
+from fastgist.nn._tuner import autocast_enabled, uniform_fan_in_
 from fastgist.nn.adapter import ACTIVATIONS, INITS
 
 __all__ = ["Gate", "InstructionMixer", "InstructionMoE", "load_balance_loss", "mix_instructions", "pool_instruction"]
@@ -140,7 +141,7 @@ class InstructionMixer(nn.Module):
     ) -> None:
         super().__init__()
         self.num_instructions = check_positive("InstructionMixer", "num_instructions", num_instructions)
-        self.logits = nn.Parameter(torch.empty(num_instructions, device=device, dtype=dtype))
+        self.logits = nn.Parameter(torch.empty(num_instructions, **check_place("InstructionMixer", device, dtype)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -214,14 +215,11 @@ class InstructionMoE(nn.Module):
         self.dim = check_positive("InstructionMoE", "dim", dim)
         self.num_experts = check_positive("InstructionMoE", "num_experts", num_experts)
         self.bottleneck_dim = check_positive("InstructionMoE", "bottleneck_dim", bottleneck_dim)
-        if gating not in GATINGS:
-            raise ValueError(f"InstructionMoE: gating must be one of {', '.join(GATINGS)}, got {gating!r}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"InstructionMoE: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        check_one_of("InstructionMoE", "gating", gating, GATINGS)
+        check_one_of("InstructionMoE", "activation", activation, ACTIVATIONS)
         if init is None:
             init = "identity" if gating == "softmax" else "paper"
-        if init not in INITS:
-            raise ValueError(f"InstructionMoE: init must be one of {', '.join(INITS)}, got {init!r}")
+        check_one_of("InstructionMoE", "init", init, INITS)
         if gating == "uniform" and init == "identity":
             raise ValueError("InstructionMoE: gating='uniform' keeps 0.6 x and cannot start as the identity")
         if top_k is not None:
@@ -230,7 +228,7 @@ class InstructionMoE(nn.Module):
             if check_positive("InstructionMoE", "top_k", top_k) > num_experts:
                 raise ValueError(f"InstructionMoE: top_k must be in 1..{num_experts} (num_experts), got {top_k}")
         self.gating, self.top_k, self.activation, self.init = gating, top_k, activation, init
-        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        kwargs = check_place("InstructionMoE", device, dtype)
         hidden = num_experts * bottleneck_dim
         self.down_weight = nn.Parameter(torch.empty(hidden, dim, **kwargs))
         self.down_bias = nn.Parameter(torch.empty(hidden, **kwargs))

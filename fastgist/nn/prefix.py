@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgist.nn._tuner import check_positive
+from fastgist.nn._checks import check_callable, check_module, check_place, check_positive
 
 __all__ = ["AttentionForward", "PrefixedAttention"]
 
@@ -42,14 +42,20 @@ class PrefixedAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_module("PrefixedAttention", "base_layer", base_layer)
         if isinstance(base_layer, PrefixedAttention):
             raise ValueError("PrefixedAttention: base_layer has a prefix already")
         self.base_layer = base_layer
         self.run = run
         self.length = check_positive("PrefixedAttention", "length", length)
-        shape = check_positive("PrefixedAttention", "heads", heads), length, head_dim
-        self.key = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.value = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        heads, head_dim = (
+            check_positive("PrefixedAttention", n, w) for n, w in (("heads", heads), ("head_dim", head_dim))
+        )
+        shape = heads, length, head_dim
+        check_callable("PrefixedAttention", "run", run)
+        place = check_place("PrefixedAttention", device, dtype)
+        self.key = nn.Parameter(torch.empty(shape, **place))
+        self.value = nn.Parameter(torch.empty(shape, **place))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgist.nn._tuner import check_dropout, check_positive
+from fastgist.nn._checks import check_bool, check_dropout, check_module, check_place, check_positive
 
 __all__ = ["PromptedBlock"]
 
@@ -43,15 +43,16 @@ class PromptedBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_module("PromptedBlock", "base_layer", base_layer)
         if isinstance(base_layer, PromptedBlock):
             raise ValueError("PromptedBlock: base_layer has prompts already")
         self.base_layer = base_layer
         self.dim = check_positive("PromptedBlock", "dim", dim)
         self.length = check_positive("PromptedBlock", "length", length)
-        self.insert = insert
-        self.after = after
+        self.insert = check_bool("PromptedBlock", "insert", insert)
+        self.after = check_bool("PromptedBlock", "after", after)
         self.dropout = nn.Dropout(check_dropout("PromptedBlock", dropout))
-        self.prompt = nn.Parameter(torch.empty(length, dim, device=device, dtype=dtype))
+        self.prompt = nn.Parameter(torch.empty(length, dim, **check_place("PromptedBlock", device, dtype)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgist.nn._checks import check_bool, check_number, check_one_of
+from fastgist.nn._quantised import can_train
 from fastgist.nn._tuner import autocast_enabled
 from fastgist.nn.schedule import Schedule, value_at
 
@@ -104,11 +106,11 @@ class CPThreshold(nn.Module):
         floor: float = 0.05,
     ) -> None:
         super().__init__()
-        if policy not in POLICIES:
-            raise ValueError(f"CPThreshold: policy must be one of {', '.join(POLICIES)}, got {policy!r}")
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"CPThreshold: decay must be in [0, 1), got {decay}")
-        self.policy, self.gamma, self.dynamic, self.decay = policy, gamma, bool(dynamic), float(decay)
+        check_one_of("CPThreshold", "policy", policy, POLICIES)
+        if not callable(gamma):
+            _positive("gamma", gamma)
+        self.policy, self.gamma, self.dynamic = policy, gamma, check_bool("CPThreshold", "dynamic", dynamic)
+        self.decay = check_number("CPThreshold", "decay", decay, least=0.0, below=1.0)
         self.softness = _positive("softness", softness)
         self.floor = _positive("floor", floor)
         self._gamma_at(0.0)
@@ -163,10 +165,10 @@ class CPThreshold(nn.Module):
             return
         weight = getattr(base_layer, "weight", None)
         stored = sizes if hasattr(base_layer, "nx") else sizes[::-1]
-        if not (isinstance(weight, Tensor) and weight.is_floating_point() and tuple(weight.shape) == stored):
+        if not (isinstance(weight, Tensor) and can_train(weight) and tuple(weight.shape) == stored):
             raise TypeError(
                 "CPThreshold: policy 'trust' reads the weight's norm, and expected a dense floating-point weight of shape "
-                f"{stored}, got {type(base_layer).__name__}"
+                f"{stored}, got {type(base_layer).__name__} with a {type(weight).__name__}; policy 'modes' reads none"
             )
         across = int(inward) if stored == sizes[::-1] else int(not inward)
         for fold, mode in zip(weight.chunk(len(folds), dim=across), folds, strict=True):
@@ -218,6 +220,4 @@ class CPThreshold(nn.Module):
 
 
 def _positive(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"CPThreshold: {name} must be finite and > 0, got {value}")
-    return float(value)
+    return check_number("CPThreshold", name, value, above=0.0)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from fastgist.nn import affine, lora
+from fastgist.nn._checks import check_bool, check_dropout, check_number, check_one_of, check_positive
+from fastgist.nn.adapter import ACTIVATIONS, INITS
+from fastgist.nn.cp import CORES
 from fastgist.nn.threshold import POLICIES
 
 __all__ = [
@@ -27,23 +30,43 @@ __all__ = [
 ]
 
 CP_INITS = ("identity", "weights")
+PLACEMENTS = ("pfeiffer", "houlsby", "parallel", "adaptformer", "shared")
+#: FacT's forms -> the core of :class:`fastgist.nn.CPFactors`.
+FACT_CORES = {"tt": "tt", "tk": "tucker"}
 
 
 @dataclass
 class PeftConfig:
-    """Base of all configurations. ``method`` is the name under which files and the registry know it."""
+    """Base of all configurations. ``method`` is the name under which files and the registry know it.
+
+    Raises:
+        ValueError: a value out of range. TypeError: one of another type. Both name the field.
+    """
 
     method: ClassVar[str]
 
     def __post_init__(self) -> None:
-        targets = getattr(self, "targets", None)
-        if targets is not None:
+        owner = type(self).__name__
+        if any(f.name == "targets" for f in dataclasses.fields(self)):
+            targets: Any = vars(self)["targets"]
             if isinstance(targets, str):
-                raise TypeError(f"{type(self).__name__}: targets must be a tuple of names, got the string {targets!r}")
+                raise TypeError(f"{owner}: targets must be a tuple of names, got the string {targets!r}")
             names = tuple(targets) if isinstance(targets, Iterable) else (None,)
             if not all(isinstance(name, str) for name in names):
-                raise TypeError(f"{type(self).__name__}: targets must be a tuple of names, got {targets!r}")
+                raise TypeError(f"{owner}: targets must be a tuple of names, got {targets!r}")
             self.targets = names
+
+    def _check(self, *names: str) -> None:
+        """Fields that several configurations have: sizes, a factor, a dropout."""
+        owner = type(self).__name__
+        for name in names:
+            value = getattr(self, name)
+            if name == "dropout":
+                check_dropout(owner, value)
+            elif name == "scale":
+                check_number(owner, name, value)
+            else:
+                setattr(self, name, check_positive(owner, name, value))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with ``method``; :func:`config_from_dict` reads it back."""
@@ -71,10 +94,22 @@ class AdapterConfig(PeftConfig):
     norm: bool = False
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("bottleneck_dim", "scale", "dropout")
+        check_one_of("AdapterConfig", "placement", self.placement, PLACEMENTS)
+        check_one_of("AdapterConfig", "activation", self.activation, ACTIVATIONS)
+        check_one_of("AdapterConfig", "init", self.init, INITS)
+        check_bool("AdapterConfig", "norm", self.norm)
+
 
 @dataclass
 class LoraConfig(PeftConfig):
-    """LoRA. targets: names of linear layers, or of parts of a fused one ("q", "v" of a timm ViT's qkv)."""
+    """LoRA. targets: names of linear layers, or of parts of a fused one ("q", "v" of a timm ViT's qkv).
+
+    rank: one above the smaller width of every layer is refused where the layers are made, above that of some warned of
+    (so for :class:`CPConfig` and :class:`FacTConfig`).
+    """
 
     method: ClassVar[str] = "lora"
     rank: int = 8
@@ -82,6 +117,12 @@ class LoraConfig(PeftConfig):
     targets: tuple[str, ...] = ("q", "v")
     dropout: float = 0.0
     init: str = "identity"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("rank", "dropout")
+        check_number("LoraConfig", "alpha", self.alpha, above=0.0)
+        check_one_of("LoraConfig", "init", self.init, lora.INITS)
 
 
 @dataclass
@@ -104,19 +145,11 @@ class ThresholdConfig:
     floor: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ValueError(f"ThresholdConfig: policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
-        if not isinstance(self.dynamic, bool):
-            raise TypeError(f"ThresholdConfig: dynamic must be True or False, got {self.dynamic!r}")
-        for name in ("gamma", "decay", "softness", "floor"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"ThresholdConfig: {name} must be a number, got {value!r}")
-            if name == "decay" and not 0.0 <= value < 1.0:
-                raise ValueError(f"ThresholdConfig: decay must be in [0, 1), got {value}")
-            if name != "decay" and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"ThresholdConfig: {name} must be finite and > 0, got {value}")
-            setattr(self, name, float(value))
+        check_one_of("ThresholdConfig", "policy", self.policy, POLICIES)
+        check_bool("ThresholdConfig", "dynamic", self.dynamic)
+        self.decay = check_number("ThresholdConfig", "decay", self.decay, least=0.0, below=1.0)
+        for name in ("gamma", "softness", "floor"):
+            setattr(self, name, check_number("ThresholdConfig", name, getattr(self, name), above=0.0))
 
     @classmethod
     def of(cls, owner: str, value: object) -> ThresholdConfig | None:
@@ -173,9 +206,10 @@ class CPConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check("rank", "dropout")
         self.threshold = ThresholdConfig.of("CPConfig", self.threshold)
-        if self.init not in CP_INITS:
-            raise ValueError(f"CPConfig: init must be one of {', '.join(CP_INITS)}, got {self.init!r}")
+        check_one_of("CPConfig", "core", self.core, CORES)
+        check_one_of("CPConfig", "init", self.init, CP_INITS)
 
 
 @dataclass
@@ -193,6 +227,11 @@ class FacTConfig(PeftConfig):
     scale: float = 1.0
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("rank", "scale", "dropout")
+        check_one_of("FacTConfig", "form", self.form, tuple(FACT_CORES))
+
 
 @dataclass
 class PromptConfig(PeftConfig):
@@ -207,6 +246,11 @@ class PromptConfig(PeftConfig):
     deep: bool = False
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("length", "dropout")
+        check_bool("PromptConfig", "deep", self.deep)
+
 
 @dataclass
 class PrefixConfig(PeftConfig):
@@ -218,6 +262,10 @@ class PrefixConfig(PeftConfig):
     method: ClassVar[str] = "prefix"
     length: int = 10
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("length")
+
 
 @dataclass
 class SSFConfig(PeftConfig):
@@ -228,6 +276,10 @@ class SSFConfig(PeftConfig):
 
     method: ClassVar[str] = "ssf"
     init: str = "identity"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("SSFConfig", "init", self.init, affine.INITS)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastgist.nn import AttentionForward, BlockForward, channels
+from fastgist.nn import AttentionForward, BlockForward, channels, fan
 
 __all__ = ["AttentionSite", "Family", "LinearSite", "Selection", "find_family", "register_family", "select"]
 
@@ -79,7 +79,7 @@ class Family(ABC):
             if any(path == p or path.startswith(f"{p}.") for p in apart):
                 continue
             weight = getattr(module, "weight", None)
-            if isinstance(weight, Tensor) and weight.is_floating_point():
+            if isinstance(weight, Tensor) and (weight.is_floating_point() or fan(module) is not None):  # or quantised
                 with contextlib.suppress(TypeError):
                     channels(module)
                     found[path] = module

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fastgist.nn import AffineLayer, TunerLinear
+from fastgist.nn._checks import check_module, shown
+from fastgist.nn._quantised import can_train
 from fastgist.peft import state as _state
 from fastgist.peft import storage, surgery
 from fastgist.peft.config import PeftConfig, config_from_dict
 from fastgist.peft.method import registered_configs
+from fastgist.peft.quantised import stored
 
 __all__ = ["load_adapter", "register_extension", "save_adapter"]
 
@@ -47,6 +50,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         OSError: the folder cannot be written.
     """
     state = _state.need_state(model, "save_adapter")
+    _check_folder("save_adapter", folder)
     if (Path(folder) / "adapter_config.json").exists():
         raise ValueError(
             f"save_adapter: {folder} holds an adapter of Hugging Face PEFT (adapter_config.json), whose "
@@ -68,6 +72,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     if state.extension is not None:
         config[state.extension.name] = dataclasses.asdict(state.extension.config)
     storage.write(folder, config, _state.owned_tensors(plain, state))
+
+
+def _check_folder(caller: str, folder: object) -> None:
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"{caller}: folder must be a path, got {shown(folder)}")
 
 
 def _check_peft_head(plain: nn.Module, state: _state.State) -> None:
@@ -109,6 +118,8 @@ def load_adapter(
         FileNotFoundError: no adapter there.
         ValueError: the file is damaged, of another kind, or does not fit the model. The error gives the path.
     """
+    check_module("load_adapter", "model", model)
+    _check_folder("load_adapter", folder)
     config, tensors = storage.read(folder)
     path = Path(folder) / storage.MODEL_NAME
     adapter = _adapter_config(config, path)
@@ -142,9 +153,10 @@ def load_adapter(
 
 def backbone_fingerprint(model: nn.Module, state: _state.State) -> dict[str, Any] | None:
     """What tells the frozen weights from others: a digest of some 256 elements of each, and two elements of each as numbers.
+    Of a weight in 4 or 8 bits (bitsandbytes, torchao) the digest has the stored numbers, and ``scales`` two of the scales.
 
     Without what depends on the image's size (position embeddings). None where weights are not plain tensors in memory
-    (sharded, quantised, on the meta device): to look into those could fail, or wait for other processes.
+    (sharded, on the meta device, quantised by others): to look into those could fail, or wait for other processes.
     """
     owned = {id(t) for t in _state.owned_tensors(model, state).values()}
     layers = [m for m in model.modules() if isinstance(m, TunerLinear | AffineLayer) and m.merged]
@@ -152,41 +164,70 @@ def backbone_fingerprint(model: nn.Module, state: _state.State) -> dict[str, Any
     for layer in layers:
         originals = layer.original_parameters()
         unmerged |= {id(p): originals.get(name) for name, p in layer.base_layer.named_parameters(recurse=False)}
-    digests, numbers, dtypes = [], [], set()
+    digests, numbers, scales, dtypes = [], [], [], set()
     for name, parameter in sorted(model.named_parameters()):
         apart = any(word in name for word in ("pos_embed", "position", "original_module"))  # the last: PEFT's old heads
         if id(parameter) in owned or apart or parameter.numel() == 0:
             continue
-        if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.is_floating_point():
+        if not can_train(parameter):
+            held = stored(model.get_submodule(name.rpartition(".")[0])) if name.endswith(".weight") else None
+            if held is None:
+                return None
+            digests += [_digest(t.shape, _some(t).to(torch.int32)) for t in held[0]]
+            scales += [float(t[i]) for t in map(_some, held[1]) for i in (0, -1)]
+            dtypes.add(type(parameter).__name__)
+            continue
+        if type(parameter) is not nn.Parameter or parameter.is_meta:
             return None
         original = unmerged.get(id(parameter), parameter)
         if original is None:  # a bias that merging added
             continue
-        flat = original.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // 256)].to("cpu", torch.float32, copy=True)
-        shape = ",".join(map(str, parameter.shape)).encode()
-        digests.append(hashlib.sha256(shape + some.numpy().tobytes()).digest())
+        some = _some(original).float()
+        digests.append(_digest(parameter.shape, some))
         numbers += [float(some[0]), float(some[-1])]
         dtypes.add(str(parameter.dtype).removeprefix("torch."))
     digest = hashlib.sha256(b"".join(digests)).hexdigest()
-    return {"sha256": digest, "numbers": numbers, "dtype": ", ".join(sorted(dtypes))}
+    found = {"sha256": digest, "numbers": numbers, "dtype": ", ".join(sorted(dtypes))}
+    return found | ({"scales": scales} if scales else {})
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """Some 256 elements, spread over all, on the CPU."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // 256)].to("cpu", copy=True)
+
+
+def _digest(shape: torch.Size, some: Tensor) -> bytes:
+    return hashlib.sha256(",".join(map(str, shape)).encode() + some.numpy().tobytes()).digest()
+
+
+def _close(a: list[float], b: list[float]) -> bool:
+    """Whether numbers are those of one backbone, rounded to another dtype."""
+    if len(a) != len(b):
+        return False
+    both = torch.tensor([a, b], dtype=torch.float64)
+    return torch.allclose(both[0], both[1], rtol=2.0**-6, atol=1e-6)
 
 
 def _check_backbone(model: nn.Module, config: Mapping[str, Any], path: Path) -> None:
     """Warn where the frozen weights are not those that the adapter was saved on."""
     saved, state = config.get("backbone"), _state.state_of(model)
     found = None if state is None or not isinstance(saved, dict) else backbone_fingerprint(_state.inner(model), state)
-    if found is None or found["sha256"] == saved.get("sha256"):  # type: ignore[union-attr]
+    if found is None:
         return
-    there, here, numbers = saved.get("dtype"), found["dtype"], saved.get("numbers", [])  # type: ignore[union-attr]
-    if here != there and len(numbers) == len(found["numbers"]):  # a copy in another dtype is the same backbone
-        saved_numbers, found_numbers = torch.tensor([numbers, found["numbers"]], dtype=torch.float64)
-        if torch.allclose(saved_numbers, found_numbers, rtol=2.0**-6, atol=1e-6):
-            return
+    there, here = saved.get("dtype"), found["dtype"]  # type: ignore[union-attr]
+    same_scales = _close(saved.get("scales", []), found.get("scales", []))  # type: ignore[union-attr]
+    if found["sha256"] == saved.get("sha256") and same_scales:  # type: ignore[union-attr]
+        return
+    # A copy in another dtype is the same backbone. Of a quantised one too little is in floating point to say.
+    plain = here != there and not ("scales" in found or "scales" in saved)  # type: ignore[operator]
+    if plain and _close(saved.get("numbers", []), found["numbers"]):  # type: ignore[union-attr]
+        return
     dtypes = "" if here == there else f" ({there} there, {here} here)"
+    quantised = " (or in other bits, or rounded to them elsewhere)" if "scales" in found else ""
     warnings.warn(
-        f"{path}: was trained on other frozen weights than this model's{dtypes}; its predictions will differ. Build the "
-        "model with the same pretrained weights first",
+        f"{path}: was trained on other frozen weights than this model's{dtypes}{quantised}; its predictions will differ. "
+        "Build the model with the same pretrained weights first",
         UserWarning,
         stacklevel=3,
     )

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgist.nn._checks import check_module
+from fastgist.nn._quantised import count
 from fastgist.peft import state as _state
 from fastgist.peft.family import find_family
 
@@ -17,7 +19,8 @@ __all__ = ["Report", "assert_training", "print_trainable_parameters", "report"]
 
 @dataclass(frozen=True)
 class Report:
-    """Numbers of a model. ``parts``: trained numbers by part. ``total``: every parameter once, added ones included."""
+    """Numbers of a model. ``parts``: trained numbers by part. ``total``: every parameter once, added ones included
+    (one of 4 bits as one number)."""
 
     model: str
     adapter: str | None
@@ -48,6 +51,7 @@ class Report:
 
 def report(model: nn.Module) -> Report:
     """What is trained in ``model``, wrapped or not; ``print(report(model))`` shows it."""
+    check_module("report", "model", model)
     state = _state.state_of(model)
     plain = _state.inner(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -67,7 +71,7 @@ def report(model: nn.Module) -> Report:
         config=record.config if record else None,
         others=tuple(n for n in state.records if n != state.active) if state else (),
         trainable=sum(p.numel() for p in trained),
-        total=sum(p.numel() for p in model.parameters()),
+        total=sum(count(p) for p in model.parameters()),
         parts=dict(parts),
         layers=dict(layers),
         dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in trained})),
@@ -77,6 +81,7 @@ def report(model: nn.Module) -> Report:
 
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print numerator, denominator and share: ``trainable params: 1,234 || all params: 5,678 || trainable%: 21.73``."""
+    check_module("print_trainable_parameters", "model", model)
     r = report(model)
     print(f"trainable params: {r.trainable:,} || all params: {r.total:,} || trainable%: {100 * r.share:.4f}")
 
@@ -93,8 +98,9 @@ def assert_training(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
 
     Raises:
         RuntimeError: nothing is trainable, or parameters (named) receive no gradient, or those outside the head only
-            zeros.
+            zeros; or the backward fails, which is explained where it comes of reentrant checkpointing.
     """
+    check_module("assert_training", "model", model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise RuntimeError(f"assert_training: no parameter of {type(model).__name__} requires a gradient")
@@ -134,7 +140,7 @@ def _probe(model: nn.Module, parameters: list[nn.Parameter], inputs: tuple, kwar
             outputs = _tensors(model(*inputs, **kwargs))
             loss = sum((out.float() * torch.randn_like(out, dtype=torch.float32)).sum() for out in outputs)
         if isinstance(loss, Tensor) and loss.requires_grad:
-            loss.backward()
+            _backward(loss)
         return [p.grad for p in parameters]
     finally:
         for p, grad in zip(parameters, grads, strict=True):
@@ -144,6 +150,19 @@ def _probe(model: nn.Module, parameters: list[nn.Parameter], inputs: tuple, kwar
         with torch.no_grad():
             for name, b in model.named_buffers():
                 b.copy_(buffers[name])
+
+
+def _backward(loss: Tensor) -> None:
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise RuntimeError(
+            "assert_training: the backward goes through a part of the graph twice. Reentrant gradient checkpointing does so "
+            "where blocks share a tensor that is trained, as DeBERTa's do their relative positions, also in the plain model: "
+            "use the non-reentrant kind"
+        ) from error
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
@@ -26,7 +27,11 @@ from fastgist.nn import (
     factory,
     fan,
 )
+from fastgist.nn._checks import check_one_of
+from fastgist.nn._quantised import can_train
 from fastgist.peft.config import (
+    FACT_CORES,
+    PLACEMENTS,
     AdapterConfig,
     BitFitConfig,
     CPConfig,
@@ -99,7 +104,12 @@ def method_of(config: PeftConfig) -> Method:
         if type(config) is config_class:
             return method
     known = ", ".join(c.__name__ for c, _ in _METHODS.values())
-    raise TypeError(f"get_peft_model: config must be one of {known} (or registered), got {type(config).__name__}")
+    got = (
+        f"the class {config.__name__} (write {config.__name__}())"
+        if isinstance(config, type)
+        else type(config).__name__
+    )
+    raise TypeError(f"get_peft_model: config must be one of {known} (or registered), got {got}")
 
 
 class _Adapters(Method):
@@ -117,9 +127,9 @@ class _Adapters(Method):
         assert isinstance(config, AdapterConfig)
         if config.placement in self.beside:
             return self._beside(model, family, config)
-        if config.placement not in self.placements:
-            known = ", ".join([*self.placements, *self.beside])
-            raise ValueError(f"AdapterConfig: placement must be one of {known}, got {config.placement!r}")
+        check_one_of(
+            "AdapterConfig", "placement", config.placement, PLACEMENTS
+        )  # a field may be set after it was checked
         sublayers = family.sublayers(model)
         built: dict[str, nn.Module] = {}
         for kind, side in self.placements[config.placement]:
@@ -177,6 +187,39 @@ def _first_linear(module: nn.Module) -> nn.Module:
     return module
 
 
+def _sizes(choice: Selection) -> tuple[int, int]:
+    """(in, out) of a chosen layer."""
+    sizes = fan(choice.site.module)
+    assert sizes is not None  # a family's linears have them
+    return sizes
+
+
+def _check_rank(owner: str, rank: int, sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse a rank above the smaller width of every layer, where no update is of low rank; warn where some are narrower.
+
+    Args:
+        sizes: (in, out) of the matrix that is updated, by the layer's path.
+
+    Raises:
+        ValueError: as said.
+    """
+    narrow = [path for path, size in sizes.items() if rank > min(size)]
+    if not narrow:
+        return
+    path = max(narrow, key=lambda p: min(sizes[p]))
+    inner, outer = sizes[path]
+    if len(narrow) == len(sizes):
+        raise ValueError(
+            f"{owner}: rank must be at most {min(inner, outer)}, {path} being {inner} -> {outer}, got {rank}"
+        )
+    warnings.warn(
+        f"{owner}: rank {rank} is above the smaller width of {len(narrow)} of {len(sizes)} layers ({path} is {inner} -> "
+        f"{outer}): an update there is not of low rank",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
 class _LoRA(Method):
     mergeable = True
     title = "LoRA"
@@ -184,7 +227,13 @@ class _LoRA(Method):
     def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]:
         assert isinstance(config, LoraConfig)
         built: dict[str, nn.Module] = {}
-        for choice in select("LoraConfig", family.linears(model), config.targets):
+        choices = select("LoraConfig", family.linears(model), config.targets)
+        sizes = {}
+        for choice in choices:
+            inner, outer = _sizes(choice)
+            sizes[choice.site.path] = inner, outer if choice.parts is None else outer // len(choice.site.parts)
+        _check_rank("LoraConfig", config.rank, sizes)
+        for choice in choices:
             site = choice.site
             fused: dict[str, Any] = {} if choice.parts is None else {"folds": len(site.parts), "parts": choice.parts}
             built[site.path] = LoRALinear(
@@ -234,6 +283,8 @@ class _CP(Method):
         """Layers around the targets of ``config``, with one CPFactors for all of a shape, each with a threshold of its own."""
         choices = select(type(config).__name__, family.linears(model), config.targets)
         shapes = [self._shape(choice) for choice in choices]
+        sizes = {choice.site.path: shape[:2] for choice, shape in zip(choices, shapes, strict=True)}
+        _check_rank(type(config).__name__, config.rank, sizes)
         counts: Counter[tuple[int, int]] = Counter()
         modes: list[tuple[int | None, ...]] = []
         for choice, (inner, outer, folds) in zip(choices, shapes, strict=True):
@@ -262,9 +313,7 @@ class _CP(Method):
     @staticmethod
     def _shape(choice: Selection) -> tuple[int, int, int]:
         """(in, out, number) of the equal matrices that a chosen layer counts as: folds of its output or of its input."""
-        sizes = fan(choice.site.module)
-        assert sizes is not None  # a family's linears have them
-        inner, outer = sizes
+        inner, outer = _sizes(choice)
         if choice.parts is None and inner > outer and inner % outer == 0:
             return outer, outer, inner // outer
         square = outer // inner if outer % inner == 0 else 1
@@ -277,10 +326,8 @@ class _FacT(_CP):
 
     def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]:
         assert isinstance(config, FacTConfig)
-        cores = {"tt": "tt", "tk": "tucker"}
-        if config.form not in cores:
-            raise ValueError(f"FacTConfig: form must be one of {', '.join(cores)}, got {config.form!r}")
-        return self.shared(model, family, config, cores[config.form], config.scale)
+        check_one_of("FacTConfig", "form", config.form, tuple(FACT_CORES))
+        return self.shared(model, family, config, FACT_CORES[config.form], config.scale)
 
 
 class _Prompts(Method):
@@ -357,6 +404,16 @@ class _LinearProbe(Method):
 class _Full(_LinearProbe):
     title = "full fine-tuning"
     whole = True
+
+    def build(self, model: nn.Module, family: Family, config: PeftConfig) -> dict[str, nn.Module]:
+        frozen = [name for name, p in model.named_parameters() if not can_train(p)]
+        if frozen:
+            shown = ", ".join(frozen[:4]) + (f" and {len(frozen) - 4} more" if len(frozen) > 4 else "")
+            raise ValueError(
+                f"FullConfig: trains every weight, and {len(frozen)} of {len(list(model.parameters()))} are quantised, which "
+                f"cannot be trained: {shown}; load the model unquantised, or take LoraConfig(), CPConfig() or an adapter"
+            )
+        return {}
 
 
 register_method(AdapterConfig, _Adapters())

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgist.nn._checks import check_module
+from fastgist.nn._quantised import can_train, guard
 from fastgist.peft.config import PeftConfig
 from fastgist.peft.family import Family, find_family
 from fastgist.peft.once import hold_once
@@ -101,7 +103,7 @@ class State:
     disabled: bool = False
     #: Kinds of the Hugging Face PEFT adapters inside, which stay what they are.
     foreign: tuple[str, ...] = ()
-    #: Of the hooks on the model.
+    #: Of the hooks on the model and on layers in it.
     hooks: tuple[Any, ...] = ()
 
     def record(self) -> Record | None:
@@ -136,9 +138,11 @@ def need_state(model: nn.Module, caller: str) -> State:
     """The state of a wrapped model, enabled.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: the model is not wrapped.
         RuntimeError: called inside disable_adapter.
     """
+    check_module(caller, "model", model)
     state = state_of(model)
     if state is None:
         raise ValueError(f"{caller}: {type(model).__name__} is not wrapped by get_peft_model or add_gist")
@@ -158,7 +162,11 @@ def check_name(name: str, caller: str) -> str:
 
 def begin(model: nn.Module, caller: str) -> State:
     """The state of ``model``, made on first use: all but the head is frozen, and the head as it was kept as a copy. What a
-    Hugging Face PeftModel trains goes on being trained."""
+    Hugging Face PeftModel trains goes on being trained.
+
+    Raises:
+        TypeError: no family knows the model, or its head is quantised. The model is unchanged.
+    """
     outer, model = model, inner(model)
     state = state_of(model)
     if state is not None:
@@ -172,6 +180,8 @@ def begin(model: nn.Module, caller: str) -> State:
 
         paths = tuple(hf_peft.head_path(model, path) for path in paths)
         trained, foreign = hf_peft.trained(outer), tuple(hf_peft.kinds(outer))
+    for path in paths:
+        _check_head(model, path, caller)
     heads = {path: copy.deepcopy(model.get_submodule(path)) for path in paths}
     state = State(family, {n: p.requires_grad for n, p in model.named_parameters()}, heads, foreign=foreign)
     for p in model.parameters():
@@ -179,8 +189,22 @@ def begin(model: nn.Module, caller: str) -> State:
     for path in heads:
         model.get_submodule(path).requires_grad_(True)
     model.__dict__[_ATTRIBUTE] = state
-    state.hooks = hold_once(model, _site_names)
+    state.hooks = (*hold_once(model, _site_names), *guard(model))
     return state
+
+
+def _check_head(model: nn.Module, path: str, caller: str) -> None:
+    """The head at ``path`` can be trained.
+
+    Raises:
+        TypeError: it is quantised.
+    """
+    for name, p in model.get_submodule(path).named_parameters(prefix=path):
+        if not can_train(p):
+            raise TypeError(
+                f"{caller}: {name} is quantised (a {type(p).__name__}), and the head is trained: leave {path} out of "
+                "quantisation (bitsandbytes: BitsAndBytesConfig(llm_int8_skip_modules=[...]), torchao: a filter_fn)"
+            )
 
 
 def end(model: nn.Module, state: State) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from fastgist.nn._checks import check_module
 from fastgist.peft import state as _state
 from fastgist.peft.config import PeftConfig
 from fastgist.peft.method import method_of
@@ -51,6 +52,7 @@ def get_peft_model(model: nn.Module, config: PeftConfig, name: str = "default") 
 
 def add_record(model: nn.Module, config: PeftConfig, name: str, caller: str, filled: bool = False) -> Record:
     """``filled``: a file fills the layers at once, so that what they start from does not matter."""
+    check_module(caller, "model", model)
     method = method_of(config)
     _state.check_name(name, caller)
     plain = _state.inner(model)
@@ -109,7 +111,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
         RuntimeError: an adapter is merged at present.
     """
     state = need_state(model, "set_adapter")
-    if name not in state.records:
+    if not isinstance(name, str) or name not in state.records:
         raise ValueError(f"set_adapter: no adapter named {name!r}; there are {', '.join(state.records) or 'none'}")
     _refuse_merged(state, "set_adapter")
     if name != state.active:
@@ -247,6 +249,9 @@ def merge_and_unload(model: nn.Module, keep_head: bool = True) -> nn.Module:
     """The plain model with the updates of the adapter in place in its weights, for ``save_pretrained`` and whatever else wants
     a plain model. There is no way back: save the adapter first. Other named adapters go.
 
+    SSF's shift needs a bias. A layer without one gets one, and a warning says so: a fresh model of the class has no place for
+    it, and must be given one before the weights are loaded (``load_state_dict`` refuses, ``from_pretrained`` drops it).
+
     Args:
         keep_head: as :func:`unload`'s.
 
@@ -261,7 +266,19 @@ def merge_and_unload(model: nn.Module, keep_head: bool = True) -> nn.Module:
         merge(model)
     if not keep_head:
         _refuse_whole(state, "merge_and_unload")
-    return _taken_out(model, state, keep_head)
+    plain = _state.inner(model)
+    before = {name.replace(".base_layer.", ".") for name in plain.state_dict()}
+    merged = _taken_out(model, state, keep_head)
+    added = sorted(plain.state_dict().keys() - before)
+    if added:
+        shown = ", ".join(added[:4]) + (f" and {len(added) - 4} more" if len(added) > 4 else "")
+        warnings.warn(
+            f"merge_and_unload: {len(added)} layers without a bias got one, which a fresh model of this class has no place "
+            f"for: {shown}; give it those before loading these weights",
+            UserWarning,
+            stacklevel=2,
+        )
+    return merged
 
 
 def _taken_out(model: nn.Module, state: State, keep_head: bool) -> nn.Module:

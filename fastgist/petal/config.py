@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from fastgist.nn._tuner import check_positive
+from fastgist.nn._checks import check_bool, check_dropout, check_number, check_one_of, check_positive
+from fastgist.nn.bottleneck import check_options
+from fastgist.nn.cp import CORES
+from fastgist.nn.moe import GATINGS
 from fastgist.peft.config import CP_INITS, PeftConfig, ThresholdConfig
 
 __all__ = ["BottleneckConfig", "PetalConfig", "QueryGistConfig"]
@@ -27,6 +29,9 @@ class BottleneckConfig:
     projection: str = "fixed"
     preset: str | None = None
 
+    def __post_init__(self) -> None:
+        check_options("BottleneckConfig", **self.options())
+
     def options(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
@@ -43,12 +48,11 @@ class QueryGistConfig:
     temperature: float = 3.0
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "temperature"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value)) or isinstance(value, bool):
-                raise ValueError(f"QueryGistConfig: {name} must be a finite number, got {value!r}")
-        if self.temperature <= 0:
-            raise ValueError(f"QueryGistConfig: temperature must be > 0, got {self.temperature}")
+        check_positive("QueryGistConfig", "length", self.length)
+        check_dropout("QueryGistConfig", self.dropout)
+        for name in ("alpha", "beta"):
+            check_number("QueryGistConfig", name, getattr(self, name))
+        check_number("QueryGistConfig", "temperature", self.temperature, above=0.0)
 
 
 @dataclass
@@ -97,22 +101,25 @@ class PetalConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init not in CP_INITS:
-            raise ValueError(f"PetalConfig: init must be one of {', '.join(CP_INITS)}, got {self.init!r}")
+        self._check("rank", "dropout")
+        for name, known in (("core", CORES), ("init", CP_INITS), ("gating", GATINGS)):
+            check_one_of("PetalConfig", name, getattr(self, name), known)
         self.threshold = ThresholdConfig.of("PetalConfig", self.threshold)
         self.bottleneck = _settings("bottleneck", self.bottleneck, BottleneckConfig)
         self.gist = _settings("gist", self.gist, QueryGistConfig)
         for name in ("load_balance", "batch_mean"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-                raise ValueError(f"PetalConfig: {name} must be finite and >= 0, got {value}")
+            check_number("PetalConfig", name, getattr(self, name), least=0.0)
         if isinstance(self.num_experts, bool) or not isinstance(self.num_experts, int) or self.num_experts < 0:
             raise ValueError(f"PetalConfig: num_experts must be a whole number >= 0, got {self.num_experts!r}")
-        for name in ("rank", "num_instructions"):
+        for name in ("expert_dim", "num_instructions"):
             check_positive("PetalConfig", name, getattr(self, name))
         for name in ("instruct_llm", "gated_query"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"PetalConfig: {name} must be True or False, got {getattr(self, name)!r}")
+            check_bool("PetalConfig", name, getattr(self, name))
+        if self.num_experts and self.top_k is not None:
+            if check_positive("PetalConfig", "top_k", self.top_k) > self.num_experts:
+                raise ValueError(f"PetalConfig: top_k must be in 1..{self.num_experts} (num_experts), got {self.top_k}")
+            if self.gating == "uniform":
+                raise ValueError(f"PetalConfig: top_k needs gating='softmax', got top_k={self.top_k} with 'uniform'")
         if not self.num_experts and self.num_instructions != 1:
             raise ValueError("PetalConfig: num_instructions mixes the experts' gates, and num_experts is 0")
         if not self.num_experts and self.instruct_llm:

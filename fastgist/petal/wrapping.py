@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastgist.nn import Gate, InstructionMoE, mix_instructions
+from fastgist.nn._checks import shown
+from fastgist.nn._quantised import count
 from fastgist.peft import state as _state
 from fastgist.peft.family import find_family
 from fastgist.peft.surgery import add_record
@@ -63,7 +65,7 @@ def wrap(model: nn.Module, config: PetalConfig | None = None, name: str = "defau
     """
     config = PetalConfig() if config is None else config
     if not isinstance(config, PetalConfig):
-        raise TypeError(f"petal.wrap: config must be a PetalConfig, got {type(config).__name__}")
+        raise TypeError(f"petal.wrap: config must be a PetalConfig, got {shown(config)}")
     _with_qformer(model, "petal.wrap")
     add_record(model, config, name, "petal.wrap")
     if verbose:
@@ -88,8 +90,8 @@ def trainable_shares(model: nn.Module) -> Shares:
             parts[kind] = parts.get(kind, 0) + parameter.numel()
     return Shares(
         trainable=sum(parts.values()),
-        qformer=plain.query_tokens.numel() + sum(p.numel() for p in plain.qformer.parameters()),
-        model=sum(p.numel() for p in plain.parameters()),
+        qformer=plain.query_tokens.numel() + sum(count(p) for p in plain.qformer.parameters()),
+        model=sum(count(p) for p in plain.parameters()),
         parts=parts,
     )
 
@@ -130,9 +132,15 @@ def instruction_gate(model: nn.Module, qformer_input_ids: Tensor, qformer_attent
 
     Raises:
         ValueError: the model has no experts, its Q-Former reads no instruction (BLIP-2), or shapes do not fit.
+        TypeError: ids that are no integers.
     """
     site = _enriched(model, "petal.instruction_gate")
     plain: Any = _state.inner(model)
+    if not isinstance(qformer_input_ids, Tensor) or qformer_input_ids.is_floating_point():
+        got = (
+            f"a {qformer_input_ids.dtype} Tensor" if isinstance(qformer_input_ids, Tensor) else shown(qformer_input_ids)
+        )
+        raise TypeError(f"petal.instruction_gate: qformer_input_ids must be an integer Tensor, got {got}")
     if qformer_input_ids.dim() != 2:
         raise ValueError(
             f"petal.instruction_gate: qformer_input_ids must be (B, L), got shape {tuple(qformer_input_ids.shape)}"

@@ -43,7 +43,8 @@ TUNING_GRID: dict[str, tuple[float, ...]] = {
     "linear-probe": (1e-2, 3e-2), "adapter": _GRID, "lora": _GRID, "cp": _GRID, "ssf": _GRID, "bitfit": _GRID,
     "full": (5e-4, 2e-3),
 }  # fmt: skip
-#: Method -> learning rate: set by hand after a few runs without a gist token that were judged on validation texts.
+#: Method -> learning rate: set by hand after a few runs without a gist token that were judged on validation texts. FacT,
+#: prompts, prefixes and other adapter placements have none: they were not run.
 LEARNING_RATES = {
     "linear-probe": 1e-2, "adapter": 3e-3, "lora": 3e-3, "cp": 3e-3, "ssf": 3e-3, "bitfit": 3e-3, "full": 5e-4,
 }  # fmt: skip

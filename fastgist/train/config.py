@@ -217,8 +217,8 @@ class ExportConfig:
     output: Path | None = _option(None, "The file; model.pt2 or model.onnx beside the adapter if not given.", "Export")
     format: Format = _option(Format.TORCH, "torch.export's .pt2, or ONNX.", "Export")
     overwrite: bool = _option(False, "Replace the file if it is there.", "Export")
-    model: str | None = _option(None, "The timm model it was trained on; a run's own if not given.", "Model")
-    pretrained: bool | None = _option(None, "With timm's published weights; as the run had it if not given.", "Model")
+    model: str | None = _option(None, "The timm model it was trained on (images); a run's own if not given.", "Model")
+    pretrained: bool | None = _option(None, "With the published weights; as the run had it if not given.", "Model")
     checkpoint: Path | None = _option(None, "With the weights of this safetensors file instead.", "Model")
     image_size: int | None = _option(None, "Pixels a side; the run's own if not given.", "Model", min=1)
 

@@ -30,9 +30,32 @@ def _driver() -> str | None:
     return (run.stdout.splitlines() or [""])[0].strip() or None
 
 
+#: extra -> the packages that it brings, in the order of pyproject.toml; "" for one that no extra of a user's names.
+EXTRAS = {
+    "triton": ("triton",),
+    "models": ("numpy", "safetensors", "timm", "torchvision", "transformers"),
+    "train": (
+        "accelerate", "datasets", "huggingface_hub", "matplotlib", "pyyaml", "rich", "scikit-learn", "scipy",
+        "torchmetrics", "tqdm", "typer",
+    ),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "tensorboard": ("tensorboard",),
+    "tensorly": ("tensorly",),
+    "quantized": ("bitsandbytes", "torchao"),
+    "": ("peft",),
+}  # fmt: skip
+
+
 def environment() -> dict[str, Any]:
-    """Versions, devices, the compiled extension, and what each operation runs on here: JSON values."""
-    found: dict[str, Any] = {"versions": versions()}
+    """Versions, devices, the compiled extension, and what each operation runs on here: JSON values. ``missing``: packages that
+    are not installed, and how to get them."""
+    found: dict[str, Any] = {"versions": versions(package for packages in EXTRAS.values() for package in packages)}
+    found["missing"] = {
+        package: f"pip install 'fastgist[{extra}]'" if extra else f"pip install {package}"
+        for extra, packages in EXTRAS.items()
+        for package in packages
+        if package not in found["versions"]
+    }
     found["versions"] |= {"commit": commit() or "not a git checkout", "platform": platform.platform()}
     found["versions"] |= {
         "CUDA of PyTorch": torch.version.cuda or "none",
@@ -71,6 +94,8 @@ def warmup(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device")
     dtypes = [_dtype(name.strip()) for name in dtype.split(",") if name.strip()]
+    if not dtypes:
+        raise UserError(f"--dtype takes float32, bfloat16 and float16, by commas, got {dtype!r}")
     probes = [torch.empty(0, dtype=d, device=device) for d in dtypes]
     chosen = {(op, probe.dtype): backends.resolve(op, "auto", probe) for op in backends.OPS for probe in probes}
     if "triton" not in chosen.values():

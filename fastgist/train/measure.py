@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,18 @@ def _peak(prof: torch.profiler.profile) -> int:
     return peak
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on; absent packages are left out."""
+#: What a result may depend on.
+PACKAGES = (
+    "triton", "timm", "accelerate", "transformers", "numpy", "scikit-learn", "bitsandbytes", "torchao", "peft",
+)  # fmt: skip
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Versions of fastgist, Python, torch and ``packages``; absent ones are left out."""
     import fastgist
 
     found = {"fastgist": fastgist.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "timm", "accelerate", "transformers", "numpy", "scikit-learn"):
+    for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

@@ -78,11 +78,15 @@ def test_18_sizes_that_are_none(size) -> None:
     with pytest.raises(ValueError, match=f"GistToken: length must be a positive int, got {size}"):
         GistToken(6, size)
     model = vit()
-    for config, name in (
-        (LoraConfig(rank=size), "LoRALinear: rank"),
-        (CPConfig(rank=size), "CPFactors: rank"),
-        (AdapterConfig(bottleneck_dim=size), "Adapter: bottleneck_dim"),
+    for kind, field, name in (
+        (LoraConfig, "rank", "LoRALinear: rank"),
+        (CPConfig, "rank", "CPFactors: rank"),
+        (AdapterConfig, "bottleneck_dim", "Adapter: bottleneck_dim"),
     ):
+        with pytest.raises(ValueError, match=f"{kind.__name__}: {field} must be a positive int, got {size}"):
+            kind(**{field: size})
+        config = kind()
+        setattr(config, field, size)  # after it was checked
         with pytest.raises(ValueError, match=name):
             get_peft_model(model, config)
     assert all(p.requires_grad for p in model.parameters())  # untouched

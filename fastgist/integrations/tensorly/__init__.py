@@ -17,6 +17,8 @@ from tensorly.decomposition import parafac, tucker
 from torch import Tensor, nn
 
 from fastgist.nn import CPFactors, CPLinear
+from fastgist.nn._quantised import can_train
+from fastgist.peft.quantised import dequantised
 
 __all__ = ["init_from_weights"]
 
@@ -47,12 +49,14 @@ def init_from_weights(layers: Mapping[str, nn.Module], iterations: int = 100) ->
     decaying spectrum it kept 0.41 of the squared norm; 20 iterations of ALS on the whole tensor took 14 s and kept 0.40. No
     published weights were at hand, and no task has been trained from it yet.
 
+    Weights that bitsandbytes or torchao quantised are read as what their layer multiplies by, one at a time.
+
     Args:
         layers: :class:`fastgist.nn.CPLinear` by path; others are left alone. Folds without a mode are not read.
         iterations: of ALS.
 
     Raises:
-        TypeError: a weight that is not dense floating point (quantised).
+        TypeError: a weight that is neither dense floating point nor one whose dense form is known (other packages').
         ValueError: a core other than "cp" and "tucker", weights that are not finite, all zero or on the meta device.
     """
     groups: dict[CPFactors, dict[str, CPLinear]] = {}
@@ -74,14 +78,15 @@ def init_from_weights(layers: Mapping[str, nn.Module], iterations: int = 100) ->
 def _matrices(path: str, layer: CPLinear) -> Iterator[tuple[int, Tensor]]:
     """(mode, matrix (K, n) in float64) of each fold of a layer that has a mode."""
     base = layer.base_layer
-    weight = getattr(base, "weight", None)
+    weight = dequantised(base)
+    weight = getattr(base, "weight", None) if weight is None else weight
     transposed = hasattr(base, "nx")  # transformers' Conv1D stores (in, out)
     sizes = (layer.in_features, layer.out_features)
     stored = sizes if transposed else sizes[::-1]
-    if not (isinstance(weight, Tensor) and weight.is_floating_point() and tuple(weight.shape) == stored):
+    if not (isinstance(weight, Tensor) and can_train(weight) and tuple(weight.shape) == stored):
         raise TypeError(
-            f"init_from_weights: {path}: expected a dense floating-point weight of shape {stored}, got "
-            f"{type(base).__name__}"
+            f"init_from_weights: {path}: expected a dense floating-point weight of shape {stored}, or one that bitsandbytes "
+            f"or torchao quantised, got {type(base).__name__}; init='identity' needs no weights"
         )
     if weight.is_meta:
         raise ValueError(f"init_from_weights: {path}: its weight is on the meta device, and holds nothing yet")

@@ -308,7 +308,8 @@ def _run_scaled_block(block: Any, add: Any, x: Tensor, **kwargs: Any) -> Tensor:
 def separate_biases(blocks: nn.Module) -> None:
     """Let attention layers with their q and v biases apart (EvaAttention, BEiT's, Swin V2's) call what stands in qkv's place.
 
-    They pass qkv.weight to F.linear, past whatever was put around qkv, unless told otherwise.
+    They pass qkv.weight to F.linear, past whatever was put around qkv, unless told otherwise. Once nothing stands there, a
+    bias that was merged into qkv, which they would not read, goes to where they have theirs.
     """
     for module in blocks.modules():
         if getattr(module, "q_bias", None) is None or not hasattr(module, "qkv_bias_separate"):
@@ -319,8 +320,24 @@ def separate_biases(blocks: nn.Module) -> None:
             module._fastgist_bias_was = module.qkv_bias_separate
             module.qkv_bias_separate = True
         elif not wrapped and mine is not None:
+            if not mine and module.qkv.bias is not None:
+                _move_bias(module)
             module.qkv_bias_separate = mine
             del module._fastgist_bias_was
+
+
+@torch.no_grad()
+def _move_bias(attention: Any) -> None:
+    """qkv's bias into q_bias, k_bias and v_bias. k_bias is a buffer of zeros that files do not hold: BEiT's softmax, which is
+    over the keys, does not see what all keys have in common, and elsewhere (keys normed or rotated) it becomes persistent."""
+    from timm.models.beit import Attention
+
+    q, k, v = attention.qkv.bias.chunk(3)
+    attention.q_bias.add_(q)
+    attention.v_bias.add_(v)
+    if type(attention) is not Attention and bool(k.any()):
+        attention.register_buffer("k_bias", attention.k_bias + k, persistent=True)
+    attention.qkv.bias = None
 
 
 def example_images(model: Any) -> Tensor:

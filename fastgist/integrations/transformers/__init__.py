@@ -10,6 +10,7 @@ from fastgist.integrations.transformers.loss import gist_loss_func
 from fastgist.integrations.transformers.qformer import QFormer
 
 __all__ = [
+    "AdapterTrainer",
     "Decoder",
     "DecoderGist",
     "Encoder",
@@ -23,7 +24,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("GistTrainer", "PartsTrainer"):  # Trainer is a slow import, and few ask for it
+    if name in ("AdapterTrainer", "GistTrainer", "PartsTrainer"):  # Trainer is a slow import, and few ask for it
         from fastgist.integrations.transformers import trainer
 
         return getattr(trainer, name)

@@ -131,6 +131,8 @@ class DecoderGist(GistHost):
     last = "score"
     takes_prefix = True
 
+    behind = True
+
     def __init__(self, model: Any) -> None:
         self.kind = _KINDS[type(model).__name__]
         self.dim = model.config.hidden_size

@@ -204,7 +204,10 @@ class EncoderGist(GistHost):
 def _first_token_first(given: dict[str, Any], mask: Tensor) -> dict[str, Any]:
     """Each row of a batch of texts rolled by the padding on its left."""
     first = (mask != 0).int().argmax(dim=1, keepdim=True)  # of equals, argmax gives the first
-    order = (torch.arange(mask.shape[1], device=mask.device) + first) % mask.shape[1]
+    order = torch.arange(mask.shape[1], device=mask.device) + first
+    order = torch.where(
+        order < mask.shape[1], order, order - mask.shape[1]
+    )  # ONNX takes no remainder by a dynamic size
     rolled = dict(given)
     for name in _PER_TOKEN:
         value = given.get(name)

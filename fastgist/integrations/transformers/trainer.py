@@ -1,8 +1,9 @@
-"""transformers' Trainer around a gist model.
+"""transformers' Trainer around a wrapped model.
 
 ``Trainer(model=gist_model)`` works as it is: the model computes its loss where it is given labels. :class:`GistTrainer` adds
 what Trainer cannot know of: parameter groups for token, adapter and head (:class:`PartsTrainer`), the progress that schedules
-ask for, and checkpoints that hold the adaptation, not the model.
+ask for, and checkpoints that hold the adaptation, not the model. :class:`AdapterTrainer` is the same for a model without a
+gist token. Both take quantised models, which Trainer refuses where PEFT has not wrapped them.
 
 With ``label_smoothing_factor`` the plain Trainer keeps the labels and takes its own loss of the logits: the model sees it in
 the first backward and warns (smooth with ``model.loss = GistLoss(label_smoothing=...)``).
@@ -10,7 +11,10 @@ the first backward and warns (smooth with ``model.loss = GistLoss(label_smoothin
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,9 +23,24 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from fastgist import GistModel, load_adapter, save_adapter
+from fastgist.peft.state import inner, state_of
 from fastgist.train import parameter_groups
 
-__all__ = ["GistTrainer", "PartsTrainer"]
+__all__ = ["AdapterTrainer", "GistTrainer", "PartsTrainer"]
+
+
+@contextlib.contextmanager
+def _with_adapters(model: Any) -> Iterator[None]:
+    """Within it a quantised model that fastgist has wrapped says that it has adapters: Trainer asks for PEFT's only."""
+    plain = inner(model) if isinstance(model, nn.Module) and state_of(model) is not None else None
+    if plain is None or not getattr(plain, "is_quantized", False):
+        yield
+        return
+    plain._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del plain._hf_peft_config_loaded
 
 
 class PartsTrainer(Trainer):
@@ -52,7 +71,9 @@ class PartsTrainer(Trainer):
         wd_head: float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        model = inspect.signature(Trainer.__init__).bind_partial(self, *args, **kwargs).arguments.get("model")
+        with _with_adapters(model):
+            super().__init__(*args, **kwargs)
         self._lrs = {"gist": lr_gist, "peft": lr_peft, "head": lr_head}
         self._rates: dict[str | None, float] = {}
         self._weight_decays = {"gist": wd_gist, "peft": wd_peft, "head": wd_head}
@@ -106,45 +127,33 @@ class PartsTrainer(Trainer):
         return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and not own
 
 
-class GistTrainer(PartsTrainer):
-    """Trainer for a gist model.
+class AdapterTrainer(PartsTrainer):
+    """Trainer for a model that get_peft_model or petal.wrap has wrapped, quantised or not.
 
-    - The optimiser has groups: :class:`PartsTrainer`, whose ``lr_gist`` and so on are arguments here too.
-    - ``model.loss.progress`` is the share of the steps done, which schedules of beta and temperature are asked with.
+    - The optimiser has groups: :class:`PartsTrainer`, whose ``lr_peft`` and so on are arguments here too.
     - A checkpoint holds what :func:`fastgist.save_adapter` writes, beside Trainer's own files; resuming and
       ``load_best_model_at_end`` fill the model from it, and :func:`fastgist.load_adapter` takes it. (Trainer's own
       checkpoints hold every weight.)
 
     Raises:
-        TypeError: ``model`` is no gist model.
-        ValueError: ``label_smoothing_factor``: Trainer would take a loss of its own, without the gist logits; give
-            ``GistLoss(label_smoothing=...)`` to the model. FSDP or DeepSpeed, whose checkpoints are their own; a gist token
-            in a Hugging Face PeftModel, of which a checkpoint would hold a part.
+        ValueError: ``model`` is not wrapped. FSDP or DeepSpeed, whose checkpoints are their own; a gist token in a Hugging
+            Face PeftModel, of which a checkpoint would hold a part.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(self.model, GistModel):
-            raise TypeError(f"GistTrainer: model must be a GistModel (add_gist), got {type(self.model).__name__}")
-        if self.model.peft_model is not None:
+        self._check()
+
+    def _check(self) -> None:
+        owner, state = type(self).__name__, state_of(self.model)
+        if state is None:
+            raise ValueError(f"{owner}: {type(self.model).__name__} is not wrapped by get_peft_model or add_gist")
+        if state.foreign:
             raise ValueError(
-                "GistTrainer: a checkpoint would hold nothing of the PeftModel around the model; take Trainer"
-            )
-        if self.args.label_smoothing_factor:
-            raise ValueError(
-                "GistTrainer: label_smoothing_factor replaces the model's loss by one without gist logits; set "
-                "model.loss = GistLoss(label_smoothing=...) instead"
+                f"{owner}: a checkpoint would hold nothing of the PeftModel around the model; take Trainer"
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("GistTrainer: FSDP and DeepSpeed write checkpoints of their own; take Trainer")
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        loss = getattr(self.model, "loss", None)
-        if loss is not None and hasattr(loss, "progress"):
-            loss.progress = self.state.global_step / max(self.state.max_steps, 1)
-        return super().training_step(model, inputs, num_items_in_batch)
+            raise ValueError(f"{owner}: FSDP and DeepSpeed write checkpoints of their own; take Trainer")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = output_dir or self.args.output_dir
@@ -161,3 +170,34 @@ class GistTrainer(PartsTrainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None  # Trainer asks for it only then
         load_adapter(self.model, self.state.best_model_checkpoint)
+
+
+class GistTrainer(AdapterTrainer):
+    """Trainer for a gist model.
+
+    - All of :class:`AdapterTrainer`: parameter groups (``lr_gist`` and so on), checkpoints of the adaptation.
+    - ``model.loss.progress`` is the share of the steps done, which schedules of beta and temperature are asked with.
+
+    Raises:
+        TypeError: ``model`` is no gist model.
+        ValueError: ``label_smoothing_factor``: Trainer would take a loss of its own, without the gist logits; give
+            ``GistLoss(label_smoothing=...)`` to the model. What :class:`AdapterTrainer` refuses.
+    """
+
+    def _check(self) -> None:
+        if not isinstance(self.model, GistModel):
+            raise TypeError(f"GistTrainer: model must be a GistModel (add_gist), got {type(self.model).__name__}")
+        super()._check()
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                "GistTrainer: label_smoothing_factor replaces the model's loss by one without gist logits; set "
+                "model.loss = GistLoss(label_smoothing=...) instead"
+            )
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        loss = getattr(self.model, "loss", None)
+        if loss is not None and hasattr(loss, "progress"):
+            loss.progress = self.state.global_step / max(self.state.max_steps, 1)
+        return super().training_step(model, inputs, num_items_in_batch)
