@@ -45,8 +45,9 @@ def aligned(t: torch.Tensor) -> bool:
 
 
 def described(t: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can stand for the matrix ``t``: rows without gaps that begin on 16 bytes."""
-    return t.data_ptr() % 16 == 0 and t.stride(1) == 1 and t.stride(0) * t.dtype.itemsize % 16 == 0
+    """Whether a tensor descriptor can stand for the matrix ``t``: dense rows that begin on 16 bytes, none on another."""
+    pitch = t.stride(0) * t.dtype.itemsize
+    return t.data_ptr() % 16 == 0 and t.stride(1) == 1 and pitch % 16 == 0 and pitch > 0
 
 
 def can(

@@ -84,7 +84,7 @@ def project(a, b, gain, seed, scale, dropout_p, tf32, h) -> None:
     programs, each as long as a row: there the library, which splits the columns too, may be faster."""
     rows, columns = a.shape
     fold_n, rank = b.shape
-    if seed is None and narrow_by_library(a, rank, tf32):
+    if seed is None and h.dtype == a.dtype and narrow_by_library(a, rank, tf32):
         torch.mm(a, folded_v(b, gain, columns // fold_n), out=h)
         if scale != 1.0:
             h.mul_(scale)
