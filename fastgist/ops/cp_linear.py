@@ -197,8 +197,8 @@ class _CPLinear(torch.autograd.Function):
 
 
 def _base_arguments(*base: Tensor) -> tuple[Tensor | None, ...]:
-    """``base``, with a None behind two: torch 2.11, compiling where gradients are off, leaves ctx out of a forward that gets as
-    many arguments as it names, ctx and ``*base`` counted as one each."""
+    """``base``, with a None behind two: torch 2.11, compiling where gradients are off, leaves ctx out of a forward that gets
+    as many arguments as it names, ctx and ``*base`` counted as one each."""
     return (*base, None) if len(base) == 2 else base
 
 
