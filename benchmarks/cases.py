@@ -149,6 +149,31 @@ DIRECTIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("decode", "cuda"): ("token",),
 }
 
+#: What is timed first where minutes are few: of each operation the cases and providers that its targets are about.
+FIRST: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "bidirectional_kl": (
+        ("M64_V100", "M8192_V1000", "M8192_V32000", "M8192_V128256"), ("authors", "log_softmax", "analytic"),
+    ),
+    "gist_loss": (("M64_V100", "M8192_V1000", "M8192_V32000", "M8192_V128256"), ("authors", "analytic")),
+    "gist_linear_loss": (("M2048_V32000_H1024", "M8192_V128256_H4096"), ("log_softmax",)),
+    "topk_kl": (("M8192_V32000_K64",), ("log_softmax",)),
+    "cp_linear": (
+        (*(f"M16384_d{d}_R{r}" for d, r in ((768, 16), (1024, 64), (4096, 16), (4096, 64))), "M1_d4096_R16",
+         "M64_d4096_R16", "M512_d2048_R16", "M16384_d768_R16_W3"),
+        ("frozen linear alone", "factored", "dense delta", "PEFT LoRA"),
+    ),
+    "cp_update": (("M16384_d1024_R16", "M16384_d4096_R64"), ("addmm",)),
+    "adapter": (tuple(f"M16384_d{d}_H{h}" for d, h in ((768, 8), (768, 64), (1024, 64), (4096, 64))), ("eager",)),
+    "gelu": (("M50688_d3072",), ("eager",)),
+}  # fmt: skip
+
+
+def is_first(op: str, case: Case, provider: str, direction: str) -> bool:
+    """Whether a row is one of :data:`FIRST`: in half precision, ours on a GPU beside the named peers."""
+    names, peers = FIRST.get(op, ((), ()))
+    ours = provider in ("fastgist triton", "fastgist cuda")
+    return case.name in names and case.dtype.itemsize == 2 and (ours or provider in peers) and "scaled" not in direction
+
 
 def square(kind: str) -> list[Case]:
     """cp_linear's cases of one square weight: those that records of its forms hold."""

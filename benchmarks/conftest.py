@@ -15,6 +15,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
 from benchmarks import harness  # noqa: E402
-from benchmarks.cases import CASES, directions  # noqa: E402
+from benchmarks.cases import CASES, directions, is_first  # noqa: E402
 from benchmarks.peers import OTHER_FUNCTION, PEERS, Missing  # noqa: E402
 
 KIND = os.environ.get("FASTGIST_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,15 +35,32 @@ DEVICE = torch.device(KIND)
 CLOCK = harness.Clock(DEVICE)
 KEPT = KIND == "cpu" and harness.keep_freed_memory()
 ROWS = pytest.StashKey[list]()
+KEPT_ROWS = pytest.StashKey[list]()
+#: [the run's configuration, when its rows were last written]
+_SESSION: list = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--save-results", type=Path, metavar="DIR", help="write <device>/<op>.json under DIR")
+    parser.addoption("--resume", action="store_true", help="keep the rows that --save-results has, time the others")
+    parser.addoption("--first", action="store_true", help="only the rows that benchmarks/cases.py names in FIRST")
     parser.addoption("--seconds", type=float, default=1.0, help="time spent on each row (default 1)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    folder = config.getoption("--save-results", default=None)
+    config.stash[KEPT_ROWS] = _earlier(folder) if config.getoption("--resume", default=False) and folder else []
+
+
+def _row_name(row: dict) -> tuple:
+    return tuple(row[name] for name in ("op", "case", "dtype", "direction", "provider"))
+
+
+def _earlier(folder: Path) -> list[dict]:
+    files = sorted((folder / slug()).glob("*.json")) if (folder / slug()).is_dir() else []
+    found = [json.loads(file.read_text()) for file in files if file.stem in PEERS]
+    return [row for results in found for row in results["rows"]]
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
@@ -59,6 +77,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         op = metafunc.module.OP
         providers = getattr(metafunc.module, "PROVIDERS", None) or PEERS[op]
         wanted = getattr(metafunc.module, "wanted", lambda case, provider: True)
+        first = metafunc.config.getoption("--first")
+        have = {_row_name(row) for row in metafunc.config.stash[KEPT_ROWS]}
+
+        def asked(case, direction: str, provider: str) -> bool:
+            name = op, case.name, str(case.dtype).removeprefix("torch."), direction, provider
+            return name not in have and (not first or is_first(op, case, provider, direction))
+
         rows = [
             pytest.param(
                 case,
@@ -70,7 +95,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for case in CASES[op, KIND]
             for provider in providers
             for direction in directions(op, KIND, case)
-            if wanted(case, provider)
+            if wanted(case, provider) and asked(case, direction, provider)
         ]
         metafunc.parametrize(("case", "direction", "provider"), rows)
 
@@ -133,9 +158,26 @@ def _parity(problem: harness.Problem, call, provider: str) -> str:
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
+def pytest_runtest_logfinish() -> None:
+    """The rows so far, twice a minute at most: a run may be cut off."""
+    if _SESSION and time.monotonic() > _SESSION[1] + 30:
+        save(_SESSION[0])
+        _SESSION[1] = time.monotonic()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    _SESSION[:] = [session.config, time.monotonic()]
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    folder = session.config.getoption("--save-results", default=None)
-    rows = [row for row in session.config.stash[ROWS] if "median_s" in row or row.get("parity") != "within the budget"]
+    save(session.config)
+
+
+def save(config: pytest.Config) -> None:
+    """Write the rows of this run, and those it was told to keep, a file an operation."""
+    folder = config.getoption("--save-results", default=None)
+    known = [row for row in config.stash[ROWS] if "parity" in row]  # the last may just have begun
+    rows = [row for row in known if "median_s" in row or row["parity"] != "within the budget"]
     if folder is None or not rows:
         return
     described = environment()
@@ -143,7 +185,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         path = folder / described["device_slug"] / f"{op}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         mine = [row for row in rows if row["op"] == op]
-        path.write_text(json.dumps({"environment": described, "rows": mine}, indent=1) + "\n")
+        again = {_row_name(row) for row in mine}
+        mine = [r for r in config.stash[KEPT_ROWS] if r["op"] == op and _row_name(r) not in again] + mine
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps({"environment": described, "rows": mine}, indent=1) + "\n")
+        unfinished.replace(path)
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
@@ -214,21 +260,25 @@ def commit() -> str:
     return "unknown" if head is None else head + ("-modified" if changed else "")
 
 
+def slug() -> str:
+    """The device's folder."""
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"cpu {_cpu_model()}"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+
+
 def environment() -> dict[str, object]:
     found: dict[str, object] = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": commit()}
     if DEVICE.type == "cuda":
-        name = torch.cuda.get_device_name()
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        found |= {"device": name, "driver": driver, "ceilings": harness.ceilings(DEVICE)}
+        found |= {"device": torch.cuda.get_device_name(), "driver": driver, "ceilings": harness.ceilings(DEVICE)}
         found |= {"timing": "CUDA events, L2 flushed before each call, median"}
     else:
-        name = f"cpu {_cpu_model()}"
         found |= {"device": _cpu_model(), "threads": torch.get_num_threads(), "cpu_capability": _capability()}
         allocator = "freed memory kept by malloc (mallopt)" if KEPT else "malloc as it comes"
         found["ceilings"] = {"copy_bytes_per_s": harness.cpu_copy_rate()}
         found["ceilings"]["matmul_float32_flops_per_s"] = harness.cpu_matmul_rate()
         found |= {"timing": f"CPU wall clock, median; {allocator}; load_average stands beside each row"}
-    found["device_slug"] = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+    found["device_slug"] = slug()
     found["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     for package in ("fastgist", "triton", "liger_kernel", "peft"):
         try:

@@ -176,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--like", default="", help="shapes whose name contains this (R64_, say)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--compile-seconds", type=float, default=150, help="how long to wait for what compiles")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --out has and time only the others")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
@@ -190,10 +191,15 @@ def _run(args: argparse.Namespace, shared: Path) -> int:
     if args.out is not None:
         _environment()  # it measures the card's ceilings, while nothing else runs
         _release(torch.device(args.device))
+    have = {(row["provider"], row["case"]) for row in _kept(args) if "median_s" in row}
     started = time.monotonic()
     env = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "FASTGIST_BENCH_DEVICE": args.device}
     running: list[tuple[str, str, subprocess.Popen]] = []
-    for n, (provider, numbers) in enumerate(plan(args.op, args.device, args.only, args.like)):
+    shapes = cases(args.op, args.device)
+    for n, (provider, planned) in enumerate(plan(args.op, args.device, args.only, args.like)):
+        numbers = [i for i in planned if (provider, shapes[i].name) not in have]
+        if not numbers:
+            continue
         command = [sys.executable, __file__, "--op", args.op, "--device", args.device]
         command += ["--child", provider, json.dumps(numbers), str(shared), str(n)]
         with (shared / f"log-{n}").open("w") as log:
@@ -214,6 +220,18 @@ def _run(args: argparse.Namespace, shared: Path) -> int:
     return int(failed > 0)
 
 
+def _file(args: argparse.Namespace) -> Path:
+    return args.out / str(_environment()["device_slug"]) / f"{args.op}.json"
+
+
+def _kept(args: argparse.Namespace) -> list[dict]:
+    """Rows of an earlier run, those of compiled steps without the verdict of an eager row that had not come yet."""
+    if not args.resume or args.out is None or not _file(args).exists():
+        return []
+    rows = json.loads(_file(args).read_text())["rows"]
+    return [{k: v for k, v in row.items() if k != "parity" or not v.startswith("not checked")} for row in rows]
+
+
 @functools.cache
 def _environment() -> dict[str, object]:
     from benchmarks.conftest import environment
@@ -229,17 +247,19 @@ def _save(args: argparse.Namespace, shared: Path, written: int) -> int:
         print(_line(row), flush=True)
     if args.out is None or len(rows) == written:
         return len(rows)
-    described = _environment()
+    described, found = _environment(), len(rows)
+    again = {(row["provider"], row["case"]) for row in rows}
+    rows = [row for row in _kept(args) if (row["provider"], row["case"]) not in again] + rows
     for row in _with_parity(rows):
         if "median_s" in row and args.device == "cuda":
             rate = described["ceilings"][f"matmul_{row['dtype']}_flops_per_s"]  # type: ignore[index]
             floor = row["flops"] - row.get("update_flops", 0)  # of a Q-Former, the frozen one's
             row |= {"floor_s": floor / rate, "floor": "FLOPs / matmul rate"}
             row["ratio_to_floor"] = row["median_s"] / row["floor_s"]
-    path = args.out / str(described["device_slug"]) / f"{args.op}.json"
+    path = _file(args)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": described, "rows": rows}, indent=1) + "\n")
-    return len(rows)
+    return found
 
 
 def _with_parity(rows: list[dict]) -> list[dict]:

@@ -117,6 +117,7 @@ def merge(table: dict, found: dict[Key, Config]) -> dict:
 
 def write_table(found: dict[Key, Config], path: Path = TABLE) -> None:
     table = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(merge(table, found), indent=1) + "\n")
 
 
@@ -188,6 +189,7 @@ def tune_case(op: str, case, device, overrides: Overrides, deadline: float, limi
 #: How a form is timed: (name, direction) -> (seconds, spread of a timing), or None where it cannot run or is wrong there.
 #: Names are the forms and "eager <peer>".
 Timer = Callable[[str, str], tuple[float, float] | None]
+REPLAYS = 40
 #: The eager forms' providers in benchmarks/peers.py.
 EAGER = {"factored": "factored", "dense": "dense delta"}
 
@@ -251,8 +253,9 @@ def form_timer(case, device, overrides: Overrides) -> Timer:
         try:
             step = harness.make_step(problem, provider, direction)
             check = functools.partial(harness.parity, problem, provider) if name in FORMS else lambda: None
-            seconds, verdict = _try(check, lambda: min(harness.graph_replay(step, clock) or 1e9 for _ in range(2)))
-            again = harness.graph_replay(step, clock) if seconds is not None else None
+            replay = functools.partial(harness.graph_replay, step, clock, REPLAYS)
+            seconds, verdict = _try(check, lambda: min(replay() or 1e9 for _ in range(2)))
+            again = replay() if seconds is not None else None
         finally:
             overrides.active.clear()
         if seconds is None or again is None or seconds > 1e8:
@@ -278,25 +281,29 @@ def _try(check: Callable[[], str | None], measure: Callable[[], float]) -> tuple
 
 
 def _forms_of_all(overrides: Overrides, deadline: float, args: argparse.Namespace) -> None:
-    """Write the table's entries and, under ``args.out``, cp_linear_forms.json."""
+    """Write the table's entries and, under ``args.out``, cp_linear_forms.json, after each case. Cases that the file has
+    already are not timed again."""
     import torch
 
     from benchmarks.cases import square
     from fastgist_kernels import common
 
     device = torch.device("cuda", torch.cuda.current_device())
-    rows: list[dict[str, object]] = []
-    for case in square("cuda"):
-        if time.monotonic() < deadline:
-            rows += measure_forms(case, form_timer(case, device, overrides))
     arch = common.device_arch(device)
-    write_table(form_entries(rows, arch), args.table)
+    file = args.out / "cp_linear_forms.json" if args.out else None
+    rows: list[dict[str, object]] = json.loads(file.read_text())["rows"] if file and file.exists() else []
+    known = {row["case"] for row in rows}
+    for case in square("cuda"):
+        if case.name in known or time.monotonic() > deadline:
+            continue
+        rows += measure_forms(case, form_timer(case, device, overrides))
+        write_table(form_entries(rows, arch), args.table)
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            found = {"device": torch.cuda.get_device_name(device), "arch": arch, "rows": rows}
+            file.write_text(json.dumps(found, indent=1) + "\n")
     common._tables.cache_clear()  # what is tuned next runs in the forms just found
     overrides.forget()
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        found = {"device": torch.cuda.get_device_name(device), "arch": arch, "rows": rows}
-        (args.out / "cp_linear_forms.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -306,6 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--candidates", type=int, default=12, help="configurations tried for an entry (default 12)")
     parser.add_argument("--out", type=Path, help="folder for the measurements, tuning.json")
     parser.add_argument("--table", type=Path, default=TABLE, help="the table to bring up to date")
+    parser.add_argument("--forms-only", action="store_true", help="of cp_linear its forms and no tiles")
     parser.add_argument("--dry-run", action="store_true", help="print what would be tried and stop")
     args = parser.parse_args(argv)
     from benchmarks.cases import CASES
@@ -329,7 +337,7 @@ def main(argv: list[str] | None = None) -> int:
     failures: list[str] = []
     if "cp_linear" in ops:
         _forms_of_all(overrides, deadline, args)
-    work = [(op, case) for op in ops for case in CASES[op, "cuda"]]
+    work = [(op, case) for op in ops if not args.forms_only for case in CASES[op, "cuda"]]
     for op, case in tqdm(work, desc="cases", unit="case"):
         if time.monotonic() > deadline:
             tqdm.write(f"out of time before {op} {case.id}")

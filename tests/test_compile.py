@@ -36,6 +36,17 @@ def test_fullgraph(op, by):
 
 
 @every
+def test_an_evaluation_compiles(op, by):
+    """With gradients off, parameters requiring them: torch takes another way through a Function then."""
+    call = make(op)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *v: call(*v, impl=by), fullgraph=True, backend="aot_eager")
+    values = call.values()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*values), call(*values, impl=by))
+
+
+@every
 def test_fullgraph_with_other_row_counts(op, by):
     """A second shape makes dimensions symbolic, and that graph serves all others: forward and backward."""
     torch._dynamo.reset()

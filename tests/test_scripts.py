@@ -49,7 +49,7 @@ def test_gpu_dry_run_prints_every_stage_and_existing_files(tmp_path):
                 assert (ROOT / word).exists(), f"{step.stage} {step.name} names {word}, which does not exist"
     done = _run("scripts/gpu.py", "--dry-run", "--stage", "parity", "--op", "adapter")
     assert done.returncode == 0
-    assert len(done.stdout.splitlines()) == 2
+    assert len(done.stdout.splitlines()) == 3
     assert "tests/test_adapter.py" in done.stdout
 
 

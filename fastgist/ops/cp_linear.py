@@ -190,16 +190,17 @@ class _CPLinear(torch.autograd.Function):
     """y (M, N), of several weights as a piece for each, columns of one matrix. Saves x where U or a base weight is trained,
     h = drop(x U) (M, R) where V or the gain is.
 
-    ``base`` is ``count`` weights and as many biases or none.
+    ``base`` is ``count`` weights and as many biases or none, behind which a None may stand.
     """
 
     @staticmethod
     def forward(ctx, x, u, v, gain, seed, scale, dropout_p, record, impl, count, *base):
         if not torch.compiler.is_compiling():  # which knows no gradient that is missing
             ctx.set_materialize_grads(False)
-        first = len(ctx.needs_input_grad) - len(base)
         need_x, need_u, need_v, need_gain = _common.needs(ctx, 4, record)
+        first = len(ctx.needs_input_grad) - len(base)
         of_base = [record and need for need in ctx.needs_input_grad[first:]]
+        base = [t for t in base if t is not None]  # see _base_arguments
         need_weight, need_bias = any(of_base[:count]), any(of_base[count:])
         need_h = need_v or need_gain
         weights, biases = list(base[:count]), list(base[count:])
@@ -240,7 +241,7 @@ class _CPLinear(torch.autograd.Function):
         grad_x, grad_weight, grad_bias, grad_u, grad_v, grad_gain = found
         low_rank = grad_u, _put_back(grad_v, of_v, used), _put_back(grad_gain, of_gain, used)
         own = [dict(zip(used, _split(g, [ctx.rows[i] for i in used]), strict=True)) for g in (grad_weight, grad_bias)]
-        of_base = [g.get(i) for g in own for i in range(len(grads))]
+        of_base = [*(g.get(i) for g in own for i in range(len(grads))), None]
         of_base = [g if needed else None for g, needed in zip(of_base, ctx.of_base, strict=False)]
         return grad_x, *low_rank, None, None, None, None, None, None, *of_base
 
@@ -262,6 +263,12 @@ def _put_back(t: Tensor | None, counts: list[int] | None, used: list[int]) -> Te
     for i, rows in zip(used, t.split([counts[i] for i in used]), strict=True):
         parts[i].copy_(rows)
     return out
+
+
+def _base_arguments(*base: Tensor) -> tuple[Tensor | None, ...]:
+    """``base``, with a None behind two: torch 2.11, compiling where gradients are off, leaves ctx out of a forward that gets
+    as many arguments as it names, ctx and ``*base`` counted as one each."""
+    return (*base, None) if len(base) == 2 else base
 
 
 def _split(grad: Tensor | None, rows: list[int]) -> tuple[Tensor | None, ...]:
@@ -427,8 +434,7 @@ def cp_linear(
         torch.is_grad_enabled(),
         impl,
         len(weights),
-        *weights.values(),
-        *biases.values(),
+        *_base_arguments(*weights.values(), *biases.values()),
     )
     pieces = tuple(piece.reshape(*leading, piece.shape[1]) for piece in (y if isinstance(y, tuple) else (y,)))
     return pieces[0] if isinstance(weight, Tensor) else pieces

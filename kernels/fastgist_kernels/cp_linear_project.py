@@ -118,7 +118,7 @@ def project(pieces: Sequence[torch.Tensor], b, gain, seed, scale, dropout_p, tf3
     a = pieces[0]
     rows, columns = a.shape[0], sum(t.shape[1] for t in pieces)
     fold_n, rank = b.shape
-    if seed is None and narrow_by_library(a, columns, rank, tf32):
+    if seed is None and h.dtype == a.dtype and narrow_by_library(a, columns, rank, tf32):
         _by_library(pieces, folded_v(b, gain, columns // fold_n), scale, h)
         return
     arch = device_arch(a.device)
