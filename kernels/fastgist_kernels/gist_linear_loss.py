@@ -55,5 +55,5 @@ SPECS = [
 SPECS += [
     gist_spec("classes", "bf16_long_v", "bf16", (8, 1, 1024), wide=True, numbers=11),
     gist_spec("classes", "bf16_long_v_ragged", "bf16", (1, 1, 1024)),
-    gist_spec("chunk", "bf16_wide", "bf16", (8, 1, 4096, 16), wide=True, numbers=4, results=1),
+    gist_spec("chunk", "bf16_wide", "bf16", (8, 1, 2048, 8), wide=True, numbers=4, results=1),
 ]

@@ -352,7 +352,7 @@ def _specs() -> list[Spec]:
     for dtype, width, soft in (("bf16", 8, False), ("fp32", 4, False), ("bf16", 8, True)):
         tiles: list[tuple] = [
             ("alone", "", 4, 32, 128, 16),
-            ("alone", "_ragged", 1, 16, 128, 8),
+            ("alone", "_ragged", 1, 16, 128, 16),
             ("alone", "_v8", width, 512, 8, 16),
             ("whole", "_v8", width, 256, 8),
             ("whole", "_v128", width, 16, 128),

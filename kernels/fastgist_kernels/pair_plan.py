@@ -73,9 +73,9 @@ def whole_config(kernel: str, device: torch.device, rows: int, classes: int, vec
 def alone_config(rows: int, classes: int, vec: int) -> dict[str, int]:
     """Tile of a problem whose rows one program takes, some at a time."""
     block_v = next_power_of_2(classes)
-    elements = 4096 if vec > 1 else 2048  # an address for every element: sixteen warps would have too few registers
+    elements, each = (4096, 256) if vec > 1 else (2048, 128)  # ragged: an address for every element takes registers
     block_m = max(1, min(next_power_of_2(rows), elements // block_v))
-    return {"BLOCK_V": block_v, "BLOCK_M": block_m, "num_warps": _warps(block_m * block_v, 256), "num_stages": 1}
+    return {"BLOCK_V": block_v, "BLOCK_M": block_m, "num_warps": _warps(block_m * block_v, each), "num_stages": 1}
 
 
 def _warps(elements: int, each: int) -> int:
