@@ -79,12 +79,12 @@ def test_without_ncu_one_line_and_code_two(ncu, monkeypatch, capsys):
 
 
 def test_the_gpu_run_leaves_out_what_is_not_installed(monkeypatch, tmp_path):
-    gpu = importlib.import_module("gpu")
-    monkeypatch.setattr(gpu, "_ncu", lambda: False)
+    gpu, plan = importlib.import_module("gpu"), importlib.import_module("gpu_plan")
+    monkeypatch.setattr(plan, "_tool", lambda name: False)
     steps = list(gpu.plan(("ncu",), gpu.OPS, tmp_path, 9.5))
     assert [s.name for s in steps] == ["ncu cp_linear", "ncu cp_update", "ncu adapter"]
     results = gpu.run_steps(steps, 1.0, tmp_path)
     assert {r.verdict for r in results} == {"not run: ncu is not installed"}
-    monkeypatch.setattr(gpu, "_ncu", lambda: True)
+    monkeypatch.setattr(plan, "_tool", lambda name: True)
     (step,) = gpu.plan(("ncu",), ("adapter",), tmp_path, 9.5)
     assert step.command[:2] == (sys.executable, "scripts/ncu.py")

@@ -60,7 +60,7 @@ def test_eight_processes_compile_into_one_cold_cache(tmp_path, monkeypatch):
     from fastgist_kernels import aot
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    task = False, next(i for i, s in enumerate(aot.all_specs()) if "_bidirectional_kl_bwd" in s.name), 90
+    task = False, next(i for i, s in enumerate(aot.all_specs()) if "_bidirectional_kl_kernel[bwd" in s.name), 90
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"fastgist_kernels.{module}" for module in aot.MODULES])
     with context.Pool(8) as pool:
