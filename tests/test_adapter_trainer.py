@@ -85,6 +85,16 @@ def test_a_gist_model_of_a_quantised_classifier_trains(tmp_path) -> None:
     trainer.train()
 
 
+def test_a_quantised_model_with_adapters_of_transformers_own_keeps_them(tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    plain = bert()
+    plain.add_adapter(peft.LoraConfig(r=2, target_modules=["query"]))
+    model = add_gist(plain)
+    plain.is_quantized = True
+    GistTrainer(model, settings(tmp_path), train_dataset=rows())
+    assert plain._hf_peft_config_loaded and plain.active_adapters() == ["default"]
+
+
 def keep_head(how):
     """All but the head, whose outputs are few."""
     return lambda layer: layer if layer.out_features < 16 else how(layer)

@@ -21,7 +21,7 @@ from pairs import (
 )
 from vits import eva, images, stir
 
-from fastgist import SSFConfig, get_peft_model, merge_and_unload, unload
+from fastgist import LoraConfig, SSFConfig, get_peft_model, merge_and_unload, unload
 
 BACKBONES = TIMM_BACKBONES | TRANSFORMERS_BACKBONES | DECODER_BACKBONES
 RMS_NORMS = ("t5-encoder", "llama", "mistral", "qwen2", "qwen3", "gemma")
@@ -78,3 +78,20 @@ def test_nothing_is_moved_or_said_where_nothing_is_merged() -> None:
         unload(model, keep_head=False)
     assert plain.state_dict().keys() == state.keys()
     assert all(torch.equal(v, state[k]) for k, v in plain.state_dict().items())
+
+
+def test_a_layer_that_the_user_wrapped_under_our_name_is_no_new_bias() -> None:
+    class Wrapped(torch.nn.Module):
+        def __init__(self, layer) -> None:
+            super().__init__()
+            self.base_layer = layer
+
+        def forward(self, x):
+            return self.base_layer(x)
+
+    plain = TIMM_BACKBONES["ViT"]()
+    plain.head = Wrapped(plain.head)
+    model = get_peft_model(plain, LoraConfig(rank=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge_and_unload(model)

@@ -269,7 +269,7 @@ def merge_and_unload(model: nn.Module, keep_head: bool = True) -> nn.Module:
     plain = _state.inner(model)
     before = {name.replace(".base_layer.", ".") for name in plain.state_dict()}
     merged = _taken_out(model, state, keep_head)
-    added = sorted(plain.state_dict().keys() - before)
+    added = sorted(name for name in plain.state_dict() if name.replace(".base_layer.", ".") not in before)
     if added:
         shown = ", ".join(added[:4]) + (f" and {len(added) - 4} more" if len(added) > 4 else "")
         warnings.warn(

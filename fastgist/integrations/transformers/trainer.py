@@ -33,7 +33,7 @@ __all__ = ["AdapterTrainer", "GistTrainer", "PartsTrainer"]
 def _with_adapters(model: Any) -> Iterator[None]:
     """Within it a quantised model that fastgist has wrapped says that it has adapters: Trainer asks for PEFT's only."""
     plain = inner(model) if isinstance(model, nn.Module) and state_of(model) is not None else None
-    if plain is None or not getattr(plain, "is_quantized", False):
+    if plain is None or not getattr(plain, "is_quantized", False) or getattr(plain, "_hf_peft_config_loaded", False):
         yield
         return
     plain._hf_peft_config_loaded = True
