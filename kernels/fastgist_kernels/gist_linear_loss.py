@@ -19,9 +19,9 @@ def gist_linear_loss_chunk(logits, target, scale, *rest) -> None:
     need_grad, and the place of the rows' statistics (9, m) float32, contiguous, or None."""
     *options, row_loss, need_grad, stats = rest
     pair = logits[: len(row_loss)], logits[len(row_loss) :]
-    # Two passes over packed rows keep much alive: with eight elements a thread some tiles spill.
+    # Two passes over packed rows, or ragged ones, keep much alive: with eight elements a thread some tiles spill.
     vec = access_width(pair, target)
-    config = rows_config("gist_linear_loss_chunk", logits.device, logits.shape[1], vec, packed=4)
+    config = rows_config("gist_linear_loss_chunk", logits.device, logits.shape[1], vec, packed=4, ragged=4)
     grads = pair if need_grad else (None, None)
     outputs = {"row_loss": row_loss, "stats": stats, "row_grad": scale, "grads": grads}
     launch_gist_loss("chunk", config, pair, target, options, **outputs)
@@ -47,7 +47,7 @@ SPECS = [
         ("small_v", (width, 4, 128)),
         ("small_v_ragged", (1, 4, 128)),
         ("long_v", (width, 1, 128 * width)),
-        ("long_v_ragged", (1, 1, 1024)),
+        ("long_v_ragged", (1, 1, 512)),
     )
 ]
 #: Only a half-precision head takes a second pass. Both halves are read and written 16 bytes at a time, but for a row's class

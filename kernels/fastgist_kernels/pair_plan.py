@@ -48,11 +48,11 @@ def vector_width(*tensors: torch.Tensor) -> int:
 
 
 def rows_config(
-    kernel: str, device: torch.device, classes: int, vec: int, num_warps: int = 4, packed: int = 8
+    kernel: str, device: torch.device, classes: int, vec: int, num_warps: int = 4, packed: int = 8, ragged: int = 8
 ) -> dict[str, int]:
-    """Tile for a kernel that walks rows: one access of ``vec`` elements a thread and tensor, or eight of one; rows packed
+    """Tile for a kernel that walks rows: one access of ``vec`` elements a thread and tensor, or ``ragged`` of one; rows packed
     while V is small, up to ``packed`` elements a thread."""
-    each = vec if vec > 1 else 8
+    each = vec if vec > 1 else ragged
     block_v = min(next_power_of_2(classes), 32 * num_warps * each)
     block_m = max(1, 32 * num_warps * min(each, packed) // block_v)
     default = {"BLOCK_V": block_v, "BLOCK_M": block_m, "num_warps": num_warps, "num_stages": 1}
