@@ -47,8 +47,8 @@ _SERVES: dict[tuple[str, str], _Implementation] = {
 }
 
 #: The order in which "auto" asks. The losses compiled for CPUs are faster than plain PyTorch at every shape measured
-#: (DESIGN.md, "The CPU path"), adapter at most. On a GPU Triton comes first but where a card said otherwise (_quicker):
-#: neither its one-launch losses nor those in CUDA C++ have been timed on one.
+#: (DESIGN.md, "The CPU path"), adapter at most. On a GPU Triton comes first but where a card said otherwise
+#: (ops/_common.py, resolve_loss): neither its one-launch losses nor those in CUDA C++ have been timed on one.
 #: (In two launches CUDA C++ was the faster on an H200: bidirectional_kl of 8192 rows, bfloat16, forward and backward, 0.48 ms
 #: against 0.66 at 1,000 classes, 1.00 against 1.33 at 32,000, 3.58 against 4.72 at 128,256, host included.)
 _AUTO = {"cuda": ("triton", "cuda"), "cpu": ("native",)}
@@ -141,20 +141,12 @@ def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:
     """The implementation that ``op`` takes for ``tensor``. An explicit ``impl`` that cannot run raises RuntimeError."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    chosen = _resolve(op, impl, tensor.device.type, tensor.dtype)
-    if impl == "auto" and chosen == "triton" and tensor.is_cuda and _runs(op, "cuda", "cuda", tensor.dtype):
-        return _quicker(op, tensor.device, tensor.shape[-1])
-    return chosen
+    return _resolve(op, impl, tensor.device.type, tensor.dtype)
 
 
-@functools.cache
-def _quicker(op: str, device: torch.device, classes: int) -> str:
-    """Which of a loss's two implementations on GPUs "auto" takes at so many classes, where both could run: what a card was
-    quicker with, in the entry "<op>_impl" of the launch tables, {"cuda": 0 or 1}; "triton" where nothing was measured."""
-    from fastgist_kernels.common import device_arch, launch_config, next_power_of_2
-
-    entry = launch_config(f"{op}_impl", device_arch(device), f"v{next_power_of_2(max(classes, 1))}")
-    return "cuda" if entry.get("cuda") else "triton"
+def serves(op: str, impl: str, tensor: torch.Tensor) -> bool:
+    """Whether ``impl`` could run ``op`` for ``tensor``."""
+    return _runs(op, impl, tensor.device.type, tensor.dtype)
 
 
 def available() -> dict[str, str]:

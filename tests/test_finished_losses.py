@@ -330,7 +330,7 @@ def test_scale_by_one_touches_nothing(monkeypatch):
 
 def test_a_card_decides_between_triton_and_cuda(monkeypatch):
     """By the launch tables' entry of the loss, architecture and number of classes; Triton where there is none."""
-    from fastgist import backends
+    from fastgist.ops import _common
     from fastgist_kernels import common
 
     table = {
@@ -339,6 +339,6 @@ def test_a_card_decides_between_triton_and_cuda(monkeypatch):
     }
     monkeypatch.setattr(common, "device_arch", lambda device: "sm_90")
     monkeypatch.setattr(common, "launch_config", lambda *key: table.get(key, {}))
-    at = lambda op, classes: backends._quicker.__wrapped__(op, torch.device("cuda", 0), classes)  # noqa: E731
+    at = lambda op, classes: _common._quicker.__wrapped__(op, torch.device("cuda", 0), classes)  # noqa: E731
     assert at("bidirectional_kl", 32000) == at("bidirectional_kl", 16385) == "cuda"
     assert at("bidirectional_kl", 1000) == at("gist_loss", 1000) == at("gist_loss", 32000) == "triton"

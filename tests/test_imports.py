@@ -39,7 +39,7 @@ ROOMS = {
         {"fastgist_kernels", "fastgist._extension"},
     ),
     "fastgist/functional.py": Room({"fastgist.ops"}, set()),
-    "fastgist/backends.py": Room({"torch", "fastgist._extension"}, {"fastgist_kernels"}),
+    "fastgist/backends.py": Room({"torch", "fastgist._extension"}, set()),
     "fastgist/_extension.py": Room({"torch"}, {"fastgist"}),
     "fastgist/testing.py": Room({"torch"}, {"fastgist.reference", "fastgist.functional"}),
     "fastgist/distributed.py": Room({"torch", "fastgist.nn", "fastgist.functional"}, set()),

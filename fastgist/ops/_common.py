@@ -11,6 +11,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from fastgist import backends
+
 __all__ = [
     "define",
     "alike",
@@ -28,6 +30,7 @@ __all__ = [
     "filled",
     "is_ordinary",
     "needs",
+    "resolve_loss",
     "scale_rows",
     "single_backward",
     "tf32_allowed",
@@ -330,3 +333,21 @@ def autocast_enabled(device_type: str) -> bool:
 def tf32_allowed() -> bool:
     """Whether float32 products may use tf32: torch's own switch, torch.set_float32_matmul_precision, decides."""
     return torch.get_float32_matmul_precision() != "highest"
+
+
+def resolve_loss(op: str, impl: str, logits: Tensor) -> str:
+    """:func:`fastgist.backends.resolve` for a loss that Triton and CUDA C++ serve on a GPU: "auto" takes the quicker."""
+    chosen = backends.resolve(op, impl, logits)
+    if impl == "auto" and chosen == "triton" and logits.is_cuda and backends.serves(op, "cuda", logits):
+        return _quicker(op, logits.device, logits.shape[-1])
+    return chosen
+
+
+@functools.cache
+def _quicker(op: str, device: torch.device, classes: int) -> str:
+    """Which of a loss's two implementations a card was quicker with at so many classes: the entry "<op>_impl" of the launch
+    tables, {"cuda": 0 or 1}; "triton" where nothing was measured."""
+    from fastgist_kernels.common import device_arch, launch_config, next_power_of_2
+
+    entry = launch_config(f"{op}_impl", device_arch(device), f"v{next_power_of_2(max(classes, 1))}")
+    return "cuda" if entry.get("cuda") else "triton"

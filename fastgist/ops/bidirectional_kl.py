@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from fastgist import backends
 from fastgist.ops import _common, _finished, _moving
 from fastgist.reference import bidirectional_kl as reference
 from fastgist.reference._numerics import accumulate_dtype
@@ -60,7 +59,7 @@ def _fwd(
     need_other: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    impl = backends.resolve(_OP, impl, logits)
+    impl = _common.resolve_loss(_OP, impl, logits)
     rows = logits.shape[0]
     dtype = accumulate_dtype(logits.dtype)
     if impl == "reference" or logits.numel() == 0:
@@ -88,7 +87,7 @@ def _fwd(
 
 
 def _fwd_fake(logits, other_logits, mask, divisor, temperature, scale, reduce, need_logits, need_other, impl):
-    impl = backends.resolve(_OP, impl, logits)
+    impl = _common.resolve_loss(_OP, impl, logits)
     finishes, leaves_stats = leaves(impl, logits, reduce, need_logits or need_other)
     dtype = accumulate_dtype(logits.dtype)
     loss = logits.new_empty(() if reduce else logits.shape[0], dtype=dtype)
@@ -108,7 +107,7 @@ def _bwd(
     need_other: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    impl = backends.resolve(_OP, impl, logits)
+    impl = _common.resolve_loss(_OP, impl, logits)
     if impl == "reference":
         raise RuntimeError(f"{_OP}: the reference returns its gradients from the forward; there is no backward to call")
     grads = _finished.places(logits, need_logits, need_other)

@@ -8,7 +8,6 @@ import os
 import torch
 from torch import Tensor
 
-from fastgist import backends
 from fastgist.ops import _common, _finished, _moving
 from fastgist.ops.bidirectional_kl import STATS as _KL_STATS
 from fastgist.ops.bidirectional_kl import leaves
@@ -55,7 +54,7 @@ def _fwd(logits: Tensor, gist_logits: Tensor, target: Tensor, divisor: Tensor | 
 
 def _run(logits: Tensor, gist_logits: Tensor, target: Tensor, divisor: Tensor | None, *rest) -> tuple[Tensor, ...]:
     *options, scale, reduce, need_logits, need_gist, impl = rest
-    impl = backends.resolve(_OP, impl, logits)
+    impl = _common.resolve_loss(_OP, impl, logits)
     dtype, empty = accumulate_dtype(logits.dtype), logits.new_empty(0)
     if impl == "reference" or logits.numel() == 0:
         whole = scale if divisor is None else scale / divisor
@@ -80,7 +79,7 @@ def _run(logits: Tensor, gist_logits: Tensor, target: Tensor, divisor: Tensor | 
 
 def _fwd_fake(logits, gist_logits, target, divisor, *rest):
     *_, reduce, need_logits, need_gist, impl = rest
-    impl = backends.resolve(_OP, impl, logits)
+    impl = _common.resolve_loss(_OP, impl, logits)
     finishes, leaves_stats = leaves(impl, logits, reduce, need_logits or need_gist)
     dtype = accumulate_dtype(logits.dtype)
     loss = logits.new_empty(() if reduce else logits.shape[0], dtype=dtype)
@@ -93,7 +92,7 @@ def _bwd(
     logits: Tensor, gist_logits: Tensor, target: Tensor, stats: Tensor, row_grad: Tensor, *rest
 ) -> tuple[Tensor, ...]:
     *options, need_logits, need_gist, impl = rest
-    impl = backends.resolve(_OP, impl, logits)
+    impl = _common.resolve_loss(_OP, impl, logits)
     if impl == "reference":
         raise RuntimeError(f"{_OP}: the reference returns its gradients from the forward; there is no backward to call")
     grads = _finished.places(logits, need_logits, need_gist)
