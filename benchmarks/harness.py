@@ -428,11 +428,11 @@ def floor_seconds(problem: Problem, direction: str) -> tuple[float, str]:
         by_bytes = found["bytes_s"] >= found["flops_s"]
         return found["roofline_s"], "bytes / copy bandwidth" if by_bytes else "FLOPs / matmul rate"
     clock = Clock(problem.device)
-    work, what = _cpu_floor(problem)
+    work, what = cpu_floor(problem)
     return statistics.median(sample(work, clock, rounds_for(work, clock, 1.0))), what
 
 
-def _cpu_floor(problem: Problem) -> tuple[Callable[[], object], str]:
+def cpu_floor(problem: Problem) -> tuple[Callable[[], object], str]:
     t, case = problem.tensors, problem.case
     if problem.op in ("bidirectional_kl", "gist_loss"):
         copies = [(t[n], torch.empty_like(t[n])) for n in ("z", "g")]

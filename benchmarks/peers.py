@@ -355,6 +355,19 @@ def _ours(op: str, impl: str) -> Build:
     return build
 
 
+def _auto_on_cpus(op: str) -> Build:
+    """What users get where no implementation is named, which on CPUs is none of those above alone: PyTorch multiplies by the
+    weight, and the update is C++'s where that is the faster."""
+
+    def build(tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
+        device = next(t for t in tensors.values() if isinstance(t, Tensor)).device.type
+        if device != "cpu":
+            raise Missing(f"on {device} 'auto' is one of the others")
+        return _ours(op, "auto")(tensors)
+
+    return build
+
+
 def _plain(function: Callable[..., Tensor]) -> Build:
     return lambda tensors: function
 
@@ -394,6 +407,7 @@ PEERS: dict[str, dict[str, Build]] = {
     | {"Liger fused linear JSD": _liger_linear_jsd, "flash-linear-attention KL": _fla_linear_kl},
     "topk_kl": _implementations("topk_kl") | _both("log_softmax", pooled_kl),
     "cp_linear": _implementations("cp_linear")
+    | {"fastgist auto": _auto_on_cpus("cp_linear")}
     | _both("released", cp_released)
     | _both("factored", cp_factored)
     | _both("dense delta", cp_dense)

@@ -147,9 +147,9 @@ SHOWN |= {
 }
 #: Okabe and Ito's colours, told apart in every common form of colour blindness; shapes differ as well.
 _COLOURS = (
-    "#0072B2 #56B4E9 #D55E00 #E69F00 #009E73 #CC79A7 #666666 #000000 #882255 #44AA99 #F0E442 #332288 #AA4499".split()
-)
-LINES = tuple(zip(_COLOURS, "osx^DvP*<>hdp", strict=True))
+    "#0072B2 #56B4E9 #D55E00 #E69F00 #009E73 #CC79A7 #666666 #000000 #882255 #44AA99 #F0E442 #332288 #AA4499 #117733"
+).split()
+LINES = tuple(zip(_COLOURS, "osx^DvP*<>hdpH", strict=True))
 
 
 #: An operation, and where and when it was measured.

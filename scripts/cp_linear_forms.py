@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +22,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from benchmarks import turns  # noqa: E402
+from benchmarks.turns import take_turns  # noqa: E402
 
 #: (N, K) of the square grid and of layers that are not square (a Transformer's two MLP layers).
 WIDTHS = ((256, 256), (768, 768), (2048, 2048), (3072, 768), (768, 3072))
@@ -89,35 +89,14 @@ def benchmark_forms(case) -> dict[str, Callable[[], object]]:
     return {name: step(name) for name in providers}
 
 
-def take_turns(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Times of each call. In every round each runs once, in an order drawn for it (the one before decides what is in the
-    caches); rounds: what ``seconds`` allow, 5 to 301."""
-    names, order = list(calls), random.Random(0)
-    for name in names:
-        calls[name]()
-    times: dict[str, list[float]] = {name: [] for name in names}
-    begun, rounds = time.thread_time(), 0
-    while rounds < 5 or (rounds < 301 and time.thread_time() - begun < seconds):
-        for name in order.sample(names, len(names)):
-            start = time.thread_time()
-            calls[name]()
-            times[name].append(time.thread_time() - start)
-        rounds += 1
-    return times
-
-
 def summary(times: dict[str, list[float]], base: str = "merged") -> dict[str, object]:
     """Medians, and of every other form the ratios to ``base`` of the same round: median and quartiles."""
-    found: dict[str, object] = {
+    each = turns.summary(times, base)
+    return {
         "rounds": len(times[base]),
-        "seconds": {n: statistics.median(t) for n, t in times.items()},
+        "seconds": {name: row["median_s"] for name, row in each.items()},
+        "over_merged": {name: row["over_base"] for name, row in each.items() if name != base},
     }
-    ratios: dict[str, list[float]] = {}
-    for name, own in times.items():
-        if name != base:
-            low, middle, high = statistics.quantiles([a / b for a, b in zip(own, times[base], strict=True)], n=4)
-            ratios[name] = [low, middle, high]
-    return found | {"over_merged": ratios}
 
 
 def sizes() -> Iterator[tuple[str, int, int, int, int]]:

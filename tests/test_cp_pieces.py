@@ -198,18 +198,43 @@ def test_hard_07_every_subset_of_gradients(impl, wanted):
             torch.testing.assert_close(got, all_of_them)
 
 
-def test_base_weights_that_are_trained_get_their_own_gradients(impl):
+@pytest.mark.parametrize("unused", [None, 0, 2])
+@pytest.mark.parametrize("of_biases", [(), (0, 1, 2), (2,)])
+@pytest.mark.parametrize("of_weights", [(0, 1, 2), (1,), (0, 2)])
+def test_base_weights_that_are_trained_get_their_own_gradients(impl, of_weights, of_biases, unused):
     x, weights, biases, u, v, gain = case()
-    weights, biases = [leaf(w) for w in weights], [leaf(b) for b in biases]
-    weights[1].requires_grad_(False)
+    weights = [w.clone().requires_grad_(i in of_weights) for i, w in enumerate(weights)]
+    biases = [b.clone().requires_grad_(i in of_biases) for i, b in enumerate(biases)]
+    x, v = leaf(x), leaf(v)
     out = cp_linear(x, weights, biases, u, v, gain, impl=impl)
     grads = [torch.randn_like(o) for o in out]
-    torch.autograd.backward(out, grads)
-    assert weights[1].grad is None
-    for w, b, g in zip(weights, biases, grads, strict=True):
-        if w.requires_grad:
-            torch.testing.assert_close(w.grad, g.T @ x)
-        torch.testing.assert_close(b.grad, g.sum(0))
+    used = [i for i in range(3) if i != unused]
+    torch.autograd.backward([out[i] for i in used], [grads[i] for i in used])
+    for i, (w, b, g) in enumerate(zip(weights, biases, grads, strict=True)):
+        for t, some, wanted in ((w, of_weights, g.T @ x.detach()), (b, of_biases, g.sum(0))):
+            assert (t.grad is not None) == (i in some and i in used)
+            if t.grad is not None:
+                torch.testing.assert_close(t.grad, wanted)
+    factors = [leaf(x), leaf(v)]
+    whole = cp_linear(factors[0], torch.cat(weights).detach(), None, u, factors[1], gain, impl=impl).split(
+        [24, 24, 48], 1
+    )
+    torch.autograd.backward([whole[i] for i in used], [grads[i] for i in used])
+    torch.testing.assert_close([x.grad, v.grad], [t.grad for t in factors])
+
+
+def test_a_frozen_weight_beside_a_trained_one_costs_no_product():
+    x, weights, biases, u, v, gain = case(rows=20, inner=64, outs=(48, 48, 48), rank=8, fold=48)
+
+    def flops(*trained):
+        given = [w.clone().requires_grad_(i in trained) for i, w in enumerate(weights)]
+        with FlopCounterMode(display=False) as counter:
+            out = cp_linear(x, given, biases, u, leaf(v), gain, impl="reference")
+            sum(o.sum() for o in out).backward()
+        return counter.get_total_flops()
+
+    assert flops(1) - flops() == 2 * 20 * 64 * 48
+    assert flops(0, 1, 2) - flops() == 3 * 2 * 20 * 64 * 48
 
 
 def test_without_biases_and_more_leading_dimensions(impl):

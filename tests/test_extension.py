@@ -255,15 +255,15 @@ def test_subsets_of_gradients(need, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_rows_are_zero_and_not_read(dtype):
-    z, o = logits(5, 1100, dtype)
-    mask = torch.tensor([True, False, True, False, True], device=DEVICE)
+    z, o = logits(7, 1100, dtype)
+    mask = torch.tensor([True, True, False, True, False, False, True], device=DEVICE)  # one may be looked at ahead
     wanted = run(z, o)
-    z[1], o[1, 3], o[3] = NAN, INF, -INF
+    z[2], o[2, 3], o[4], z[5] = NAN, INF, -INF, NAN
     loss, stats, *grads = run(z, o, mask)
     for ours, full in ((loss, wanted[0]), (stats.T, wanted[1].T), *zip(grads, wanted[2:], strict=True)):
         assert_same(ours[mask], full[mask])
         assert not ours[~mask].any()
-    nothing = run(z, o, torch.zeros(5, dtype=torch.bool, device=DEVICE))
+    nothing = run(z, o, torch.zeros(7, dtype=torch.bool, device=DEVICE))
     assert not any(x.any() for x in nothing)
 
 
@@ -316,14 +316,14 @@ def test_what_is_bad_stays_in_its_row(case, classes, where):
 
 @pytest.mark.parametrize("bits", [0x7FC00001, 0x7FFFFFFF, -1])
 @pytest.mark.parametrize(("classes", "where"), [(5, 2), (3000, 5), (3000, 2999)])
-def test_nan_of_any_bits_is_nan(bits, classes, where):
+@pytest.mark.parametrize("side", [0, 1])
+def test_nan_of_any_bits_is_nan(bits, classes, where, side):
     """Kernels build powers of two in a float's bits: no NaN may become a number there."""
-    z, o = logits(4, classes, torch.float32)
-    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-    z[2, where] = nan
+    z, o = pair = logits(4, classes, torch.float32)
+    pair[side][2, where] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     target = torch.arange(4)
     row_loss, stats = torch.empty(4), torch.empty(9, 4)
-    for options in ((0.5, 0.75, 0.75, 0.75, 1.0), (0.0, 0.0, 0.0, 0.0, 3.0)):
+    for options in ((0.5, 0.75, 0.75, 0.75, 1.0), (0.5, 0.0, 0.0, 0.0, 3.0)):
         torch.ops.fastgist_native.gist_loss_fwd(z, o, target, *options, 0.0, -100, row_loss, stats)
         assert row_loss.isnan().tolist() == [False, False, True, False]
     loss, _, grad_z, grad_o = run(z, o)

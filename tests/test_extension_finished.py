@@ -189,13 +189,13 @@ def test_what_is_bad_stays_in_its_row(op, case, classes, where):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("classes", [1100, SHARED])
+@pytest.mark.parametrize("classes", [37, 1100, SHARED])
 def test_rows_that_do_not_count_are_zero_and_not_read(classes, dtype):
-    z, o = logits(5, classes, dtype)
-    mask = torch.tensor([True, False, True, False, True])
-    target = torch.randint(classes, (5,)).masked_fill(~mask, -100)
+    z, o = logits(7, classes, dtype)
+    mask = torch.tensor([True, True, False, True, False, False, True])  # one may be looked at ahead
+    target = torch.randint(classes, (7,)).masked_fill(~mask, -100)
     wanted = [finished("bidirectional_kl", z, o, None), finished("gist_loss", z, o, target.clamp(min=0))]
-    z[1], o[1, 3], o[3] = NAN, INF, -INF
+    z[2], o[2, 3], o[4], z[5] = NAN, INF, -INF, NAN
     for op, third, full in (("bidirectional_kl", mask, wanted[0]), ("gist_loss", target, wanted[1])):
         row_loss, loss, *grads = finished(op, z, o, third)
         assert loss.isfinite()

@@ -259,7 +259,7 @@ struct BackwardRows {
   }
 
   template <bool kFma, int kBytes, typename A>
-  static FASTGIST_INLINE void tiles(const BackwardPlan<A>& plan, int64_t start, int64_t begin, int64_t end) {
+  static FASTGIST_INLINE void rows(const BackwardPlan<A>& plan, int64_t start, int64_t begin, int64_t end) {
     const AdapterInputs& in = plan.in;
     const AdapterGradients& grads = plan.grads;
     const BackwardScratch<A> at(plan);
@@ -326,8 +326,8 @@ struct BackwardColumns {
   }
 
   template <bool kFma, int kBytes, typename A>
-  static FASTGIST_INLINE void tiles(const BackwardPlan<A>& plan, int64_t start, int64_t rows, int64_t begin,
-                                    int64_t end) {
+  static FASTGIST_INLINE void rows(const BackwardPlan<A>& plan, int64_t start, int64_t rows, int64_t begin,
+                                   int64_t end) {
     constexpr int kWidth = 2 * kBytes / static_cast<int>(sizeof(A));
     const AdapterInputs& in = plan.in;
     const Buffer<A> buffer(kChunk * kWidth);
@@ -406,10 +406,10 @@ void backward(const AdapterInputs& in, const AdapterGradients& grads, const Para
   for (int64_t start = 0; start < in.rows; start += kStretch) {
     const int64_t rows = std::min(kStretch, in.rows - start);
     parallel.each((rows + kFew - 1) / kFew, 4, [&](int64_t begin, int64_t end) {
-      run_tiles<BackwardRows>(plan, start, start + begin * kFew, start + std::min(end * kFew, rows));
+      run_rows<BackwardRows>(plan, start, start + begin * kFew, start + std::min(end * kFew, rows));
     });
     parallel.each(panels, 1,
-                  [&](int64_t begin, int64_t end) { run_tiles<BackwardColumns>(plan, start, rows, begin, end); });
+                  [&](int64_t begin, int64_t end) { run_rows<BackwardColumns>(plan, start, rows, begin, end); });
     if (!need_bias) continue;
     std::fill_n(sums.get(), in.hidden, A(0));
     for (int64_t r = 0; r < rows; ++r) {

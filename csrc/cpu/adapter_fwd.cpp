@@ -128,7 +128,7 @@ struct Forward {
   }
 
   template <bool kFma, int kBytes, typename A>
-  static FASTGIST_INLINE void tiles(const ForwardPlan<A>& plan, int64_t begin, int64_t end) {
+  static FASTGIST_INLINE void rows(const ForwardPlan<A>& plan, int64_t begin, int64_t end) {
     constexpr int kWidth = 2 * kBytes / static_cast<int>(sizeof(A));
     const AdapterInputs& in = plan.in;
     const ForwardScratch<A> at(plan);
@@ -172,7 +172,7 @@ void forward(const AdapterInputs& in, const AdapterOutputs& out, const Parallel&
   const ForwardPlan<A> plan(in, out);
   const int64_t blocks = (in.rows + kFew - 1) / kFew;
   parallel.each(blocks, 4, [&](int64_t begin, int64_t end) {
-    run_tiles<Forward>(plan, begin * kFew, std::min(end * kFew, in.rows));
+    run_rows<Forward>(plan, begin * kFew, std::min(end * kFew, in.rows));
   });
 }
 

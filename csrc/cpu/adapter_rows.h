@@ -140,14 +140,15 @@ class Packed {
   Buffer<A> memory_;
 };
 
-// The widths of panels, in elements: as wide as two vectors, or one where the columns fit it.
+// The widths of panels, in elements: as wide as two vectors, or one or half a one where the columns fit it.
 template <typename A>
 int64_t vector_width() {
   return vector_bytes() / static_cast<int64_t>(sizeof(A));
 }
 template <typename A>
 int64_t panel_width(int64_t columns) {
-  return columns <= vector_width<A>() ? vector_width<A>() : 2 * vector_width<A>();
+  const int64_t width = vector_width<A>();
+  return columns <= width / 2 ? width / 2 : columns <= width ? width : 2 * width;
 }
 
 // A vector in the accumulation type, or the same number everywhere where there is none.
@@ -239,17 +240,20 @@ struct AddRows {
   }
 };
 
-// A product with panels that are one vector wide or two, as panel_width() has it.
+// A product with panels as wide as panel_width() has it.
 template <bool kFma, int kBytes, template <int, typename> typename Finish, typename A, typename... Last>
 FASTGIST_INLINE void multiply_narrow(const Rows<A>& a, const Panels<A>& b, int64_t rows, int64_t columns, int64_t n,
                                      A* to, int64_t ld, Last... last) {
-  constexpr int kLanes = kBytes / static_cast<int>(sizeof(A));
-  if (columns <= kLanes) {
-    multiply<kTileRows<kBytes>, kLanes, kFma>(a.data, a.ld, int64_t(1), b, rows, columns, n,
-                                              Finish<kLanes, A>{to, ld, last...});
+  constexpr int kWidth = kBytes / static_cast<int>(sizeof(A)), kHalf = kWidth / 2;
+  if (columns <= kHalf) {
+    multiply<kTileRows<kBytes>, kHalf, kFma>(a.data, a.ld, int64_t(1), b, rows, columns, n,
+                                             Finish<kHalf, A>{to, ld, last...});
+  } else if (columns <= kWidth) {
+    multiply<kTileRows<kBytes>, kWidth, kFma>(a.data, a.ld, int64_t(1), b, rows, columns, n,
+                                              Finish<kWidth, A>{to, ld, last...});
   } else {
-    multiply<kTileRows<kBytes>, 2 * kLanes, kFma>(a.data, a.ld, int64_t(1), b, rows, columns, n,
-                                                  Finish<2 * kLanes, A>{to, ld, last...});
+    multiply<kTileRows<kBytes>, 2 * kWidth, kFma>(a.data, a.ld, int64_t(1), b, rows, columns, n,
+                                                  Finish<2 * kWidth, A>{to, ld, last...});
   }
 }
 

@@ -30,12 +30,10 @@ struct BidirectionalKl {
     return pair.classes > 0 && (pair.mask == nullptr || pair.mask[row * pair.mask_stride]);
   }
 
-  template <bool kFma>
-  FASTGIST_INLINE void add(Sums& sums, int64_t, int64_t, int64_t n, const A* z, const A* o, A* p_hat, A* q_hat,
-                           A*) const {
-    const Extremes<A> seen = extremes(z, o, n);
-    sums.pair.template raise<false, kFma>(seen.m_z, seen.m_o, over_t);
-    sums.pair.template add<kFma>(z, o, n, over_t, seen.least, p_hat, q_hat);
+  template <bool kFma, int kBytes>
+  FASTGIST_INLINE void add(Sums& sums, const Looked<A>& block, A* p_hat, A* q_hat, A*) const {
+    sums.pair.template raise<false, kFma>(block.seen.m_z, block.seen.m_o, over_t);
+    sums.pair.template add<kFma, kBytes>(block.z, block.o, block.n, block.next, over_t, block.seen.least, p_hat, q_hat);
   }
 
   template <bool kFma>
@@ -51,42 +49,44 @@ struct BidirectionalKl {
 
   Scalars scalars(int64_t, const double* stats, double row_grad) const {
     const double scale = row_grad / pair.temperature / pair.temperature;
-    return {static_cast<A>(stats[kMaxZ]),
-            static_cast<A>(stats[kMaxO]),
-            static_cast<A>(stats[kMeanP]),
-            static_cast<A>(stats[kMeanQ]),
-            static_cast<A>(pair.temperature),
-            static_cast<A>(scale / stats[kSumP]),
+    return {static_cast<A>(stats[kMaxZ]),        static_cast<A>(stats[kMaxO]),     static_cast<A>(stats[kMeanP]),
+            static_cast<A>(stats[kMeanQ]),       static_cast<A>(pair.temperature), static_cast<A>(scale / stats[kSumP]),
             static_cast<A>(scale / stats[kSumQ])};
   }
 
   FASTGIST_INLINE bool needs_p(bool of_z, bool of_o) const { return of_z || of_o; }
   FASTGIST_INLINE bool needs_q(bool of_z, bool of_o) const { return of_z || of_o; }
 
-  template <bool kFma>
+  template <bool kFma, int kBytes>
   FASTGIST_INLINE void finish(const Block<A>& block, const Scalars& row) const {
     if (block.grad_z != nullptr && block.grad_o != nullptr) {
-      finish<kFma, true, true>(block, row);
+      finish<kFma, kBytes, true, true>(block, row);
     } else if (block.grad_z != nullptr) {
-      finish<kFma, true, false>(block, row);
+      finish<kFma, kBytes, true, false>(block, row);
     } else {
-      finish<kFma, false, true>(block, row);
+      finish<kFma, kBytes, false, true>(block, row);
     }
   }
 
-  template <bool kFma, bool kGradZ, bool kGradO>
+  template <bool kFma, int kBytes, bool kGradZ, bool kGradO>
   static FASTGIST_INLINE void finish(const Block<A>& block, const Scalars& row) {
+    constexpr int kWidth = kLanes<kBytes, A>;
     const A *z = block.z, *o = block.o, *p_hat = block.p, *q_hat = block.q;
     A *grad_z = block.grad_z, *grad_o = block.grad_o;
     const A of_p = row.of_p * block.moved_p, of_q = row.of_q * block.moved_q;
+    const A m_z = row.m_z, m_o = row.m_o, e_p = row.e_p, e_q = row.e_q, t = row.t;
+    by_vectors<kWidth>(block.n, [&](auto part, int64_t at, int left) FASTGIST_INLINE_BODY {
 #pragma omp simd
-    for (int64_t i = 0; i < block.n; ++i) {
-      const A d = gap(z[i], o[i], row.m_z, row.m_o);
-      const A p = p_hat[i] * of_p, q = q_hat[i] * of_q;
-      const A t_gap = (p - q) * row.t;
-      if constexpr (kGradZ) grad_z[i] = multiply_add<kFma>(p, d - row.e_p, t_gap);
-      if constexpr (kGradO) grad_o[i] = multiply_add<kFma>(q, row.e_q - d, -t_gap);
-    }
+      for (int j = 0; j < kWidth; ++j) {
+        const bool in = !part() || j < left;
+        const int64_t i = at + j;
+        const A d = gap(in ? z[i] : m_z, in ? o[i] : m_o, m_z, m_o);
+        const A p = (in ? p_hat[i] : A(0)) * of_p, q = (in ? q_hat[i] : A(0)) * of_q;
+        const A t_gap = (p - q) * t;
+        if (kGradZ && in) grad_z[i] = multiply_add<kFma>(p, d - e_p, t_gap);
+        if (kGradO && in) grad_o[i] = multiply_add<kFma>(q, e_q - d, -t_gap);
+      }
+    });
   }
 };
 

@@ -31,7 +31,7 @@ struct DropoutRows {
     }
   }
 
-  template <bool kFma>
+  template <bool kFma, int>
   static FASTGIST_INLINE void rows(const DropoutArguments& args, const Dropout& rule, int64_t begin, int64_t end) {
     args.from.dtype == DType::kFloat64 ? drop<kFma, double>(args, rule, begin, end)
                                        : drop<kFma, float>(args, rule, begin, end);

@@ -35,7 +35,7 @@ struct GistScalars {
 };
 
 // Both sides with both terms. kEven: the weights of the block's classes are all weights[0].
-template <int kPower, bool kEven, bool kFma, typename A>
+template <int kPower, bool kEven, bool kFma, int kBytes, typename A>
 FASTGIST_INLINE void finish_both(const Block<A>& block, const GistScalars<A>& row, const A* weights) {
   const A *z = block.z, *o = block.o, *p_hat = block.p, *q_hat = block.q;
   A *grad_z = block.grad_z, *grad_o = block.grad_o;
@@ -43,21 +43,31 @@ FASTGIST_INLINE void finish_both(const Block<A>& block, const GistScalars<A>& ro
   const A unit_p = row.z.of_unit * exp_power<kPower>(block.moved_p);
   const A unit_q = row.o.of_unit * exp_power<kPower>(block.moved_q);
   const A even_z = row.z.row_grad * weights[0], even_o = row.o.row_grad * weights[0];
+  const GistSide<A> of_z = row.z, of_o = row.o;
+  const A t = row.t;
+  constexpr int kWidth = kLanes<kBytes, A>;
+  by_vectors<kWidth>(block.n, [&](auto part, int64_t at, int left) FASTGIST_INLINE_BODY {
 #pragma omp simd
-  for (int64_t i = 0; i < block.n; ++i) {
-    const A zc = z[i] - row.z.centre, oc = o[i] - row.o.centre;
-    const A d = z[i] == -kInf<A> ? A(0) : zc - oc;
-    const A p = p_hat[i] * of_p, q = q_hat[i] * of_q;
-    const A t_gap = (p - q) * row.t;
-    const A kl_z = multiply_add<kFma>(p, d - row.z.mean, t_gap);
-    const A kl_o = multiply_add<kFma>(q, -row.o.mean - d, -t_gap);
-    const A t_z = kEven ? even_z : row.z.row_grad * weights[i];
-    const A t_o = kEven ? even_o : row.o.row_grad * weights[i];
-    const A ce_z = multiply_add<kFma>(exp_unit<kPower, kFma>(zc, p_hat[i]), unit_p, -t_z);
-    const A ce_o = multiply_add<kFma>(exp_unit<kPower, kFma>(oc, q_hat[i]), unit_q, -t_o);
-    grad_z[i] = multiply_add<kFma>(row.z.beta_tt, kl_z, ce_z);
-    grad_o[i] = multiply_add<kFma>(row.o.beta_tt, kl_o, ce_o);
-  }
+    for (int j = 0; j < kWidth; ++j) {
+      const bool in = !part() || j < left;
+      const int64_t i = at + j;
+      const A a = in ? z[i] : of_z.centre, b = in ? o[i] : of_o.centre;
+      const A own_p = in ? p_hat[i] : A(0), own_q = in ? q_hat[i] : A(0);
+      const A zc = a - of_z.centre, oc = b - of_o.centre;
+      const A d = a == -kInf<A> ? A(0) : zc - oc;
+      const A p = own_p * of_p, q = own_q * of_q;
+      const A t_gap = (p - q) * t;
+      const A kl_z = multiply_add<kFma>(p, d - of_z.mean, t_gap);
+      const A kl_o = multiply_add<kFma>(q, -of_o.mean - d, -t_gap);
+      const A each = kEven || !in ? A(0) : weights[i];
+      const A t_z = kEven ? even_z : of_z.row_grad * each;
+      const A t_o = kEven ? even_o : of_o.row_grad * each;
+      const A ce_z = multiply_add<kFma>(exp_unit<kPower, kFma>(zc, own_p), unit_p, -t_z);
+      const A ce_o = multiply_add<kFma>(exp_unit<kPower, kFma>(oc, own_q), unit_q, -t_o);
+      if (in) grad_z[i] = multiply_add<kFma>(of_z.beta_tt, kl_z, ce_z);
+      if (in) grad_o[i] = multiply_add<kFma>(of_o.beta_tt, kl_o, ce_o);
+    }
+  });
 }
 
 // One side of the block: x and its exponentials, y and its.
@@ -73,8 +83,8 @@ struct OneSide {
 
 // One side with its cross-entropy, and with the divergence or without: then nothing of the other side is looked at.
 template <int kPower, bool kKl, bool kFma, typename A>
-FASTGIST_INLINE void finish_side(const OneSide<A>& at, int64_t n, const GistSide<A>& own, const GistSide<A>& other,
-                                 A t, const A* weights) {
+FASTGIST_INLINE void finish_side(const OneSide<A>& at, int64_t n, const GistSide<A>& own, const GistSide<A>& other, A t,
+                                 const A* weights) {
   const A *x = at.x, *y = at.y, *x_hat = at.x_hat, *y_hat = at.y_hat;
   A* grad = at.grad;
   const A of_x = own.of_hat * at.moved_x, of_y = other.of_hat * at.moved_y;
@@ -125,13 +135,13 @@ FASTGIST_INLINE void finish_terms(const OneSide<A>& at, int64_t n, const GistSid
 }
 
 // `weights`: of each class, or the one that all have.
-template <int kPower, bool kFma, typename A>
+template <int kPower, bool kFma, int kBytes, typename A>
 FASTGIST_INLINE void finish_gist(const Block<A>& block, const GistScalars<A>& row, const A* weights, bool even) {
   const int64_t n = block.n;
   const bool both = block.grad_z != nullptr && block.grad_o != nullptr;
   if (both && row.z.has_kl && row.o.has_kl && row.o.has_ce) {
-    if (even) return finish_both<kPower, true, kFma>(block, row, weights);
-    return finish_both<kPower, false, kFma>(block, row, weights);
+    if (even) return finish_both<kPower, true, kFma, kBytes>(block, row, weights);
+    return finish_both<kPower, false, kFma, kBytes>(block, row, weights);
   }
   if (even) weights = std::fill_n(block.buffers->weights, n, weights[0]) - n;
   // The first gradient may stand where the exponentials are that the second one needs: it waits in a buffer.
@@ -145,20 +155,20 @@ FASTGIST_INLINE void finish_gist(const Block<A>& block, const GistScalars<A>& ro
   if (both && first != block.grad_z) std::copy_n(first, n, block.grad_z);
 }
 
-template <bool kFma, typename A>
+template <bool kFma, int kBytes, typename A>
 FASTGIST_INLINE void finish_gist(int power, const Block<A>& block, const GistScalars<A>& row, const A* weights,
                                  bool even) {
   switch (power) {
     case 1:
-      return finish_gist<1, kFma>(block, row, weights, even);
+      return finish_gist<1, kFma, kBytes>(block, row, weights, even);
     case 2:
-      return finish_gist<2, kFma>(block, row, weights, even);
+      return finish_gist<2, kFma, kBytes>(block, row, weights, even);
     case 3:
-      return finish_gist<3, kFma>(block, row, weights, even);
+      return finish_gist<3, kFma, kBytes>(block, row, weights, even);
     case 4:
-      return finish_gist<4, kFma>(block, row, weights, even);
+      return finish_gist<4, kFma, kBytes>(block, row, weights, even);
     default:
-      return finish_gist<kUnitAnew, kFma>(block, row, weights, even);
+      return finish_gist<kUnitAnew, kFma, kBytes>(block, row, weights, even);
   }
 }
 

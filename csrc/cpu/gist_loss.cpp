@@ -56,30 +56,41 @@ struct TargetSums {
   }
 
   // A block of soft targets.
+  template <int kBytes>
   FASTGIST_INLINE void add(const A* z, const A* o, const A* weights, int64_t n, A c_z, A c_o) {
-    A sum_z = 0, sum_o = 0, sum = 0;
-#pragma omp simd reduction(+ : sum_z, sum_o, sum)
-    for (int64_t i = 0; i < n; ++i) {
-      const bool absent = weights[i] == A(0);
-      sum_z += absent ? A(0) : weights[i] * (z[i] - c_z);
-      sum_o += absent ? A(0) : weights[i] * (o[i] - c_o);
-      sum += weights[i];
-    }
-    dot_z += sum_z;
-    dot_o += sum_o;
-    weight += sum;
+    constexpr int kWidth = kLanes<kBytes, A>;
+    Lanes<A, kWidth> sum_z, sum_o, sum;
+    by_vectors<kWidth>(n, [&](auto part, int64_t at, int left) FASTGIST_INLINE_BODY {
+#pragma omp simd
+      for (int j = 0; j < kWidth; ++j) {
+        const bool in = !part() || j < left;
+        const A each = in ? weights[at + j] : A(0);
+        const bool absent = each == A(0);
+        sum_z[j] += absent ? A(0) : each * ((in ? z[at + j] : c_z) - c_z);
+        sum_o[j] += absent ? A(0) : each * ((in ? o[at + j] : c_o) - c_o);
+        sum[j] += each;
+      }
+    });
+    dot_z += sum_z.sum();
+    dot_o += sum_o.sum();
+    weight += sum.sum();
   }
 
   // A block of classes that all weigh the same.
+  template <int kBytes>
   FASTGIST_INLINE void add_even(const A* z, const A* o, double each, int64_t n, A c_z, A c_o) {
-    A sum_z = 0, sum_o = 0;
-#pragma omp simd reduction(+ : sum_z, sum_o)
-    for (int64_t i = 0; i < n; ++i) {
-      sum_z += z[i] - c_z;
-      sum_o += o[i] - c_o;
-    }
-    dot_z += each * sum_z;
-    dot_o += each * sum_o;
+    constexpr int kWidth = kLanes<kBytes, A>;
+    Lanes<A, kWidth> sum_z, sum_o;
+    by_vectors<kWidth>(n, [&](auto part, int64_t at, int left) FASTGIST_INLINE_BODY {
+#pragma omp simd
+      for (int j = 0; j < kWidth; ++j) {
+        const bool in = !part() || j < left;
+        sum_z[j] += (in ? z[at + j] : c_z) - c_z;
+        sum_o[j] += (in ? o[at + j] : c_o) - c_o;
+      }
+    });
+    dot_z += each * sum_z.sum();
+    dot_o += each * sum_o.sum();
     weight += each * n;
   }
 
@@ -124,33 +135,34 @@ struct GistLoss {
 
   FASTGIST_INLINE bool counts(int64_t row) const { return RowTarget(in, row).counts; }
 
-  template <bool kFma>
-  FASTGIST_INLINE void add(Sums& sums, int64_t row, int64_t start, int64_t n, const A* z, const A* o, A* p_hat,
-                           A* q_hat, A* buffer) const {
-    const Extremes<A> seen = extremes(z, o, n);
-    sums.dots.raise(sums.pair.template raise<true, kFma>(seen.m_z, seen.m_o, over_t));
-    sums.pair.template add<kFma>(z, o, n, over_t, seen.least, p_hat, q_hat);
+  template <bool kFma, int kBytes>
+  FASTGIST_INLINE void add(Sums& sums, const Looked<A>& block, A* p_hat, A* q_hat, A* buffer) const {
+    const A *z = block.z, *o = block.o;
+    const int64_t n = block.n;
+    sums.dots.raise(sums.pair.template raise<true, kFma>(block.seen.m_z, block.seen.m_o, over_t));
+    const auto added =
+        sums.pair.template add<kFma, kBytes>(z, o, n, block.next, over_t, block.seen.least, p_hat, q_hat);
     switch (power) {
       case 1:
-        sums.pair.template add_unit<1, kFma>(z, o, p_hat, q_hat, n);
+        sums.pair.template add_unit<1, kFma, kBytes>(added, z, o, p_hat, q_hat, n);
         break;
       case 2:
-        sums.pair.template add_unit<2, kFma>(z, o, p_hat, q_hat, n);
+        sums.pair.template add_unit<2, kFma, kBytes>(added, z, o, p_hat, q_hat, n);
         break;
       case 3:
-        sums.pair.template add_unit<3, kFma>(z, o, p_hat, q_hat, n);
+        sums.pair.template add_unit<3, kFma, kBytes>(added, z, o, p_hat, q_hat, n);
         break;
       case 4:
-        sums.pair.template add_unit<4, kFma>(z, o, p_hat, q_hat, n);
+        sums.pair.template add_unit<4, kFma, kBytes>(added, z, o, p_hat, q_hat, n);
         break;
       default:
-        sums.pair.template add_unit<kUnitAnew, kFma>(z, o, p_hat, q_hat, n);
+        sums.pair.template add_unit<kUnitAnew, kFma, kBytes>(added, z, o, p_hat, q_hat, n);
     }
     const A c_z = centre(sums.pair.m_z), c_o = centre(sums.pair.m_o);
     if (soft) {
-      sums.dots.add(z, o, load_weights(in, row, start, n, buffer), n, c_z, c_o);
+      sums.dots.template add<kBytes>(z, o, load_weights(in, block.row, block.start, n, buffer), n, c_z, c_o);
     } else if (in.label_smoothing != 0) {
-      sums.dots.add_even(z, o, in.label_smoothing / in.every_class, n, c_z, c_o);
+      sums.dots.template add_even<kBytes>(z, o, in.label_smoothing / in.every_class, n, c_z, c_o);
     }
   }
 
@@ -199,11 +211,11 @@ struct GistLoss {
     return (of_z && in.beta_z != 0) || (of_o && (in.beta_o != 0 || in.alpha != 0));
   }
 
-  template <bool kFma>
+  template <bool kFma, int kBytes>
   FASTGIST_INLINE void finish(const Block<A>& block, const Scalars& row) const {
     const A smooth = static_cast<A>(in.label_smoothing / in.every_class);
     const A* weights = soft ? load_weights(in, block.row, block.start, block.n, block.buffers->weights) : &smooth;
-    finish_gist<kFma>(power, block, row, weights, !soft);
+    finish_gist<kFma, kBytes>(power, block, row, weights, !soft);
     if (soft) return;
     // The label's own weight, so that no loop compares indices.
     const RowTarget target(in, block.row);

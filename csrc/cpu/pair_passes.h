@@ -13,12 +13,11 @@
 //     A, Inputs, Sums (over a stretch), Scalars (behind a row's gradients), kStatRows, a constructor from Inputs
 //     pair                                       the logits
 //     counts(row)                                whether a row's logits are looked at at all
-//     add<kFma>(sums, row, start, n, z, o, p_hat, q_hat, buffer)    a block, whose centres are then in sums.pair
-//     merge<kFma>(sums, next)                    the sums of the stretch that follows
-//     summary(row, sums, stats)                  the row's loss; and into stats what its gradients need
-//     scalars(row, stats, row_grad)              the same, ready for use
-//     needs_p(of_z, of_o), needs_q(of_z, of_o)   which exponentials these gradients are made of
-//     finish<kFma>(block, scalars)               the gradients of a Block
+//     add<kFma, kBytes>(sums, block, p_hat, q_hat, buffer)    a block that was looked at; its centres are then in
+//     sums.pair merge<kFma>(sums, next)                    the sums of the stretch that follows summary(row, sums,
+//     stats)                  the row's loss; and into stats what its gradients need scalars(row, stats, row_grad) the
+//     same, ready for use needs_p(of_z, of_o), needs_q(of_z, of_o)   which exponentials these gradients are made of
+//     finish<kFma, kBytes>(block, scalars)       the gradients of a Block
 #pragma once
 
 #include <memory>
@@ -40,6 +39,7 @@ constexpr int64_t kScratchClasses = 32768;
 
 template <typename A>
 struct Buffers {
+  alignas(64) A ahead_z[kBlock], ahead_o[kBlock];  // of a row that comes next
   alignas(64) A z[kBlock], o[kBlock], weights[kBlock], p[kBlock], q[kBlock], grad_z[kBlock], grad_o[kBlock];
 };
 
@@ -109,20 +109,60 @@ struct Job {
   }
 };
 
+// Classes [start, start + n) of a row, and what a first look at them saw.
+template <typename A>
+struct Looked {
+  int64_t row = -1, start = 0, n = 0;
+  const A* z = nullptr;
+  const A* o = nullptr;
+  Extremes<A> seen;
+  Upcoming<A> next = {nullptr, nullptr};
+};
+
+// What follows a block in memory: more of its row, or the next row. Where there are no more rows, where classes are not
+// neighbours, and of half precision, which is converted block by block: nothing new.
+template <typename A>
+Upcoming<A> upcoming(const LogitPair& in, const Looked<A>& block) {
+  const bool direct =
+      (in.dtype == DType::kFloat32 || in.dtype == DType::kFloat64) && in.z_stride_v == 1 && in.o_stride_v == 1;
+  if (!direct) return {block.z, block.o};
+  if (block.start + block.n < in.classes) return {block.z + block.n, block.o + block.n};
+  if (block.row + 1 >= in.rows) return {block.z, block.o};
+  return {block.z - block.start + in.z_stride_m, block.o - block.start + in.o_stride_m};
+}
+
+template <typename Op>
+struct Look {
+  using A = typename Op::A;
+
+  template <bool, int kBytes>
+  static FASTGIST_INLINE void rows(const Op& op, int64_t row, int64_t start, int64_t n, A* buffer_z, A* buffer_o,
+                                   Looked<A>& block) {
+    const A* z = load_z(op.pair, row, start, n, buffer_z);
+    const A* o = load_o(op.pair, row, start, n, buffer_o);
+    block = {row, start, n, z, o, extremes<kBytes>(z, o, n)};
+    block.next = upcoming(op.pair, block);
+  }
+};
+
 // The sums over classes [begin, end) of a row, a stretch; the centres that each of its blocks saw go into `centres`.
+// `ahead` may be the first block, looked at already.
 template <typename Op>
 struct AddStretch {
   using A = typename Op::A;
 
-  template <bool kFma>
-  static FASTGIST_INLINE void rows(const Op& op, int64_t row, int64_t begin, int64_t end, const Parked<A>& parked,
-                                   Centres<A>* centres, Buffers<A>& buffers, typename Op::Sums& sums) {
+  template <bool kFma, int kBytes>
+  static FASTGIST_INLINE void rows(const Op& op, int64_t row, int64_t begin, int64_t end, const Looked<A>& ahead,
+                                   const Parked<A>& parked, Centres<A>* centres, Buffers<A>& buffers,
+                                   typename Op::Sums& sums) {
+    Looked<A> block = ahead;
     for (int64_t start = begin; start < end; start += kBlock) {
-      const int64_t n = std::min(kBlock, end - start);
-      const A* z = load_z(op.pair, row, start, n, buffers.z);
-      const A* o = load_o(op.pair, row, start, n, buffers.o);
+      if (block.row != row || block.start != start) {
+        const int64_t n = std::min(kBlock, end - start);
+        Look<Op>::template rows<kFma, kBytes>(op, row, start, n, buffers.z, buffers.o, block);
+      }
       const Parked<A> hats = parked.here() ? parked.from(start) : Parked<A>{buffers.p, buffers.q};
-      op.template add<kFma>(sums, row, start, n, z, o, hats.p, hats.q, buffers.weights);
+      op.template add<kFma, kBytes>(sums, block, hats.p, hats.q, buffers.weights);
       centres[start / kBlock] = {centre(sums.pair.m_z), centre(sums.pair.m_o)};
     }
   }
@@ -130,7 +170,7 @@ struct AddStretch {
 
 template <typename Op>
 struct MergeStretch {
-  template <bool kFma>
+  template <bool kFma, int>
   static FASTGIST_INLINE void rows(const Op& op, typename Op::Sums& sums, const typename Op::Sums& next) {
     op.template merge<kFma>(sums, next);
   }
@@ -141,7 +181,7 @@ template <typename Op>
 struct FinishStretch {
   using A = typename Op::A;
 
-  template <bool kFma>
+  template <bool kFma, int kBytes>
   static FASTGIST_INLINE void rows(const Job<Op>& job, int64_t row, int64_t begin, int64_t end, const double* stats,
                                    double row_grad, const Parked<A>& parked, const Centres<A>* centres,
                                    Buffers<A>& buffers) {
@@ -174,16 +214,16 @@ struct FinishStretch {
                               job.to_z.place(offset, buffers.grad_z),
                               job.to_o.place(offset, buffers.grad_o),
                               &buffers};
-      op.template finish<kFma>(block, scalars);
+      op.template finish<kFma, kBytes>(block, scalars);
       job.to_z.put(offset, n, buffers.grad_z);
       job.to_o.put(offset, n, buffers.grad_o);
     }
   }
 };
 
-// Where one class has all of its row's mass, its d less the mean of d is 0. But the sums that this mean comes from moved
-// to other centres from block to block, and it is rounded otherwise than that class's d about the last ones: an error
-// that grows with d, in a row whose gradients are 1 or 0. So the mean is that d, unless they differ by more than
+// Where one class has all of its row's mass, its d less the mean of d is 0. But the sums that this mean comes from
+// moved to other centres from block to block, and it is rounded otherwise than that class's d about the last ones: an
+// error that grows with d, in a row whose gradients are 1 or 0. So the mean is that d, unless they differ by more than
 // rounding: classes too small to show in S = 1 may show in the mean. Once a row, and looked for in none but those, in
 // the block whose centre is the first to be the row's.
 template <typename A>
@@ -233,6 +273,9 @@ void whole_rows(const Job<Op>& job, int64_t row_begin, int64_t row_end) {
   Buffers<A> buffers;
   const std::unique_ptr<Centres<A>[]> centres(new Centres<A>[job.blocks()]);
   const std::unique_ptr<A[]> scratch(job.wants_scratch() ? new A[2 * classes] : nullptr);
+  // The next row's first block is looked at before this row's gradients, which wait for long divisions: at 1,000
+  // classes a row is one block, and neither its maxima nor its sums are then waited for.
+  Looked<A> ahead;
   for (int64_t row = row_begin; row < row_end; ++row) {
     double stats[Op::kStatRows] = {};
     job.row_loss[row] = 0;
@@ -243,8 +286,11 @@ void whole_rows(const Job<Op>& job, int64_t row_begin, int64_t row_end) {
         const int64_t end = std::min(begin + kStretch, classes);
         typename Op::Sums next;
         typename Op::Sums& of_stretch = begin == 0 ? sums : next;
-        run_rows<AddStretch<Op>>(job.op, row, begin, end, parked, centres.get(), buffers, of_stretch);
+        run_rows<AddStretch<Op>>(job.op, row, begin, end, ahead, parked, centres.get(), buffers, of_stretch);
         if (begin != 0) run_rows<MergeStretch<Op>>(job.op, sums, next);
+      }
+      if (row + 1 < row_end && job.op.counts(row + 1)) {
+        run_rows<Look<Op>>(job.op, row + 1, 0, std::min(kBlock, classes), buffers.ahead_z, buffers.ahead_o, ahead);
       }
       sum_up(job, row, sums, centres.get(), stats);
       if (job.finishes()) {
@@ -266,8 +312,8 @@ void stretch_sums(Job<Op>& job, int64_t task_begin, int64_t task_end) {
     const int64_t row = task / job.stretches(), begin = task % job.stretches() * kStretch;
     if (!job.op.counts(row)) continue;
     const int64_t end = std::min(begin + kStretch, job.pair().classes);
-    run_rows<AddStretch<Op>>(job.op, row, begin, end, job.parked(row, nullptr), &job.centres[row * job.blocks()],
-                             buffers, job.sums[task]);
+    run_rows<AddStretch<Op>>(job.op, row, begin, end, Looked<A>{}, job.parked(row, nullptr),
+                             &job.centres[row * job.blocks()], buffers, job.sums[task]);
   }
 }
 

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "../bidirectional_kl.h"
+#include "lanes.h"
 #include "simd.h"
 
 namespace fastgist::cpu {
@@ -19,39 +20,29 @@ FASTGIST_INLINE A centre(A max) {
   return max == -kInf<A> ? A(0) : max;
 }
 
-// Lanes of the widest vectors of floats. A block whose length is no multiple ends in kLanes classes that are looked at
-// once more where they have been already, and not in a loop over single ones: those took a sixth of the time at 1000.
-constexpr int64_t kLanes = 16;
-
-// The maxima of a block's two sides, and the least of all its logits.
+// The maxima of a block's two sides, and the least of all its logits. NaN never wins a comparison, so it stays out of
+// these and shows in the sums.
 template <typename A>
 struct Extremes {
   A m_z = -kInf<A>, m_o = -kInf<A>, least = kInf<A>;
-
-  FASTGIST_INLINE void look(const A* z, const A* o, int64_t n) {
-    // NaN never wins a comparison, so it stays out of these and shows in the sums.
-    A max_z = m_z, max_o = m_o, min = least;
-#pragma omp simd reduction(max : max_z, max_o) reduction(min : min)
-    for (int64_t i = 0; i < n; ++i) {
-      max_z = z[i] > max_z ? z[i] : max_z;
-      max_o = o[i] > max_o ? o[i] : max_o;
-      const A lower = z[i] < o[i] ? z[i] : o[i];
-      min = lower < min ? lower : min;
-    }
-    m_z = max_z, m_o = max_o, least = min;
-  }
 };
 
-template <typename A>
+template <int kBytes, typename A>
 FASTGIST_INLINE Extremes<A> extremes(const A* z, const A* o, int64_t n) {
-  Extremes<A> seen;
-  if (n < kLanes) {
-    seen.look(z, o, n);
-    return seen;
-  }
-  seen.look(z, o, n & -kLanes);
-  if (n % kLanes != 0) seen.look(z + n - kLanes, o + n - kLanes, kLanes);
-  return seen;
+  constexpr int kWidth = kLanes<kBytes, A>;
+  Lanes<A, kWidth> max_z(-kInf<A>), max_o(-kInf<A>), min(kInf<A>);
+  by_vectors<kWidth>(n, [&](auto part, int64_t at, int left) FASTGIST_INLINE_BODY {
+#pragma omp simd
+    for (int j = 0; j < kWidth; ++j) {
+      const bool in = !part() || j < left;
+      const A a = in ? z[at + j] : -kInf<A>, b = in ? o[at + j] : -kInf<A>;
+      max_z[j] = a > max_z[j] ? a : max_z[j];
+      max_o[j] = b > max_o[j] ? b : max_o[j];
+      const A lower = a < b ? a : b;
+      min[j] = in && lower < min[j] ? lower : min[j];
+    }
+  });
+  return {max_z.largest(), max_o.largest(), min.smallest()};
 }
 
 // How exponentials at temperature 1 follow from those at temperature T: taken anew, or as the T-th power.
@@ -87,6 +78,27 @@ struct Parked {
 template <typename A>
 struct Centres {
   A z, o;
+};
+
+// The logits that come after a block's, which are asked for while its exponentials are taken.
+template <typename A>
+struct Upcoming {
+  const A* z;
+  const A* o;
+
+  FASTGIST_INLINE void fetch(int64_t at) const {
+#if defined(__GNUC__) || defined(__clang__)
+    __builtin_prefetch(z + at);
+    __builtin_prefetch(o + at);
+#endif
+  }
+};
+
+// Of one block: sums of p^, q^, p^ d and q^ d, and whether some class is -inf on one side only.
+template <typename A>
+struct BlockSums {
+  A p, q, pd, qd;
+  bool lone;
 };
 
 // Sums over the classes seen so far, about the maxima seen so far. w is the sum of p^ d (q^ d) with d not yet over T;
@@ -128,69 +140,92 @@ struct OnlinePair {
     return {rise_z, rise_o};
   }
 
-  // Add classes whose maxima are in already, and leave p^ and q^. kScreen: some are -inf, where d is 0 by definition.
-  // kPart: the first `before` have been added already.
-  template <bool kScreen, bool kPart, bool kFma>
-  FASTGIST_INLINE void add_lanes(const A* z, const A* o, int64_t n, int64_t before, const ExpScale<A>& over_t, A* p_hat,
-                                 A* q_hat) {
+  // Add classes whose maxima are in already, and leave p^ and q^. Returns the sums of these. kNormal: all p^ and q^ are
+  // normal numbers. Otherwise some classes may be -inf, where d is 0 by definition.
+  template <bool kNormal, bool kFma, int kBytes>
+  FASTGIST_INLINE BlockSums<A> sums_of(const A* z, const A* o, int64_t n, const Upcoming<A>& upcoming,
+                                       const ExpScale<A>& over_t, A* p_hat, A* q_hat) const {
+    constexpr int kWidth = kLanes<kBytes, A>;
     const A c_z = centre(m_z), c_o = centre(m_o);
-    A sum_p = 0, sum_q = 0, sum_pd = 0, sum_qd = 0;
-    int lone_classes = 0;
-#pragma omp simd reduction(+ : sum_p, sum_q, sum_pd, sum_qd, lone_classes)
-    for (int64_t i = 0; i < n; ++i) {
-      const A zc = z[i] - c_z;
-      const A oc = o[i] - c_o;
-      A d = zc - oc;
-      if constexpr (kScreen) {
-        const bool no_z = z[i] == -kInf<A>, no_o = o[i] == -kInf<A>;
-        d = (no_z | no_o) ? A(0) : d;
-        lone_classes += no_z != no_o;
+    const ExpScale<A> scale = over_t;  // its own: what p_hat points to might be the caller's
+    const Upcoming<A> next = upcoming;
+    Lanes<A, kWidth> sum_p, sum_q, sum_pd, sum_qd;
+    Lanes<int, kWidth> lone_classes;
+    by_vectors<kWidth>(n, [&](auto part, int64_t at, int left) FASTGIST_INLINE_BODY {
+      if (!part()) next.fetch(at);
+#pragma omp simd
+      for (int j = 0; j < kWidth; ++j) {
+        const bool in = !part() || j < left;
+        const A a = in ? z[at + j] : c_z, b = in ? o[at + j] : c_o;
+        const A zc = a - c_z, oc = b - c_o;
+        A d = zc - oc, p, q;
+        if constexpr (kNormal) {
+          p = exp_normal<kFma>(zc, scale);
+          q = exp_normal<kFma>(oc, scale);
+        } else {
+          const bool no_z = a == -kInf<A>, no_o = b == -kInf<A>;
+          d = (no_z | no_o) ? A(0) : d;
+          lone_classes[j] += no_z != no_o;
+          p = exp_scaled<kFma>(zc, scale);
+          q = exp_scaled<kFma>(oc, scale);
+        }
+        if (in) {
+          p_hat[at + j] = p;
+          q_hat[at + j] = q;
+        }
+        sum_p[j] += in ? p : A(0);
+        sum_q[j] += in ? q : A(0);
+        sum_pd[j] = multiply_add<kFma>(p, d, sum_pd[j]);  // a lane that is out stands at the centres: its d is 0
+        sum_qd[j] = multiply_add<kFma>(q, d, sum_qd[j]);
       }
-      const A p = exp_scaled<kFma>(zc, over_t);
-      const A q = exp_scaled<kFma>(oc, over_t);
-      p_hat[i] = p;
-      q_hat[i] = q;
-      const bool added = kPart && i < before;
-      sum_p += added ? A(0) : p;
-      sum_q += added ? A(0) : q;
-      sum_pd = added ? sum_pd : multiply_add<kFma>(p, d, sum_pd);
-      sum_qd = added ? sum_qd : multiply_add<kFma>(q, d, sum_qd);
+    });
+    return {sum_p.sum(), sum_q.sum(), sum_pd.sum(), sum_qd.sum(), lone_classes.sum() != 0};
+  }
+
+  // The same into this, in the form that the block's least logit asks for.
+  template <bool kFma, int kBytes>
+  FASTGIST_INLINE BlockSums<A> add(const A* z, const A* o, int64_t n, const Upcoming<A>& next,
+                                   const ExpScale<A>& over_t, A least, A* p_hat, A* q_hat) {
+    bool normal = least - std::max(centre(m_z), centre(m_o)) >= over_t.least_normal;
+    BlockSums<A> block;
+    if (normal) {
+      block = sums_of<true, kFma, kBytes>(z, o, n, next, over_t, p_hat, q_hat);
+      normal = block.pd == block.pd;  // NaN is no least logit: it shows in d
     }
-    s_p += sum_p;
-    s_q += sum_q;
-    w_p += sum_pd;
-    w_q += sum_qd;
-    lone = lone || lone_classes != 0;
-  }
-
-  template <bool kScreen, bool kFma>
-  FASTGIST_INLINE void add(const A* z, const A* o, int64_t n, const ExpScale<A>& over_t, A* p_hat, A* q_hat) {
-    if (n < kLanes) return add_lanes<kScreen, false, kFma>(z, o, n, 0, over_t, p_hat, q_hat);
-    const int64_t whole = n & -kLanes, last = n - kLanes;
-    add_lanes<kScreen, false, kFma>(z, o, whole, 0, over_t, p_hat, q_hat);
-    if (whole == n) return;
-    add_lanes<kScreen, true, kFma>(z + last, o + last, kLanes, whole - last, over_t, p_hat + last, q_hat + last);
-  }
-
-  // The same, screened or not as the block's least logit asks.
-  template <bool kFma>
-  FASTGIST_INLINE void add(const A* z, const A* o, int64_t n, const ExpScale<A>& over_t, A least, A* p_hat, A* q_hat) {
-    if (least > -kInf<A>) return add<false, kFma>(z, o, n, over_t, p_hat, q_hat);
-    add<true, kFma>(z, o, n, over_t, p_hat, q_hat);
+    if (!normal) block = sums_of<false, kFma, kBytes>(z, o, n, next, over_t, p_hat, q_hat);
+    s_p += block.p;
+    s_q += block.q;
+    w_p += block.pd;
+    w_q += block.qd;
+    lone = lone || block.lone;
+    return block;
   }
 
   // The block's exponentials at temperature 1, from those at T that add() left.
-  template <int kPower, bool kFma>
-  FASTGIST_INLINE void add_unit(const A* z, const A* o, const A* p_hat, const A* q_hat, int64_t n) {
-    const A c_z = centre(m_z), c_o = centre(m_o);
-    A sum_z = 0, sum_o = 0;
-#pragma omp simd reduction(+ : sum_z, sum_o)
-    for (int64_t i = 0; i < n; ++i) {
-      sum_z += exp_unit<kPower, kFma>(z[i] - c_z, p_hat[i]);
-      sum_o += exp_unit<kPower, kFma>(o[i] - c_o, q_hat[i]);
+  template <int kPower, bool kFma, int kBytes>
+  FASTGIST_INLINE void add_unit(const BlockSums<A>& block, const A* z, const A* o, const A* p_hat, const A* q_hat,
+                                int64_t n) {
+    if constexpr (kPower == 1) {
+      unit_z += block.p;
+      unit_o += block.q;
+    } else {
+      constexpr int kWidth = kLanes<kBytes, A>;
+      const A c_z = centre(m_z), c_o = centre(m_o);
+      Lanes<A, kWidth> sum_z, sum_o;
+      by_vectors<kWidth>(n, [&](auto part, int64_t at, int left) FASTGIST_INLINE_BODY {
+#pragma omp simd
+        for (int j = 0; j < kWidth; ++j) {
+          const bool in = !part() || j < left;
+          const A a = in ? z[at + j] : c_z, b = in ? o[at + j] : c_o;
+          const A unit_p = exp_unit<kPower, kFma>(a - c_z, in ? p_hat[at + j] : A(1));
+          const A unit_q = exp_unit<kPower, kFma>(b - c_o, in ? q_hat[at + j] : A(1));
+          sum_z[j] += in ? unit_p : A(0);
+          sum_o[j] += in ? unit_q : A(0);
+        }
+      });
+      unit_z += sum_z.sum();
+      unit_o += sum_o.sum();
     }
-    unit_z += sum_z;
-    unit_o += sum_o;
   }
 
   // Take in the sums over the classes that follow. Returns how far either's centres had to move.
@@ -235,8 +270,9 @@ struct OnlinePair {
 // e^((x - c) / T) of a block.
 template <bool kFma, typename A>
 FASTGIST_INLINE void exponentials(const A* x, int64_t n, A c, const ExpScale<A>& over_t, A* out) {
+  const ExpScale<A> scale = over_t;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = exp_scaled<kFma>(x[i] - c, over_t);
+  for (int64_t i = 0; i < n; ++i) out[i] = exp_scaled<kFma>(x[i] - c, scale);
 }
 
 // What takes exponentials about `from` to those about the row's centre, which is no smaller.

@@ -13,8 +13,10 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define FASTGIST_INLINE inline __attribute__((always_inline))
+#define FASTGIST_INLINE_BODY __attribute__((always_inline))  // behind a lambda's parameters
 #else
 #define FASTGIST_INLINE inline
+#define FASTGIST_INLINE_BODY
 #endif
 
 // A function marked with one of these has its always-inline callees compiled for that instruction set.
@@ -189,28 +191,30 @@ template <typename A>
 struct ExpScale;
 template <>
 struct ExpScale<float> {
-  float head, tail;  // log2(e) / T in two parts: one alone would make of T another temperature, 3e-8 away
-  float least;       // where the exponent is -127
+  float head, tail;    // log2(e) / T in two parts: one alone would make of T another temperature, 3e-8 away
+  float least;         // where the exponent is -127
+  float least_normal;  // from where on exp_normal holds: the exponent is -125, above any rounding of it
   explicit ExpScale(double temperature) {
     const double whole = 0x1.71547652b82fep+0 / temperature;
     head = static_cast<float>(whole);
     tail = static_cast<float>(whole - head);
     least = -127.0f / head;
+    least_normal = -125.0f / head;
   }
 };
 template <>
 struct ExpScale<double> {
   double inv_t;
-  explicit ExpScale(double temperature) : inv_t(1.0 / temperature) {}
+  double least_normal;
+  explicit ExpScale(double temperature) : inv_t(1.0 / temperature), least_normal(-700.0 * temperature) {}
 };
 
-// e^(x / T) for x <= 0, -inf or NaN, as exp_nonpositive. The exponent's fraction comes out of fused products, so that
-// dividing by T costs no rounding and the reduction two products less.
+// 2^(x / T log2(e) - n) for the n next to that exponent, and n in the low bits of `shifted`. The fraction comes out of
+// fused products, so that dividing by T costs no rounding and the reduction two products less.
 template <bool kFma>
-FASTGIST_INLINE float exp_scaled(float x, const ExpScale<float>& scale) {
+FASTGIST_INLINE float exp_fraction(float x, const ExpScale<float>& scale, float& shifted) {
   constexpr float kRound = 0x1.8p23f;
-  x = x < scale.least ? scale.least : x;
-  const float shifted = multiply_add<kFma>(x, scale.head, kRound);
+  shifted = multiply_add<kFma>(x, scale.head, kRound);
   float r = multiply_add<kFma>(x, scale.head, kRound - shifted);
   r = multiply_add<kFma>(x, scale.tail, r);
   float y = 0x1.41fbbcp-13f;
@@ -219,12 +223,32 @@ FASTGIST_INLINE float exp_scaled(float x, const ExpScale<float>& scale) {
   y = multiply_add<kFma>(y, r, 0x1.c6aee8p-5f);
   y = multiply_add<kFma>(y, r, 0x1.ebfbdcp-3f);
   y = multiply_add<kFma>(y, r, 0x1.62e430p-1f);
-  y = multiply_add<kFma>(y, r, 1.0f);
+  return multiply_add<kFma>(y, r, 1.0f);
+}
+
+// e^(x / T) for x <= 0, -inf or NaN, as exp_nonpositive.
+template <bool kFma>
+FASTGIST_INLINE float exp_scaled(float x, const ExpScale<float>& scale) {
+  float shifted;
+  const float y = exp_fraction<kFma>(x < scale.least ? scale.least : x, scale, shifted);
   return y * bit_cast<float>((bit_cast<uint32_t>(shifted) + 127u) << 23);
+}
+
+// The same number for x from scale.least_normal to 0: 2^n goes straight into the exponent, which spares a product and
+// the bound. Of NaN it makes anything.
+template <bool kFma>
+FASTGIST_INLINE float exp_normal(float x, const ExpScale<float>& scale) {
+  float shifted;
+  const float y = exp_fraction<kFma>(x, scale, shifted);
+  return bit_cast<float>(bit_cast<uint32_t>(y) + (bit_cast<uint32_t>(shifted) << 23));
 }
 
 template <bool kFma>
 FASTGIST_INLINE double exp_scaled(double x, const ExpScale<double>& scale) {
+  return std::exp(x * scale.inv_t);
+}
+template <bool kFma>
+FASTGIST_INLINE double exp_normal(double x, const ExpScale<double>& scale) {
   return std::exp(x * scale.inv_t);
 }
 

@@ -122,9 +122,9 @@ struct OnlinePair {
 };
 
 // How near a mean of d a d is taken for the mean itself: within the rounding of sums that were moved to other centres,
-// where one class has all of its row's mass (S = 1); nowhere else. That class's d less the mean is 0, but the mean comes
-// out rounded otherwise than d, by as much as d is large. (Not 0 wherever p = 1: classes too small to show in S may have
-// a d that shows in the mean.) Others so near have p < 2^-24, or 2^-53 in double.
+// where one class has all of its row's mass (S = 1); nowhere else. That class's d less the mean is 0, but the mean
+// comes out rounded otherwise than d, by as much as d is large. (Not 0 wherever p = 1: classes too small to show in S
+// may have a d that shows in the mean.) Others so near have p < 2^-24, or 2^-53 in double.
 __host__ __device__ __forceinline__ float nearness(float s, float e) { return s == 1.0f ? fabsf(e) * 0x1p-21f : 0.0f; }
 __host__ __device__ __forceinline__ double nearness(double s, double e) { return s == 1.0 ? fabs(e) * 0x1p-50 : 0.0; }
 

@@ -36,6 +36,15 @@ void check_exp() {
       worst = std::max(worst, std::fabs(scaled(x) - exact) / ulp - rounding);
     }
     expect(worst <= 1.5, "exp_scaled, worst error in ulp", "float", 0, worst, 1.5);
+    int64_t others = 0;
+    for (uint32_t bits = 0x80000000u; bits <= cpu::bit_cast<uint32_t>(scale.least_normal); bits += 97) {
+      const float x = cpu::bit_cast<float>(bits);
+      others += cpu::exp_normal<kFma>(x, scale) != scaled(x);
+    }
+    others += cpu::exp_normal<kFma>(scale.least_normal, scale) != scaled(scale.least_normal);
+    expect(others == 0, "numbers that exp_normal makes other than exp_scaled", "float", 0, others, 0);
+    expect(scaled(scale.least_normal) >= std::numeric_limits<float>::min(), "exp_scaled(least_normal) is normal",
+           "float", 0, scaled(scale.least_normal), std::numeric_limits<float>::min());
     expect(scaled(-inf) == 0, "exp_scaled(-inf)", "float", 0, scaled(-inf), 0);
     expect(scaled(-1e30f) == 0, "exp_scaled(-1e30)", "float", 0, scaled(-1e30f), 0);
     expect(scaled(0.0f) == 1, "exp_scaled(0)", "float", 0, scaled(0.0f), 1);

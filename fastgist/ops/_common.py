@@ -112,6 +112,8 @@ def _nobody_listens(args: Iterable[object]) -> bool:
         return False
     for a in args:  # a loop: a generator, and a call for each argument, took half of this function's time
         kind = type(a)
+        if kind in _NUMBERS:  # asked first: Tensor's own isinstance is a call in Python
+            continue
         if kind in _ORDINARY:
             if torch._C._dispatch_keys(a).raw_repr() not in _known_keys and not is_ordinary(a):  # type: ignore[arg-type]
                 return False
@@ -146,6 +148,7 @@ def _know(device: str) -> None:
 
 _known_keys: set[int] = set()
 _ORDINARY = frozenset({Tensor, torch.nn.Parameter})
+_NUMBERS = frozenset({type(None), bool, int, float, str})
 #: Where a version of torch cannot say, autocast may be on, and somebody may listen.
 _any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
@@ -280,6 +283,9 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {first_name} is on {first.device} and {name} is on {t.device}")
 
 
+_ROOTS_OF_LARGEST = {dtype: math.sqrt(torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
+
+
 def check_temperature(op: str, temperature: object, dtype: torch.dtype) -> float:
     """T as a float. ``dtype``: what exponentials are taken in, where the square of T, and that of 1 / T, which a gradient is
     times, have to be numbers."""
@@ -288,9 +294,9 @@ def check_temperature(op: str, temperature: object, dtype: torch.dtype) -> float
     if not isinstance(temperature, (int, float, Real)) or isinstance(temperature, bool):
         raise TypeError(f"{op}: temperature must be a number, got {type(temperature).__name__}")
     temperature = float(temperature)
-    if not 0.0 < temperature < float("inf"):
+    if not 0.0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature must be finite and > 0, got {temperature}")
-    most = math.sqrt(torch.finfo(dtype).max)
+    most = _ROOTS_OF_LARGEST[dtype]
     if not 1.0 / most <= temperature <= most:
         raise ValueError(
             f"{op}: temperature must be finite and > 0, and its square and that of its inverse finite in "

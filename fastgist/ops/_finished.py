@@ -26,8 +26,8 @@ def scaled(grads: Sequence[Tensor], factor: Tensor, dtype: torch.dtype | Sequenc
     """
     dtypes = [dtype] * len(grads) if isinstance(dtype, torch.dtype) else list(dtype)
     if is_plain(factor) and not _keeps_graph():
-        if factor.is_cpu and float(factor) == 1.0:
-            return [_as(g, d) for g, d in zip(grads, dtypes, strict=True)]
+        if factor.is_cpu and factor.item() == 1.0:
+            return [g if g.dtype == d else _as(g, d) for g, d in zip(grads, dtypes, strict=True)]
         wanted = [(g, d) for g, d in zip(grads, dtypes, strict=True) if d is not None and (g.dim() == 2 or g.numel())]
         if wanted and all(g.dtype == d and _common.is_ordinary(g) for g, d in wanted):
             if factor.is_cpu:
@@ -53,7 +53,10 @@ def is_plain(*tensors: Tensor) -> bool:
     """Whether these are numbers in memory that Python may look at: nobody traces, compiles or transforms."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return all(_common.is_ordinary(t) for t in tensors)
+    for t in tensors:
+        if not _common.is_ordinary(t):
+            return False
+    return True
 
 
 def _scale_on_device(grads: list[Tensor], factor: Tensor) -> bool:

@@ -37,11 +37,12 @@ def _cp_linear_bwd(
     grads: list[Shape], x: Shape, weights: Any, u: Shape, v: Shape, gain: Any, seed: Any, h: Shape, folds: Any, scale: Any,
     dropout_p: Any, needs: list[bool], *others: Any, **_: Any,
 ) -> int:  # fmt: skip
-    need_x, need_weight, _bias, need_u, need_v, need_gain = needs
+    need_x, need_u, need_v, need_gain = needs[:4]
     rows, out = grads[0][0], sum(grad[1] for grad in grads)
     inner = (x or u or (0, 0))[-1 if x else 0]
     rank = (v or h or (0, 0))[1]
-    per_row = inner * out * (need_x + need_weight)  # dy W, dy^T x
+    trained = sum(grad[1] for grad, need in zip(grads, needs[4:], strict=False) if need)
+    per_row = inner * (out * need_x + trained)  # dy W, dy^T x
     per_row += out * rank * ((need_x or need_u) + (need_v or need_gain))  # dh = dy V', dy^T h
     return 2 * rows * (per_row + inner * rank * (need_x + need_u))  # dh U^T, x^T dh
 

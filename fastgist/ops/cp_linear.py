@@ -101,9 +101,10 @@ def _bwd(
     inner = max((t.shape[1] for t in (x, *weights) if t is not None), default=0)
     in_cpp = len(grads) == 1 and _update_in_cpp(impl, first, low, max(inner, first.shape[1]))
     impl = backends.resolve(_OP, impl, first)
-    need_x, need_weight, need_bias, need_u, need_v, need_gain = needs
-    grad_weight = _of_weights(grads, x) if need_weight else None
-    sums = [g.sum(0) for g in grads] if need_bias else []
+    need_x, need_u, need_v, need_gain = needs[:4]
+    of_weights, of_biases = _of_base(grads, needs)
+    grad_weight = _of_weights(of_weights, x) if of_weights else None
+    sums = [g.sum(0) for g in of_biases]
     grad_bias = torch.cat(sums) if len(sums) > 1 else next(iter(sums), None)
     wanted = (need_x, need_u, need_v, need_gain)
     empty = all(g.numel() == 0 for g in grads) or (x is not None and x.numel() == 0)
@@ -121,6 +122,16 @@ def _bwd(
         found = (None, None, None, None)
     grad_x, grad_u, grad_v, grad_gain = found
     return tuple(empty_unless(g, first) for g in (grad_x, grad_weight, grad_bias, grad_u, grad_v, grad_gain))
+
+
+def _of_base(grads: list[Tensor], needs: list[bool]) -> tuple[list[Tensor], list[Tensor]]:
+    """The incoming gradients of the weights, and those of the biases, that are trained: behind the four of x, u, v and gain,
+    ``needs`` has a flag for each."""
+    flags = needs[4:]
+    of_weights, of_biases = flags[: len(grads)], flags[len(grads) :]
+    return [g for g, n in zip(grads, of_weights, strict=True) if n], [
+        g for g, n in zip(grads, of_biases, strict=True) if n
+    ]
 
 
 def _of_weights(grads: list[Tensor], x: Tensor) -> Tensor:
@@ -161,11 +172,10 @@ def _empty_grads(grads, x, weights, v, gain, h, folds, wanted):
 
 
 def _bwd_fake(grads, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, needs, impl):
-    need_x, need_weight, need_bias, need_u, need_v, need_gain = needs
-    found = _empty_grads(grads, x, weights, v, gain, h, folds, (need_x, need_u, need_v, need_gain))
-    like, columns = grads[0], sum(g.shape[1] for g in grads)
-    grad_weight = like.new_empty(columns, x.shape[1]) if need_weight else None
-    grad_bias = like.new_empty(columns) if need_bias else None
+    found = _empty_grads(grads, x, weights, v, gain, h, folds, needs[:4])
+    like, (of_weights, of_biases) = grads[0], _of_base(grads, needs)
+    grad_weight = like.new_empty(sum(g.shape[1] for g in of_weights), x.shape[1]) if of_weights else None
+    grad_bias = like.new_empty(sum(g.shape[1] for g in of_biases)) if of_biases else None
     return tuple(empty_unless(g, like) for g in (found[0], grad_weight, grad_bias, *found[1:]))
 
 
@@ -200,8 +210,9 @@ class _CPLinear(torch.autograd.Function):
         need_x, need_u, need_v, need_gain = _common.needs(ctx, 4, record)
         first = len(ctx.needs_input_grad) - len(base)
         of_base = [record and need for need in ctx.needs_input_grad[first:]]
+        ctx.of_base = of_base[:count], [*of_base[count:], *[False] * count][:count]  # weights, biases
         base = [t for t in base if t is not None]  # see _base_arguments
-        need_weight, need_bias = any(of_base[:count]), any(of_base[count:])
+        need_weight = any(of_base[:count])
         need_h = need_v or need_gain
         weights, biases = list(base[:count]), list(base[count:])
         y, h = _fwd_op(x, weights, biases, u, v, gain, seed, scale, dropout_p, need_h, impl)
@@ -215,8 +226,8 @@ class _CPLinear(torch.autograd.Function):
             h if need_h else None,
             *(weights if need_x else ()),
         )
-        ctx.needs = [need_x, need_weight, need_bias, need_u, need_v, need_gain]
-        ctx.of_base, ctx.rows, ctx.folds = of_base, [w.shape[0] for w in weights], y.shape[1] // v.shape[0]
+        ctx.needs = [need_x, need_u, need_v, need_gain]
+        ctx.rows, ctx.folds = [w.shape[0] for w in weights], y.shape[1] // v.shape[0]
         ctx.scale, ctx.dropout_p, ctx.impl = scale, dropout_p, impl
         return y if count == 1 else y.split(ctx.rows, 1)  # by autograd's split, dL/dy would be put together
 
@@ -235,15 +246,19 @@ class _CPLinear(torch.autograd.Function):
             folds = max(1, sum(each[i] for i in used))
             v, gain = _taken(v, of_v, used), _taken(gain, of_gain, used)
             weights = [weights[i] for i in used if weights]
-        options = (folds, ctx.scale, ctx.dropout_p, ctx.needs, ctx.impl)
+        # Weights, and biases, that are trained and whose results were used.
+        trained = [[i for i in used if flags[i]] for flags in ctx.of_base]
+        needs = [*ctx.needs, *(i in some for some in trained for i in used)]
+        options = (folds, ctx.scale, ctx.dropout_p, needs, ctx.impl)
         found = _bwd_op([grads[i] for i in used], x, weights, u, v, gain, seed, h, *options)
-        found = [g if needed else None for g, needed in zip(found, ctx.needs, strict=True)]
-        grad_x, grad_weight, grad_bias, grad_u, grad_v, grad_gain = found
+        of_inputs = [g if needed else None for g, needed in zip((found[0], *found[3:]), ctx.needs, strict=True)]
+        grad_x, grad_u, grad_v, grad_gain = of_inputs
+        of_base = []
+        for grad, some in zip(found[1:3], trained, strict=True):
+            each = dict(zip(some, grad.split([ctx.rows[i] for i in some]), strict=True)) if some else {}
+            of_base += [each.get(i) for i in range(len(grads))]
         low_rank = grad_u, _put_back(grad_v, of_v, used), _put_back(grad_gain, of_gain, used)
-        own = [dict(zip(used, _split(g, [ctx.rows[i] for i in used]), strict=True)) for g in (grad_weight, grad_bias)]
-        of_base = [*(g.get(i) for g in own for i in range(len(grads))), None]
-        of_base = [g if needed else None for g, needed in zip(of_base, ctx.of_base, strict=False)]
-        return grad_x, *low_rank, None, None, None, None, None, None, *of_base
+        return grad_x, *low_rank, *(None,) * 6, *[*of_base, None][: len(ctx.needs_input_grad) - 10]
 
 
 def _taken(t: Tensor | None, counts: list[int] | None, used: list[int]) -> Tensor | None:
@@ -269,10 +284,6 @@ def _base_arguments(*base: Tensor) -> tuple[Tensor | None, ...]:
     """``base``, with a None behind two: torch 2.11, compiling where gradients are off, leaves ctx out of a forward that gets
     as many arguments as it names, ctx and ``*base`` counted as one each."""
     return (*base, None) if len(base) == 2 else base
-
-
-def _split(grad: Tensor | None, rows: list[int]) -> tuple[Tensor | None, ...]:
-    return (grad,) * len(rows) if grad is None or len(rows) == 1 else grad.split(rows)
 
 
 # -- the public function ---------------------------------------------------------------------------------------------

@@ -218,7 +218,9 @@ def forward(
     h = None
     for i, (rows, own_v, own_gain) in enumerate(_pieces([w.shape[0] for w in weights], v, gain)):
         weight = weights[i]
-        merged = _merged_weight(x, weight, u, own_v, own_gain, seed, scale, need_h)
+        # An ``update`` forms h on its way, for no more than x U costs alone.
+        both = update is not None and need_h
+        merged = None if both else _merged_weight(x, weight, u, own_v, own_gain, seed, scale, need_h)
         used, out = weight if merged is None else merged, y[:, rows]
         if biases:
             torch.addmm(biases[i], x, used.transpose(0, 1), out=out)
