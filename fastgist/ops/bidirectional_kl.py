@@ -257,15 +257,15 @@ def bidirectional_kl(
     dtype = accumulate_dtype(logits.dtype)
     temperature = _common.check_temperature(_OP, temperature, dtype)
     _common.check_reduction(_OP, reduction)
-    leading, classes = logits.shape[:-1], logits.shape[-1]
-    rows = math.prod(leading)
+    leading = logits.shape[:-1]
+    rows = leading[0] if len(leading) == 1 else math.prod(leading)
     divisor = _finished.divisor_of(_OP, divisor, reduction, logits, dtype)
     mask = None if mask is None else mask.reshape(rows)
     scale, divisor = _finished.loss_scale(
         reduction, temperature**2 if t_squared else 1.0, rows, mask, divisor, logits, dtype
     )
     if logits.dim() != 2:
-        logits, other_logits = logits.reshape(rows, classes), other_logits.reshape(rows, classes)
+        logits, other_logits = (t.reshape(rows, logits.shape[-1]) for t in (logits, other_logits))
     moving = _moving.packed(temperature, scale)
     if moving is not None:
         temperature = scale = 1.0  # no part of the graph
