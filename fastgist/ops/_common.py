@@ -103,7 +103,8 @@ def _tell_counters() -> None:
 
 def _nobody_listens(args: Iterable[object]) -> bool:
     """Whether a raw op's implementation may be called past the dispatcher, which takes twice the host time of a launch: inside
-    an autograd.Function, on ordinary tensors (``args`` are those that take one or several), with no mode, transform or tracer that wants to see the operator."""
+    an autograd.Function, on ordinary tensors (``args`` are those that take one or several), with no mode, transform or tracer
+    that wants to see the operator."""
     if (
         torch.is_grad_enabled()
         or _count_modes()

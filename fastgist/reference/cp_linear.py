@@ -120,11 +120,19 @@ def _merged_weight(
     In float32 and wider the sum rounds as the base product itself does; in half precision small updates would vanish.
     Dropout acts between the factors and rules it out. ``factor_needed``: whether x U (dL/dh) is computed in any case.
     """
-    if seed is not None or a.dtype not in (torch.float32, torch.float64):
-        return None
     inner = a.shape[1]
-    if not merge_pays(a.shape[0], inner, sum(weight.shape) - inner, u.shape[1], factor_needed):
+    if not _may_merge(a, seed) or not merge_pays(
+        a.shape[0], inner, sum(weight.shape) - inner, u.shape[1], factor_needed
+    ):
         return None
+    return _merge(weight, u, v, gain, scale)
+
+
+def _may_merge(a: Tensor, seed: Tensor | None) -> bool:
+    return seed is None and a.dtype in (torch.float32, torch.float64)
+
+
+def _merge(weight: Tensor, u: Tensor, v: Tensor, gain: Tensor | None, scale: float) -> Tensor:
     folded = _folded_v(v, gain, _folds(weight.shape[0], v))
     return torch.addmm(weight, folded, u.transpose(0, 1), alpha=scale)
 
@@ -266,10 +274,9 @@ def backward(
     grad_x = grad_u = grad_v = grad_gain = grad_h = None
     sizes = [g.shape[1] for g in grads]
     rows, dtype = grads[0].shape[0], grads[0].dtype
-    if need_x:
-        pieces = zip(grads, weights, _pieces(sizes, v, gain), strict=True)
-        merged = [_merged_weight(g, w, u, own, its, seed, scale, need_u) for g, w, (_, own, its) in pieces]
-        whole = all(m is not None for m in merged)
+    if need_x:  # of several weights all are merged or none: the update of dx is one for all
+        inner, rank = weights[0].shape[1], u.shape[1]
+        whole = _may_merge(grads[0], seed) and merge_pays(rows, sum(sizes), inner, rank, need_u)
     through_h = need_u or (need_x and not whole)
     on_rows = _on_rows(gain, folds, rows, sum(sizes)) and (through_h or not need_gain)
     if through_h:
@@ -283,7 +290,10 @@ def backward(
         grad_h = _scaled(low * gain if on_rows else low, scale)
         grad_h = (drop or _dropped)(grad_h, dropout_p, seed)
     if need_x:
-        used = [m if whole else w for w, m in zip(weights, merged, strict=True)]
+        used = weights
+        if whole:
+            pieces = zip(weights, _pieces(sizes, v, gain), strict=True)
+            used = [_merge(w, u, own, its, scale) for w, (_, own, its) in pieces]
         grad_x = _sum_of_products(list(zip(grads, used, strict=True)))
         if not whole:
             grad_x.addmm_(grad_h, u.transpose(0, 1))
