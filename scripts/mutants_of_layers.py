@@ -169,8 +169,8 @@ CP_LINEAR = [
         ),
         (
             "half merges its weight",
-            "    if seed is not None or a.dtype not in (torch.float32, torch.float64):\n",
-            "    if seed is not None:\n",
+            "    return seed is None and a.dtype in (torch.float32, torch.float64)\n",
+            "    return seed is None\n",
             "small updates vanish in bfloat16",
         ),
     ),
