@@ -119,7 +119,9 @@ def table(op: str, case: str, rows: dict[str, dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ops", nargs="*", choices=[*OURS, []], help="operations (default: those with goals)")
+    parser.add_argument(
+        "ops", nargs="*", choices=[*OURS, []], metavar="op", help=f"of {', '.join(OURS)} (default: all)"
+    )
     parser.add_argument("-k", dest="case", help="a part of the case's name (default: the cases with goals)")
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each case (default 20)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="the folder of results")

@@ -222,7 +222,8 @@ def cpu_page() -> str:
         "",
         "Time of the factored form over the merged one (above 1: merging is faster), medians over pairs taken in turn;",
         "**bold** where `merge_pays` (fastgist/reference/cp_linear.py) merges. float32, one thread, its processor time. The",
-        "machine did other work meanwhile: the ratio of a pair counts, not its milliseconds.",
+        "machine did other work meanwhile: the ratio of a pair counts, not its milliseconds. All is plain PyTorch's: where",
+        '"auto" has C++ add the update of one weight and h is needed, y is not merged (DESIGN.md, "cp_update in C++").',
         "",
     ]
     for environment, grid, benchmark in measured_on_cpus():
