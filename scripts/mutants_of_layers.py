@@ -115,14 +115,14 @@ CP_LINEAR = [
         "cp_linear",
         (
             "update not scaled",
-            "out.addmm_(h, _folded_v(own_v, own_gain, folds).transpose(0, 1), alpha=scale)",
-            "out.addmm_(h, _folded_v(own_v, own_gain, folds).transpose(0, 1))",
+            "y.addmm_(h, _folded_v(own_v, own_gain, folds).transpose(0, 1), alpha=scale)",
+            "y.addmm_(h, _folded_v(own_v, own_gain, folds).transpose(0, 1))",
             "scale",
         ),
         (
             "few rows without their gain",
-            "out.addmm_(h * own_gain, own_v",
-            "out.addmm_(h, own_v",
+            "y.addmm_(h * own_gain, own_v",
+            "y.addmm_(h, own_v",
             "the gain goes to the side with fewer rows, not away",
         ),
         (
@@ -151,8 +151,8 @@ CP_LINEAR = [
         ),
         (
             "no dropout in the backward",
-            "        grad_h = (drop or _dropped)(grad_h, dropout_p, seed)\n",
-            "",
+            "grad_h = (drop or _dropped)(_scaled(low * gain if on_rows else low, scale), dropout_p, seed)",
+            "grad_h = _scaled(low * gain if on_rows else low, scale)",
             "the mask of the forward",
         ),
         (

@@ -7,6 +7,7 @@ import torch
 from conftest import DEVICE, INTERPRETING
 from every_op import PAIRS, make
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -301,9 +302,9 @@ def test_a_raw_op_refuses_what_requires_grad(op, by):
             continue
         results = raw(*leaves)
         with pytest.raises(RuntimeError, match=rf"computes without autograd.*fastgist\.functional\.{op} for gradients"):
-            sum(r.sum() for r in results).backward()
+            sum(r.sum() for r in pytree.tree_leaves(results)).backward()
         with torch.no_grad():
-            assert not any(r.requires_grad for r in raw(*leaves))
+            assert not any(r.requires_grad for r in pytree.tree_leaves(raw(*leaves)))
 
 
 def test_raw_ops_go_past_the_dispatcher_only_where_nobody_listens():

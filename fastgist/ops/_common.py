@@ -10,6 +10,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fastgist import backends
 
@@ -76,9 +77,8 @@ def define(
             results = op(*args)
         if not lost:
             return results
-        if isinstance(results, Tensor):
-            return _NotDifferentiable.apply(message, 1, results, *leaves)[0]
-        return _NotDifferentiable.apply(message, len(results), *results, *leaves)
+        flat, tree = pytree.tree_flatten(results)
+        return pytree.tree_unflatten(_NotDifferentiable.apply(message, len(flat), *flat, *leaves), tree)
 
     def call(*args):
         if torch.compiler.is_compiling():

@@ -30,8 +30,9 @@ _OP = "cp_linear"
 
 # -- raw ops ---------------------------------------------------------------------------------------------------------
 # 2-D throughout: x (M, K), weights (N_i, K) one above the other, biases one each or none at all, u (K, R), v (n, R), gain
-# (1 or G, R). A seed means that dropout is active. Results that were not asked for are empty. Inputs that no wanted
-# gradient needs are None (no weights) in the backward.
+# (1 or G, R). y is a piece (M, N_i) for each weight, or (M, N) as the only one where a kernel wrote it. A seed means that
+# dropout is active. Results that were not asked for are empty. Inputs that no wanted gradient needs are None (no weights)
+# in the backward.
 
 
 def _fwd(
@@ -46,20 +47,21 @@ def _fwd(
     dropout_p: float,
     need_h: bool,
     impl: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     drop = dropout_for(impl, seed)
     one = len(weights) == 1 and _update_in_cpp(impl, x, u.shape[1], max(weights[0].shape))
     update = _native_update.forward if one else None
     impl = backends.resolve(_OP, impl, x)
     if impl == "reference" or x.numel() == 0:
-        y, h = reference.forward(x, weights, biases, u, v, gain, seed, scale, dropout_p, need_h, drop, update)
-        return y, empty_unless(h if need_h else None, x)
+        ys, h = reference.forward(x, weights, biases, u, v, gain, seed, scale, dropout_p, need_h, drop, update)
+        return ys if impl == "reference" else [torch.cat(ys, 1)], empty_unless(h if need_h else None, x)
     from fastgist_kernels import cp_linear as kernels
 
-    y, h = _empty_results(x, weights, u, need_h)
+    y = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
+    h = _empty_h(x, u) if need_h else None
     tf32 = _common.tf32_allowed()
     kernels.cp_linear_fwd(x, weights, biases, u, v, gain, seed, scale, dropout_p, tf32, y, h)
-    return y, empty_unless(h, x)
+    return [y], empty_unless(h, x)
 
 
 def _update_in_cpp(impl: str, a: Tensor, rank: int, widest: int) -> bool:
@@ -69,15 +71,14 @@ def _update_in_cpp(impl: str, a: Tensor, rank: int, widest: int) -> bool:
     return plain and _native_update.pays(a, rank, widest)
 
 
-def _empty_results(x: Tensor, weights: list[Tensor], u: Tensor, need_h: bool) -> tuple[Tensor, Tensor | None]:
-    y = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
-    return y, x.new_empty(x.shape[0], u.shape[1], dtype=low_rank_dtype(x.dtype)) if need_h else None
+def _empty_h(x: Tensor, u: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], u.shape[1], dtype=low_rank_dtype(x.dtype))
 
 
 def _fwd_fake(x, weights, biases, u, v, gain, seed, scale, dropout_p, need_h, impl):
-    backends.resolve(_OP, impl, x)
-    y, h = _empty_results(x, weights, u, need_h)
-    return y, empty_unless(h, x)
+    sizes = [w.shape[0] for w in weights]
+    widths = sizes if backends.resolve(_OP, impl, x) == "reference" else [sum(sizes)]
+    return [x.new_empty(x.shape[0], n) for n in widths], empty_unless(_empty_h(x, u) if need_h else None, x)
 
 
 def _bwd(
@@ -181,7 +182,7 @@ def _bwd_fake(grads, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, n
 
 _fwd_op = _common.define(
     "cp_linear_fwd(Tensor x, Tensor[] weights, Tensor[] biases, Tensor u, Tensor v, Tensor? gain, Tensor? seed, "
-    "float scale, float dropout_p, bool need_h, str impl) -> (Tensor, Tensor)",
+    "float scale, float dropout_p, bool need_h, str impl) -> (Tensor[], Tensor)",
     _fwd,
     _fwd_fake,
     _OP,
@@ -215,7 +216,7 @@ class _CPLinear(torch.autograd.Function):
         need_weight = any(of_base[:count])
         need_h = need_v or need_gain
         weights, biases = list(base[:count]), list(base[count:])
-        y, h = _fwd_op(x, weights, biases, u, v, gain, seed, scale, dropout_p, need_h, impl)
+        ys, h = _fwd_op(x, weights, biases, u, v, gain, seed, scale, dropout_p, need_h, impl)
         through_h = need_x or need_u  # both need dL/dh
         ctx.save_for_backward(
             x if need_u or need_weight else None,
@@ -227,9 +228,12 @@ class _CPLinear(torch.autograd.Function):
             *(weights if need_x else ()),
         )
         ctx.needs = [need_x, need_u, need_v, need_gain]
-        ctx.rows, ctx.folds = [w.shape[0] for w in weights], y.shape[1] // v.shape[0]
+        ctx.rows = [w.shape[0] for w in weights]
+        ctx.folds = sum(ctx.rows) // v.shape[0]
         ctx.scale, ctx.dropout_p, ctx.impl = scale, dropout_p, impl
-        return y if count == 1 else y.split(ctx.rows, 1)  # by autograd's split, dL/dy would be put together
+        if count == 1:
+            return ys[0]
+        return tuple(ys) if len(ys) == count else ys[0].split(ctx.rows, 1)  # autograd's split would join the dL/dy
 
     @staticmethod
     @_common.single_backward(_OP)

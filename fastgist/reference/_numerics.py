@@ -44,7 +44,8 @@ def row_blocks(x: Tensor) -> list[slice]:
 
 def half_in_float32(narrowed: slice) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """A function of tensors that computes in float32 where its first argument (of a list, the list's first) is float16: every
-    float16 argument is widened, and of its tuple of results those in ``narrowed`` come back as float16. PyTorch's CPU
+    float16 argument is widened, and of its tuple of results (tensors and lists of them) those in ``narrowed`` come back as
+    float16. PyTorch's CPU
     products round float16 sums that should not be, and what lies between two products may pass its range."""
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -55,7 +56,7 @@ def half_in_float32(narrowed: slice) -> Callable[[Callable[_P, _R]], Callable[_P
                 return function(*args, **kwargs)
             widened = [_widened(a) for a in args]
             results = list(cast(tuple, cast(Callable, function)(*widened, **kwargs)))
-            results[narrowed] = [None if r is None else r.half() for r in results[narrowed]]
+            results[narrowed] = [_narrow(r) for r in results[narrowed]]
             return cast(_R, tuple(results))
 
         return wide
@@ -67,3 +68,9 @@ def _widened(value: Any) -> Any:
     if isinstance(value, list):
         return [_widened(v) for v in value]
     return value.float() if isinstance(value, Tensor) and value.dtype == torch.float16 else value
+
+
+def _narrow(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_narrow(v) for v in value]
+    return None if value is None else value.half()

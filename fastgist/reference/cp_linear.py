@@ -45,6 +45,8 @@ def _folded_v(v: Tensor, gain: Tensor | None, folds: int) -> Tensor:
     """V' (N, R): V times each fold's gain, the folds stacked."""
     if gain is None:
         return v if folds == 1 else v.repeat(folds, 1)
+    if folds == 1:
+        return v * gain.reshape(1, -1)
     gain = gain.reshape(-1, 1, v.shape[1]).expand(folds, 1, v.shape[1])
     return (v[None] * gain).reshape(folds * v.shape[0], v.shape[1])
 
@@ -137,19 +139,17 @@ def _merge(weight: Tensor, u: Tensor, v: Tensor, gain: Tensor | None, scale: flo
     return torch.addmm(weight, folded, u.transpose(0, 1), alpha=scale)
 
 
-def _pieces(sizes: list[int], v: Tensor, gain: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """The rows of each piece of a weight, pieces of ``sizes`` rows, and the part of v and gain that is its own."""
-    start, fold = 0, 0
-    total = sum(sizes)
+def _pieces(sizes: list[int], v: Tensor, gain: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Of v and gain what belongs to each piece of a weight, pieces of ``sizes`` rows."""
+    start, fold, total = 0, 0, sum(sizes)
     for size in sizes:
-        rows = slice(start, start + size)
         if v.shape[0] == total:
-            yield rows, v[rows], gain
+            yield v[start : start + size], gain
+            start += size
         else:
             folds = size // v.shape[0]
-            yield rows, v, gain if gain is None or gain.shape[0] == 1 else gain[fold : fold + folds]
+            yield v, gain if gain is None or gain.shape[0] == 1 else gain[fold : fold + folds]
             fold += folds
-        start = rows.stop
 
 
 def _on_rows(gain: Tensor | None, folds: int, rows: int, out: int) -> bool:
@@ -164,17 +164,12 @@ def _scaled(t: Tensor, scale: float) -> Tensor:
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b (C, R), contiguous, from a (M, C) and the narrow b (M, R). Over many rows as its transpose: at (768, 65) 1.7 ms
-    instead of 2.5; of a few rows the copy that turns it back would be most of it."""
-    if a.shape[0] <= b.shape[1]:
+    """a^T b (C, R), contiguous, from a (M, C) and the narrow b (M, R). Over many rows as its transpose: with M = 1576 and
+    C = 768, at R = 8, 0.4 ms instead of 1.1. Not in float32 where R is a multiple of 16 (at 16 0.48 ms instead of 0.38), and
+    of a few rows the copy that turns it back would be most of it."""
+    if a.shape[0] <= b.shape[1] or (a.dtype == torch.float32 and b.shape[1] % 16 == 0):
         return torch.mm(a.transpose(0, 1), b)
     return torch.mm(b.transpose(0, 1), a).transpose(0, 1).contiguous()
-
-
-def _outers(pieces: list[Tensor], b: Tensor) -> Tensor:
-    """(a_1 | a_2 | ...)^T b."""
-    found = [_outer(a, b) for a in pieces]
-    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _of_factors(
@@ -195,12 +190,9 @@ def _of_factors(
     return grad_v, grad_gain
 
 
-def _sum_of_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    (a, b), *others = pairs
-    total = torch.mm(a, b)
-    for a, b in others:
-        total.addmm_(a, b)
-    return total
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b, in total's memory where there is one."""
+    return torch.mm(a, b) if total is None else total.addmm_(a, b)
 
 
 @half_in_float32(narrowed=slice(0, 1))
@@ -217,36 +209,32 @@ def forward(
     need_h: bool,
     drop: Dropout | None = None,
     update: Callable[..., None] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """y (M, N), and h = drop(x U) (M, R) in low_rank_dtype where needed. The weight (N, K) comes in pieces, one above the
-    other, none of which is copied; ``biases`` is empty or as long. gain: (1, R) or (G, R). ``drop``: what drops out h
-    in place of the function here, to the same result. ``update``: what adds to y of one weight, with the arguments of
-    :func:`fastgist.ops._native_update.forward`."""
-    y = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
-    h = None
-    for i, (rows, own_v, own_gain) in enumerate(_pieces([w.shape[0] for w in weights], v, gain)):
+) -> tuple[list[Tensor], Tensor | None]:
+    """y (M, N) in a piece (M, N_i) for each weight, and h = drop(x U) (M, R) in low_rank_dtype where needed. The weights
+    (N_i, K) are as if one above the other, and none is copied; ``biases`` is empty or as long. gain: (1, R) or (G, R).
+    ``drop``: what drops out h in place of the function here, to the same result. ``update``: what adds to y of one weight,
+    with the arguments of :func:`fastgist.ops._native_update.forward`."""
+    ys = []
+    h = (drop or _dropped)(x @ u, dropout_p, seed) if need_h and update is None else None
+    for i, (own_v, own_gain) in enumerate(_pieces([w.shape[0] for w in weights], v, gain)):
         weight = weights[i]
         # An ``update`` forms h on its way, for no more than x U costs alone.
         both = update is not None and need_h
         merged = None if both else _merged_weight(x, weight, u, own_v, own_gain, seed, scale, need_h)
-        used, out = weight if merged is None else merged, y[:, rows]
-        if biases:
-            torch.addmm(biases[i], x, used.transpose(0, 1), out=out)
-        else:
-            torch.mm(x, used.transpose(0, 1), out=out)
+        used = (weight if merged is None else merged).transpose(0, 1)
+        y = torch.addmm(biases[i], x, used) if biases else torch.mm(x, used)
         if merged is None and update is not None:
             h = x.new_empty(x.shape[0], u.shape[1]) if need_h else None
-            update(out, x, u, v, gain, seed, scale, dropout_p, out, h)
+            update(y, x, u, v, gain, seed, scale, dropout_p, y, h)
         elif merged is None:
             h = (drop or _dropped)(x @ u, dropout_p, seed) if h is None else h
             folds = _folds(weight.shape[0], own_v)
             if _on_rows(own_gain, folds, x.shape[0], weight.shape[0]):
-                out.addmm_(h * own_gain, own_v.transpose(0, 1), alpha=scale)
+                y.addmm_(h * own_gain, own_v.transpose(0, 1), alpha=scale)
             else:
-                out.addmm_(h, _folded_v(own_v, own_gain, folds).transpose(0, 1), alpha=scale)
-    if need_h and h is None:
-        h = (drop or _dropped)(x @ u, dropout_p, seed)
-    return y, h
+                y.addmm_(h, _folded_v(own_v, own_gain, folds).transpose(0, 1), alpha=scale)
+        ys.append(y)
+    return ys, h
 
 
 @half_in_float32(narrowed=slice(0, None))
@@ -271,39 +259,38 @@ def backward(
     """Gradients of x, u, v and gain from dL/dy (M, N) in pieces, one for each of the weight's, as :func:`forward` takes those
     (none where need_x is False). With P_g = s dy_g^T h for each fold, dV = sum_g P_g * g_g and dgain_g = colsum(P_g * V): the
     gain's gradient costs no reduction over M. What no wanted gradient asks is None."""
-    grad_x = grad_u = grad_v = grad_gain = grad_h = None
+    grad_x = grad_u = grad_v = grad_gain = low = None
     sizes = [g.shape[1] for g in grads]
     rows, dtype = grads[0].shape[0], grads[0].dtype
+    whole = False
     if need_x:  # of several weights all are merged or none: the update of dx is one for all
         inner, rank = weights[0].shape[1], u.shape[1]
         whole = _may_merge(grads[0], seed) and merge_pays(rows, sum(sizes), inner, rank, need_u)
     through_h = need_u or (need_x and not whole)
     on_rows = _on_rows(gain, folds, rows, sum(sizes)) and (through_h or not need_gain)
+    # What stands beside each dy in dV: the gain, where it is on the rows, with it.
+    beside = _scaled(h * gain, scale) if on_rows and need_v else h
+    outers = []
+    pieces = [(v, gain)] * len(grads) if v is None else _pieces(sizes, v, gain)
+    for i, (grad, (own, its)) in enumerate(zip(grads, pieces, strict=True)):  # all of one while it is in cache
+        if through_h:
+            low = _plus_product(low, grad, own if on_rows else _folded_v(own, its, _folds(sizes[i], own)))
+        if need_v or (need_gain and not on_rows):
+            outers.append(_outer(grad, beside))
+        if need_x:
+            grad_x = _plus_product(grad_x, grad, _merge(weights[i], u, own, its, scale) if whole else weights[i])
     if through_h:
-        owned = [(v, gain, folds)]
-        if len(grads) > 1:
-            owned = [
-                (own, its, _folds(n, own)) for n, (_, own, its) in zip(sizes, _pieces(sizes, v, gain), strict=True)
-            ]
-        factors = [own if on_rows else _folded_v(own, its, count) for own, its, count in owned]
-        low = _sum_of_products(list(zip(grads, factors, strict=True)))
-        grad_h = _scaled(low * gain if on_rows else low, scale)
-        grad_h = (drop or _dropped)(grad_h, dropout_p, seed)
-    if need_x:
-        used = weights
-        if whole:
-            pieces = zip(weights, _pieces(sizes, v, gain), strict=True)
-            used = [_merge(w, u, own, its, scale) for w, (_, own, its) in pieces]
-        grad_x = _sum_of_products(list(zip(grads, used, strict=True)))
-        if not whole:
+        grad_h = (drop or _dropped)(_scaled(low * gain if on_rows else low, scale), dropout_p, seed)
+        if need_x and not whole:
             grad_x.addmm_(grad_h, u.transpose(0, 1))
-    if need_u:
-        grad_u = _outer(x, grad_h)
+        if need_u:
+            grad_u = _outer(x, grad_h)
+    outer = (outers[0] if len(outers) == 1 else torch.cat(outers)) if outers else None
     if on_rows:
-        grad_v = _outers(grads, _scaled(h * gain, scale)) if need_v else None
+        grad_v = outer
         grad_gain = _scaled((low * h).sum(0, keepdim=True), scale) if need_gain else None
     elif need_v or need_gain:
-        outer = _scaled(accumulate(_outers(grads, h)), scale)
+        outer = _scaled(accumulate(outer), scale)
         grad_v, grad_gain = (
             None if g is None else g.to(dtype) for g in _of_factors(outer, v, gain, folds, need_v, need_gain)
         )
