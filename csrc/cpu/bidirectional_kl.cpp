@@ -59,7 +59,9 @@ struct BidirectionalKl {
 
   template <bool kFma, int kBytes>
   FASTGIST_INLINE void finish(const Block<A>& block, const Scalars& row) const {
-    if (block.grad_z != nullptr && block.grad_o != nullptr) {
+    if (block.grad_z != nullptr && block.grad_o != nullptr && block.plain) {
+      finish<kFma, kBytes, true, true, true>(block, row);
+    } else if (block.grad_z != nullptr && block.grad_o != nullptr) {
       finish<kFma, kBytes, true, true>(block, row);
     } else if (block.grad_z != nullptr) {
       finish<kFma, kBytes, true, false>(block, row);
@@ -68,7 +70,7 @@ struct BidirectionalKl {
     }
   }
 
-  template <bool kFma, int kBytes, bool kGradZ, bool kGradO>
+  template <bool kFma, int kBytes, bool kGradZ, bool kGradO, bool kPlain = false>
   static FASTGIST_INLINE void finish(const Block<A>& block, const Scalars& row) {
     constexpr int kWidth = kLanes<kBytes, A>;
     const A *z = block.z, *o = block.o, *p_hat = block.p, *q_hat = block.q;
@@ -80,7 +82,7 @@ struct BidirectionalKl {
       for (int j = 0; j < kWidth; ++j) {
         const bool in = !part() || j < left;
         const int64_t i = at + j;
-        const A d = gap(in ? z[i] : m_z, in ? o[i] : m_o, m_z, m_o);
+        const A d = gap<kPlain>(in ? z[i] : m_z, in ? o[i] : m_o, m_z, m_o);
         const A p = (in ? p_hat[i] : A(0)) * of_p, q = (in ? q_hat[i] : A(0)) * of_q;
         const A t_gap = (p - q) * t;
         if (kGradZ && in) grad_z[i] = multiply_add<kFma>(p, d - e_p, t_gap);

@@ -34,8 +34,8 @@ struct GistScalars {
   A nothing;  // the gradient of a side without a term: 0, but NaN where the row's target is no class
 };
 
-// Both sides with both terms. kEven: the weights of the block's classes are all weights[0].
-template <int kPower, bool kEven, bool kFma, int kBytes, typename A>
+// Both sides with both terms. kEven: the weights of the block's classes are all weights[0]. kPlain: no class is -inf.
+template <int kPower, bool kEven, bool kPlain, bool kFma, int kBytes, typename A>
 FASTGIST_INLINE void finish_both(const Block<A>& block, const GistScalars<A>& row, const A* weights) {
   const A *z = block.z, *o = block.o, *p_hat = block.p, *q_hat = block.q;
   A *grad_z = block.grad_z, *grad_o = block.grad_o;
@@ -54,7 +54,7 @@ FASTGIST_INLINE void finish_both(const Block<A>& block, const GistScalars<A>& ro
       const A a = in ? z[i] : of_z.centre, b = in ? o[i] : of_o.centre;
       const A own_p = in ? p_hat[i] : A(0), own_q = in ? q_hat[i] : A(0);
       const A zc = a - of_z.centre, oc = b - of_o.centre;
-      const A d = a == -kInf<A> ? A(0) : zc - oc;
+      const A d = kPlain || a != -kInf<A> ? zc - oc : A(0);
       const A p = own_p * of_p, q = own_q * of_q;
       const A t_gap = (p - q) * t;
       const A kl_z = multiply_add<kFma>(p, d - of_z.mean, t_gap);
@@ -140,8 +140,9 @@ FASTGIST_INLINE void finish_gist(const Block<A>& block, const GistScalars<A>& ro
   const int64_t n = block.n;
   const bool both = block.grad_z != nullptr && block.grad_o != nullptr;
   if (both && row.z.has_kl && row.o.has_kl && row.o.has_ce) {
-    if (even) return finish_both<kPower, true, kFma, kBytes>(block, row, weights);
-    return finish_both<kPower, false, kFma, kBytes>(block, row, weights);
+    if (even && block.plain) return finish_both<kPower, true, true, kFma, kBytes>(block, row, weights);
+    if (even) return finish_both<kPower, true, false, kFma, kBytes>(block, row, weights);
+    return finish_both<kPower, false, false, kFma, kBytes>(block, row, weights);
   }
   if (even) weights = std::fill_n(block.buffers->weights, n, weights[0]) - n;
   // The first gradient may stand where the exponentials are that the second one needs: it waits in a buffer.

@@ -55,6 +55,7 @@ struct Block {
   A moved_p, moved_q;
   A* grad_z;
   A* grad_o;
+  bool plain;           // no class of the row is -inf
   Buffers<A>* buffers;  // weights, grad_z and grad_o are free
 };
 
@@ -176,14 +177,15 @@ struct MergeStretch {
   }
 };
 
-// The gradients of classes [begin, end) of a row. `centres`: those of the row's blocks, or null: the row's own.
+// The gradients of classes [begin, end) of a row. `centres`: those of the row's blocks, or null: the row's own. `plain`:
+// the sums were, of a row that is all known.
 template <typename Op>
 struct FinishStretch {
   using A = typename Op::A;
 
   template <bool kFma, int kBytes>
   static FASTGIST_INLINE void rows(const Job<Op>& job, int64_t row, int64_t begin, int64_t end, const double* stats,
-                                   double row_grad, const Parked<A>& parked, const Centres<A>* centres,
+                                   double row_grad, const Parked<A>& parked, const Centres<A>* centres, bool plain,
                                    Buffers<A>& buffers) {
     const Op& op = job.op;
     const auto scalars = op.scalars(row, stats, row_grad);
@@ -213,6 +215,7 @@ struct FinishStretch {
                               moved<kFma>(about.o, of_row.o, op.over_t),
                               job.to_z.place(offset, buffers.grad_z),
                               job.to_o.place(offset, buffers.grad_o),
+                              plain,
                               &buffers};
       op.template finish<kFma, kBytes>(block, scalars);
       job.to_z.put(offset, n, buffers.grad_z);
@@ -294,7 +297,8 @@ void whole_rows(const Job<Op>& job, int64_t row_begin, int64_t row_end) {
       }
       sum_up(job, row, sums, centres.get(), stats);
       if (job.finishes()) {
-        run_rows<FinishStretch<Op>>(job, row, 0, classes, stats, job.factor, parked, centres.get(), buffers);
+        run_rows<FinishStretch<Op>>(job, row, 0, classes, stats, job.factor, parked, centres.get(), sums.pair.plain,
+                                    buffers);
       }
     } else {
       job.clear(row, 0, classes);
@@ -348,7 +352,8 @@ void stretch_gradients(const Job<Op>& job, int64_t task_begin, int64_t task_end)
       job.clear(row, begin, end);
     } else if (second) {
       run_rows<FinishStretch<Op>>(job, row, begin, end, &job.kept_stats[row * Op::kStatRows], job.factor,
-                                  job.parked(row, nullptr), &job.centres[row * job.blocks()], buffers);
+                                  job.parked(row, nullptr), &job.centres[row * job.blocks()],
+                                  job.sums[row * job.stretches()].pair.plain, buffers);
     } else {
       double stats[Op::kStatRows];
       for (int64_t which = 0; which < Op::kStatRows; ++which) {
@@ -356,7 +361,7 @@ void stretch_gradients(const Job<Op>& job, int64_t task_begin, int64_t task_end)
       }
       const double row_grad = job.row_grad[row * job.row_grad_stride];
       const Centres<A>* const none = nullptr;
-      run_rows<FinishStretch<Op>>(job, row, begin, end, stats, row_grad, Parked<A>{}, none, buffers);
+      run_rows<FinishStretch<Op>>(job, row, begin, end, stats, row_grad, Parked<A>{}, none, false, buffers);
     }
   }
 }

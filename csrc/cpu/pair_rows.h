@@ -108,7 +108,8 @@ template <typename A>
 struct OnlinePair {
   A m_z = -kInf<A>, m_o = -kInf<A>;
   double s_p = 0, s_q = 0, w_p = 0, w_q = 0, unit_z = 0, unit_o = 0;
-  bool lone = false;  // some class is -inf on one side only
+  bool lone = false;   // some class is -inf on one side only
+  bool plain = true;   // all exponentials so far are normal numbers: no class is -inf, none NaN
 
   struct Rise {  // old centres less new ones
     A z, o;
@@ -193,6 +194,7 @@ struct OnlinePair {
       normal = block.pd == block.pd;  // NaN is no least logit: it shows in d
     }
     if (!normal) block = sums_of<false, kFma, kBytes>(z, o, n, next, over_t, p_hat, q_hat);
+    plain = plain && normal;
     s_p += block.p;
     s_q += block.q;
     w_p += block.pd;
@@ -240,6 +242,7 @@ struct OnlinePair {
     unit_z += next.unit_z;
     unit_o += next.unit_o;
     lone = lone || next.lone;
+    plain = plain && next.plain;
     return {ours, theirs};
   }
 
@@ -285,9 +288,11 @@ FASTGIST_INLINE A moved(A from, A to, const ExpScale<A>& over_t) {
 // z - m_z less o - m_o: 0 where both are -inf. Where one is, e_p and e_q are NaN and take the whole row with them.
 // It stays undivided by T, and so do e_p and e_q: what must vanish in d - e_p then does; and where a class is masked by
 // the least float, p is 0 and d / T may be infinite. Over T^2 goes what all of a gradient is multiplied by.
-template <typename A>
+// kPlain: no class is -inf.
+template <bool kPlain = false, typename A>
 FASTGIST_INLINE A gap(A z, A o, A m_z, A m_o) {
-  return z == -kInf<A> ? A(0) : (z - m_z) - (o - m_o);
+  const A d = (z - m_z) - (o - m_o);
+  return kPlain || z != -kInf<A> ? d : A(0);
 }
 
 }  // namespace fastgist::cpu

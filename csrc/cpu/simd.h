@@ -210,23 +210,24 @@ struct ExpScale<double> {
 };
 
 // 2^(x / T log2(e) - n) for the n next to that exponent, and n in the low bits of `shifted`. The fraction comes out of
-// fused products, so that dividing by T costs no rounding and the reduction two products less.
+// fused products, so that dividing by T costs no rounding and the reduction two products less. The polynomial of degree
+// 5, exact at 0, is within 1.54 * 2^-24 of 2^r; one of degree 6, ten times better than rounding, took a twentieth more
+// of a loss's time and none of its results' errors.
 template <bool kFma>
 FASTGIST_INLINE float exp_fraction(float x, const ExpScale<float>& scale, float& shifted) {
   constexpr float kRound = 0x1.8p23f;
   shifted = multiply_add<kFma>(x, scale.head, kRound);
   float r = multiply_add<kFma>(x, scale.head, kRound - shifted);
   r = multiply_add<kFma>(x, scale.tail, r);
-  float y = 0x1.41fbbcp-13f;
-  y = multiply_add<kFma>(y, r, 0x1.5f3e54p-10f);
-  y = multiply_add<kFma>(y, r, 0x1.3b2d4cp-7f);
-  y = multiply_add<kFma>(y, r, 0x1.c6aee8p-5f);
-  y = multiply_add<kFma>(y, r, 0x1.ebfbdcp-3f);
-  y = multiply_add<kFma>(y, r, 0x1.62e430p-1f);
+  float y = 0x1.5bba14p-10f;
+  y = multiply_add<kFma>(y, r, 0x1.3cea88p-7f);
+  y = multiply_add<kFma>(y, r, 0x1.c6b752p-5f);
+  y = multiply_add<kFma>(y, r, 0x1.ebf9bcp-3f);
+  y = multiply_add<kFma>(y, r, 0x1.62e42ap-1f);
   return multiply_add<kFma>(y, r, 1.0f);
 }
 
-// e^(x / T) for x <= 0, -inf or NaN, as exp_nonpositive.
+// e^(x / T) for x <= 0, -inf or NaN, flushed to 0 as exp_nonpositive. Within 2.5 ulp of the true value.
 template <bool kFma>
 FASTGIST_INLINE float exp_scaled(float x, const ExpScale<float>& scale) {
   float shifted;
