@@ -1,6 +1,6 @@
-"""The low-rank update in C++: cp_linear's part of it, which "auto" alone takes, memory, threads, and what "auto" takes.
+"""The low-rank update in C++: when "auto" takes it for cp_linear and cp_update, threads, instruction sets.
 
-cp_update's own values and gradients are held against float64 in test_cp_update.py, which runs for "native" too.
+Values and gradients of both are held against float64 in test_cp_linear.py and test_cp_update.py, which run for "native" too.
 """
 
 from __future__ import annotations
@@ -77,13 +77,43 @@ def test_cp_linear_with_folds_and_without_a_gain(passes, folds, gain):
     assert passes == ["forward", "backward"]
 
 
-def test_cp_linear_of_several_weights_and_other_dtypes_stays_plain(passes):
+def test_cp_linear_of_several_weights_is_plain_unless_asked_for(passes):
     x, weight, bias, u, v, gain = linear.case()
     v.requires_grad_()
-    q, k = cp_linear(x, [weight[:32], weight[32:]], [bias[:32], bias[32:]], u, v, gain)
+    base = [weight[:32], weight[32:]], [bias[:32], bias[32:]]
+    q, k = cp_linear(x, *base, u, v, gain)
     (q.sum() + k.sum()).backward()
     cp_linear(x, weight, bias, u, v, gain, impl="reference").sum().backward()
     assert not passes
+    q, k = cp_linear(x, *base, u, v, gain, impl="native")
+    (q.sum() + k.sum()).backward()
+    assert passes == ["forward", "forward", "backward", "backward"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_cp_linear_by_name_runs_in_every_dtype_and_of_any_rows(monkeypatch, dtype):
+    """Not where "auto" would take it, and never plain PyTorch instead."""
+    ran = []
+    for name in ("forward", "backward"):
+        real = getattr(_native_update, name)
+        monkeypatch.setattr(_native_update, name, lambda *a, real=real, name=name: (ran.append(name), real(*a))[1])
+    for rows in (1, 70):
+        inputs = linear.case(rows, 40, 24, 5, 2, dtype)
+        y, grads = linear.evaluate(cp_linear, inputs, [True] * 6, torch.randn(rows, 48), impl="native")
+        assert {t.dtype for t in (y, *grads)} == {dtype}
+    assert ran == ["forward", "backward"] * 2
+
+
+def test_cp_linear_by_name_takes_what_auto_takes():
+    """The same bits, of y merged with W and not, with dropout, and of a backward that merges dx."""
+    for rows, p in ((512, 0.0), (512, 0.3), (80, 0.0)):
+        inputs = linear.case(rows, 64, 48, 8, 2)
+        assert _native_update.pays(inputs[0], 8, 96) or backends.vector_bytes() < 32
+        grad, options = torch.randn(rows, 96), {"dropout_p": p, "training": True, "seed": SEED}
+        for wanted in ([True, False, False, True, True, True], [True, False, False, False, False, False]):
+            found = [linear.evaluate(cp_linear, inputs, wanted, grad, impl=i, **options) for i in ("auto", "native")]
+            for a, b in zip(*([y, *(g for g in grads if g is not None)] for y, grads in found), strict=True):
+                assert torch.equal(a, b) or backends.vector_bytes() < 32
 
 
 # -- cp_update -------------------------------------------------------------------------------------------------------
