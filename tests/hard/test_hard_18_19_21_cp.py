@@ -1,5 +1,5 @@
-"""Hard cases 18 (sizes), 19 (float16's range), 20 (V = 0) and 21 (dropout) for cp_linear, cp_update and adapter, beside those in
-their own files: every rank at widths that no vector divides, dL/dh beyond 65504, several weights."""
+"""Hard cases 18 (sizes), 19 (float16's range), 20 (V = 0) and 21 (dropout) for cp_linear, cp_update and adapter, beside those
+in their own files: every rank at widths that no vector divides, dL/dh beyond 65504, several weights."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_19_the_gradient_of_h_beyond_float16(impl, device, weights, gain):
 
 @pytest.mark.parametrize("need_h", [False, True])
 def test_20_without_an_update_the_base_layer_bit_for_bit(impl, device, need_h):
-    """Few rows, to which an update is added, and many, whose update is added to the weight first, in plain PyTorch's products."""
+    """Few rows, to which an update is added, and many, whose update is added to the weight first."""
     if impl == "triton":
         pytest.skip("a fused kernel's sums are not the library's: the budget holds, as other tests say")
     for dtype, rows in itertools.product((torch.float32, torch.float64, torch.bfloat16), (1, 19, 90, 300)):
