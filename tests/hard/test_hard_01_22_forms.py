@@ -1,4 +1,4 @@
-"""Hard cases 1, 2, 4, 7, 18, 20 and 22 in every form of cp_linear's kernels, at small sizes, whatever the plan would choose."""
+"""Hard cases 1, 2, 4, 7, 18, 20 and 22 in every form of cp_linear's kernels, at small sizes, whatever the plan chooses."""
 
 from __future__ import annotations
 
