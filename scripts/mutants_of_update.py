@@ -7,6 +7,7 @@ from mutant_list import Mutant, kernel, op, reference
 __all__ = ["CP_UPDATE"]
 
 _LAYERS = ("tests/test_any_base.py",)
+_HARD = ("tests/hard/test_hard_07_layers.py",)
 _IN_CPP = ("tests/test_native_update.py", "tests/test_cp_update.py")
 
 
@@ -272,12 +273,57 @@ CP_UPDATE = [
             "dL/dh is the sum over the weights",
         ),
         (
+            "every weight has all of the gains",
+            "low, of_u, outer = _native_update.backward(grad, x, u, own, its, seed, h, *options)",
+            "low, of_u, outer = _native_update.backward(grad, x, u, own, gain, seed, h, *options)",
+            "a fold has its own gain",
+        ),
+        (
+            "a backward in plain PyTorch",
+            '    if impl == "native" and not empty:\n',
+            '    if impl == "native" and not empty and len(grads) < 2:\n',
+            "what was asked for by name is taken",
+        ),
+        (
+            "pieces that Triton has not",
+            'widths = [sum(sizes)] if backends.resolve(_OP, impl, x) == "triton" else sizes',
+            "widths = [sum(sizes)]",
+            "a compiler must know as many results as there are",
+        ),
+        (
             "float32 sums handed out for half precision",
             "(None if g is None else g.to(dtype) for g in (grad_u, grad_v, grad_gain))",
             "(grad_u, grad_v, grad_gain)",
             "a gradient has its input's dtype",
         ),
-        tests=(*_IN_CPP, "tests/test_cp_linear.py", "tests/test_cp_pieces.py"),
+        tests=(*_IN_CPP, "tests/test_cp_linear.py", "tests/test_cp_pieces.py", *_HARD),
+    ),
+    *op(
+        "cp_linear",
+        (
+            "no mask for later weights",
+            "forward(grad_x, grad, folded, u, None, seed, scale, dropout_p, grad_x, None)",
+            "forward(grad_x, grad, folded, u, None, None, scale, dropout_p, grad_x, None)",
+            "one mask for all weights",
+        ),
+        file="_native_update",
+        tests=("tests/test_cp_pieces.py",),
+    ),
+    *reference(
+        "cp_linear",
+        (
+            "h formed for every weight",
+            "forms_h = update is not None and need_h and h is None and weight.shape[0] > 0",
+            "forms_h = update is not None and need_h and weight.shape[0] > 0",
+            "the first update hands it out",
+        ),
+        (
+            "update of the whole gain",
+            "update(y, x, u, own_v, own_gain, seed, scale, dropout_p, y, h if forms_h else None)",
+            "update(y, x, u, own_v, gain, seed, scale, dropout_p, y, h if forms_h else None)",
+            "a fold has its own gain",
+        ),
+        tests=("tests/test_temporary_memory.py", "tests/test_cp_pieces.py"),
     ),
     *op(
         "cp_update",

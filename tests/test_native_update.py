@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 import test_cp_linear as linear
-import test_cp_update as update
+import updates as update
 import torch
 
 from fastgist import _extension, backends
@@ -163,7 +163,7 @@ def test_rows_that_are_not_contiguous_are_written_where_they_are(passes):
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_lesser_instruction_sets(isa):
     script = (
-        "import torch, test_cp_update as t\n"
+        "import torch, updates as t\n"
         "for shape in ((1, 8, 8, 1, 1), (70, 130, 37, 17, 2), (600, 40, 24, 40, 1)):\n"
         "    inputs = t.case(*shape)\n"
         "    t.check(inputs, torch.randn(shape[0], shape[2] * shape[4]), 'native', scale=0.7)\n"

@@ -233,7 +233,7 @@ def low_rank_in_cpp(op: str, dropout: float, threads: int) -> None:
     """cp_linear or cp_update (also in place) at 3152 x 768, R = 32, in a process of its own.
 
     Beside results: h, in the forward, which is kept; the factors packed, and sums of their gradients as wide: at most three
-    times (K + N) R numbers, however many rows; and N K where dL/dx is a product with W + dW. No thread has its own copy of any.
+    times (K + N) R numbers, however many rows or threads; and N K where dL/dx is a product with W + dW.
     """
     torch.set_num_threads(threads)
     rows, width, rank = 3152, 768, 32

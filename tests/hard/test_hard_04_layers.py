@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import adapters
 import pytest
 import test_cp_linear as linear
-import test_cp_update as update
+import updates as update
 import torch
 from every_op import LAYERS, PAIRS
 from torch import Tensor

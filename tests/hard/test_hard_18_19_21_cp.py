@@ -9,7 +9,7 @@ import adapters
 import pytest
 import test_cp_linear as linear
 import test_cp_pieces as pieces
-import test_cp_update as update
+import updates as update
 import torch
 import torch.nn.functional as F
 from every_op import VARIANTS, variants
