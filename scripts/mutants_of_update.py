@@ -312,12 +312,6 @@ CP_UPDATE = [
     *reference(
         "cp_linear",
         (
-            "h formed for every weight",
-            "forms_h = update is not None and need_h and h is None and weight.shape[0] > 0",
-            "forms_h = update is not None and need_h and weight.shape[0] > 0",
-            "the first update hands it out",
-        ),
-        (
             "update of the whole gain",
             "update(y, x, u, own_v, own_gain, seed, scale, dropout_p, y, h if forms_h else None)",
             "update(y, x, u, own_v, gain, seed, scale, dropout_p, y, h if forms_h else None)",

@@ -9,8 +9,8 @@ import itertools
 
 import pytest
 import test_cp_linear as linear
-import updates as update
 import torch
+import updates as update
 
 from fastgist import _extension, backends
 from fastgist.functional import cp_linear, cp_update

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import adapters
 import pytest
 import test_cp_linear as linear
-import updates as update
 import torch
+import updates as update
 from every_op import LAYERS, PAIRS
 from torch import Tensor
 

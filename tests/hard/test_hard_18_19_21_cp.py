@@ -9,9 +9,9 @@ import adapters
 import pytest
 import test_cp_linear as linear
 import test_cp_pieces as pieces
-import updates as update
 import torch
 import torch.nn.functional as F
+import updates as update
 from every_op import VARIANTS, variants
 from torch.utils.checkpoint import checkpoint
 
