@@ -197,3 +197,17 @@ def test_auto_runs_what_it_takes(monkeypatch):
     for rows, inner in ((70, 90), (70, 40), (69, 90)):
         cp_update(*update.case(rows, inner))
     assert ran == ["forward"]
+
+
+def test_auto_runs_what_it_takes_of_cp_linear(monkeypatch):
+    """The forward asks with x and the wider side, the backward with dL/dy."""
+    ran = []
+    for name in ("forward", "backward"):
+        real = getattr(_native_update, name)
+        monkeypatch.setattr(_native_update, name, lambda *a, real=real, name=name: (ran.append(name), real(*a))[1])
+    for sizes, wanted in (((70, 90), ["forward"]), ((70, 64), ["backward"]), ((70, 5), [])):
+        monkeypatch.setattr(_native_update, "pays", lambda a, rank, widest, sizes=sizes: tuple(a.shape) == sizes)
+        inputs = linear.case(70, 90, 32, 5, 2)
+        linear.evaluate(cp_linear, inputs, [True] * 6, torch.randn(70, 64))
+        assert ran == wanted
+        ran.clear()
