@@ -104,6 +104,24 @@ def test_cp_linear_by_name_runs_in_every_dtype_and_of_any_rows(monkeypatch, dtyp
     assert ran == ["forward", "backward"] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_raw_operators_give_what_a_compiler_is_told(dtype):
+    """Shapes and dtypes (a Function's gradients autograd would cast), of one weight and of several."""
+    x, weight, bias, u, v, gain = linear.case(dtype=dtype)
+    forward, backward = torch.ops.fastgist.cp_linear_fwd.default, torch.ops.fastgist.cp_linear_bwd.default
+    checks = ("test_schema", "test_faketensor")
+    for rows in (64, 32):
+        weights, biases = list(weight.split(rows)), list(bias.split(rows))
+        options = (SEED, 0.7, 0.3)
+        given = (x, weights, biases, u, v, gain, *options, True, "native")
+        torch.library.opcheck(forward, given, test_utils=checks)
+        ys, h = forward(*given)
+        needs = [True] * 4 + [True, False, True, False][:: rows // 32]
+        given = ([y.clone() for y in ys], x, weights, u, v, gain, SEED, h, 2, 0.7, 0.3, needs, "native")
+        torch.library.opcheck(backward, given, test_utils=checks)
+        assert {g.dtype for g in backward(*given)} == {dtype}
+
+
 def test_cp_linear_by_name_takes_what_auto_takes():
     """The same bits, of y merged with W and not, with dropout, and of a backward that merges dx."""
     for rows, p in ((512, 0.0), (512, 0.3), (80, 0.0)):
