@@ -41,13 +41,15 @@ _SERVES: dict[tuple[str, str], _Implementation] = {
     ("gist_loss", "native"): _Implementation("cpu", _ALL),
     ("gist_linear_loss", "native"): _Implementation("cpu", _ALL),
     ("adapter", "native"): _Implementation("cpu", _ALL),
+    ("cp_linear", "native"): _Implementation("cpu", _ALL),
     ("cp_update", "native"): _Implementation("cpu", _ALL),
     ("bidirectional_kl", "cuda"): _Implementation("cuda", _ALL),
     ("gist_loss", "cuda"): _Implementation("cuda", _ALL),
 }
 
 #: The order in which "auto" asks. The losses compiled for CPUs are faster than plain PyTorch at every shape measured
-#: (DESIGN.md, "The CPU path"), adapter at most. On a GPU Triton comes first but where a card said otherwise
+#: (DESIGN.md, "The CPU path"), adapter, cp_linear and cp_update by size (their own files). On a GPU Triton comes first but
+#: where a card said otherwise
 #: (ops/_common.py, resolve_loss): neither its one-launch losses nor those in CUDA C++ have been timed on one.
 #: (In two launches CUDA C++ was the faster on an H200: bidirectional_kl of 8192 rows, bfloat16, forward and backward, 0.48 ms
 #: against 0.66 at 1,000 classes, 1.00 against 1.33 at 32,000, 3.58 against 4.72 at 128,256, host included.)
@@ -176,8 +178,8 @@ def available() -> dict[str, str]:
 def explain(op: str) -> dict[str, str]:
     """For each device kind present, what ``op`` runs on by default and why the faster ones are passed over.
 
-    >>> explain("cp_linear")["cpu"]  # doctest: +SKIP
-    'reference (triton: Triton kernels need a CUDA device ...; native: cp_linear has no native implementation)'
+    >>> explain("gelu")["cpu"]  # doctest: +SKIP
+    'reference (triton: Triton kernels need a CUDA device ...; native: gelu has no native implementation)'
     """
     if op not in OPS:
         raise ValueError(f"explain: no operation named {op!r}; there are {', '.join(OPS)}")

@@ -7,6 +7,7 @@ from mutant_list import Mutant, kernel, op, reference
 __all__ = ["CP_UPDATE"]
 
 _LAYERS = ("tests/test_any_base.py",)
+_HARD = ("tests/hard/test_hard_07_layers.py",)
 _IN_CPP = ("tests/test_native_update.py", "tests/test_cp_update.py")
 
 
@@ -237,23 +238,86 @@ CP_UPDATE = [
         "cp_linear",
         (
             "base left out of dx",
-            "        grad_x.addmm_(grad, weights[0])\n",
-            "        pass\n",
+            "            grad_x = reference._plus_product(grad_x, grad, used)\n",
+            "            grad_x = grad @ used if grad_x is None else grad_x\n",
             "dx = dy W + dL/dh U^T",
         ),
         (
             "update in C++ although W has it",
-            "low_x, need_outer = need_x and merged is None, need_v or need_gain",
+            "low_x, need_outer = need_x and not whole, need_v or need_gain",
             "low_x, need_outer = need_x, need_v or need_gain",
             "what W + dW has done is not done again",
         ),
         (
-            "other dtypes and weights in C++",
-            "in_cpp = len(grads) == 1 and _update_in_cpp(",
-            "in_cpp = _update_in_cpp(",
-            "of several weights each has its gradient",
+            "several weights in C++ by default",
+            "and not (weights == 1 and _native_update.pays(a, rank, widest)):",
+            "and not _native_update.pays(a, rank, widest):",
+            "x U is formed once for all",
         ),
-        tests=_IN_CPP,
+        (
+            "few rows in C++ by default",
+            "and not (weights == 1 and _native_update.pays(a, rank, widest)):",
+            "and not weights == 1:",
+            "the factors are packed for nothing",
+        ),
+        (
+            "factors' gradients of the last weight",
+            "grad_u = of_u if grad_u is None or of_u is None else grad_u.add_(of_u)",
+            "grad_u = of_u",
+            "dU is the sum over the weights",
+        ),
+        (
+            "update of dx by the first weight alone",
+            "        if low_x and later:\n",
+            "        if False:\n",
+            "dL/dh is the sum over the weights",
+        ),
+        (
+            "every weight has all of the gains",
+            "low, of_u, outer = _native_update.backward(grad, x, u, own, its, seed, h, *options)",
+            "low, of_u, outer = _native_update.backward(grad, x, u, own, gain, seed, h, *options)",
+            "a fold has its own gain",
+        ),
+        (
+            "a backward in plain PyTorch",
+            '    if impl == "native" and not empty:\n',
+            '    if impl == "native" and not empty and len(grads) < 2:\n',
+            "what was asked for by name is taken",
+        ),
+        (
+            "pieces that Triton has not",
+            'widths = [sum(sizes)] if backends.resolve(_OP, impl, x) == "triton" else sizes',
+            "widths = [sum(sizes)]",
+            "a compiler must know as many results as there are",
+        ),
+        (
+            "float32 sums handed out for half precision",
+            "(None if g is None else g.to(dtype) for g in (grad_u, grad_v, grad_gain))",
+            "(grad_u, grad_v, grad_gain)",
+            "a gradient has its input's dtype",
+        ),
+        tests=(*_IN_CPP, "tests/test_cp_linear.py", "tests/test_cp_pieces.py", *_HARD),
+    ),
+    *op(
+        "cp_linear",
+        (
+            "no mask for later weights",
+            "forward(grad_x, grad, folded, u, None, seed, scale, dropout_p, grad_x, None)",
+            "forward(grad_x, grad, folded, u, None, None, scale, dropout_p, grad_x, None)",
+            "one mask for all weights",
+        ),
+        file="_native_update",
+        tests=("tests/test_cp_pieces.py",),
+    ),
+    *reference(
+        "cp_linear",
+        (
+            "update of the whole gain",
+            "update(y, x, u, own_v, own_gain, seed, scale, dropout_p, y, h if forms_h else None)",
+            "update(y, x, u, own_v, gain, seed, scale, dropout_p, y, h if forms_h else None)",
+            "a fold has its own gain",
+        ),
+        tests=("tests/test_temporary_memory.py", "tests/test_cp_pieces.py"),
     ),
     *op(
         "cp_update",

@@ -57,6 +57,19 @@ class Call:
         return out.detach(), list(torch.autograd.grad(out, self.wanted(values), incoming))
 
 
+@dataclass
+class Variant(Call):
+    """The same with what else the operation takes; ``arrange`` makes (arguments, options) of the tensors by name. Several
+    results come side by side."""
+
+    arrange: Callable[[dict[str, Tensor | None]], tuple[tuple, dict[str, object]]] = lambda named: ((), {})
+
+    def __call__(self, *values: Tensor, impl: str = "auto", **options: object) -> Tensor:
+        args, more = self.arrange(dict(zip(self.tensors, values, strict=True)))
+        out = getattr(functional, self.op)(*args, impl=impl, **self.options, **more, **options)
+        return torch.cat(out, -1) if isinstance(out, tuple) else out
+
+
 def make(op: str, dtype: torch.dtype = torch.float32, device: str = DEVICE, rows: int = 9) -> Call:
     generator = torch.Generator().manual_seed(7)
 
@@ -91,3 +104,57 @@ def make(op: str, dtype: torch.dtype = torch.float32, device: str = DEVICE, rows
     tensors = {"x": randn(rows, 72), "down": randn(9, 72, spread=0.1), "down_bias": randn(9)}
     tensors |= {"up": randn(72, 9), "up_bias": randn(72)}
     return Call(op, tensors, ("x", "down", "down_bias", "up", "up_bias"), {"scale": 0.5})
+
+
+def variants(op: str, dtype: torch.dtype = torch.float32, device: str = DEVICE, rows: int = 9) -> dict[str, Variant]:
+    """cp_linear, cp_update and adapter with dropout and, where there are such, several weights, a gate, a norm, a residual."""
+    call = make(op, dtype, device, rows)
+    dropped = call.options | {"dropout_p": 0.3, "training": True}
+
+    def randn(*shape: int, spread: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * spread).to(device, dtype)
+
+    generator = torch.Generator().manual_seed(8)
+    seed = {"seed": torch.tensor([7], device=device)}
+    if op == "adapter":
+        more = {
+            "gate": randn(rows, 3).softmax(-1),
+            "residual": randn(rows, 72),
+            "norm": randn(72),
+            "norm_bias": randn(72),
+        }
+        more |= {"up_bias": randn(3, 72)}
+
+        def with_all(t: dict[str, Tensor | None]) -> tuple[tuple, dict[str, object]]:
+            norm = t["norm"], t["norm_bias"], 1e-5
+            return tuple(t.values())[:5], {
+                "gate": t["gate"],
+                "residual": t["residual"],
+                "norm": norm,
+                "seed": t["seed"],
+            }
+
+        leaves = (*call.leaves, *(name for name in more if name != "up_bias"))
+        return {"gate, norm, dropout": Variant(op, call.tensors | more | seed, leaves, dropped, with_all)}
+
+    def with_seed(t: dict[str, Tensor | None]) -> tuple[tuple, dict[str, object]]:
+        return tuple(t.values())[:-1], {"seed": t["seed"]}
+
+    found = {"dropout": Variant(op, call.tensors | seed, call.leaves, dropped, with_seed)}
+    if op == "cp_linear":
+        weights = {f"weight{i}": randn(24 * n, 72, spread=0.1) for i, n in enumerate((1, 2, 1))}
+        biases = {f"bias{i}": randn(w.shape[0]) for i, w in enumerate(weights.values())}
+        factors = {name: call.tensors[name] for name in ("u", "v")} | {"gain": randn(4, 5)}
+        tensors = {"x": call.tensors["x"], **weights, **biases, **factors, **seed}
+
+        def with_weights(t: dict[str, Tensor | None]) -> tuple[tuple, dict[str, object]]:
+            base = ([t[name] for name in names] for names in (weights, biases))
+            return (t["x"], *base, t["u"], t["v"], t["gain"]), {"seed": t["seed"]}
+
+        found["several weights"] = Variant(op, tensors, ("x", "u", "v", "gain"), dropped, with_weights)
+    return found
+
+
+LAYERS = ("cp_linear", "cp_update", "adapter")
+#: (op, implementation, variant) for each variant of a layer's operation that this run checks.
+VARIANTS = [(op, impl, name) for op, impl in PAIRS if op in LAYERS for name in variants(op)]

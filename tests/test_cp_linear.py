@@ -151,7 +151,7 @@ def test_fresh_factors_leave_the_base_layer_alone(impl, device):
     y = cp_linear(x, weight, bias, u, torch.zeros_like(v), gain, impl=impl)
     base = F.linear(x, weight, bias)
     assert_within_budget(y, base, F.linear(x.double(), weight.double(), bias.double()))
-    if impl == "reference":
+    if impl != "triton":
         assert torch.equal(y, base)
 
 

@@ -1,6 +1,6 @@
-"""The low-rank update in C++: cp_linear's part of it, which "auto" alone takes, memory, threads, and what "auto" takes.
+"""The low-rank update in C++: when "auto" takes it for cp_linear and cp_update, threads, instruction sets.
 
-cp_update's own values and gradients are held against float64 in test_cp_update.py, which runs for "native" too.
+Values and gradients of both are held against float64 in test_cp_linear.py and test_cp_update.py, which run for "native" too.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import itertools
 
 import pytest
 import test_cp_linear as linear
-import test_cp_update as update
 import torch
+import updates as update
 
 from fastgist import _extension, backends
 from fastgist.functional import cp_linear, cp_update
@@ -77,13 +77,61 @@ def test_cp_linear_with_folds_and_without_a_gain(passes, folds, gain):
     assert passes == ["forward", "backward"]
 
 
-def test_cp_linear_of_several_weights_and_other_dtypes_stays_plain(passes):
+def test_cp_linear_of_several_weights_is_plain_unless_asked_for(passes):
     x, weight, bias, u, v, gain = linear.case()
     v.requires_grad_()
-    q, k = cp_linear(x, [weight[:32], weight[32:]], [bias[:32], bias[32:]], u, v, gain)
+    base = [weight[:32], weight[32:]], [bias[:32], bias[32:]]
+    q, k = cp_linear(x, *base, u, v, gain)
     (q.sum() + k.sum()).backward()
     cp_linear(x, weight, bias, u, v, gain, impl="reference").sum().backward()
     assert not passes
+    q, k = cp_linear(x, *base, u, v, gain, impl="native")
+    (q.sum() + k.sum()).backward()
+    assert passes == ["forward", "forward", "backward", "backward"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_cp_linear_by_name_runs_in_every_dtype_and_of_any_rows(monkeypatch, dtype):
+    """Not where "auto" would take it, and never plain PyTorch instead."""
+    ran = []
+    for name in ("forward", "backward"):
+        real = getattr(_native_update, name)
+        monkeypatch.setattr(_native_update, name, lambda *a, real=real, name=name: (ran.append(name), real(*a))[1])
+    for rows in (1, 70):
+        inputs = linear.case(rows, 40, 24, 5, 2, dtype)
+        y, grads = linear.evaluate(cp_linear, inputs, [True] * 6, torch.randn(rows, 48), impl="native")
+        assert {t.dtype for t in (y, *grads)} == {dtype}
+    assert ran == ["forward", "backward"] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_raw_operators_give_what_a_compiler_is_told(dtype):
+    """Shapes and dtypes (a Function's gradients autograd would cast), of one weight and of several."""
+    x, weight, bias, u, v, gain = linear.case(dtype=dtype)
+    forward, backward = torch.ops.fastgist.cp_linear_fwd.default, torch.ops.fastgist.cp_linear_bwd.default
+    checks = ("test_schema", "test_faketensor")
+    for rows in (64, 32):
+        weights, biases = list(weight.split(rows)), list(bias.split(rows))
+        options = (SEED, 0.7, 0.3)
+        given = (x, weights, biases, u, v, gain, *options, True, "native")
+        torch.library.opcheck(forward, given, test_utils=checks)
+        ys, h = forward(*given)
+        needs = [True] * 4 + [True, False, True, False][:: rows // 32]
+        given = ([y.clone() for y in ys], x, weights, u, v, gain, SEED, h, 2, 0.7, 0.3, needs, "native")
+        torch.library.opcheck(backward, given, test_utils=checks)
+        assert {g.dtype for g in backward(*given)} == {dtype}
+
+
+def test_cp_linear_by_name_takes_what_auto_takes():
+    """The same bits, of y merged with W and not, with dropout, and of a backward that merges dx."""
+    for rows, p in ((512, 0.0), (512, 0.3), (80, 0.0)):
+        inputs = linear.case(rows, 64, 48, 8, 2)
+        assert _native_update.pays(inputs[0], 8, 96) or backends.vector_bytes() < 32
+        grad, options = torch.randn(rows, 96), {"dropout_p": p, "training": True, "seed": SEED}
+        for wanted in ([True, False, False, True, True, True], [True, False, False, False, False, False]):
+            found = [linear.evaluate(cp_linear, inputs, wanted, grad, impl=i, **options) for i in ("auto", "native")]
+            for a, b in zip(*([y, *(g for g in grads if g is not None)] for y, grads in found), strict=True):
+                assert torch.equal(a, b) or backends.vector_bytes() < 32
 
 
 # -- cp_update -------------------------------------------------------------------------------------------------------
@@ -133,7 +181,7 @@ def test_rows_that_are_not_contiguous_are_written_where_they_are(passes):
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_lesser_instruction_sets(isa):
     script = (
-        "import torch, test_cp_update as t\n"
+        "import torch, updates as t\n"
         "for shape in ((1, 8, 8, 1, 1), (70, 130, 37, 17, 2), (600, 40, 24, 40, 1)):\n"
         "    inputs = t.case(*shape)\n"
         "    t.check(inputs, torch.randn(shape[0], shape[2] * shape[4]), 'native', scale=0.7)\n"
@@ -167,3 +215,17 @@ def test_auto_runs_what_it_takes(monkeypatch):
     for rows, inner in ((70, 90), (70, 40), (69, 90)):
         cp_update(*update.case(rows, inner))
     assert ran == ["forward"]
+
+
+def test_auto_runs_what_it_takes_of_cp_linear(monkeypatch):
+    """The forward asks with x and the wider side, the backward with dL/dy."""
+    ran = []
+    for name in ("forward", "backward"):
+        real = getattr(_native_update, name)
+        monkeypatch.setattr(_native_update, name, lambda *a, real=real, name=name: (ran.append(name), real(*a))[1])
+    for sizes, wanted in (((70, 90), ["forward"]), ((70, 64), ["backward"]), ((70, 5), [])):
+        monkeypatch.setattr(_native_update, "pays", lambda a, rank, widest, sizes=sizes: tuple(a.shape) == sizes)
+        inputs = linear.case(70, 90, 32, 5, 2)
+        linear.evaluate(cp_linear, inputs, [True] * 6, torch.randn(70, 64))
+        assert ran == wanted
+        ran.clear()

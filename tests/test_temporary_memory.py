@@ -225,19 +225,82 @@ def adapter_in_cpp() -> None:
     assert hungry > 2 * z, "a form with temporaries is seen"
 
 
-def test_adapter_in_cpp_adds_one_m_by_h_at_most():
-    """Beside results, forward and backward, in whatever memory: blocks of rows stay in buffers of a thread's own."""
+#: Bytes of pages half used, of those that the system counts late (64 a thread), and of workspace of the library's products.
+_ROUNDING = 2**19
+
+
+def low_rank_in_cpp(op: str, dropout: float, threads: int) -> None:
+    """cp_linear or cp_update (also in place) at 3152 x 768, R = 32, in a process of its own.
+
+    Beside results: h, in the forward, which is kept; the factors packed, and sums of their gradients as wide: at most three
+    times (K + N) R numbers, however many rows or threads; and N K where dL/dx is a product with W + dW.
+    """
+    torch.set_num_threads(threads)
+    rows, width, rank = 3152, 768, 32
+    x, u, v, gain = (torch.randn(s).requires_grad_() for s in ((rows, width), (width, rank), (width, rank), (1, rank)))
+    weight, bias, trained = torch.randn(width, width), torch.randn(width), [x, u, v, gain]
+    target, grad = torch.zeros(rows, width), torch.ones(rows, width)
+    options = {"dropout_p": dropout, "training": True, "impl": "native"}
+
+    def run():
+        if op == "cp_linear":
+            return F.cp_linear(x, weight, bias, u, v, gain, **options)
+        return F.cp_update(target.detach(), x, u, v, gain, inplace=op.endswith("in place"), **options)
+
+    torch.autograd.grad(run(), trained, grad)  # code is memory too, once
+    y, low, factors = rows * width * 4, rows * rank * 4, 2 * width * rank * 4
+    held: list = []
+    forward = _peak_of_process(lambda: held.append(run()))
+    assert forward <= (0 if op.endswith("in place") else y) + low + 3 * factors + _ROUNDING, forward
+    merged = width * width * 4 if op == "cp_linear" and dropout == 0 else 0
+    backward = _peak_of_process(lambda: held.append(torch.autograd.grad(held[0], trained, grad)))
+    assert backward <= y + merged + low + 3 * factors + _ROUNDING, backward
+    with torch.no_grad():
+        added = _peak_of_process(lambda: held.append(target + (x @ u) @ v.t()))
+    assert added > y + y // 2, "a temporary as large as y is seen"
+
+
+def _in_a_process(call: str) -> None:
     try:
         backends.resolve("adapter", "native", torch.empty(1))
         Path("/proc/self/clear_refs").write_text("5")
     except (RuntimeError, OSError) as e:
         pytest.skip(f"{e}")
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command = [sys.executable, "-c", "import test_temporary_memory as t; t.adapter_in_cpp()"]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=300
-    )
+    # malloc maps what is large and gives it back: what was freed before is no room for what is counted
+    settings = {"PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, "-c", f"import test_temporary_memory as t; t.{call}"]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_adapter_in_cpp_adds_one_m_by_h_at_most():
+    """Beside results, forward and backward, in whatever memory: blocks of rows stay in buffers of a thread's own."""
+    _in_a_process("adapter_in_cpp()")
+
+
+@pytest.mark.parametrize("op", ["cp_linear", "cp_update", "cp_update in place"])
+def test_a_low_rank_update_in_cpp_adds_h_and_factors_at_most(op):
+    _in_a_process(f"low_rank_in_cpp({op!r}, 0.0, 1); t.low_rank_in_cpp({op!r}, 0.1, 2)")
+
+
+@pytest.mark.parametrize("weights", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cp_linear_by_name_in_cpp_allocates_nothing_as_large_as_y(dtype, weights):
+    """What torch's allocator sees: results, h, V times the gain, and sums of the factors' gradients in float32, one weight's
+    beside the total. (float16 is widened.)"""
+    if backends.vector_bytes() == 0:
+        pytest.skip("no extension")
+    rows, inner, out, rank = 100, 128, 384, 16
+    trained, run = _cp(rows, inner, out, rank, 3, dtype, weights=weights)
+    b, piece = dtype.itemsize, rows * out // weights * dtype.itemsize
+    kept = [*[piece] * (weights - 1), rows * rank * b]
+    (others, peak), (after, peak_after) = _both(lambda: run("native"), trained, piece, kept)
+    packed = (inner + out) * inner * b if dtype == torch.bfloat16 else 0  # a CPU's products pack their operands
+    factors = (inner + out) * rank * 4
+    assert max(others, default=0) <= max(factors, packed) + SMALL
+    assert max(after) <= max(factors, packed) + SMALL
+    assert peak <= 2 * factors + packed + SMALL and peak_after <= 4 * factors + packed + SMALL
 
 
 # -- the kernels' host code --------------------------------------------------------------------------------------------

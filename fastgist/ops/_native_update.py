@@ -13,7 +13,7 @@ from fastgist import backends
 from fastgist.reference._numerics import accumulate, accumulate_dtype
 from fastgist.reference.cp_linear import _folded_v, low_rank_dtype
 
-__all__ = ["backward", "forward", "pays"]
+__all__ = ["add_to_dx", "backward", "forward", "pays"]
 
 
 def pays(x: Tensor, rank: int, widest: int) -> bool:
@@ -26,9 +26,14 @@ def pays(x: Tensor, rank: int, widest: int) -> bool:
     return wide and factor <= min(2**20, 2**12 * rows)
 
 
+def _wide(v: Tensor, gain: Tensor | None, folds: int) -> Tensor:
+    """V' (N, R), V times each fold's gain, in the accumulation dtype."""
+    return _folded_v(accumulate(v), None if gain is None else accumulate(gain), folds)
+
+
 def _factor(v: Tensor, gain: Tensor | None, folds: int, scale: float, x_dtype: torch.dtype) -> tuple[Tensor, float]:
     """V' (N, R) and the scale. The kernels round V' to x's dtype; what of it passes float16's range goes into the scale."""
-    folded = _folded_v(accumulate(v), None if gain is None else accumulate(gain), folds)
+    folded = _wide(v, gain, folds)
     if x_dtype == torch.float16 and folded.numel():
         excess = math.frexp(float(folded.abs().max()))[1] - 15
         if excess > 0:
@@ -97,3 +102,18 @@ def backward(
         if again * scale != factor_scale:
             outer.mul_(again * (scale / factor_scale))
     return grad_x, None if grad_down is None else grad_down.transpose(0, 1).contiguous(), outer
+
+
+def add_to_dx(
+    grad_x: Tensor,
+    grad: Tensor,
+    u: Tensor,
+    v: Tensor,
+    gain: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> None:
+    """grad_x += drop(scale * grad V') U^T, in place: the update of :func:`forward` by other factors."""
+    folded = _wide(v, gain, grad.shape[1] // v.shape[0])
+    forward(grad_x, grad, folded, u, None, seed, scale, dropout_p, grad_x, None)

@@ -21,6 +21,7 @@ from fastgist.ops._low_rank import (
     empty_unless,
 )
 from fastgist.reference import cp_linear as reference
+from fastgist.reference._numerics import half_in_float32
 from fastgist.reference.cp_linear import low_rank_dtype
 
 __all__ = ["cp_linear"]
@@ -30,7 +31,7 @@ _OP = "cp_linear"
 
 # -- raw ops ---------------------------------------------------------------------------------------------------------
 # 2-D throughout: x (M, K), weights (N_i, K) one above the other, biases one each or none at all, u (K, R), v (n, R), gain
-# (1 or G, R). y is a piece (M, N_i) for each weight, or (M, N) as the only one where a kernel wrote it. A seed means that
+# (1 or G, R). y is a piece (M, N_i) for each weight, or (M, N) as the only one where Triton wrote it. A seed means that
 # dropout is active. Results that were not asked for are empty. Inputs that no wanted gradient needs are None (no weights)
 # in the backward.
 
@@ -49,12 +50,11 @@ def _fwd(
     impl: str,
 ) -> tuple[list[Tensor], Tensor]:
     drop = dropout_for(impl, seed)
-    one = len(weights) == 1 and _update_in_cpp(impl, x, u.shape[1], max(weights[0].shape))
-    update = _native_update.forward if one else None
-    impl = backends.resolve(_OP, impl, x)
-    if impl == "reference" or x.numel() == 0:
+    impl = _resolve(impl, x, u.shape[1], max(weights[0].shape), len(weights))
+    if impl != "triton" or x.numel() == 0:
+        update = _native_update.forward if impl == "native" and x.numel() else None
         ys, h = reference.forward(x, weights, biases, u, v, gain, seed, scale, dropout_p, need_h, drop, update)
-        return ys if impl == "reference" else [torch.cat(ys, 1)], empty_unless(h if need_h else None, x)
+        return [torch.cat(ys, 1)] if impl == "triton" else ys, empty_unless(h if need_h else None, x)
     from fastgist_kernels import cp_linear as kernels
 
     y = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
@@ -64,11 +64,13 @@ def _fwd(
     return [y], empty_unless(h, x)
 
 
-def _update_in_cpp(impl: str, a: Tensor, rank: int, widest: int) -> bool:
-    """Whether the update beside a product with ``a`` (M, ..) and one weight runs in C++: where "auto" leaves the product to
-    PyTorch and C++ is the faster."""
-    plain = impl == "auto" and backends.resolve(_OP, impl, a) == "reference"
-    return plain and _native_update.pays(a, rank, widest)
+def _resolve(impl: str, a: Tensor, rank: int, widest: int, weights: int) -> str:
+    """The implementation for products with ``a`` (M, ..) and factors (<= widest, rank). "auto" leaves to plain PyTorch what it
+    is faster at, and several weights, for each of which C++ forms x U, or dL/dh, again. Forward and backward may differ."""
+    chosen = backends.resolve(_OP, impl, a)
+    if impl == "auto" and chosen == "native" and not (weights == 1 and _native_update.pays(a, rank, widest)):
+        return "reference"
+    return chosen
 
 
 def _empty_h(x: Tensor, u: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ def _empty_h(x: Tensor, u: Tensor) -> Tensor:
 
 def _fwd_fake(x, weights, biases, u, v, gain, seed, scale, dropout_p, need_h, impl):
     sizes = [w.shape[0] for w in weights]
-    widths = sizes if backends.resolve(_OP, impl, x) == "reference" else [sum(sizes)]
+    widths = [sum(sizes)] if backends.resolve(_OP, impl, x) == "triton" else sizes
     return [x.new_empty(x.shape[0], n) for n in widths], empty_unless(_empty_h(x, u) if need_h else None, x)
 
 
@@ -100,8 +102,7 @@ def _bwd(
     drop = dropout_for(impl, seed)
     low = next((t.shape[1] for t in (v, h) if t is not None), 0)
     inner = max((t.shape[1] for t in (x, *weights) if t is not None), default=0)
-    in_cpp = len(grads) == 1 and _update_in_cpp(impl, first, low, max(inner, first.shape[1]))
-    impl = backends.resolve(_OP, impl, first)
+    impl = _resolve(impl, first, low, max(inner, first.shape[1]), len(grads))
     need_x, need_u, need_v, need_gain = needs[:4]
     of_weights, of_biases = _of_base(grads, needs)
     grad_weight = _of_weights(of_weights, x) if of_weights else None
@@ -109,9 +110,9 @@ def _bwd(
     grad_bias = torch.cat(sums) if len(sums) > 1 else next(iter(sums), None)
     wanted = (need_x, need_u, need_v, need_gain)
     empty = all(g.numel() == 0 for g in grads) or (x is not None and x.numel() == 0)
-    if in_cpp and any(wanted) and not empty:
-        found = _bwd_in_cpp(first, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, *wanted)
-    elif impl == "reference" or empty:
+    if impl == "native" and not empty:
+        found = _bwd_in_cpp(grads, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, *wanted)
+    elif impl != "triton" or empty:
         found = reference.backward(grads, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, *wanted, drop)
     elif any(wanted):
         from fastgist_kernels import cp_linear_bwd as kernels
@@ -143,21 +144,37 @@ def _of_weights(grads: list[Tensor], x: Tensor) -> Tensor:
     return out
 
 
+@half_in_float32(narrowed=slice(0, None))
 def _bwd_in_cpp(
-    grad, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, need_x, need_u, need_v, need_gain
+    grads, x, weights, u, v, gain, seed, h, folds, scale, dropout_p, need_x, need_u, need_v, need_gain
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """:func:`fastgist.reference.cp_linear.backward` of one weight, what the factors ask of it in C++."""
-    merged = reference._merged_weight(grad, weights[0], u, v, gain, seed, scale, need_u) if need_x else None
-    low_x, need_outer = need_x and merged is None, need_v or need_gain
-    grad_x = grad_u = outer = None
-    if low_x or need_u or need_outer:
-        options = (folds, scale, dropout_p, low_x, need_u, need_outer)
-        grad_x, grad_u, outer = _native_update.backward(grad, x, u, v, gain, seed, h, *options)
-    if merged is not None:
-        grad_x = torch.mm(grad, merged)
-    elif low_x:
-        grad_x.addmm_(grad, weights[0])
-    return grad_x, grad_u, *reference._of_factors(outer, v, gain, folds, need_v, need_gain)
+    """:func:`fastgist.reference.cp_linear.backward`, what the factors ask of it in C++."""
+    sizes, dtype = [g.shape[1] for g in grads], grads[0].dtype
+    whole = need_x and reference.dx_merges(grads, weights[0], u, seed, need_u)
+    low_x, need_outer = need_x and not whole, need_v or need_gain
+    grad_x = grad_u = None
+    outers = []
+    pieces = [(v, gain)] * len(grads) if v is None else reference._pieces(sizes, v, gain)
+    for i, (grad, (own, its)) in enumerate(zip(grads, pieces, strict=True)):
+        if sizes[i] == 0:
+            continue
+        later = grad_x is not None
+        if (low_x and not later) or need_u or need_outer:
+            own_folds = folds if own is None else reference._folds(sizes[i], own)
+            options = (own_folds, scale, dropout_p, low_x and not later, need_u, need_outer)
+            low, of_u, outer = _native_update.backward(grad, x, u, own, its, seed, h, *options)
+            grad_x = low if low is not None else grad_x
+            grad_u = of_u if grad_u is None or of_u is None else grad_u.add_(of_u)
+            outers.append(outer)
+        if need_x:
+            used = reference._merge(weights[i], u, own, its, scale) if whole else weights[i]
+            grad_x = reference._plus_product(grad_x, grad, used)
+        if low_x and later:
+            _native_update.add_to_dx(grad_x, grad, u, own, its, seed, scale, dropout_p)
+    outer = None if not need_outer else outers[0] if len(outers) == 1 else torch.cat(outers)
+    grad_v, grad_gain = reference._of_factors(outer, v, gain, folds, need_v, need_gain)
+    grad_u, grad_v, grad_gain = (None if g is None else g.to(dtype) for g in (grad_u, grad_v, grad_gain))
+    return grad_x, grad_u, grad_v, grad_gain
 
 
 def _empty_grads(grads, x, weights, v, gain, h, folds, wanted):
@@ -412,7 +429,8 @@ def cp_linear(
         training: whether dropout is active.
         seed: int64 tensor of one element on x's device: the same seed gives the same mask in every implementation, forward
             and backward. None draws one from the device's default generator.
-        impl: "auto", "triton" or "reference"; see :mod:`fastgist.backends`.
+        impl: "auto", "triton", "native" (on CPUs: products by PyTorch, the update in C++) or "reference"; see
+            :mod:`fastgist.backends`.
 
     Returns:
         (..., N), of several weights (..., N_i) each, in x's dtype (autocast's, where it is on, as nn.Linear's). Products

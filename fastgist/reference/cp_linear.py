@@ -24,6 +24,7 @@ __all__ = [
     "backward",
     "cp_linear",
     "delta_weight",
+    "dx_merges",
     "forward",
     "low_rank_dtype",
     "merge_pays",
@@ -134,6 +135,13 @@ def _may_merge(a: Tensor, seed: Tensor | None) -> bool:
     return seed is None and a.dtype in (torch.float32, torch.float64)
 
 
+def dx_merges(grads: list[Tensor], weight: Tensor, u: Tensor, seed: Tensor | None, factor_needed: bool) -> bool:
+    """Whether dL/dx is of each weight with its update. Of several weights all are merged or none: the update of dx is one for
+    all. ``weight``: one of them; the rest as for :func:`merge_pays`."""
+    rows, out = grads[0].shape[0], sum(g.shape[1] for g in grads)
+    return _may_merge(grads[0], seed) and merge_pays(rows, out, weight.shape[1], u.shape[1], factor_needed)
+
+
 def _merge(weight: Tensor, u: Tensor, v: Tensor, gain: Tensor | None, scale: float) -> Tensor:
     folded = _folded_v(v, gain, _folds(weight.shape[0], v))
     return torch.addmm(weight, folded, u.transpose(0, 1), alpha=scale)
@@ -212,20 +220,21 @@ def forward(
 ) -> tuple[list[Tensor], Tensor | None]:
     """y (M, N) in a piece (M, N_i) for each weight, and h = drop(x U) (M, R) in low_rank_dtype where needed. The weights
     (N_i, K) are as if one above the other, and none is copied; ``biases`` is empty or as long. gain: (1, R) or (G, R).
-    ``drop``: what drops out h in place of the function here, to the same result. ``update``: what adds to y of one weight,
-    with the arguments of :func:`fastgist.ops._native_update.forward`."""
+    ``drop``: what drops out h in place of the function here, to the same result. ``update``: what adds to each weight's y, of
+    at least a row, with the arguments of :func:`fastgist.ops._native_update.forward`."""
     ys = []
     h = (drop or _dropped)(x @ u, dropout_p, seed) if need_h and update is None else None
     for i, (own_v, own_gain) in enumerate(_pieces([w.shape[0] for w in weights], v, gain)):
         weight = weights[i]
-        # An ``update`` forms h on its way, for no more than x U costs alone.
-        both = update is not None and need_h
-        merged = None if both else _merged_weight(x, weight, u, own_v, own_gain, seed, scale, need_h)
+        # The first ``update`` forms h on its way, for no more than x U costs alone.
+        forms_h = update is not None and need_h and h is None and weight.shape[0] > 0
+        merged = None if forms_h else _merged_weight(x, weight, u, own_v, own_gain, seed, scale, need_h)
         used = (weight if merged is None else merged).transpose(0, 1)
         y = torch.addmm(biases[i], x, used) if biases else torch.mm(x, used)
         if merged is None and update is not None:
-            h = x.new_empty(x.shape[0], u.shape[1]) if need_h else None
-            update(y, x, u, v, gain, seed, scale, dropout_p, y, h)
+            h = x.new_empty(x.shape[0], u.shape[1]) if forms_h else h
+            if y.shape[1]:
+                update(y, x, u, own_v, own_gain, seed, scale, dropout_p, y, h if forms_h else None)
         elif merged is None:
             h = (drop or _dropped)(x @ u, dropout_p, seed) if h is None else h
             folds = _folds(weight.shape[0], own_v)
@@ -262,10 +271,7 @@ def backward(
     grad_x = grad_u = grad_v = grad_gain = low = None
     sizes = [g.shape[1] for g in grads]
     rows, dtype = grads[0].shape[0], grads[0].dtype
-    whole = False
-    if need_x:  # of several weights all are merged or none: the update of dx is one for all
-        inner, rank = weights[0].shape[1], u.shape[1]
-        whole = _may_merge(grads[0], seed) and merge_pays(rows, sum(sizes), inner, rank, need_u)
+    whole = need_x and dx_merges(grads, weights[0], u, seed, need_u)
     through_h = need_u or (need_x and not whole)
     on_rows = _on_rows(gain, folds, rows, sum(sizes)) and (through_h or not need_gain)
     # What stands beside each dy in dV: the gain, where it is on the rows, with it.

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from every_op import PAIRS
+from every_op import PAIRS, VARIANTS
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -20,7 +20,7 @@ pytestmark = [
 SCRIPT = """
 import ctypes, mmap, sys
 import torch
-from every_op import PAIRS, make
+from every_op import PAIRS, VARIANTS, make, variants
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -44,9 +44,9 @@ def guarded(t):
 if sys.argv[1] == "read too far":
     t = guarded(torch.zeros(8))
     ctypes.string_at(t.data_ptr(), 33)
-for op, impl in PAIRS:
+for op, impl, variant in [(*pair, None) for pair in PAIRS] + VARIANTS:
     for dtype in (torch.float32, torch.float16):
-        call = make(op, dtype)
+        call = make(op, dtype) if variant is None else variants(op, dtype)[variant]
         want, want_grads = call.run(impl=impl)
         values = [guarded(t).requires_grad_(n in call.leaves) for n, t in call.tensors.items()]
         out = call(*values, impl=impl)
@@ -56,7 +56,7 @@ for op, impl in PAIRS:
         torch.testing.assert_close(out.detach(), want, **close)
         for mine, w in zip(grads, want_grads):
             torch.testing.assert_close(mine, w, **close)
-        print("read no further:", op, impl, dtype, flush=True)
+        print("read no further:", op, impl, variant, dtype, flush=True)
 """
 
 
@@ -71,7 +71,7 @@ def test_no_read_past_the_end():
     done = _run("the operations")
     said = done.stdout.count("read no further:")
     assert done.returncode == 0, f"after {said} runs, signal or exit code {done.returncode}:\n{done.stderr[-2000:]}"
-    assert said == 2 * len(PAIRS)
+    assert said == 2 * (len(PAIRS) + len(VARIANTS))
 
 
 def test_the_guard_page_kills():

@@ -27,6 +27,8 @@ from fastgist import (
 from fastgist.nn import Adapter, CPFactors, CPLinear, GistLoss, GistToken, LoRALinear
 from fastgist.testing import assert_within_budget
 
+pytestmark = pytest.mark.kernel  # what "auto" takes, interpreted too
+
 
 def _randomise(module: nn.Module) -> nn.Module:
     with torch.no_grad():
