@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import decode, harness
-from benchmarks.conftest import CLOCK, DEVICE, ROWS
+from benchmarks.conftest import CLOCK, DEVICE, ROWS, measured_by
 from benchmarks.peers import Missing
 
 OP = "decode"
@@ -34,7 +34,7 @@ def _base(case):
 @torch.no_grad()
 def test_decode(request, benchmark, case, direction, provider):
     row = {"op": OP, "case": case.name, "dtype": str(case.dtype).removeprefix("torch."), "direction": direction}
-    row |= {"provider": provider, **dict(case.sizes), "R": decode.RANK}
+    row |= {"provider": provider, **dict(case.sizes), **measured_by(), "R": decode.RANK}
     try:
         call, given = decode.build(provider, case, DEVICE)
     except Missing as e:

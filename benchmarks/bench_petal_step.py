@@ -13,8 +13,8 @@ import statistics
 import pytest
 import torch
 
-from benchmarks import harness, petal_step
-from benchmarks.conftest import CLOCK, DEVICE, ROWS
+from benchmarks import floors, harness, petal_step
+from benchmarks.conftest import CLOCK, DEVICE, ROWS, measured_by
 from benchmarks.peers import Missing
 
 OP = "petal_step"
@@ -39,7 +39,7 @@ def _base(case):
 
 def test_petal_step(request, benchmark, case, direction, provider):
     row = {"op": OP, "case": case.name, "dtype": str(case.dtype).removeprefix("torch."), "direction": direction}
-    row |= {"provider": provider, **dict(case.sizes), "model": petal_step.describe(case)}
+    row |= {"provider": provider, **dict(case.sizes), **measured_by(), "model": petal_step.describe(case)}
     try:
         step = PROVIDERS[provider](case, DEVICE)
     except Missing as e:
@@ -87,7 +87,7 @@ def _floor(case, flops: int) -> tuple[float, str]:
     """The products of the frozen Q-Former at the measured rate of the dtype's."""
     name = str(case.dtype).removeprefix("torch.")
     if DEVICE.type == "cuda":
-        rate = harness.ceilings(DEVICE)[f"matmul_{name}_flops_per_s"]
+        rate = floors.ceilings(DEVICE)[f"matmul_{name}_flops_per_s"]
     else:
-        rate = harness.cpu_matmul_rate()
+        rate = floors.cpu_matmul_rate()
     return flops / rate, "FLOPs of the frozen Q-Former / matmul rate"

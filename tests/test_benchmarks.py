@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import harness
+from benchmarks import floors, harness, parity, problems
 from benchmarks.cases import CASES, DIRECTIONS, case, costs, directions
 from benchmarks.peers import OTHER_FUNCTION, PEERS, Missing
 from fastgist.backends import OPS
@@ -75,16 +75,16 @@ def test_peers_agree_with_the_formula(op, shape):
         if name in OTHER_FUNCTION or name.endswith("compiled"):
             continue
         try:
-            provider = build(harness.given(problem, problem.tensors))
+            provider = build(problems.given(problem, problem.tensors))
         except Missing:
             continue
         if name.startswith("fastgist"):
             assert harness.parity(problem, provider) is None, name
         else:  # the same function; how exactly it sums is its own affair and the processor's
-            _, (exact, exact_grads), _ = harness._expected(op, problem.case, CPU)
+            _, (exact, exact_grads), _ = parity.expected(op, problem.case, CPU, False)
             out, grads = harness.run(problem, provider)
-            pairs = [(out if problem.is_loss else harness._rows("x", out), exact)]
-            pairs += [(harness._rows(leaf, grads[leaf]), exact_grads[leaf]) for leaf in problem.leaves]
+            pairs = [(out if problem.is_loss else parity._rows("x", out), exact)]
+            pairs += [(parity._rows(leaf, grads[leaf]), exact_grads[leaf]) for leaf in problem.leaves]
             for mine, e in pairs:
                 assert float((mine - e).norm() / e.norm()) < 1e-5, name
         checked.append(name)
@@ -112,7 +112,7 @@ def test_steps_time_what_they_say():
     clock = harness.Clock(CPU)
     assert len(harness.sample(step, clock, 3)) == 3
     assert harness.peak_bytes(step, CPU) >= 600 * 48 * 4
-    seconds, how = harness.floor_seconds(problem, "fwd_bwd")
+    seconds, how = floors.floor_seconds(problem, "fwd_bwd")
     assert seconds > 0
     assert "same run" in how
 
@@ -122,7 +122,7 @@ def test_several_results_are_timed_as_they_come(direction):
     """q, k and v: three results, each with its gradient, and the same gradients as those of one tall layer."""
     shape = case(torch.float32, M=600, d=48, R=5, W=3)
     problem = harness.make_problem("cp_linear", shape, CPU)
-    given = harness.given(problem, problem.tensors)
+    given = problems.given(problem, problem.tensors)
     assert [w.shape for w in given["weight"]] == [(48, 48)] * 3
     provider = PEERS["cp_linear"]["fastgist reference"](given)
     result = harness.make_step(problem, provider, direction)()
@@ -137,15 +137,16 @@ def test_several_results_are_timed_as_they_come(direction):
 
 def test_a_row_carries_its_roofline(monkeypatch):
     shape = case(torch.float32, M=600, d=48, R=5)
-    monkeypatch.setattr(harness, "cpu_copy_rate", lambda: 1e9)
-    monkeypatch.setattr(harness, "cpu_matmul_rate", lambda dtype: {torch.float32: 2e9}[dtype])
-    found = harness.roofline("cp_linear", shape, "fwd", CPU)
+    monkeypatch.setattr(floors, "cpu_copy_rate", lambda moved: 1e9)
+    monkeypatch.setattr(floors, "cpu_flop_rate", lambda dtype: ({torch.float32: 2e9}[dtype], "what"))
+    found = floors.roofline("cp_linear", shape, "fwd", CPU)
     moved, flops = costs("cp_linear", shape, "fwd")
     assert found == {
         "bytes": moved, "flops": flops, "bytes_s": moved / 1e9, "flops_s": flops / 2e9, "roofline_s": flops / 2e9,
+        "flops_ceiling": "what",
     }  # fmt: skip
     moved, _ = costs("gelu", SMALL["gelu"], "fwd_bwd")
-    assert harness.roofline("gelu", SMALL["gelu"], "fwd_bwd", CPU)["roofline_s"] == moved / 1e9
+    assert floors.roofline("gelu", SMALL["gelu"], "fwd_bwd", CPU)["roofline_s"] == moved / 1e9
     row = {"op": "cp_linear", "case": "M1", "dtype": "float32", "direction": "fwd", "provider": "x", "median_s": 2e-3}
     row |= found | {"floor_s": 1e-3, "ratio_to_floor": 2.0, "ratio_to_roofline": 2e-3 / found["roofline_s"]}
     pytest.importorskip("pytest_benchmark")
@@ -246,13 +247,13 @@ def test_there_are_marks_for_every_provider_of_the_layers():
 def test_the_scale_of_a_sum_is_that_of_its_terms():
     """Of a bias's gradient, row by row: what the budget of sums that cancel is proportional to."""
     problem = harness.make_problem("adapter", SMALL["adapter"], CPU)
-    found = harness._term_scales(problem)
+    found = parity.term_scales(problem)
     assert set(found) == {"down", "down_bias", "up", "up_bias"}
-    grad = harness.incoming_rows(problem, 0, torch.empty(600, 48, dtype=torch.float64))
+    grad = parity.incoming_rows(problem, 0, torch.empty(600, 48, dtype=torch.float64))
     assert found["up_bias"] == pytest.approx(float(grad.abs().sum(0).max()))
     x, down, down_bias, up, _ = (t.double() for t in problem.tensors.values())
     z = x @ down.T + down_bias
     dz = torch.ops.aten.gelu_backward(grad @ up, z)
     assert found["down_bias"] == pytest.approx(float(dz.abs().sum(0).max()))
     assert found["down"] == pytest.approx(float((dz.abs().T @ x.abs()).max()))
-    assert harness._term_scales(harness.make_problem("gist_loss", SMALL["gist_loss"], CPU)) == {}
+    assert parity.term_scales(harness.make_problem("gist_loss", SMALL["gist_loss"], CPU)) == {}
