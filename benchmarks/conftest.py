@@ -120,7 +120,7 @@ def timed(request: pytest.FixtureRequest, benchmark):
         row |= {"provider": provider, **dict(case.sizes), **measured_by()}
         request.config.stash[ROWS].append(row)
         try:
-            row["parity"] = _parity(problem, call, provider)
+            row["parity"] = _parity(problem, call, provider, direction)
         except torch.OutOfMemoryError:
             row["parity"] = "out of memory"
             pytest.skip(f"{provider}: out of memory")
@@ -154,11 +154,11 @@ def _provider(op: str, case, provider: str):
     return PEERS[op][provider](harness.given(problem, problem.tensors))
 
 
-def _parity(problem: problems.Problem, call, provider: str) -> str:
+def _parity(problem: problems.Problem, call, provider: str, direction: str) -> str:
     if provider in OTHER_FUNCTION:
         harness.run(problem, call)
         return "another function, there for its cost"
-    return verdict(problem, call, PEERS[problem.op][provider], provider.startswith("fastgist"))
+    return verdict(problem, call, PEERS[problem.op][provider], provider.startswith("fastgist"), direction)
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

@@ -226,11 +226,13 @@ def expected(
     return plain, _evaluate(problem, torch.float64), term_scales(problem)
 
 
-def parity(problem: Problem, provider: Callable[..., Any]) -> str | None:
-    """None if the provider's result and gradients are within the error budget, else what is wrong."""
+def parity(problem: Problem, provider: Callable[..., Any], direction: str = "fwd_bwd") -> str | None:
+    """None if the provider's result and gradients are within the error budget, else what is wrong. With an incoming gradient
+    of 2 ("fwd_bwd_scaled", the losses') the gradients are twice as large, which is exact."""
+    times = 2.0 if problem.is_loss and direction.endswith("scaled") else 1.0
     has_dropout = "seed" in problem.tensors
     drawn, (exact, exact_grads), scales = expected(problem.op, problem.case, problem.device, has_dropout)
-    out, grads = run(problem, provider)
+    out, grads = run(problem, provider, direction)
     plain = [result for result, _ in drawn]
     if problem.is_loss:
         out = out.to(plain[0].dtype)
@@ -244,15 +246,22 @@ def parity(problem: Problem, provider: Callable[..., Any]) -> str | None:
         if grad is None:
             return f"no gradient for {name}"
         ours = _rows(name, grad).cpu()
-        wrong = within_budget(ours, [g[name] for _, g in drawn], exact_grads[name], scale=scales.get(name))
+        plain = [g[name] * times for _, g in drawn]
+        wrong = within_budget(ours, plain, exact_grads[name] * times, scale=scales.get(name))
         if wrong:
             return f"gradient of {name}: {wrong}"
     return None
 
 
-def verdict(problem: Problem, provider: Callable[..., Any], build: Callable[..., Any], ours: bool) -> str:
+def verdict(
+    problem: Problem,
+    provider: Callable[..., Any],
+    build: Callable[..., Any],
+    ours: bool,
+    direction: str = "fwd_bwd",
+) -> str:
     """What a row says of its provider. A peer's dropout draws a mask of its own: it is held without dropout, built anew."""
     if ours or "seed" not in problem.tensors:
-        return parity(problem, provider) or WITHIN
+        return parity(problem, provider, direction) or WITHIN
     plain = without_dropout(problem)
     return parity(plain, build(plain.tensors)) or OTHER_MASK

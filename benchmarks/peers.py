@@ -436,7 +436,10 @@ PEERS: dict[str, dict[str, Build]] = {
     | _both("log_softmax", _gist_linear(log_softmax_kl))
     | _both("analytic", _gist_linear(analytic_kl))
     | {"Liger fused linear JSD": _liger_linear_jsd, "flash-linear-attention KL": _fla_linear_kl},
-    "topk_kl": _implementations("topk_kl") | _both("log_softmax", pooled_kl) | _both("analytic", analytic_topk),
+    "topk_kl": _implementations("topk_kl")
+    | _both("log_softmax", pooled_kl)
+    | _both("analytic", analytic_topk)
+    | {"fastgist auto": _auto_on_cpus("topk_kl")},
     "cp_linear": _implementations("cp_linear")
     | {"fastgist auto": _auto_on_cpus("cp_linear")}
     | _both("released", cp_released)

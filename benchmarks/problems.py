@@ -59,7 +59,7 @@ def make_problem(op: str, case: Case, device: torch.device) -> Problem:
     if op == "gist_loss":
         shape = case["M"], case["V"]
         tensors = {"z": randn(*shape, spread=3), "g": randn(*shape, spread=3), "target": targets(case["V"])}
-        return Problem(op, case, tensors, ("z", "g"))
+        return Problem(op, case, tensors, ("z",) if case.get("detached", 0) else ("z", "g"))
     if op == "topk_kl":
         m, v, k = case["M"], case["V"], case["K"]
         known = (randn(m, v, spread=3) / 3.0).float().log_softmax(-1).topk(k)
