@@ -58,6 +58,7 @@ def test_petal_step(request, benchmark, case, direction, provider):
         row |= petal_step.cost_row(provider, case, DEVICE)
         row["peak_bytes"] = harness.peak_bytes(step, DEVICE)
         row["floor_s"], row["floor"] = _floor(case, row["flops"] - row["update_flops"])
+        row |= floors.of_counts(petal_step.least_bytes(case), row["flops"], case.dtype, DEVICE)
         if DEVICE.type == "cuda":
             row["kernels"], row["launches"] = petal_step.kernels(step)
         (one,) = harness.sample(step, CLOCK, 1)
@@ -78,6 +79,7 @@ def test_petal_step(request, benchmark, case, direction, provider):
         low, _, high = statistics.quantiles(stats.data, n=4)
         row |= {"median_s": stats.median, "min_s": stats.min, "spread_s": high - low, "rounds": stats.rounds}
         row |= {"ratio_to_floor": stats.median / row["floor_s"], "images_per_s": case["B"] / stats.median}
+        row["ratio_to_roofline"] = stats.median / row["roofline_s"]
         row |= harness.against_base(list(stats.data), base_s[-stats.rounds :])
     row["load_average"] = round(os.getloadavg()[0], 2)
     benchmark.extra_info.update({k: v for k, v in row.items() if k not in ("median_s", "min_s", "spread_s")})

@@ -42,6 +42,7 @@ def test_train_step(request, benchmark, case, direction, provider):
         row["peak_bytes"] = harness.peak_bytes(step, DEVICE)
         row["flops"] = train_step.flops(case)
         row["floor_s"], row["floor"] = _floor(case)
+        row |= floors.of_counts(train_step.least_bytes(case), row["flops"], case.dtype, DEVICE)
         if DEVICE.type == "cuda":
             row["kernels"], row["launches"] = train_step.kernels(step)
         rounds = max(5, harness.rounds_for(step, CLOCK, request.config.getoption("--seconds")))
@@ -56,6 +57,7 @@ def test_train_step(request, benchmark, case, direction, provider):
         low, _, high = statistics.quantiles(stats.data, n=4)
         row |= {"median_s": stats.median, "min_s": stats.min, "spread_s": high - low, "rounds": stats.rounds}
         row |= {"ratio_to_floor": stats.median / row["floor_s"], "images_per_s": case["B"] / stats.median}
+        row["ratio_to_roofline"] = stats.median / row["roofline_s"]
     benchmark.extra_info.update({k: v for k, v in row.items() if k not in ("median_s", "min_s", "spread_s")})
 
 

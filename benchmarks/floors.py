@@ -5,7 +5,8 @@ floor is work: on a GPU the roofline, on a CPU the copies or matrix products tha
 
 What is a CPU's ceiling: for float32 multiply-adds of registers alone, on all threads (fma.c, compiled where there is a C
 compiler): no kernel does more, while torch.mm's library may do less on one maker's processors than on another's. The best
-torch.mm stands beside it. For bytes a copy as large as what the case moves: a cache that holds the case is faster than memory.
+torch.mm stands beside it. For bytes a copy, or a sum, as large as what the case moves: a cache that holds the case is faster
+than memory.
 """
 
 from __future__ import annotations
@@ -134,17 +135,18 @@ def cpu_flop_rate(dtype: torch.dtype = torch.float32) -> tuple[float, str]:
 
 
 def cpu_copy_rate(moved: int = 2**29) -> float:
-    """Bytes read plus written per second by a copy of which as many are moved, to the next power of two: up to a few megabytes
-    a cache holds it, beyond 2^29 none does."""
+    """Bytes per second of a copy, read and written ones, or of a sum that only reads, whichever is more, where as many are
+    moved (to the next power of two): up to some megabytes a cache holds them, beyond 2^29 none does."""
     return _cpu_copy_rate(min(29, max(16, math.ceil(math.log2(moved)))))
 
 
 @functools.cache
 def _cpu_copy_rate(log_moved: int) -> float:
-    source = torch.randint(0, 255, (2 ** (log_moved - 1),), dtype=torch.uint8)
-    target = torch.empty_like(source)
-    clock = Clock(torch.device("cpu"))
-    return 2**log_moved / min(sample(lambda: target.copy_(source), clock, 30 if log_moved > 26 else 300))
+    both = torch.rand(2 ** (log_moved - 2))
+    source, target = both.chunk(2)
+    clock, rounds = Clock(torch.device("cpu")), 20 if log_moved > 26 else 200
+    calls = (lambda: target.copy_(source)), (lambda: both.sum())
+    return 2**log_moved / min(min(sample(call, clock, rounds)) for call in calls)
 
 
 def _copy_bandwidth(device: torch.device, clock: Clock, size: int = 2**31) -> float:

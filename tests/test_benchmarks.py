@@ -257,3 +257,71 @@ def test_the_scale_of_a_sum_is_that_of_its_terms():
     assert found["down_bias"] == pytest.approx(float(dz.abs().sum(0).max()))
     assert found["down"] == pytest.approx(float((dz.abs().T @ x.abs()).max()))
     assert parity.term_scales(harness.make_problem("gist_loss", SMALL["gist_loss"], CPU)) == {}
+
+
+def test_a_cpu_s_ceilings_are_ceilings():
+    """No product is faster than the multiply-adds of registers, and a small copy is none the slower."""
+    rate, what = floors.cpu_flop_rate()
+    assert rate >= floors.cpu_matmul_rate() > 1e9 and rate == floors.cpu_ceilings().get("fma_float32_flops_per_s", rate)
+    assert what in ("multiply-adds of registers", "the fastest torch.mm of a few shapes")
+    assert (floors.cpu_fma_rate() == rate) == (what == "multiply-adds of registers")
+    half, what = floors.cpu_flop_rate(torch.bfloat16)
+    assert half == floors.cpu_matmul_rate(torch.bfloat16) and "torch.mm" in what
+    assert floors._cpu_copy_rate.__wrapped__(12) > 1e8
+
+
+def test_without_a_compiler_the_best_product_is_the_ceiling(monkeypatch):
+    monkeypatch.setattr(floors.shutil, "which", lambda name: None)
+    assert floors._fma.__wrapped__() is None
+    monkeypatch.setattr(floors, "cpu_fma_rate", lambda: None)
+    monkeypatch.setattr(floors, "cpu_matmul_rate", lambda dtype=None: 7.0)
+    assert floors.cpu_flop_rate() == (7.0, "the fastest torch.mm of a few shapes")
+    monkeypatch.setattr(floors, "cpu_fma_rate", lambda: 6.0)  # a core that was taken away while it was measured
+    assert floors.cpu_flop_rate()[0] == 7.0
+
+
+def test_bytes_of_steps_are_those_derived_by_hand():
+    from benchmarks import decode, petal_step, train_step
+
+    vit = case(torch.float32, B=8, S=224, D=192, L=12)
+    # 12 blocks of 12 D^2, patches of 768 and 1000 classes, twice; images; 198 tokens into and out of each block, both ways
+    weights = 12 * 12 * 192**2 + 768 * 192 + 1000 * 192
+    assert train_step.least_bytes(vit) == (2 * weights + 8 * 3 * 224**2 + 4 * 12 * 8 * 198 * 192) * 4
+    qformer = case(torch.bfloat16, B=16, T=20, R=64, D=768, K=1408, N=257, L=12)
+    weights = 12 * 20 * 768**2 + 6 * (2 * 768**2 + 2 * 1408 * 768)
+    moved = 2 * weights + 2 * 6 * 16 * 257 * 1408 + 4 * 12 * 16 * 52 * 768
+    assert petal_step.least_bytes(qformer) == moved * 2
+    without = case(torch.bfloat16, B=16, T=0, R=64, D=768, K=1408, N=257, L=12)
+    assert (
+        petal_step.least_bytes(qformer) - petal_step.least_bytes(without)
+        == (2 * 12 * 8 * 768**2 + 4 * 12 * 16 * 20 * 768) * 2
+    )
+    token = case(torch.float32, M=1, d=2048)
+    assert decode.least("base", token) == ((2048**2 + 2 * 2048) * 4, 2 * 2048**2)
+    assert decode.least("fastgist CPLinear", token)[1] == 2 * (2048**2 + 2 * 2048 * 16)
+    assert decode.least("fastgist CPLinear, merged", token) == decode.least("base", token)
+    llama = case(torch.float32, M=1, d=1024, L=4)
+    assert decode.least("base", llama)[0] == (4 * (4 * 1024**2 + 3 * 1024 * 2816) + 6400 * 1024 + 2 * 4 * 32 * 1024) * 4
+    assert decode.least("PEFT LoRA", llama)[0] - decode.least("base", llama)[0] == 4 * 3 * 2 * 1024 * 16 * 4
+
+
+@pytest.mark.parametrize("module", ["train_step", "petal_step", "decode"])
+def test_steps_and_tokens_have_their_rooflines_too(module):
+    """Their files put in every row what the summary prints beside it."""
+    source = (Path(__file__).parents[1] / "benchmarks" / f"bench_{module}.py").read_text()
+    assert "floors.of_counts(" in source and 'row["ratio_to_roofline"] = ' in source
+    row = floors.of_counts(10**9, 10**9, torch.float32, CPU)
+    assert row["roofline_s"] == max(row["bytes_s"], row["flops_s"]) > 0
+    assert "of its roofline" in floors.beside(row | {"median_s": 1.0})
+
+
+def test_options_of_an_adapter_are_counted():
+    shapes = {"": {}, "residual": {"residual": 1}, "E": {"E": 6}, "norm": {"norm": 1}}
+    found = {
+        name: costs("adapter", case(torch.float32, M=60, d=48, H=12, **o), "fwd_bwd") for name, o in shapes.items()
+    }
+    plain, _ = found[""]
+    assert found["residual"][0] - plain == 60 * 48 * 4 and found["E"][0] - plain == 3 * 60 * 6 * 4
+    assert found["norm"] == found[""] and found[""][1] == 12 * 60 * 48 * 12, "z is not formed again"
+    detached = costs("bidirectional_kl", case(torch.float32, M=60, V=48, detached=1), "fwd_bwd")
+    assert detached[0] == 3 * 60 * 48 * 4
