@@ -136,8 +136,8 @@ def cpu_flop_rate(dtype: torch.dtype = torch.float32) -> tuple[float, str]:
 
 def cpu_copy_rate(moved: int = 2**29) -> float:
     """Bytes per second of a copy, read and written ones, or of a sum that only reads, whichever is more, where as many are
-    moved (to the next power of two): up to some megabytes a cache holds them, beyond 2^29 none does."""
-    return _cpu_copy_rate(min(29, max(16, math.ceil(math.log2(moved)))))
+    moved (to the power of two below): up to some megabytes a cache holds them, beyond 2^29 none does."""
+    return _cpu_copy_rate(min(29, max(16, math.floor(math.log2(moved)))))
 
 
 @functools.cache

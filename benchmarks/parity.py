@@ -5,8 +5,8 @@ matter of luck, and because there is more than one plain PyTorch:
 
 - Of few rows the formula runs on the same numbers in other orders too (:func:`orders`). All columns of dL/dU at M = 1 are
   one row of R products dy V', each a sum of thousands: sixteen numbers carry the error of 32,768.
-- Of many rows a layer's formula runs a second time over all of them at once, as a user's code does. Chunks of
-  rows sum a weight's gradient in two stages, which errs less than the one product that peers take.
+- Of many rows the formula runs a second time over all of them at once, as a user's code does, where a weight's gradient is
+  wanted. Chunks of rows sum that in two stages, which errs less than the one product that peers take.
 """
 
 from __future__ import annotations
@@ -125,15 +125,23 @@ def _put_back(op: str, name: str, t: Tensor, order: Order) -> Tensor:
     return _in_order(op, name, t, {axis: at.argsort() for axis, at in order.items()})
 
 
+def _chunk(problem: Problem) -> int:
+    """Rows that the formula takes at once: as many as are compared, and of many classes a part of them, for memory."""
+    most = min(CHUNK, max(1, 2**23 // problem.case.get("V", 1)))
+    return 2 ** (most.bit_length() - 1)
+
+
 # -- the formula, plain and exact --------------------------------------------------------------------------------------
 
 
 def _evaluate(
-    problem: Problem, dtype: torch.dtype, order: Order | None = None, chunk: int = CHUNK
+    problem: Problem, dtype: torch.dtype, order: Order | None = None, chunk: int | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The formula in ``dtype``: the result and the gradients, on the CPU, of the rows that parity compares. ``order`` says in
     which order the axes are gone through; results are back in their own."""
     rows, op, order = problem.case["M"], problem.op, order or {}
+    chunk = chunk or _chunk(problem)
+    last = (rows - 1) // CHUNK * CHUNK  # where the last rows that are compared begin
     tensors = {n: _in_order(op, n, t, order) for n, t in problem.tensors.items()}
     fixed = {n: t for n, t in tensors.items() if n not in ROWWISE}
     fixed = {n: (t.to(dtype) if t.is_floating_point() else t) for n, t in fixed.items()}
@@ -145,7 +153,7 @@ def _evaluate(
     for start in range(0, rows, chunk):
         part = {n: t[start : start + chunk] for n, t in tensors.items() if n in ROWWISE}
         part = {n: (t.to(dtype) if t.is_floating_point() else t).detach() for n, t in part.items()}
-        compared = edge_rows or start < chunk or start + chunk >= rows
+        compared = edge_rows or start < CHUNK or start >= last
         with torch.set_grad_enabled(compared or every_chunk):
             for name, t in part.items():
                 t.requires_grad_(name in problem.leaves)
@@ -221,7 +229,9 @@ def expected(
     problem = make_problem(op, case, device)
     problem = masked(problem) if dropout else without_dropout(problem)
     plain = [_evaluate(problem, case.dtype, order) for order in orders(problem)]
-    if not problem.is_loss and CHUNK < case["M"] <= AT_ONCE // (case["d"] * outputs(case)):
+    width = case["V"] if problem.is_loss else case["d"] * outputs(case)
+    summed = any(n not in ROWWISE for n in problem.leaves)  # over rows
+    if summed and _chunk(problem) < case["M"] <= AT_ONCE // width:
         plain.append(_evaluate(problem, case.dtype, chunk=case["M"]))
     return plain, _evaluate(problem, torch.float64), term_scales(problem)
 

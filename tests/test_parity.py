@@ -219,3 +219,20 @@ def test_a_detached_side_gets_no_gradient():
     assert problem.leaves == ("z",) and not problems.leaves(problem)["g"].requires_grad
     right = PEERS["bidirectional_kl"]["fastgist reference"](problem.tensors)
     assert parity.parity(problem, right) is None
+
+
+def test_of_many_classes_smaller_chunks_find_the_same_rows(monkeypatch):
+    shape = case(torch.float32, M=600, V=65, H=24)
+    problem = problems.make_problem("gist_linear_loss", shape, CPU)
+    whole, grads = parity._evaluate(problem, torch.float64)
+    assert grads["hidden"].shape == (256 + 88, 24) and parity._chunk(problem) == 256
+    wide = problems.Problem("gist_linear_loss", case(torch.float32, M=600, V=128256, H=24), {}, ())
+    assert (
+        parity._chunk(wide) == 64
+        and parity._chunk(problems.Problem("gist_loss", case(torch.float32, M=1, V=10**8), {}, ())) == 1
+    )
+    monkeypatch.setattr(parity, "_chunk", lambda problem: 64)
+    out, found = parity._evaluate(problem, torch.float64)
+    torch.testing.assert_close(out, whole, rtol=1e-12, atol=0)
+    for name in problem.leaves:
+        torch.testing.assert_close(found[name], grads[name], rtol=1e-9, atol=1e-12, msg=name)
