@@ -13,8 +13,8 @@ import statistics
 import pytest
 import torch
 
-from benchmarks import decode, harness
-from benchmarks.conftest import CLOCK, DEVICE, ROWS
+from benchmarks import decode, floors, harness
+from benchmarks.conftest import CLOCK, DEVICE, ROWS, measured_by
 from benchmarks.peers import Missing
 
 OP = "decode"
@@ -34,7 +34,7 @@ def _base(case):
 @torch.no_grad()
 def test_decode(request, benchmark, case, direction, provider):
     row = {"op": OP, "case": case.name, "dtype": str(case.dtype).removeprefix("torch."), "direction": direction}
-    row |= {"provider": provider, **dict(case.sizes), "R": decode.RANK}
+    row |= {"provider": provider, **dict(case.sizes), **measured_by(), "R": decode.RANK}
     try:
         call, given = decode.build(provider, case, DEVICE)
     except Missing as e:
@@ -50,7 +50,8 @@ def test_decode(request, benchmark, case, direction, provider):
     def step():
         return call(*given)
 
-    row["peak_bytes"] = harness.peak_bytes(step, DEVICE)
+    row |= {"peak_bytes": harness.peak_bytes(step, DEVICE)}
+    row |= floors.of_counts(*decode.least(provider, case), case.dtype, DEVICE)
     rounds = harness.rounds_for(step, CLOCK, request.config.getoption("--seconds"))
     base_s: list[float] = []
 
@@ -69,5 +70,6 @@ def test_decode(request, benchmark, case, direction, provider):
             "ratio_to_floor": row["over_base"],
         }
         row["tokens_per_s"] = case["M"] / stats.median
+        row["ratio_to_roofline"] = stats.median / row["roofline_s"]
     row["load_average"] = round(os.getloadavg()[0], 2)
     benchmark.extra_info.update({k: v for k, v in row.items() if k not in ("median_s", "min_s", "spread_s")})

@@ -13,8 +13,8 @@ import statistics
 import pytest
 import torch
 
-from benchmarks import harness, petal_step
-from benchmarks.conftest import CLOCK, DEVICE, ROWS
+from benchmarks import floors, harness, petal_step
+from benchmarks.conftest import CLOCK, DEVICE, ROWS, measured_by
 from benchmarks.peers import Missing
 
 OP = "petal_step"
@@ -39,7 +39,7 @@ def _base(case):
 
 def test_petal_step(request, benchmark, case, direction, provider):
     row = {"op": OP, "case": case.name, "dtype": str(case.dtype).removeprefix("torch."), "direction": direction}
-    row |= {"provider": provider, **dict(case.sizes), "model": petal_step.describe(case)}
+    row |= {"provider": provider, **dict(case.sizes), **measured_by(), "model": petal_step.describe(case)}
     try:
         step = PROVIDERS[provider](case, DEVICE)
     except Missing as e:
@@ -58,6 +58,7 @@ def test_petal_step(request, benchmark, case, direction, provider):
         row |= petal_step.cost_row(provider, case, DEVICE)
         row["peak_bytes"] = harness.peak_bytes(step, DEVICE)
         row["floor_s"], row["floor"] = _floor(case, row["flops"] - row["update_flops"])
+        row |= floors.of_counts(petal_step.least_bytes(case), row["flops"], case.dtype, DEVICE)
         if DEVICE.type == "cuda":
             row["kernels"], row["launches"] = petal_step.kernels(step)
         (one,) = harness.sample(step, CLOCK, 1)
@@ -78,6 +79,7 @@ def test_petal_step(request, benchmark, case, direction, provider):
         low, _, high = statistics.quantiles(stats.data, n=4)
         row |= {"median_s": stats.median, "min_s": stats.min, "spread_s": high - low, "rounds": stats.rounds}
         row |= {"ratio_to_floor": stats.median / row["floor_s"], "images_per_s": case["B"] / stats.median}
+        row["ratio_to_roofline"] = stats.median / row["roofline_s"]
         row |= harness.against_base(list(stats.data), base_s[-stats.rounds :])
     row["load_average"] = round(os.getloadavg()[0], 2)
     benchmark.extra_info.update({k: v for k, v in row.items() if k not in ("median_s", "min_s", "spread_s")})
@@ -87,7 +89,7 @@ def _floor(case, flops: int) -> tuple[float, str]:
     """The products of the frozen Q-Former at the measured rate of the dtype's."""
     name = str(case.dtype).removeprefix("torch.")
     if DEVICE.type == "cuda":
-        rate = harness.ceilings(DEVICE)[f"matmul_{name}_flops_per_s"]
+        rate = floors.ceilings(DEVICE)[f"matmul_{name}_flops_per_s"]
     else:
-        rate = harness.cpu_matmul_rate()
+        rate = floors.cpu_matmul_rate()
     return flops / rate, "FLOPs of the frozen Q-Former / matmul rate"

@@ -7,8 +7,8 @@ import statistics
 import pytest
 import torch
 
-from benchmarks import harness, train_step
-from benchmarks.conftest import CLOCK, DEVICE, ROWS
+from benchmarks import floors, harness, train_step
+from benchmarks.conftest import CLOCK, DEVICE, ROWS, measured_by
 from benchmarks.peers import Missing
 
 OP = "train_step"
@@ -24,7 +24,7 @@ def _clean_device():
 
 def test_train_step(request, benchmark, case, direction, provider):
     row = {"op": OP, "case": case.name, "dtype": str(case.dtype).removeprefix("torch."), "direction": direction}
-    row |= {"provider": provider, **dict(case.sizes), "model": train_step.describe(case)}
+    row |= {"provider": provider, **dict(case.sizes), **measured_by(), "model": train_step.describe(case)}
     try:
         step = train_step.PROVIDERS[provider](case, DEVICE)
     except Missing as e:
@@ -42,6 +42,7 @@ def test_train_step(request, benchmark, case, direction, provider):
         row["peak_bytes"] = harness.peak_bytes(step, DEVICE)
         row["flops"] = train_step.flops(case)
         row["floor_s"], row["floor"] = _floor(case)
+        row |= floors.of_counts(train_step.least_bytes(case), row["flops"], case.dtype, DEVICE)
         if DEVICE.type == "cuda":
             row["kernels"], row["launches"] = train_step.kernels(step)
         rounds = max(5, harness.rounds_for(step, CLOCK, request.config.getoption("--seconds")))
@@ -56,6 +57,7 @@ def test_train_step(request, benchmark, case, direction, provider):
         low, _, high = statistics.quantiles(stats.data, n=4)
         row |= {"median_s": stats.median, "min_s": stats.min, "spread_s": high - low, "rounds": stats.rounds}
         row |= {"ratio_to_floor": stats.median / row["floor_s"], "images_per_s": case["B"] / stats.median}
+        row["ratio_to_roofline"] = stats.median / row["roofline_s"]
     benchmark.extra_info.update({k: v for k, v in row.items() if k not in ("median_s", "min_s", "spread_s")})
 
 
@@ -63,7 +65,7 @@ def _floor(case) -> tuple[float, str]:
     """On a GPU the step's FLOPs at the measured rate of the dtype's matrix products; on a CPU likewise, this run's."""
     name = str(case.dtype).removeprefix("torch.")
     if DEVICE.type == "cuda":
-        rate = harness.ceilings(DEVICE)[f"matmul_{name}_flops_per_s"]
+        rate = floors.ceilings(DEVICE)[f"matmul_{name}_flops_per_s"]
     else:
-        rate = harness.cpu_matmul_rate()
+        rate = floors.cpu_matmul_rate()
     return train_step.flops(case) / rate, "FLOPs / matmul rate"

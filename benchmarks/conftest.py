@@ -26,8 +26,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
-from benchmarks import harness  # noqa: E402
+from benchmarks import floors, harness, problems  # noqa: E402
 from benchmarks.cases import CASES, directions, is_first  # noqa: E402
+from benchmarks.parity import WITHIN, verdict  # noqa: E402
 from benchmarks.peers import OTHER_FUNCTION, PEERS, Missing  # noqa: E402
 
 KIND = os.environ.get("FASTGIST_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,6 +37,8 @@ CLOCK = harness.Clock(DEVICE)
 KEPT = KIND == "cpu" and harness.keep_freed_memory()
 ROWS = pytest.StashKey[list]()
 KEPT_ROWS = pytest.StashKey[list]()
+#: (op, provider) -> why a peer that is another package was not timed.
+ABSENT = pytest.StashKey[dict]()
 #: [the run's configuration, when its rows were last written]
 _SESSION: list = []
 
@@ -49,6 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    config.stash[ABSENT] = {}
     folder = config.getoption("--save-results", default=None)
     config.stash[KEPT_ROWS] = _earlier(folder) if config.getoption("--resume", default=False) and folder else []
 
@@ -109,21 +113,23 @@ def timed(request: pytest.FixtureRequest, benchmark):
         try:
             call = _provider(op, case, provider)
         except Missing as e:
+            if "not installed" in str(e):
+                request.config.stash[ABSENT][op, provider] = str(e)
             pytest.skip(f"{provider}: {e}")
         row = {"op": op, "case": case.name, "dtype": str(case.dtype).removeprefix("torch."), "direction": direction}
-        row |= {"provider": provider, **dict(case.sizes)}
+        row |= {"provider": provider, **dict(case.sizes), **measured_by()}
         request.config.stash[ROWS].append(row)
         try:
-            row["parity"] = _parity(problem, call, provider)
+            row["parity"] = _parity(problem, call, provider, direction)
         except torch.OutOfMemoryError:
             row["parity"] = "out of memory"
             pytest.skip(f"{provider}: out of memory")
-        if provider.startswith("fastgist") and row["parity"] != "within the budget":
+        if provider.startswith("fastgist") and row["parity"] != WITHIN:
             pytest.fail(f"not timed, its result is wrong: {row['parity']}")
 
         step = harness.make_step(problem, call, direction)
-        floor, how = harness.floor_seconds(problem, direction)
-        row |= harness.roofline(op, case, direction, DEVICE)
+        floor, how = floors.floor_seconds(problem, direction)
+        row |= floors.roofline(op, case, direction, DEVICE)
         row |= {"floor_s": floor, "floor": how, "peak_bytes": harness.peak_bytes(step, DEVICE)}
         rounds = harness.rounds_for(step, CLOCK, request.config.getoption("--seconds"))
         benchmark.pedantic(CLOCK.timed(step), rounds=rounds, iterations=1, warmup_rounds=2)
@@ -148,11 +154,11 @@ def _provider(op: str, case, provider: str):
     return PEERS[op][provider](harness.given(problem, problem.tensors))
 
 
-def _parity(problem: harness.Problem, call, provider: str) -> str:
+def _parity(problem: problems.Problem, call, provider: str, direction: str) -> str:
     if provider in OTHER_FUNCTION:
         harness.run(problem, call)
         return "another function, there for its cost"
-    return harness.parity(problem, call) or "within the budget"
+    return verdict(problem, call, PEERS[problem.op][provider], provider.startswith("fastgist"), direction)
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -177,7 +183,7 @@ def save(config: pytest.Config) -> None:
     """Write the rows of this run, and those it was told to keep, a file an operation."""
     folder = config.getoption("--save-results", default=None)
     known = [row for row in config.stash[ROWS] if "parity" in row]  # the last may just have begun
-    rows = [row for row in known if "median_s" in row or row["parity"] != "within the budget"]
+    rows = [row for row in known if "median_s" in row or row["parity"] != WITHIN]
     if folder is None or not rows:
         return
     described = environment()
@@ -188,7 +194,8 @@ def save(config: pytest.Config) -> None:
         again = {_row_name(row) for row in mine}
         mine = [r for r in config.stash[KEPT_ROWS] if r["op"] == op and _row_name(r) not in again] + mine
         unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps({"environment": described, "rows": mine}, indent=1) + "\n")
+        absent = {name: why for (of, name), why in config.stash[ABSENT].items() if of == op}
+        unfinished.write_text(json.dumps({"environment": described, "absent": absent, "rows": mine}, indent=1) + "\n")
         unfinished.replace(path)
 
 
@@ -198,6 +205,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         terminalreporter.section("rows beside their rooflines")
         for line in table(rows):
             terminalreporter.write_line(line)
+    for (op, provider), why in config.stash[ABSENT].items():
+        terminalreporter.write_line(f"{op}: {provider} was not timed: {why}")
 
 
 def table(rows: list[dict]) -> list[str]:
@@ -220,7 +229,7 @@ def table(rows: list[dict]) -> list[str]:
     cells = [head]
     for r in rows:
         times = [f"{1e3 * r[name]:.4g}" for name in ("median_s", "floor_s", "bytes_s", "flops_s")]
-        verdict = "ok" if r["parity"] == "within the budget" else r["parity"].split(":")[0][:24]
+        said = "ok" if r["parity"].startswith(WITHIN) else r["parity"].split(":")[0][:24]
         what = r["op"], f"{r['case']} {r['dtype']}", r["direction"], r["provider"]
         least = (
             f"{r['bytes'] / 1e6:.4g}",
@@ -229,7 +238,7 @@ def table(rows: list[dict]) -> list[str]:
             times[3],
             f"{r['ratio_to_roofline']:.2f}",
         )
-        cells.append((*what, *times[:2], f"{r['ratio_to_floor']:.2f}", *least, verdict))
+        cells.append((*what, *times[:2], f"{r['ratio_to_floor']:.2f}", *least, said))
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     left = (0, 1, 2, 3, 12)
     return [
@@ -260,6 +269,13 @@ def commit() -> str:
     return "unknown" if head is None else head + ("-modified" if changed else "")
 
 
+@functools.cache
+def measured_by() -> dict[str, str]:
+    """What stands in each row, since a file keeps rows of several runs."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"commit": commit(), "date": today, "torch": torch.__version__}
+
+
 def slug() -> str:
     """The device's folder."""
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"cpu {_cpu_model()}"
@@ -270,13 +286,12 @@ def environment() -> dict[str, object]:
     found: dict[str, object] = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": commit()}
     if DEVICE.type == "cuda":
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        found |= {"device": torch.cuda.get_device_name(), "driver": driver, "ceilings": harness.ceilings(DEVICE)}
+        found |= {"device": torch.cuda.get_device_name(), "driver": driver, "ceilings": floors.ceilings(DEVICE)}
         found |= {"timing": "CUDA events, L2 flushed before each call, median"}
     else:
         found |= {"device": _cpu_model(), "threads": torch.get_num_threads(), "cpu_capability": _capability()}
         allocator = "freed memory kept by malloc (mallopt)" if KEPT else "malloc as it comes"
-        found["ceilings"] = {"copy_bytes_per_s": harness.cpu_copy_rate()}
-        found["ceilings"]["matmul_float32_flops_per_s"] = harness.cpu_matmul_rate()
+        found["ceilings"] = floors.cpu_ceilings()
         found |= {"timing": f"CPU wall clock, median; {allocator}; load_average stands beside each row"}
     found["device_slug"] = slug()
     found["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}

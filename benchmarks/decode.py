@@ -209,4 +209,19 @@ def _layer_parity(provider: str, case: Case, device: torch.device) -> str | None
     return within_budget(call(x), plain, exact)
 
 
-__all__ = ["LAYERS", "build", "parity"]
+def least(provider: str, case: Case) -> tuple[int, int]:
+    """(bytes, FLOPs) of a call: every weight is read once, and of a Llama what its cache holds; an update that is not merged
+    brings two factors a layer, of a Llama's q, k and v."""
+    m, d, b = case["M"], case["d"], case.dtype.itemsize
+    updated = provider != "base" and not provider.endswith("merged")
+    if not is_llama(case):
+        weights = d * d + (2 * d * RANK if updated else 0)
+        return (weights + 2 * m * d) * b, 2 * m * weights
+    layers = case["L"]
+    weights = layers * (4 * d * d + 3 * d * (11 * d // 4)) + VOCABULARY * d
+    weights += 3 * layers * 2 * d * RANK if updated else 0
+    cache = 2 * layers * m * PROMPT * d
+    return (weights + cache) * b, 2 * m * weights + 2 * cache
+
+
+__all__ = ["LAYERS", "build", "least", "parity"]

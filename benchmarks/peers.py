@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import adapter_peers
+from benchmarks.problems import arguments
+
 Build = Callable[[dict[str, Tensor]], Callable[..., Tensor]]
 T = 3.0
 ALPHA, BETA = 0.5, 0.75
@@ -141,6 +144,36 @@ def pooled_kl(z: Tensor, log_probs: Tensor, indices: Tensor) -> Tensor:
     teacher = log_probs.double()
     log_q = torch.cat((teacher, torch.log1p(-teacher.exp().sum(-1, keepdim=True))), -1).float()
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum() / z.shape[0]
+
+
+class _AnalyticTopk(torch.autograd.Function):
+    """The same with its gradient by formula: of class j it is p_j (e_j - E_p[e]), e_j = u_j - v_j, p_j - q_j apart, and the
+    classes of the rest share one e."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, log_probs: Tensor, indices: Tensor) -> Tensor:
+        log_p = F.log_softmax(z.float() / T, -1)
+        known = log_p.gather(-1, indices)
+        p_rest = log_p.exp().scatter_(-1, indices, 0.0).sum(-1, keepdim=True)
+        q_rest = -torch.expm1(log_probs.double().logsumexp(-1, keepdim=True)).float()
+        u, v = torch.cat((known, p_rest.log()), -1), torch.cat((log_probs, q_rest.log()), -1)
+        p, q = u.exp(), v.exp()
+        d = u - v
+        mean = (p * d).sum(-1, keepdim=True)
+        grad = p * (d - mean) + p - q  # to the k + 1 pooled logits
+        scale = 1.0 / (T * z.shape[0])
+        whole = (log_p - u[:, -1:]).exp_().mul_(grad[:, -1:]).scatter_(-1, indices, grad[:, :-1])
+        ctx.save_for_backward((whole * scale).to(z.dtype))
+        return ((p - q) * d).sum() / z.shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (grad_z,) = ctx.saved_tensors
+        return grad_z * grad, None, None
+
+
+def analytic_topk(z: Tensor, log_probs: Tensor, indices: Tensor) -> Tensor:
+    return _AnalyticTopk.apply(z, log_probs, indices)
 
 
 # -- the layers --------------------------------------------------------------------------------------------------------
@@ -311,32 +344,6 @@ def update_dense(y: Tensor, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return torch.addmm(y, x, u @ v.T)
 
 
-def adapter_eager(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
-    return x + F.linear(F.gelu(F.linear(x, down, down_bias)), up, up_bias)
-
-
-class _AdapterChain(torch.autograd.Function):
-    """Forward and backward by formula; the bottleneck is formed again, nothing beside inputs is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, down, down_bias, up)
-        return torch.addmm(up_bias, F.gelu(torch.addmm(down_bias, x, down.t())), up.t()).add_(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, down, down_bias, up = ctx.saved_tensors
-        z = torch.addmm(down_bias, x, down.t())
-        grad_z = torch.ops.aten.gelu_backward(grad @ up, z)
-        return (
-            torch.addmm(grad, grad_z, down), grad_z.t() @ x, grad_z.sum(0), grad.t() @ F.gelu(z), grad.sum(0),
-        )  # fmt: skip
-
-
-def adapter_chain(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
-    return _AdapterChain.apply(x, down, down_bias, up, up_bias)
-
-
 # -- fastgist itself and the table -------------------------------------------------------------------------------------
 
 
@@ -350,9 +357,29 @@ def _ours(op: str, impl: str) -> Build:
         except RuntimeError as e:
             raise Missing(str(e)) from e
         options = {"temperature": T} if op in ("bidirectional_kl", "topk_kl") else {}
-        return lambda *args: getattr(functional, op)(*args, impl=impl, **options)
+        function, names = getattr(functional, op), list(tensors)
+
+        def call(*values: Any) -> Any:
+            if op != "adapter":
+                return function(*values, impl=impl, **options)
+            positional, named = arguments(op, dict(zip(names, values, strict=True)))
+            return function(*positional, impl=impl, **named)
+
+        return call
 
     return build
+
+
+def _where_it_applies(build: Callable[[dict[str, Tensor]], Callable[..., Tensor] | None], why: str) -> Build:
+    """A peer of some cases of an operation."""
+
+    def built(tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
+        function = build(tensors)
+        if function is None:
+            raise Missing(why)
+        return function
+
+    return built
 
 
 def _auto_on_cpus(op: str) -> Build:
@@ -392,6 +419,8 @@ def _implementations(op: str) -> dict[str, Build]:
     return {f"fastgist {impl}": _ours(op, impl) for impl in ("triton", "cuda", "native", "reference")}
 
 
+_EXPERTS = _where_it_applies(adapter_peers.expert_by_expert, "there are no experts")
+
 PEERS: dict[str, dict[str, Build]] = {
     "bidirectional_kl": _implementations("bidirectional_kl")
     | _both("authors", authors_kl)
@@ -403,9 +432,14 @@ PEERS: dict[str, dict[str, Build]] = {
     | _both("log_softmax", gist(log_softmax_kl))
     | _both("analytic", gist(analytic_kl)),
     "gist_linear_loss": _implementations("gist_linear_loss")
+    | _both("authors", _gist_linear(authors_kl))
     | _both("log_softmax", _gist_linear(log_softmax_kl))
+    | _both("analytic", _gist_linear(analytic_kl))
     | {"Liger fused linear JSD": _liger_linear_jsd, "flash-linear-attention KL": _fla_linear_kl},
-    "topk_kl": _implementations("topk_kl") | _both("log_softmax", pooled_kl),
+    "topk_kl": _implementations("topk_kl")
+    | _both("log_softmax", pooled_kl)
+    | _both("analytic", analytic_topk)
+    | {"fastgist auto": _auto_on_cpus("topk_kl")},
     "cp_linear": _implementations("cp_linear")
     | {"fastgist auto": _auto_on_cpus("cp_linear")}
     | _both("released", cp_released)
@@ -419,8 +453,9 @@ PEERS: dict[str, dict[str, Build]] = {
     | _both("addmm", update_addmm)
     | {"chain": _plain(update_chain), "dense delta": _plain(update_dense)},
     "adapter": _implementations("adapter")
-    | _both("eager", adapter_eager)
-    | {"autograd.Function": _plain(adapter_chain)},
+    | {"eager": adapter_peers.eager, "eager, compiled": _compiled_build(adapter_peers.eager)}
+    | {"autograd.Function": _where_it_applies(adapter_peers.chain, "it is derived for the plain adapter")}
+    | {"experts one by one": _EXPERTS, "experts one by one, compiled": _compiled_build(_EXPERTS)},
     "gelu": _implementations("gelu") | _both("eager", F.gelu),
 }
 #: Providers that compute something else, there for their cost: their result is not held against the formula.

@@ -456,6 +456,17 @@ def cost_row(provider: str, case: Case, device: torch.device) -> dict[str, objec
     return row
 
 
+def least_bytes(case: Case) -> int:
+    """What a step must move: the frozen weights, once forward and once for the input gradients, the image tokens for every
+    layer that crosses, and the stream of queries and words into and out of each layer, forward, and its gradient
+    likewise. What stays inside a layer is taken to stay on chip."""
+    d, k, layers, b = case["D"], case["K"], case["L"], case.dtype.itemsize
+    crossed, rows = layers // 2, QUERIES + case["T"]
+    weights = layers * (4 + 8 + (8 if case["T"] else 0)) * d * d + crossed * (2 * d * d + 2 * k * d)
+    image = crossed * case["B"] * case["N"] * k
+    return (2 * weights + 2 * image + 4 * layers * case["B"] * rows * d) * b
+
+
 def describe(case: Case) -> str:
     return (
         f"Q-Former, {case['L']} layers of {case['D']}, {QUERIES} queries and {case['T']} words, {case['N']} x {case['K']} "
@@ -478,6 +489,7 @@ __all__ = [
     "describe",
     "is_main",
     "kernels",
+    "least_bytes",
     "parity",
     "trained",
 ]

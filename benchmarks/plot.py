@@ -147,9 +147,9 @@ SHOWN |= {
 }
 #: Okabe and Ito's colours, told apart in every common form of colour blindness; shapes differ as well.
 _COLOURS = (
-    "#0072B2 #56B4E9 #D55E00 #E69F00 #009E73 #CC79A7 #666666 #000000 #882255 #44AA99 #F0E442 #332288 #AA4499 #117733"
+    "#0072B2 #56B4E9 #D55E00 #E69F00 #009E73 #CC79A7 #666666 #000000 #882255 #44AA99 #F0E442 #332288 #AA4499 #117733 #999933"
 ).split()
-LINES = tuple(zip(_COLOURS, "osx^DvP*<>hdpH", strict=True))
+LINES = tuple(zip(_COLOURS, "osx^DvP*<>hdpHX", strict=True))
 
 
 #: An operation, and where and when it was measured.
@@ -162,6 +162,9 @@ def by_classes(results: list[tuple[dict, list[dict]]]) -> dict[str, dict[Run, li
     for environment, rows in results:
         for op in LOSSES:
             mine = [r for r in rows if r["op"] == op and r["direction"] == "fwd_bwd" and r["provider"] in _drawn(rows)]
+            mine = [
+                r for r in mine if not r.get("absent") and not r.get("detached")
+            ]  # other inputs, or another function
             dtypes = {r["dtype"]: {q["V"] for q in mine if q["dtype"] == r["dtype"]} for r in mine}
             if dtypes and max(map(len, dtypes.values())) >= 3:
                 most = max(dtypes, key=lambda d: len(dtypes[d]))

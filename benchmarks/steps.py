@@ -30,7 +30,7 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 
-from benchmarks import harness, petal_step, train_step  # noqa: E402
+from benchmarks import floors, harness, petal_step, train_step  # noqa: E402
 from benchmarks.cases import CASES, Case, case  # noqa: E402
 
 
@@ -256,6 +256,11 @@ def _save(args: argparse.Namespace, shared: Path, written: int) -> int:
             floor = row["flops"] - row.get("update_flops", 0)  # of a Q-Former, the frozen one's
             row |= {"floor_s": floor / rate, "floor": "FLOPs / matmul rate"}
             row["ratio_to_floor"] = row["median_s"] / row["floor_s"]
+        if "median_s" in row:
+            of = next(c for c in cases(args.op, args.device) if c.name == row["case"])
+            moved = OPS[args.op].steps.least_bytes(of)
+            row |= floors.of_counts(moved, row["flops"], of.dtype, torch.device(args.device))
+            row["ratio_to_roofline"] = row["median_s"] / row["roofline_s"]
     path = _file(args)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": described, "rows": rows}, indent=1) + "\n")

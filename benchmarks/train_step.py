@@ -293,6 +293,15 @@ def flops(case: Case) -> int:
     return case["B"] * (layers * (2 * linear + 3 * attention) + 2 * 768 * d * (tokens - 2))
 
 
+def least_bytes(case: Case) -> int:
+    """What a step must move: the frozen weights, once forward and once for the input gradients, the images, and the stream of
+    tokens into and out of each block, forward, and its gradient likewise. What stays inside a block stays on chip."""
+    d, tokens, layers, b = case["D"], (case["S"] // 16) ** 2 + 2, case["L"], case.dtype.itemsize
+    weights = layers * 12 * d * d + 768 * d + CLASSES * d
+    images = case["B"] * 3 * case["S"] ** 2
+    return (2 * weights + images + 4 * layers * case["B"] * tokens * d) * b
+
+
 def cost_row(provider: str, case: Case, device: torch.device) -> dict[str, object]:
     return {"flops": flops(case)}
 
@@ -322,4 +331,15 @@ def describe(case: Case) -> str:
     return f"{name}, {case['L']} blocks, {case['S']} px"
 
 
-__all__ = ["OTHER_MODEL", "PROVIDERS", "PlainViT", "Step", "cost_row", "describe", "flops", "kernels", "parity"]
+__all__ = [
+    "OTHER_MODEL",
+    "PROVIDERS",
+    "PlainViT",
+    "Step",
+    "cost_row",
+    "describe",
+    "flops",
+    "kernels",
+    "least_bytes",
+    "parity",
+]

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import harness
+from benchmarks import floors, harness, parity, problems
 from benchmarks.cases import CASES, DIRECTIONS, case, costs, directions
 from benchmarks.peers import OTHER_FUNCTION, PEERS, Missing
 from fastgist.backends import OPS
@@ -75,16 +75,16 @@ def test_peers_agree_with_the_formula(op, shape):
         if name in OTHER_FUNCTION or name.endswith("compiled"):
             continue
         try:
-            provider = build(harness.given(problem, problem.tensors))
+            provider = build(problems.given(problem, problem.tensors))
         except Missing:
             continue
         if name.startswith("fastgist"):
             assert harness.parity(problem, provider) is None, name
         else:  # the same function; how exactly it sums is its own affair and the processor's
-            _, (exact, exact_grads), _ = harness._expected(op, problem.case, CPU)
+            _, (exact, exact_grads), _ = parity.expected(op, problem.case, CPU, False)
             out, grads = harness.run(problem, provider)
-            pairs = [(out if problem.is_loss else harness._rows("x", out), exact)]
-            pairs += [(harness._rows(leaf, grads[leaf]), exact_grads[leaf]) for leaf in problem.leaves]
+            pairs = [(out if problem.is_loss else parity._rows("x", out), exact)]
+            pairs += [(parity._rows(leaf, grads[leaf]), exact_grads[leaf]) for leaf in problem.leaves]
             for mine, e in pairs:
                 assert float((mine - e).norm() / e.norm()) < 1e-5, name
         checked.append(name)
@@ -112,7 +112,7 @@ def test_steps_time_what_they_say():
     clock = harness.Clock(CPU)
     assert len(harness.sample(step, clock, 3)) == 3
     assert harness.peak_bytes(step, CPU) >= 600 * 48 * 4
-    seconds, how = harness.floor_seconds(problem, "fwd_bwd")
+    seconds, how = floors.floor_seconds(problem, "fwd_bwd")
     assert seconds > 0
     assert "same run" in how
 
@@ -122,7 +122,7 @@ def test_several_results_are_timed_as_they_come(direction):
     """q, k and v: three results, each with its gradient, and the same gradients as those of one tall layer."""
     shape = case(torch.float32, M=600, d=48, R=5, W=3)
     problem = harness.make_problem("cp_linear", shape, CPU)
-    given = harness.given(problem, problem.tensors)
+    given = problems.given(problem, problem.tensors)
     assert [w.shape for w in given["weight"]] == [(48, 48)] * 3
     provider = PEERS["cp_linear"]["fastgist reference"](given)
     result = harness.make_step(problem, provider, direction)()
@@ -137,15 +137,16 @@ def test_several_results_are_timed_as_they_come(direction):
 
 def test_a_row_carries_its_roofline(monkeypatch):
     shape = case(torch.float32, M=600, d=48, R=5)
-    monkeypatch.setattr(harness, "cpu_copy_rate", lambda: 1e9)
-    monkeypatch.setattr(harness, "cpu_matmul_rate", lambda dtype: {torch.float32: 2e9}[dtype])
-    found = harness.roofline("cp_linear", shape, "fwd", CPU)
+    monkeypatch.setattr(floors, "cpu_copy_rate", lambda moved: 1e9)
+    monkeypatch.setattr(floors, "cpu_flop_rate", lambda dtype: ({torch.float32: 2e9}[dtype], "what"))
+    found = floors.roofline("cp_linear", shape, "fwd", CPU)
     moved, flops = costs("cp_linear", shape, "fwd")
     assert found == {
         "bytes": moved, "flops": flops, "bytes_s": moved / 1e9, "flops_s": flops / 2e9, "roofline_s": flops / 2e9,
+        "flops_ceiling": "what",
     }  # fmt: skip
     moved, _ = costs("gelu", SMALL["gelu"], "fwd_bwd")
-    assert harness.roofline("gelu", SMALL["gelu"], "fwd_bwd", CPU)["roofline_s"] == moved / 1e9
+    assert floors.roofline("gelu", SMALL["gelu"], "fwd_bwd", CPU)["roofline_s"] == moved / 1e9
     row = {"op": "cp_linear", "case": "M1", "dtype": "float32", "direction": "fwd", "provider": "x", "median_s": 2e-3}
     row |= found | {"floor_s": 1e-3, "ratio_to_floor": 2.0, "ratio_to_roofline": 2e-3 / found["roofline_s"]}
     pytest.importorskip("pytest_benchmark")
@@ -246,13 +247,81 @@ def test_there_are_marks_for_every_provider_of_the_layers():
 def test_the_scale_of_a_sum_is_that_of_its_terms():
     """Of a bias's gradient, row by row: what the budget of sums that cancel is proportional to."""
     problem = harness.make_problem("adapter", SMALL["adapter"], CPU)
-    found = harness._term_scales(problem)
+    found = parity.term_scales(problem)
     assert set(found) == {"down", "down_bias", "up", "up_bias"}
-    grad = harness.incoming_rows(problem, 0, torch.empty(600, 48, dtype=torch.float64))
+    grad = parity.incoming_rows(problem, 0, torch.empty(600, 48, dtype=torch.float64))
     assert found["up_bias"] == pytest.approx(float(grad.abs().sum(0).max()))
     x, down, down_bias, up, _ = (t.double() for t in problem.tensors.values())
     z = x @ down.T + down_bias
     dz = torch.ops.aten.gelu_backward(grad @ up, z)
     assert found["down_bias"] == pytest.approx(float(dz.abs().sum(0).max()))
     assert found["down"] == pytest.approx(float((dz.abs().T @ x.abs()).max()))
-    assert harness._term_scales(harness.make_problem("gist_loss", SMALL["gist_loss"], CPU)) == {}
+    assert parity.term_scales(harness.make_problem("gist_loss", SMALL["gist_loss"], CPU)) == {}
+
+
+def test_a_cpu_s_ceilings_are_ceilings():
+    """No product is faster than the multiply-adds of registers, and a small copy is none the slower."""
+    rate, what = floors.cpu_flop_rate()
+    assert rate >= floors.cpu_matmul_rate() > 1e9 and rate == floors.cpu_ceilings().get("fma_float32_flops_per_s", rate)
+    assert what in ("multiply-adds of registers", "the fastest torch.mm of a few shapes")
+    assert (floors.cpu_fma_rate() == rate) == (what == "multiply-adds of registers")
+    half, what = floors.cpu_flop_rate(torch.bfloat16)
+    assert half == floors.cpu_matmul_rate(torch.bfloat16) and "torch.mm" in what
+    assert floors._cpu_copy_rate.__wrapped__(12) > 1e8
+
+
+def test_without_a_compiler_the_best_product_is_the_ceiling(monkeypatch):
+    monkeypatch.setattr(floors.shutil, "which", lambda name: None)
+    assert floors._fma.__wrapped__() is None
+    monkeypatch.setattr(floors, "cpu_fma_rate", lambda: None)
+    monkeypatch.setattr(floors, "cpu_matmul_rate", lambda dtype=None: 7.0)
+    assert floors.cpu_flop_rate() == (7.0, "the fastest torch.mm of a few shapes")
+    monkeypatch.setattr(floors, "cpu_fma_rate", lambda: 6.0)  # a core that was taken away while it was measured
+    assert floors.cpu_flop_rate()[0] == 7.0
+
+
+def test_bytes_of_steps_are_those_derived_by_hand():
+    from benchmarks import decode, petal_step, train_step
+
+    vit = case(torch.float32, B=8, S=224, D=192, L=12)
+    # 12 blocks of 12 D^2, patches of 768 and 1000 classes, twice; images; 198 tokens into and out of each block, both ways
+    weights = 12 * 12 * 192**2 + 768 * 192 + 1000 * 192
+    assert train_step.least_bytes(vit) == (2 * weights + 8 * 3 * 224**2 + 4 * 12 * 8 * 198 * 192) * 4
+    qformer = case(torch.bfloat16, B=16, T=20, R=64, D=768, K=1408, N=257, L=12)
+    weights = 12 * 20 * 768**2 + 6 * (2 * 768**2 + 2 * 1408 * 768)
+    moved = 2 * weights + 2 * 6 * 16 * 257 * 1408 + 4 * 12 * 16 * 52 * 768
+    assert petal_step.least_bytes(qformer) == moved * 2
+    without = case(torch.bfloat16, B=16, T=0, R=64, D=768, K=1408, N=257, L=12)
+    assert (
+        petal_step.least_bytes(qformer) - petal_step.least_bytes(without)
+        == (2 * 12 * 8 * 768**2 + 4 * 12 * 16 * 20 * 768) * 2
+    )
+    token = case(torch.float32, M=1, d=2048)
+    assert decode.least("base", token) == ((2048**2 + 2 * 2048) * 4, 2 * 2048**2)
+    assert decode.least("fastgist CPLinear", token)[1] == 2 * (2048**2 + 2 * 2048 * 16)
+    assert decode.least("fastgist CPLinear, merged", token) == decode.least("base", token)
+    llama = case(torch.float32, M=1, d=1024, L=4)
+    assert decode.least("base", llama)[0] == (4 * (4 * 1024**2 + 3 * 1024 * 2816) + 6400 * 1024 + 2 * 4 * 32 * 1024) * 4
+    assert decode.least("PEFT LoRA", llama)[0] - decode.least("base", llama)[0] == 4 * 3 * 2 * 1024 * 16 * 4
+
+
+@pytest.mark.parametrize("module", ["train_step", "petal_step", "decode"])
+def test_steps_and_tokens_have_their_rooflines_too(module):
+    """Their files put in every row what the summary prints beside it."""
+    source = (Path(__file__).parents[1] / "benchmarks" / f"bench_{module}.py").read_text()
+    assert "floors.of_counts(" in source and 'row["ratio_to_roofline"] = ' in source
+    row = floors.of_counts(10**9, 10**9, torch.float32, CPU)
+    assert row["roofline_s"] == max(row["bytes_s"], row["flops_s"]) > 0
+    assert "of its roofline" in floors.beside(row | {"median_s": 1.0})
+
+
+def test_options_of_an_adapter_are_counted():
+    shapes = {"": {}, "residual": {"residual": 1}, "E": {"E": 6}, "norm": {"norm": 1}}
+    found = {
+        name: costs("adapter", case(torch.float32, M=60, d=48, H=12, **o), "fwd_bwd") for name, o in shapes.items()
+    }
+    plain, _ = found[""]
+    assert found["residual"][0] - plain == 60 * 48 * 4 and found["E"][0] - plain == 3 * 60 * 6 * 4
+    assert found["norm"] == found[""] and found[""][1] == 12 * 60 * 48 * 12, "z is not formed again"
+    detached = costs("bidirectional_kl", case(torch.float32, M=60, V=48, detached=1), "fwd_bwd")
+    assert detached[0] == 3 * 60 * 48 * 4

@@ -56,7 +56,8 @@ def logits(states: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
 
 def add_rows(total: Tensor, grad_logits: Tensor) -> None:
     """Add up the rows of (n, V) in ``total`` (V,), which is wider."""
-    for rows in row_blocks(grad_logits):  # a CPU widens what it sums
+    # A CPU widens what it sums: by blocks. Of many classes a block is a row or two, whose sums one after the other err more.
+    for rows in [slice(None)] if grad_logits.dtype == total.dtype else row_blocks(grad_logits):
         total.add_(grad_logits[rows].sum(0, dtype=total.dtype))
 
 
