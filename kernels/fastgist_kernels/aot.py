@@ -219,6 +219,13 @@ def undefined_uniform(sass: str) -> list[str]:
     return found
 
 
+def global_atomics(sass: str) -> list[str]:
+    """Instructions of ``nvdisasm -c`` output by which several programs add to one place, in whatever order they come: ATOM,
+    ATOMG and RED of global memory, ATOMS of shared memory; with UATOM's and URED's forms. (REDUX adds up a warp's
+    registers, UTMAREDG is the copy engine's.)"""
+    return re.findall(r"\b(?:U?ATOM[GS]?|U?RED[GS]?|UTMAREDG|UBLKRED)\b[A-Z0-9_.]*", sass)
+
+
 def narrow_accesses(sass: str) -> list[str]:
     """Loads and stores of global memory in ``nvdisasm -c`` output that move less than 16 bytes a thread."""
     accesses = re.findall(r"\b((?:LDG|STG)\.[A-Z0-9.]+)", sass)
@@ -258,6 +265,7 @@ def _row(task: tuple[bool, int, int]) -> dict[str, Any]:
     compiled = compile_spec(spec, arch)
     found, sass = resources(compiled)
     row["tensor_memory"] = int(getattr(compiled.metadata, "tmem_size", 0) or 0)
+    row["atomics"] = global_atomics(sass)
     row |= asdict(found) | {"undefined": undefined_uniform(sass) if arch == 90 else []}  # Blackwell's reads otherwise
     if spec.wide:
         narrow = narrow_accesses(sass)
