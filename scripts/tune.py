@@ -10,7 +10,8 @@ one entry after the other: a candidate must pass the parity check, and replaces 
 than the spread between two timings of the default. Entries of other architectures and shapes are kept.
 
 The forms of cp_linear, forward and backward, are timed beside the eager ones; the fastest that is right becomes the table's
-entry, and all times go to cp_linear_forms.json under --out, which is committed as benchmarks/results/<gpu>/.
+entry, and all times go to cp_linear_forms.json (--forms), which is committed as benchmarks/results/<gpu>/, where
+docs/crossovers.md and tests/test_cp_linear_plan.py look for it.
 """
 
 from __future__ import annotations
@@ -304,7 +305,7 @@ def _forms_of_all(overrides: Overrides, deadline: float, args: argparse.Namespac
 
     device = torch.device("cuda", torch.cuda.current_device())
     arch = common.device_arch(device)
-    file = args.out / "cp_linear_forms.json" if args.out else None
+    file = args.forms or (args.out / "cp_linear_forms.json" if args.out else None)
     rows: list[dict[str, object]] = json.loads(file.read_text())["rows"] if file and file.exists() else []
     known = {row["case"] for row in rows}
     for case in CASES["cp_linear", "cuda"]:
@@ -326,6 +327,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="stop after this long (default 9)")
     parser.add_argument("--candidates", type=int, default=12, help="configurations tried for an entry (default 12)")
     parser.add_argument("--out", type=Path, help="folder for the measurements, tuning.json")
+    parser.add_argument(
+        "--forms", type=Path, metavar="FILE", help="cp_linear's forms (default: cp_linear_forms.json in --out)"
+    )
     parser.add_argument("--table", type=Path, default=TABLE, help="the table to bring up to date")
     parser.add_argument("--forms-only", action="store_true", help="of cp_linear its forms and no tiles")
     parser.add_argument("--dry-run", action="store_true", help="print what would be tried and stop")
