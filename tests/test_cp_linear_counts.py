@@ -101,3 +101,73 @@ def test_no_eager_form_is_charged_for_more_launches_than_it_makes(case, name):
     for ledger, direction in ((forward, True), (backward, False)):
         priced = model.eager_cost(name, s, CARD, forward=direction).launches
         assert 0.6 * ledger.total.launches <= priced <= ledger.total.launches, (direction, ledger.found)
+
+
+# -- reads of dy and of anything as long as M --------------------------------------------------------------------------
+
+
+class _Readers(Ledger):
+    """Notes which launches take one of ``watched``, or (none given) anything with ``rows`` rows."""
+
+    def __init__(self, rows: int, watched: list[Tensor] = ()) -> None:
+        super().__init__(forms_only=True)
+        self.rows, self.places = rows, {t.untyped_storage().data_ptr() for t in watched}
+        self.readers: list[str] = []
+
+    def _add(self, name: str, tensors: list[Tensor], again: int = 0) -> None:
+        super()._add(name, tensors, again)
+        long = [t for t in tensors if t.dim() == 2 and self.rows in t.shape]
+        if any(t.untyped_storage().data_ptr() in self.places for t in tensors) if self.places else long:
+            self.readers.append(name)
+
+
+def _backward(case: Case, form: str | None, *, watch_dy: bool, gain: bool = True) -> _Readers:
+    s, t = _sizes(case), _tensors(case)
+    h = _empty(s.rows, s.rank)
+    grads = [_empty(s.rows, w.shape[0]) for w in t["weights"]]
+    results = [torch.empty_like(t[name]) for name in ("x", "u", "v")] + [torch.empty_like(t["gain"]) if gain else None]
+    given = t["x"], t["weights"], t["u"], t["v"], t["gain"], None, h
+    with on_a_card(HOPPER), torch.no_grad(), _Readers(s.rows, grads if watch_dy else []) as ledger:
+        cp_linear_bwd.cp_linear_bwd(grads, *given, s.folds, 1.0, 0.0, False, *results, form)
+    return ledger
+
+
+#: Launches that read dy: dx's product, and beside it those of dy V' and dV'.
+TOGETHER = ["_cp_linear_bwd_dy_kernel"]
+TWICE = (64, 512, 4096)
+APART = ["_cp_linear_project_kernel", "_outer_partial_kernel"]
+
+
+@pytest.mark.parametrize("form", ["fused", "started", "blas"])
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+def test_dy_is_read_once_beside_dx_s_product_but_where_it_is_documented(case, form):
+    """Fused, dy V' comes out of dx's product and dV' reads dy once more; else one kernel takes both from one read, but at a
+    rank of 64 and where a few hundred or thousand rows are too few programs for a card (DESIGN.md)."""
+    s = _sizes(case)
+    of_product = {"fused": ["_cp_linear_dx_kernel"], "started": ["_cp_linear_dx_kernel"], "blas": ["mm", "addmm_"]}[
+        form
+    ]
+    readers = _backward(case, form, watch_dy=True).readers
+    for name in of_product[:1] + of_product[1:] * (s.weights - 1):
+        readers.remove(name)
+    if form == "fused":
+        assert readers == APART[1:]
+        return
+    with on_a_card(HOPPER):
+        one = plan.one_pass(_empty(s.rows, s.out // s.weights), s.out, s.rank)
+    assert one == (s.rank == 16 and s.rows not in TWICE)
+    if not one and "mm" in readers:  # dy V' by the library
+        assert sorted(readers) == sorted(["mm", *APART[1:]])
+    else:
+        assert readers == (TOGETHER if one else APART)
+
+
+@pytest.mark.parametrize("form", ["fused", "started", "blas"])
+@pytest.mark.parametrize("case", [c for c in SHAPES if c["M"] >= 512], ids=lambda case: case.name)
+def test_training_the_gain_reads_nothing_as_long_as_m(case, form):
+    """dgain_g = colsum(P_g * V): it comes out of the partial sums that dV is made of."""
+    with_gain, without = (_backward(case, form, watch_dy=False, gain=gain) for gain in (True, False))
+    assert with_gain.readers == without.readers and with_gain.readers
+    more = with_gain.found - without.found
+    assert more == {"_outer_reduce_kernel": 1}
+    assert not without.found - with_gain.found
