@@ -369,6 +369,21 @@ def table(found: dict[str, Both]) -> list[str]:
     return lines
 
 
+def where_peft_is_less(rows: list[str]) -> str:
+    """In words, from a table's rows: where one of PEFT's, another model with other things trained, takes fewer launches than
+    ours, the last one. Empty where none does."""
+    cells = [[c.strip() for c in row.strip("|").split("|")] for row in rows[2:]]
+    ours, found = cells[-1], []
+    for theirs in (row for row in cells if row[0].startswith("PEFT")):
+        fewer = [
+            f"{theirs[at]} {way} where {ours[0]} takes {ours[at]}"
+            for at, way in ((1, "forward"), (2, "backward"))
+            if int(theirs[at]) < int(ours[at])
+        ]
+        found += [f"{theirs[0]} {' and '.join(fewer)}"] if fewer else []
+    return f"Fewer launches: {'; '.join(found)}." if found else ""
+
+
 _RULES = (
     f"Counted without a GPU, as for {HOPPER.name}: **nothing here has run on a card.** Written by `python scripts/layers.py`; "
     "bfloat16, what is trained is float32. An operator of PyTorch that computes is one launch, as is one of Triton; bytes are "
@@ -386,7 +401,10 @@ def page(found: dict[str, dict[str, Both]]) -> str:
         "",
     ]
     for name, rows in found.items():
-        lines += [f"## {LAYERS[name].title}", "", textwrap.fill(LAYERS[name].about, 120), "", *table(rows), ""]
+        counted_rows = table(rows)
+        lines += [f"## {LAYERS[name].title}", "", textwrap.fill(LAYERS[name].about, 120), "", *counted_rows, ""]
+        if note := where_peft_is_less(counted_rows):
+            lines += [textwrap.fill(note, 120), ""]
     return "\n".join(lines)
 
 

@@ -253,11 +253,21 @@ def test_nothing_is_added_up_by_atomics(rows):
 @pytest.mark.parametrize(("kernel", "caught"), [("_adding_kernel", True), ("_wide_offset_kernel", False)])
 def test_the_atomics_check_catches_a_sum_of_many_programs(kernel, caught):
     script = (
-        "from fastgist_kernels.aot import Spec, compile_spec, global_atomics, resources\n"
+        "from fastgist_kernels.aot import Spec, compile_spec, atomic_sums, resources\n"
         f"spec = Spec(test_kernels.{kernel}, 'x', {{'x_ptr': '*fp32', 'stride_xm': 'i64'}}, {{'BLOCK': 128}})\n"
-        "print(*(bool(global_atomics(resources(compile_spec(spec, arch))[1])) for arch in (80, 90, 100)))\n"
+        "print(*(bool(atomic_sums(resources(compile_spec(spec, arch))[1])) for arch in (80, 90, 100)))\n"
     )
     assert _compiled_apart(script) == " ".join([str(caught)] * 3)
+
+
+def test_bits_in_shared_memory_are_no_sum():
+    from fastgist_kernels.aot import atomic_sums
+
+    sass = "ATOMS.OR RZ, [UR4], R2 ;\nATOMS.AND RZ, [UR4], R2 ;\nREDUX.SUM UR4, R2 ;\nRED.E.ADD.F32 [R2], R4 ;\n"
+    assert atomic_sums(sass) == ["RED.E.ADD.F32"]
+    assert atomic_sums("ATOMG.E.ADD.F32 PT, R1, [R2], R4 ;\nATOMS.ADD R1, [UR4], R2 ;\nATOMS.CAST.SPIN R1, [R2] ;") == [
+        "ATOMG.E.ADD.F32", "ATOMS.ADD", "ATOMS.CAST.SPIN",
+    ]  # fmt: skip
 
 
 _SASS = """
