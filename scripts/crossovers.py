@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 
-from benchmarks.cases import square  # noqa: E402
+from tune import sizes_of  # noqa: E402
+
+from benchmarks.cases import CASES  # noqa: E402
 from fastgist.reference.cp_linear import merge_pays  # noqa: E402
 from fastgist_kernels import cp_linear_cost as model  # noqa: E402
 from fastgist_kernels import cp_linear_plan as plan  # noqa: E402
@@ -38,8 +40,8 @@ def record() -> dict[str, object]:
     """Predicted seconds of each form, of the eager forms and the floor, for the benchmark's shapes."""
     card = model.card_of(*CARD)
     rows = []
-    for case in square("cuda"):
-        s = model.Sizes(case["M"], case["d"], case["d"], case["R"], 1, str(case.dtype).removeprefix("torch."))
+    for case in CASES["cp_linear", "cuda"]:
+        s = sizes_of(dict(case.sizes), str(case.dtype).removeprefix("torch."))
         for direction in DIRECTIONS:
             forward = direction == "fwd"
             forms = {form: found.seconds for form, found in plan.predicted(*CARD, s, forward)}
@@ -81,18 +83,33 @@ def _microseconds(seconds: float) -> str:
     return f"{seconds * 1e6:.0f}" if seconds >= 1e-4 else f"{seconds * 1e6:.1f}"
 
 
+def _sizes(row: dict) -> str:
+    several = "".join(f", {name} = {row[name]}" for name in ("W", "G") if name in row)
+    return f"{row['M']}, {row['d']}, {row['R']}{several}"
+
+
 def _of_benchmark() -> Iterator[str]:
     names = (*plan.FORMS, *(f"eager {name}" for name in model.EAGER))
     yield "| M, d, R | | " + " | ".join(names) + " | floor |"
     yield "|---" * (len(names) + 3) + "|"
     for row in record()["rows"]:
-        s = model.Sizes(row["M"], row["d"], row["d"], row["R"], 1, row["dtype"])
+        s = sizes_of(row, row["dtype"])
         taken = plan.by_model(*CARD, s, row["direction"] == "fwd")[0]
         times = {**row["forms"], **{f"eager {name}": t for name, t in row["eager"].items()}}
         cells = [_microseconds(times[n]) if n in times else "" for n in names]
         cells = [f"**{cell}**" if name == taken else cell for name, cell in zip(names, cells, strict=True)]
-        sizes = f"{row['M']}, {row['d']}, {row['R']}"
-        yield f"| {sizes} | {row['direction']} | " + " | ".join(cells) + f" | {_microseconds(row['floor'])} |"
+        yield f"| {_sizes(row)} | {row['direction']} | " + " | ".join(cells) + f" | {_microseconds(row['floor'])} |"
+
+
+def _least_lead() -> str:
+    """Of the choices over the best eager form, where it is least."""
+    leads = []
+    for row in record()["rows"]:
+        taken = plan.by_model(*CARD, sizes_of(row, row["dtype"]), row["direction"] == "fwd")[0]
+        name, best = min(row["eager"].items(), key=lambda found: found[1])
+        leads.append((best / row["forms"][taken], f"{_sizes(row)} {row['direction']}: {taken} over {name}"))
+    ratio, where = min(leads)
+    return f"{100 * (ratio - 1):+.2f} % ({where})"
 
 
 def _chosen(rank: int, forward: bool) -> Iterator[str]:
@@ -119,7 +136,7 @@ def _on_gpus() -> Iterator[str]:
         for row in rows:
             times = {**row["forms"], **{f"eager {name}": t for name, t in row["eager"].items()}}
             cells = (_microseconds(times[n]) if n in times else "" for n in names)
-            yield f"| {row['M']}, {row['d']}, {row['R']} | {row['direction']} | " + " | ".join(cells) + " |"
+            yield f"| {_sizes(row)} | {row['direction']} | " + " | ".join(cells) + " |"
         yield ""
 
 
@@ -187,10 +204,12 @@ def gpu_page() -> str:
     lines = [
         "## On a GPU: predicted, not yet measured",
         "",
-        "**No form of cp_linear has been timed on a GPU since its kernels were written.** What stands here is what",
-        "`kernels/fastgist_kernels/cp_linear_cost.py` expects of an H200 by counting launches, bytes and products in waves of",
-        "tiles. `python scripts/tune.py --op cp_linear` on a card times every form at every shape of the benchmark, after a",
-        "parity check, and writes the launch table, which is asked before the model.",
+        '**Not yet run on a GPU: every time below is a prediction from counts, and so is each "faster than eager".** No form',
+        "of cp_linear has been timed on a card since its kernels were written. For an H200",
+        "`kernels/fastgist_kernels/cp_linear_cost.py` counts launches (those that the host code makes:",
+        "tests/test_cp_linear_counts.py), bytes, and products in waves of tiles. On a card `scripts/tune.py --op cp_linear`",
+        f"times each form that can run there, both ways, at each of the benchmark's {len(CASES['cp_linear', 'cuda'])}",
+        "shapes, after a parity check, beside the eager forms, and writes the launch table, which is asked before the model.",
         "",
         "Measured on that card: the copy's speed, the library's products below, narrow products' share of the copy's",
         "speed. Assumed: that a Triton loop reaches 0.85 of the library's rate with pointers and 0.93 with descriptors",
@@ -199,8 +218,11 @@ def gpu_page() -> str:
         "",
         *_of_readings(),
         "",
-        "Microseconds of y and x U (fwd), and of all gradients (bwd); bfloat16, N = K = d, one fold. **Bold**: what is taken",
-        "where nothing was measured. Forms that fetch by descriptors (tma) are not taken on the model's word alone.",
+        "Microseconds of y and x U (fwd), and of all gradients (bwd); bfloat16, N = K = d. W: so many weights with one input,",
+        "each with a gain of its own, as q, k and v are; G: one weight of G d rows, a gain a fold. Eager: the factored form,",
+        "the dense update, and a chain by formula in a Function, in the manner of Unsloth's. **Bold**: what is taken where",
+        "nothing was measured. Forms that fetch by descriptors (tma) are not taken on the model's word alone. The least lead",
+        f"over eager is {_least_lead()}.",
         "",
         *_of_benchmark(),
         "",

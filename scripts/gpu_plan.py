@@ -11,7 +11,11 @@ from pathlib import Path
 
 OPS = ("bidirectional_kl", "gist_loss", "gist_linear_loss", "topk_kl", "cp_linear", "cp_update", "adapter", "gelu")
 STAGES = ("build", "parity", "hard", "bitwise", "sanitizer", "tune", "warm", "bench", "ncu")
+#: Under the device's folder, where docs/crossovers.md and the tests of the choice look for it.
+FORMS = "cp_linear_forms.json"
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=20")
+#: Of cp_linear and cp_update beside tests/test_<op>.py: every form, every cut of weights and gradients, dropout's words.
+LOW_RANK = ("tests/test_cp_linear_forms.py", "tests/test_cp_pieces.py", "tests/test_philox.py")
 LOSSES = ("bidirectional_kl", "gist_loss", "gist_linear_loss", "topk_kl")
 
 
@@ -47,6 +51,8 @@ def plan(stages: tuple[str, ...], ops: tuple[str, ...], out: Path, minutes: floa
             yield Step(stage, "operations", (*tests, *(f"tests/test_{op}.py" for op in ops), "-m", "kernel"))
             tiles = ("tests/gpu/test_precision.py", "tests/gpu/test_tiles.py", "tests/gpu/test_forms.py")
             yield Step(stage, "dtypes, tiles and forms", (*tests, *tiles))
+            if {"cp_linear", "cp_update"} & set(ops):
+                yield Step(stage, "forms, pieces and masks", (*tests, *LOW_RANK, "-m", "kernel or gpu"))
             if "adapter" in ops:
                 yield Step(stage, "norm and dropout", (*tests, "tests/test_adapter_norm.py", "-m", "kernel"))
             if {"bidirectional_kl", "gist_loss"} & set(ops):
@@ -67,6 +73,7 @@ def plan(stages: tuple[str, ...], ops: tuple[str, ...], out: Path, minutes: floa
             for op in ops:
                 each = str(round(max(1.0, 0.7 * minutes / len(ops)), 1))
                 command = (python, "scripts/tune.py", "--op", op, "--minutes", each, "--out", str(out / "tuning" / op))
+                command += ("--forms", str(out / FORMS)) if op == "cp_linear" else ()
                 yield Step(stage, f"tune {op}", command)
                 yield Step(stage, f"recheck {op}", _recheck(op), gate=f"tune {op}")
         elif stage == "warm":  # what torch.compile makes for the peers, by many processes, into its cache
@@ -78,12 +85,12 @@ def plan(stages: tuple[str, ...], ops: tuple[str, ...], out: Path, minutes: floa
                 yield Step(stage, f"time {op}", command)
             for op in (*ops, *(("decode",) if steps else ())):
                 yield Step(stage, f"time {op}", (*_bench((op,), out), "--seconds", "0.1"))
-        elif stage == "ncu":  # bytes that the device's memory moved
+            if {"bidirectional_kl", "gist_loss"} & set(ops):
+                yield _numerics(out)
+        elif stage == "ncu":
             timed = [op for op in ops if op in ("cp_linear", "cp_update", "adapter")]
             for op in timed:
-                command = (python, "scripts/ncu.py", "--op", op, "--out", str(out / "ncu" / f"{op}.json"))
-                command += ("--minutes", str(round(0.9 * minutes / len(timed), 1)))
-                yield Step(stage, f"ncu {op}", command if _tool("ncu") else ("None", *command), needs="ncu")
+                yield _ncu(op, out, 0.9 * minutes / len(timed))
 
 
 def short_plan(out: Path, jobs: int = 1, arch: str = "") -> Iterator[Step]:
@@ -97,8 +104,8 @@ def short_plan(out: Path, jobs: int = 1, arch: str = "") -> Iterator[Step]:
     command = (python, "setup.py", "build_ext", "--inplace")
     yield Step("build", "extension", command, env=build, seconds=35, limit=150, behind=True)
     layers = [f"tests/test_{op}.py" for op in ("cp_linear", "cp_update", "adapter", "adapter_norm", "gelu")]
-    layers += [f"tests/gpu/test_{name}.py" for name in ("forms", "tiles", "petal_on_gpu", "precision")]
-    yield Step("parity", "layers", (*tests, *layers, "-m", "kernel or gpu"), seconds=85, limit=150)
+    layers += [*LOW_RANK, *(f"tests/gpu/test_{name}.py" for name in ("forms", "tiles", "petal_on_gpu", "precision"))]
+    yield Step("parity", "layers", (*tests, *layers, "-m", "kernel or gpu"), seconds=95, limit=160)
     losses = [f"tests/test_{op}.py" for op in (*LOSSES, "loss_gradients", "finished_losses")]
     losses += ["tests/gpu/test_losses_on_gpu.py"]
     yield Step("parity", "losses", (*tests, *losses, "-m", "kernel or gpu"), seconds=75, limit=130, after="extension")
@@ -117,9 +124,9 @@ def short_plan(out: Path, jobs: int = 1, arch: str = "") -> Iterator[Step]:
     step = (python, "benchmarks/steps.py", "--out", str(out.parent), "--resume", "--compile-seconds", "90", "--op")
     command = (*step, "train_step", "--like", "B256_S224_D768")
     yield Step("bench", "train_step", command, seconds=100, limit=150)
-    forms = out / "tuning" / "cp_linear"
-    command = (python, "scripts/tune.py", "--op", "cp_linear", "--forms-only", "--minutes", "1.3", "--out", str(forms))
-    command += ("--table", str(forms / "found.json"))
+    found = out / "tuning" / "cp_linear"
+    command = (python, "scripts/tune.py", "--op", "cp_linear", "--forms-only", "--minutes", "1.3", "--out", str(found))
+    command += ("--table", str(found / "found.json"), "--forms", str(out / FORMS))
     yield Step("tune", "forms of cp_linear", command, seconds=80, limit=100)
     whole = ["tests/gpu/test_graphs.py", "tests/gpu/test_sync.py", "tests/hard", "tests/gpu/test_bitwise.py"]
     whole += ["tests/test_compile.py"]
@@ -127,13 +134,33 @@ def short_plan(out: Path, jobs: int = 1, arch: str = "") -> Iterator[Step]:
     command = (*step, "petal_step", "--like", "B16_T20_R64_")
     yield Step("bench", "petal_step", command, seconds=90, limit=130)
     small = tuple(_sanitizer(("bidirectional_kl", "gist_loss", "cp_linear")))
-    for step_of, seconds in zip((s for s in small if s.name != "initcheck"), (15, 40, 40)):
-        step_of.seconds, step_of.limit = seconds, 2 * seconds
-        yield step_of
+    for step_of, seconds in zip((s for s in small if s.name != "initcheck"), (15, 30, 30)):
+        yield _timed(step_of, seconds, 2 * seconds)
+    for op in ("cp_linear", "adapter"):
+        yield _timed(_ncu(op, out, 0.4), 24, 40)
+    yield _timed(_numerics(out, "--no-compile"), 20, 60)
     for op in ("bidirectional_kl", "adapter", "cp_update"):
         to = out / "tuning" / op
-        command = (python, "scripts/tune.py", "--op", op, "--minutes", "0.5", "--candidates", "8", "--out", str(to))
-        yield Step("tune", f"tune {op}", (*command, "--table", str(to / "found.json")), seconds=40, limit=60)
+        command = (python, "scripts/tune.py", "--op", op, "--minutes", "0.25", "--candidates", "8", "--out", str(to))
+        yield Step("tune", f"tune {op}", (*command, "--table", str(to / "found.json")), seconds=22, limit=40)
+
+
+def _timed(step: Step, seconds: float, limit: float) -> Step:
+    step.seconds, step.limit = seconds, limit
+    return step
+
+
+def _numerics(out: Path, *options: str) -> Step:
+    """Errors against float64 on the device."""
+    command = (sys.executable, "scripts/numerics.py", "--out", str(out / "numerics"), "--no-progress", *options)
+    return Step("bench", "errors against float64", command, env={"FASTGIST_DEVICE": "cuda"})
+
+
+def _ncu(op: str, out: Path, minutes: float) -> Step:
+    """Bytes that the device's memory moved."""
+    command = (sys.executable, "scripts/ncu.py", "--op", op, "--out", str(out / "ncu" / f"{op}.json"))
+    command += ("--minutes", str(round(minutes, 1)))
+    return Step("ncu", f"ncu {op}", command if _tool("ncu") else ("None", *command), needs="ncu")
 
 
 def _bench(ops: tuple[str, ...], out: Path) -> tuple[str, ...]:

@@ -30,10 +30,12 @@ from torch import Tensor, nn  # noqa: E402
 from benchmarks import petal_step, train_step  # noqa: E402
 from benchmarks.cases import case  # noqa: E402
 from benchmarks.launches import HOPPER, Count, Ledger, on_a_card  # noqa: E402
+from benchmarks.peers import log_softmax_kl  # noqa: E402
 
 CPU = torch.device("cpu")
 BATCH, TOKENS, WIDTH, RANK = 64, 197, 768, 32
 OURS = "fastgist"
+DROPPED = 0.1
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,62 @@ def _vit(provider: str) -> Both:
     return of(4) - of(3)
 
 
+class PlainBlocks(train_step.PlainViT):
+    """The plain ViT with CP on every qkv, and adapters behind a LayerNorm of their own with dropout."""
+
+    def __init__(self, vit: Any, trained: dict[str, Tensor], layers: int) -> None:
+        super().__init__(vit, trained, False, DROPPED)
+        ones = {"weight": torch.ones(WIDTH), "bias": torch.zeros(WIDTH)}
+        self.norms = nn.ModuleList(
+            nn.ParameterDict({name: nn.Parameter(t.clone()) for name, t in ones.items()}) for _ in range(layers)
+        )
+        self.shared = _shared(3 * layers)
+        for i, block in enumerate(vit.blocks):
+            block.attn.qkv = Plain(block.attn.qkv, self.shared, slice(3 * i, 3 * i + 3))
+
+    def _adapter(self, p: Any, x: Tensor) -> Tensor:
+        norm = self.norms[[q is p for q in self.adapters].index(True)]
+        a = F.layer_norm(x, x.shape[-1:], norm["weight"].to(x.dtype), norm["bias"].to(x.dtype))
+        low = F.gelu(F.linear(a, p["down_weight"].to(x.dtype), p["down_bias"].to(x.dtype)))
+        up = F.linear(F.dropout(low, DROPPED), p["up_weight"].to(x.dtype), p["up_bias"].to(x.dtype))
+        return up * train_step.SCALE
+
+
+def _everything(ours: bool) -> Both:
+    """A block with CP on qkv, an adapter with a norm and dropout beside both branches, and a gist token, by the gist loss."""
+
+    def of(layers: int) -> Both:
+        shape = case(torch.bfloat16, B=BATCH, S=224, D=WIDTH, L=layers)
+        model, loss = (_our_blocks if ours else _plain_blocks)(shape)
+        images, target = train_step.batch(shape, CPU, torch.bfloat16)
+        return count(lambda: loss(model(images), target), [p for p in model.parameters() if p.requires_grad])
+
+    return of(4) - of(3)
+
+
+def _plain_blocks(shape: Any) -> tuple[nn.Module, Callable[..., Tensor]]:
+    vit = train_step.backbone(shape, CPU)
+    vit.head.requires_grad_(True)
+
+    def loss(logits: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        z, g = (t.float() for t in logits)
+        return F.cross_entropy(z, target) + F.cross_entropy(g, target) + log_softmax_kl(z, g)
+
+    return PlainBlocks(vit, train_step.initial(shape, CPU), shape["L"]).train(), loss
+
+
+def _our_blocks(shape: Any) -> tuple[nn.Module, Callable[..., Tensor]]:
+    import fastgist as fg
+
+    vit, factors = train_step.backbone(shape, CPU), _factors(3 * shape["L"])
+    adapters = {"placement": "shared", "scale": train_step.SCALE, "norm": True, "dropout": DROPPED}
+    fg.get_peft_model(vit, fg.AdapterConfig(train_step.BOTTLENECK, **adapters))
+    for i, block in enumerate(vit.blocks):
+        attn = block.base_layer.attn
+        attn.qkv = fg.nn.CPLinear(attn.qkv, factors, (3 * i, 3 * i + 1, 3 * i + 2))
+    return fg.add_gist(vit, fg.GistConfig(dropout=DROPPED)).train(), fg.nn.GistLoss()
+
+
 def _qformer(provider: str) -> Both:
     def of(layers: int) -> Both:
         shape = case(torch.bfloat16, B=16, T=20, R=64, D=WIDTH, K=1408, N=257, L=layers)
@@ -266,6 +324,16 @@ LAYERS = {
         f"The step of benchmarks/train_step.py with four layers less that with three, batch {BATCH}: a block in the middle, "
         f"{TOKENS + 1} tokens, bottleneck {train_step.BOTTLENECK}. PEFT LoRA is another model, on qkv, without gist token.",
         {p: functools.partial(_vit, p) for p in ("authors", "plain", "PEFT LoRA", "fastgist")},
+    ),
+    "block": Layer(
+        "The same block with everything on",
+        f"CP on the fused qkv (rank {RANK}, a gain for each projection), the adapter behind a LayerNorm of its own with "
+        "dropout, beside both branches, and the gist token; batch, tokens and difference as above.",
+        {
+            "plain": lambda: _everything(False),
+            "PEFT LoRA": lambda: _vit("PEFT LoRA"),
+            "fastgist": lambda: _everything(True),
+        },
     ),
     "qformer": Layer(
         "Two layers of PETAL's Q-Former with everything on",
@@ -301,6 +369,21 @@ def table(found: dict[str, Both]) -> list[str]:
     return lines
 
 
+def where_peft_is_less(rows: list[str]) -> str:
+    """In words, from a table's rows: where one of PEFT's, another model with other things trained, takes fewer launches than
+    ours, the last one. Empty where none does."""
+    cells = [[c.strip() for c in row.strip("|").split("|")] for row in rows[2:]]
+    ours, found = cells[-1], []
+    for theirs in (row for row in cells if row[0].startswith("PEFT")):
+        fewer = [
+            f"{theirs[at]} {way} where {ours[0]} takes {ours[at]}"
+            for at, way in ((1, "forward"), (2, "backward"))
+            if int(theirs[at]) < int(ours[at])
+        ]
+        found += [f"{theirs[0]} {' and '.join(fewer)}"] if fewer else []
+    return f"Fewer launches: {'; '.join(found)}." if found else ""
+
+
 _RULES = (
     f"Counted without a GPU, as for {HOPPER.name}: **nothing here has run on a card.** Written by `python scripts/layers.py`; "
     "bfloat16, what is trained is float32. An operator of PyTorch that computes is one launch, as is one of Triton; bytes are "
@@ -318,7 +401,10 @@ def page(found: dict[str, dict[str, Both]]) -> str:
         "",
     ]
     for name, rows in found.items():
-        lines += [f"## {LAYERS[name].title}", "", textwrap.fill(LAYERS[name].about, 120), "", *table(rows), ""]
+        counted_rows = table(rows)
+        lines += [f"## {LAYERS[name].title}", "", textwrap.fill(LAYERS[name].about, 120), "", *counted_rows, ""]
+        if note := where_peft_is_less(counted_rows):
+            lines += [textwrap.fill(note, 120), ""]
     return "\n".join(lines)
 
 

@@ -69,9 +69,9 @@ CP_LINEAR_FORMS = [
         ),
         (
             "biases without their update",
-            "low[:, rank] = 1.0",
-            "low[:, rank] = scale",
-            "biases are a rank of their own, not scaled",
+            "x.new_ones(x.shape[0], rank + more)",
+            "x.new_full((x.shape[0], rank + more), 0.5)",
+            "biases are a rank of their own, times 1",
         ),
         tests=_ALL,
     ),

@@ -52,8 +52,8 @@ CP_LINEAR = [
         ("last partial dropped", "mask_s = offs_s < splits", "mask_s = offs_s < splits - 1", "every row block counts"),
         (
             "shared gain takes the last fold",
-            "gains.sum(0, keepdim=True) if gain.shape[0] == 1 else gains",
-            "gains[-1:] if gain.shape[0] == 1 else gains",
+            "gains.view(-1, grad_gain.numel())",
+            "gains[:, -1] if gain.shape[0] == 1 else gains.view(-1, grad_gain.numel())",
             "one gain serves every fold",
         ),
         file="cp_linear_bwd",

@@ -25,8 +25,8 @@ PLAN = [
         ),
         (
             "no pass over y to add the update",
-            "+ y + _added(c, s)",
-            "+ y",
+            "found + _added(c, s, several)",
+            "found",
             "the library's result is read and written once more",
         ),
         file="cp_linear_cost",

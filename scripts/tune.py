@@ -10,7 +10,8 @@ one entry after the other: a candidate must pass the parity check, and replaces 
 than the spread between two timings of the default. Entries of other architectures and shapes are kept.
 
 The forms of cp_linear, forward and backward, are timed beside the eager ones; the fastest that is right becomes the table's
-entry, and all times go to cp_linear_forms.json under --out, which is committed as benchmarks/results/<gpu>/.
+entry, and all times go to cp_linear_forms.json (--forms), which is committed as benchmarks/results/<gpu>/, where
+docs/crossovers.md and tests/test_cp_linear_plan.py look for it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastgist_kernels.cp_linear_cost import Sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -151,7 +156,7 @@ def tune_case(op: str, case, device, overrides: Overrides, deadline: float, limi
     from benchmarks.peers import PEERS
 
     problem = harness.make_problem(op, case, device)
-    provider = PEERS[op]["fastgist triton"](problem.tensors)
+    provider = PEERS[op]["fastgist triton"](harness.given(problem, problem.tensors))
     overrides.asked.clear()
     if wrong := harness.parity(problem, provider):
         raise RuntimeError(f"{op} {case.id}: not tuned, its result is wrong: {wrong}")
@@ -191,7 +196,16 @@ def tune_case(op: str, case, device, overrides: Overrides, deadline: float, limi
 Timer = Callable[[str, str], tuple[float, float] | None]
 REPLAYS = 40
 #: The eager forms' providers in benchmarks/peers.py.
-EAGER = {"factored": "factored", "dense": "dense delta"}
+EAGER = {"factored": "factored", "dense": "dense delta", "chain": "autograd.Function"}
+
+
+def sizes_of(sizes: Mapping[str, int], dtype: str) -> Sizes:
+    """Of a case or a row of cp_linear_forms.json: M, d and R, W weights or G folds of d rows each."""
+    from fastgist_kernels.cp_linear_cost import Sizes
+
+    weights = sizes.get("W", 1)
+    outputs = weights * sizes.get("G", 1)
+    return Sizes(sizes["M"], outputs * sizes["d"], sizes["d"], sizes["R"], outputs, dtype, weights)
 
 
 def measure_forms(case, timer: Timer) -> list[dict[str, object]]:
@@ -216,15 +230,15 @@ def measure_forms(case, timer: Timer) -> list[dict[str, object]]:
 
 def form_entries(rows: list[dict], arch: str) -> dict[Key, Config]:
     """The launch table's entries: the fastest form of each row."""
-    from fastgist_kernels.cp_linear_cost import Sizes
     from fastgist_kernels.cp_linear_forms import FORMS
     from fastgist_kernels.cp_linear_plan import form_class
 
     found: dict[Key, Config] = {}
     for row in rows:
-        sizes = Sizes(row["M"], row["d"], row["d"], row["R"], 1, row["dtype"])
         fastest = min(row["forms"], key=row["forms"].__getitem__)
-        found["cp_linear_form", arch, form_class(sizes, row["direction"] == "fwd")] = {"form": FORMS.index(fastest)}
+        found["cp_linear_form", arch, form_class(sizes_of(row, row["dtype"]), row["direction"] == "fwd")] = {
+            "form": FORMS.index(fastest)
+        }
     return found
 
 
@@ -233,20 +247,21 @@ def form_timer(case, device, overrides: Overrides) -> Timer:
     from benchmarks import harness
     from benchmarks.peers import PEERS
     from fastgist_kernels import cp_linear_plan as plan
-    from fastgist_kernels.cp_linear_cost import Sizes
     from fastgist_kernels.cp_linear_forms import FORMS
 
     problem = harness.make_problem("cp_linear", case, device)
-    x, weight, rank = problem.tensors["x"], problem.tensors["weight"], case["R"]
-    sizes = Sizes(case["M"], case["d"], case["d"], rank, 1, str(case.dtype).removeprefix("torch."))
+    tensors = harness.given(problem, problem.tensors)
+    weights = [tensors["weight"]] if case.get("W", 1) == 1 else tensors["weight"]
+    sizes = sizes_of(dict(case.sizes), str(case.dtype).removeprefix("torch."))
     clock = harness.Clock(device)
 
     def timer(name: str, direction: str) -> tuple[float, float] | None:
         eager = name.removeprefix("eager ")
-        provider = PEERS["cp_linear"][EAGER.get(eager, "fastgist triton")](problem.tensors)
+        provider = PEERS["cp_linear"][EAGER.get(eager, "fastgist triton")](tensors)
         forward = direction == "fwd"
         if name in FORMS:
-            if not plan.can(name, x, [weight], rank, False, forward=forward):
+            given = tensors["x"] if forward else tensors["x"].new_empty(case["M"], sizes.out)
+            if not plan.can(name, given, weights, case["R"], False, forward=forward):
                 return None
             key = "cp_linear_form", plan.device_arch(device), plan.form_class(sizes, forward)
             overrides.active[key] = {"form": FORMS.index(name)}
@@ -285,15 +300,15 @@ def _forms_of_all(overrides: Overrides, deadline: float, args: argparse.Namespac
     already are not timed again."""
     import torch
 
-    from benchmarks.cases import square
+    from benchmarks.cases import CASES
     from fastgist_kernels import common
 
     device = torch.device("cuda", torch.cuda.current_device())
     arch = common.device_arch(device)
-    file = args.out / "cp_linear_forms.json" if args.out else None
+    file = args.forms or (args.out / "cp_linear_forms.json" if args.out else None)
     rows: list[dict[str, object]] = json.loads(file.read_text())["rows"] if file and file.exists() else []
     known = {row["case"] for row in rows}
-    for case in square("cuda"):
+    for case in CASES["cp_linear", "cuda"]:
         if case.name in known or time.monotonic() > deadline:
             continue
         rows += measure_forms(case, form_timer(case, device, overrides))
@@ -312,6 +327,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="stop after this long (default 9)")
     parser.add_argument("--candidates", type=int, default=12, help="configurations tried for an entry (default 12)")
     parser.add_argument("--out", type=Path, help="folder for the measurements, tuning.json")
+    parser.add_argument(
+        "--forms", type=Path, metavar="FILE", help="cp_linear's forms (default: cp_linear_forms.json in --out)"
+    )
     parser.add_argument("--table", type=Path, default=TABLE, help="the table to bring up to date")
     parser.add_argument("--forms-only", action="store_true", help="of cp_linear its forms and no tiles")
     parser.add_argument("--dry-run", action="store_true", help="print what would be tried and stop")

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from fastgist.reference import cp_linear as reference
+from fastgist_kernels import cp_linear_bwd, cp_linear_forms, cp_linear_project
 from fastgist_kernels import cp_linear_cost as model
-from fastgist_kernels import cp_linear_forms, cp_linear_project
 from fastgist_kernels import cp_linear_plan as plan
 from fastgist_kernels.cp_linear_cost import Sizes, card_of
 
@@ -29,6 +29,9 @@ ROOT = Path(__file__).parents[1]
 H200 = ("sm_90", "H200", 132)
 #: Forms that exist but are not taken before a card has shown them right.
 RESERVED = set(plan.MEASURED_ONLY)
+#: Nearer than this two times are the same: of q, k, v at d = 4096 the library's form and the chain are predicted 0.5 us of
+#: 2,420 apart, both being the library's products and one more pass.
+LEVEL = 1e-3
 
 
 @functools.cache
@@ -60,8 +63,10 @@ def _operands(m: int, n: int, k: int, *, forward: bool = True, dtype=torch.bfloa
     return x, [torch.empty(n // pieces, k, dtype=dtype, device="meta") for _ in range(pieces)]
 
 
-def _chosen(m: int, n: int, k: int, r: int, *, forward: bool = True, dtype=torch.bfloat16, folds: int = 1) -> str:
-    x, weights = _operands(m, n, k, forward=forward, dtype=dtype)
+def _chosen(
+    m: int, n: int, k: int, r: int, *, forward: bool = True, dtype=torch.bfloat16, folds: int = 1, pieces: int = 1
+) -> str:
+    x, weights = _operands(m, n, k, forward=forward, dtype=dtype, pieces=pieces)
     return plan.cp_linear_form(x, weights, n // folds if forward else k, r, False, forward=forward)
 
 
@@ -94,16 +99,26 @@ def _wrong(row: dict, chosen: str) -> str | None:
     if allowed[chosen] > best * (1 + row["spread"]):
         return f"{chosen} takes {allowed[chosen]:.3g} s, the best form {best:.3g}"
     eager = min(row["eager"].values())
-    if allowed[chosen] > eager:
+    if allowed[chosen] > eager * (1 + LEVEL):
         return f"{chosen} takes {allowed[chosen]:.3g} s, an eager form {eager:.3g}"
     return None
 
 
+def _chosen_for(row: dict) -> str:
+    """In a record's row: of W weights or G folds with d rows each."""
+    d, weights, folds = row["d"], row.get("W", 1), row.get("G", 1)
+    forward, dtype = row["direction"] == "fwd", getattr(torch, row["dtype"])
+    sizes = row["M"], weights * folds * d, d, row["R"]
+    return _chosen(*sizes, forward=forward, dtype=dtype, folds=weights * folds, pieces=weights)
+
+
 def test_every_shape_of_the_benchmark_is_recorded():
-    from benchmarks.cases import square
+    from benchmarks.cases import CASES
 
     recorded = {(row["case"], row["direction"]) for row in _recorded()}
-    assert recorded >= {(case.name, d) for case in square("cuda") for d in ("fwd", "bwd")}
+    assert recorded >= {(case.name, d) for case in CASES["cp_linear", "cuda"] for d in ("fwd", "bwd")}
+    assert {3, 4} <= {row.get(name) for row in _recorded() for name in ("W", "G")}
+    assert all({"factored", "dense", "chain"} <= set(row["eager"]) for row in _predicted_rows())
     assert {row["source"] for row in _recorded()} <= {"predicted", "measured"}
     assert all(row["source"] == "predicted" for row in _predicted_rows()), "no clock has made that file"
 
@@ -114,14 +129,12 @@ def _predicted_rows() -> list[dict]:
 
 @pytest.mark.parametrize("row", _recorded(), ids=lambda row: f"{row['case']}-{row['direction']}")
 def test_the_choice_is_the_best_recorded_and_never_slower_than_eager(h200, row):
-    d = row["d"]
-    chosen = _chosen(row["M"], d, d, row["R"], forward=row["direction"] == "fwd", dtype=getattr(torch, row["dtype"]))
-    assert _wrong(row, chosen) is None
+    assert _wrong(row, _chosen_for(row)) is None
 
 
 def test_a_wrong_choice_is_noticed(h200, monkeypatch):
     monkeypatch.setattr(plan, "by_model", lambda *key: ("started",))
-    noticed = [row["case"] for row in _recorded() if _wrong(row, _chosen(row["M"], row["d"], row["d"], row["R"]))]
+    noticed = [row["case"] for row in _recorded() if _wrong(row, _chosen_for(row))]
     assert {"M16384_d768_R16", "M16384_d5120_R16", "M1_d4096_R16"} <= set(noticed)
     row = next(row for row in _recorded() if row["case"] == "M16384_d768_R16" and row["direction"] == "fwd")
     slow = row | {"eager": {"factored": min(row["forms"].values()) / 2}}
@@ -154,6 +167,7 @@ _sizes = st.builds(
     rank=st.integers(1, 300),
     folds=st.sampled_from([1, 3]),
     dtype=st.sampled_from(["bfloat16", "float16", "float32", "tf32"]),
+    weights=st.sampled_from([1, 3]),
 )
 _cards = st.sampled_from([card for cards in model.CARDS.values() for card in cards])
 _common = settings(max_examples=60, deadline=None)
@@ -261,9 +275,15 @@ def test_the_table_goes_before_the_model_where_its_form_can_run(h200, monkeypatc
     assert _chosen(16384, 4096, 4096, 64) == "fused"
     assert _chosen(16384, 4096, 4096, 65) == "blas", "no such tile: the model's choice"
     assert _chosen(16000, 3072, 768, 10, folds=4, forward=True) == "fused"
-    assert asked[-1] == ("cp_linear_form", "sm_90", "bfloat16_m16384_n3072_k768_r16_g4_fwd")
+    assert asked[-1] == ("cp_linear_form", "sm_90", "bfloat16_m16384_n3072_k768_r16_g4_w1_fwd")
     _chosen(1, 768, 3072, 10, forward=False)
-    assert asked[-1] == ("cp_linear_form", "sm_90", "bfloat16_m1_n768_k3072_r16_g1_bwd")
+    assert asked[-1] == ("cp_linear_form", "sm_90", "bfloat16_m1_n768_k3072_r16_g1_w1_bwd")
+    three = {"folds": 3, "pieces": 3}
+    for forward, key in ((True, "g3_w3_fwd"), (False, "g1_w3_bwd")):
+        _chosen(16384, 2304, 768, 16, forward=forward, **three)
+        assert asked[-1][2].endswith(key), "one qkv of three folds is not three weights"
+        s = Sizes(16384, 2304, 768, 16, 3, "bfloat16", 3)
+        assert asked[-1][2] == plan.form_class(s, forward) != plan.form_class(s._replace(weights=1), forward)
 
 
 def test_entries_of_the_committed_table_name_forms():
@@ -339,6 +359,27 @@ def test_a_narrow_product_by_the_library(monkeypatch, folds, gain_rows, pieces):
     cp_linear_project.project(a.chunk(pieces, 1), b, gain, None, 0.5, 0.0, False, h)
     factors = torch.ones(1, 5) if gain is None else gain
     assert torch.equal(h, 0.5 * ((a.view(37, folds, 24) @ b) * factors).sum(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_short_x_s_product_by_the_library(monkeypatch, dtype):
+    """dU by one product, but for float16, whose dL/dh is float32."""
+    asked = []
+    monkeypatch.setattr(cp_linear_bwd, "grad_u_by_library", lambda *sizes: True)
+    monkeypatch.setattr(cp_linear_bwd, "outer", lambda *tensors, tf32: asked.append(tensors))
+    x, low = torch.randint(-4, 5, (37, 24)).to(dtype), torch.randint(-4, 5, (37, 5)).float()
+    found = torch.full((24, 5), float("nan"), dtype=dtype)
+    rest = (None, None, None, low, 1, 1.0, 0.0, False, low, found, None, None)
+    cp_linear_bwd.low_rank_grads([x], x, *rest, known=True)
+    assert asked if dtype == torch.float16 else torch.equal(found, x.t() @ low)
+
+
+def test_dU_takes_one_launch_where_reading_x_takes_less_than_another(h200):
+    def short(m: int, d: int, dtype=torch.bfloat16) -> bool:
+        return plan.grad_u_by_library(torch.empty(m, d, dtype=dtype, device="meta"), 16, False)
+
+    assert short(1, 4096) and short(512, 5120)
+    assert not short(16384, 768) and not short(4096, 2048) and not short(512, 5120, torch.float16)
 
 
 # -- scripts/tune.py on a clock that is not one ------------------------------------------------------------------------

@@ -28,6 +28,8 @@ def _words(steps) -> set[str]:
 def test_both_plans_run_every_gpu_test_and_every_operations_tests(tmp_path):
     files = {f"tests/gpu/{file.name}" for file in (ROOT / "tests" / "gpu").glob("test_*.py")}
     files |= {f"tests/test_{op}.py" for op in gpu.OPS}
+    files |= {f"tests/test_{name}.py" for name in ("cp_linear_forms", "cp_pieces", "philox", "adapter_norm")}
+    files |= {"tests/hard", "scripts/numerics.py", "scripts/ncu.py", "scripts/tune.py"}
     for words in (_words(gpu.short_plan(tmp_path)), _words(gpu.plan(gpu.STAGES, gpu.OPS, tmp_path, 9.5))):
         assert files <= words
         assert all((ROOT / word).exists() for word in words if word.startswith(("tests/", "benchmarks/", "scripts/")))
@@ -45,6 +47,63 @@ def test_the_short_plan_fits_a_lease_of_a_quarter_of_an_hour(tmp_path):
     (build,) = (s for s in steps if s.behind)
     assert build.env == {"FASTGIST_CUDA_ARCHS": "90a"}
     assert [s.name for s in steps if s.after] == ["losses"]
+
+
+def test_the_forms_go_where_page_and_tests_look_for_them(tmp_path):
+    """docs/crossovers.md and tests/test_cp_linear_plan.py read results/<gpu>/; what --out names lies one folder further."""
+    from crossovers import RESULTS
+
+    for steps in (
+        list(gpu.short_plan(RESULTS / "nvidia-h200")),
+        list(gpu.plan(("tune",), gpu.OPS, RESULTS / "nvidia-h200", 9)),
+    ):
+        (tuned,) = (s for s in steps if "scripts/tune.py" in s.command and "cp_linear" in s.command)
+        file = Path(tuned.command[tuned.command.index("--forms") + 1])
+        assert file == RESULTS / "nvidia-h200" / "cp_linear_forms.json"
+        assert file.match("nvidia-*/cp_linear_forms.json")
+
+
+def test_what_stages_measure_beside_the_rows_is_on_the_page(tmp_path):
+    rows = importlib.import_module("gpu_rows")
+    words = _words(gpu.plan(gpu.STAGES, gpu.OPS, tmp_path, 9.5))
+    for file in rows.BESIDE.values():
+        written = {str(tmp_path / file), str((tmp_path / file).parent)}
+        assert file == "gpu.json" or written & words, file
+
+
+def test_the_page_of_gpu_rows_is_what_the_script_makes():
+    rows = importlib.import_module("gpu_rows")
+    text = rows.PAGE.read_text()
+    assert text == rows.page(), "run scripts/gpu_rows.py"
+    for (op, kind), timed in cases.CASES.items():
+        part = text.split(f"## {op}\n", 1)[1].split("\n## ", 1)[0] if kind == "cuda" else ""
+        for case in timed if kind == "cuda" else ():
+            dtype = str(case.dtype).removeprefix("torch.")
+            asked = [line for line in part.splitlines() if line.startswith(f"| {case.name} | {dtype} |")]
+            assert len(asked) == len(cases.directions(op, kind, case))
+            assert all(rows.NOT_RUN in line or "| run: [" in line for line in asked)
+
+
+def test_a_row_counts_as_run_by_a_result_of_its_own_alone(tmp_path, monkeypatch):
+    rows = importlib.import_module("gpu_rows")
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    timed = {"op": "gelu", "case": "M8_d4", "dtype": "bfloat16", "direction": "fwd", "median_s": 1.0}
+    for folder, provider in (
+        ("nvidia-a", "eager"),
+        ("nvidia-a/first-run", "fastgist triton"),
+        ("cpu-b", "fastgist auto"),
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        given = {"environment": {"commit": "0123456789"}, "rows": [timed | {"provider": provider}]}
+        (tmp_path / folder / "gelu.json").write_text(json.dumps(given))
+    case = cases.case(rows.CASES["gelu", "cuda"][0].dtype, M=8, d=4)
+    known = rows.results()
+    assert rows.status("gelu", case, "fwd", known).startswith(f"{rows.NOT_RUN} (earlier kernels: [0123456]")
+    assert rows.status("gelu", case, "bwd", known) == rows.NOT_RUN
+    given = {"environment": {"commit": "0123456789"}, "rows": [timed | {"provider": "fastgist triton"}]}
+    (tmp_path / "nvidia-a" / "gelu.json").write_text(json.dumps(given))
+    assert rows.status("gelu", case, "fwd", rows.results()).startswith("run: [0123456]")
 
 
 def test_what_is_timed_first_exists():

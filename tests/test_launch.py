@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ import torch
 
 pytest.importorskip("triton")
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.launches import Ledger, on_a_card
+from fastgist import functional
 from fastgist_kernels import adapter_bwd_once as once
 from fastgist_kernels import common
 from fastgist_kernels.common import _specialisation, cdiv, launch, next_power_of_2
@@ -120,6 +125,20 @@ def test_a_second_launch_goes_past_the_jit_unless_somebody_watches(monkeypatch):
     assert kernel.jits == 4 and len(kernel.compiled.runs) == 1
     go(8)
     assert kernel.jits == 4 and len(kernel.compiled.runs) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("op", ["bidirectional_kl", "gist_loss"])
+def test_a_small_loss_is_two_launches_forward_and_backward(op, dtype):
+    """64 rows of 100 classes: one program's worth, where launches are what is waited for. The incoming gradient is 1 and on
+    the device, so the second launch looks at it and returns."""
+    z, g = (torch.randn(64, 100, dtype=dtype, requires_grad=True) for _ in range(2))
+    more = (torch.zeros(64, dtype=torch.long),) if op == "gist_loss" else ()
+    with on_a_card(), Ledger() as ledger:
+        loss = getattr(functional, op)(z, g, *more)
+        torch.autograd.grad(loss, [z, g], torch.ones_like(loss))
+    ours = {name: count for name, count in ledger.found.items() if name != "ones_like"}
+    assert sum(ours.values()) <= 2, ledger.found
 
 
 def test_one_pass_knows_the_shared_memory_that_it_takes():

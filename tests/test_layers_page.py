@@ -35,11 +35,13 @@ def _page(name: str) -> list[str]:
     return [line for line in part.splitlines() if line.startswith("|")]
 
 
-@pytest.mark.parametrize("name", ["qkv", "q_k_v", "ffn"])
+@pytest.mark.parametrize("name", ["qkv", "q_k_v", "ffn", "vit", "block", "qformer"])
 def test_the_page_says_what_is_counted_now(name):
     layers = _layers()
     if importlib.util.find_spec("peft") is None:
         pytest.skip("peft is not installed")
+    if name == "qformer":
+        pytest.importorskip("transformers")
     assert _page(name) == layers.table(layers.counted(name)), "run `python scripts/layers.py`"
 
 
@@ -53,6 +55,15 @@ def test_every_layer_is_on_the_page_and_ours_launches_less_than_plain_pytorch():
             assert moved[list(rows)[-1]] < moved[before], (name, before)
         for before in {"plain PyTorch", "plain", "authors", "released"} & set(rows):
             assert launches[list(rows)[-1]] < launches[before], (name, before)
+
+
+def test_the_page_says_where_peft_takes_fewer_launches():
+    layers, text = _layers(), (ROOT / "docs" / "layers.md").read_text().replace("\n", " ")
+    notes = {name: layers.where_peft_is_less(_page(name)) for name in layers.LAYERS}
+    assert all(note in text for note in notes.values())
+    rows = ["| | forward | backward |", "|---|", "| plain | 1 | 1 |", "| PEFT LoRA | 3 | 9 |", "| fastgist | 4 | 5 |"]
+    assert layers.where_peft_is_less(rows) == "Fewer launches: PEFT LoRA 3 forward where fastgist takes 4."
+    assert layers.where_peft_is_less([*rows[:4], "| fastgist | 3 | 9 |"]) == ""
 
 
 def test_what_counts_as_a_launch_and_its_bytes():

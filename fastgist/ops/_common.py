@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 
@@ -53,13 +54,14 @@ def define(
     ops, and may be called with gradients on.)
     """
     name = schema.split("(", 1)[0]
-    directly = _without_autocast(implementation)
+    arguments = schema.split("(", 1)[1].rsplit(" -> ", 1)[0].split(", ")
+    directly = _without_autocast(_where_there_is_room(name, implementation, arguments))
     mutates = "!" in schema
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     _LIBRARY.impl(name, directly, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgist::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.fastgist, name).default
-    tensors = [i for i, a in enumerate(schema.split("(", 1)[1].rsplit(" -> ", 1)[0].split(", ")) if "Tensor" in a]
+    tensors = [i for i, a in enumerate(arguments) if "Tensor" in a]
     public = public if "." in public else f"fastgist.functional.{public}"
     message = (
         f"torch.ops.fastgist.{name} computes without autograd: call {public} for gradients (in a "
@@ -166,6 +168,41 @@ class _NotDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(ctx.message)
+
+
+def _where_there_is_room(name: str, implementation: Callable, arguments: list[str]) -> Callable:
+    """Where the device has no room for any tile of a kernel that "auto" chose, say so once and take plain PyTorch; an explicit
+    impl="triton" raises. The launcher has tried smaller tiles by then, and no operator writes what it reads before its last
+    launch, so all can begin again."""
+    at = next((i for i, a in enumerate(arguments) if a.rstrip(")") == "str impl"), None)
+    if at is None:
+        return implementation
+
+    @functools.wraps(implementation)
+    def run(*args):
+        try:
+            return implementation(*args)
+        except _no_room() as error:
+            if args[at] != "auto":
+                raise
+            _tell_once(
+                f"fastgist::{name}: this device has no room for any tile of a kernel ({error}); plain PyTorch is used "
+                "for such shapes. impl='reference' does so without this warning"
+            )
+        return implementation(*args[:at], "reference", *args[at + 1 :])
+
+    return run
+
+
+def _no_room() -> tuple[type[Exception], ...]:
+    """Triton's error for a tile that does not fit, where Triton is loaded: asked for once something was raised."""
+    errors = sys.modules.get("triton.runtime.errors")
+    return () if errors is None else (errors.OutOfResources,)
+
+
+@functools.cache
+def _tell_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _without_autocast(implementation: Callable) -> Callable:

@@ -154,8 +154,8 @@ def _bwd(
             grad, x, down_weight, up_weight, up_bias, gate, z = (
                 _as(t, weight_dtype) for t in (grad, x, down_weight, up_weight, up_bias, gate, z)
             )
-        if z is None and any(needs[i] for i in (0, 1, 2, 3, 5, 6, 7)):  # zero rows, of which nothing was saved
-            z = grad.new_empty(0, up_weight.shape[1])
+        if z is None and any(needs[i] for i in (0, 1, 2, 3, 5, 6, 7)):  # a kernel's forward kept none
+            z = _z_again(grad, x, down_weight, down_bias, up_weight, norm_weight, norm_bias, stats)
         needed = (grad, x, down_weight, up_weight, up_bias, gate, z, norm_weight, norm_bias, stats, seed)
         grads = list(reference.backward(*needed, *options, *needs, drop=drop))
         for i, g in enumerate(grads):
@@ -170,6 +170,19 @@ def _bwd(
 
             kernels.adapter_bwd(*tensors, *options, _common.tf32_allowed(), *grads)
     return tuple(empty_unless(g, grad) for g in grads)
+
+
+def _z_again(grad, x, down_weight, down_bias, up_weight, norm_weight, norm_bias, stats) -> Tensor:
+    """z (M, H), of which a kernel's backward forms its own tile by tile; of no rows nothing was kept at all."""
+    if grad.numel() == 0 or x is None or x.numel() == 0:
+        return grad.new_empty(0, up_weight.shape[1])
+    if stats is not None:
+        mean, rstd = stats.unsqueeze(-1)
+        normal = (x.to(stats.dtype) - mean) * rstd
+        normal = normal if norm_weight is None else normal * norm_weight
+        x = normal if norm_bias is None else normal + norm_bias
+    dtype = low_rank_dtype(grad.dtype)
+    return torch.nn.functional.linear(x.to(dtype), down_weight.to(dtype), _as(down_bias, dtype))
 
 
 def _empty_grads(grad, x, down_weight, up_weight, up_bias, gate, needs, weight_dtype):

@@ -283,7 +283,7 @@ def adapter_bwd(
     if grad_up_bias is None or in_kernel:
         return
     if single_bias:
-        grad_up_bias.copy_(grad.sum(0, dtype=torch.float32).mul_(scale))
+        reduce_partials(grad.sum(0, keepdim=True, dtype=torch.float32), grad_up_bias[None], factor=scale)
     else:
         outer(grad, gate, grad_up_bias.t(), tf32=tf32, factor=scale)
 

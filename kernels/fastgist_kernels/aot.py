@@ -219,6 +219,14 @@ def undefined_uniform(sass: str) -> list[str]:
     return found
 
 
+def atomic_sums(sass: str) -> list[str]:
+    """Instructions of ``nvdisasm -c`` output by which threads or programs add to one place, in whatever order they come: ATOM,
+    ATOMG and RED of global memory, ATOMS of shared memory, the copy engine's reductions. Not REDUX, which adds up a warp's
+    registers, nor bits set and cleared in shared memory (Blackwell's tensor memory is handed out that way): of any order."""
+    found = re.findall(r"\b(?:U?ATOM[GS]?|U?RED[GS]?|UTMAREDG|UBLKRED)\b[A-Z0-9_.]*", sass)
+    return [name for name in found if not re.match(r"ATOMS\.(?:OR|AND)\b", name)]
+
+
 def narrow_accesses(sass: str) -> list[str]:
     """Loads and stores of global memory in ``nvdisasm -c`` output that move less than 16 bytes a thread."""
     accesses = re.findall(r"\b((?:LDG|STG)\.[A-Z0-9.]+)", sass)
@@ -258,6 +266,7 @@ def _row(task: tuple[bool, int, int]) -> dict[str, Any]:
     compiled = compile_spec(spec, arch)
     found, sass = resources(compiled)
     row["tensor_memory"] = int(getattr(compiled.metadata, "tmem_size", 0) or 0)
+    row["atomics"] = atomic_sums(sass)
     row |= asdict(found) | {"undefined": undefined_uniform(sass) if arch == 90 else []}  # Blackwell's reads otherwise
     if spec.wide:
         narrow = narrow_accesses(sass)

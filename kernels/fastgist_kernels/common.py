@@ -89,6 +89,8 @@ class _Ready:
 
 #: What a launch is decided by -> the kernel it takes. Filled by the first launch of its kind.
 _READY: dict[tuple, _Ready] = {}
+#: Launches of which no tile fits the device: (bytes asked for at least, bytes there are, of what).
+_REFUSED: dict[tuple, tuple] = {}
 
 
 def _specialisation(args: tuple) -> list:
@@ -117,15 +119,19 @@ def launch(
     The first launch of its kind goes through Triton's JIT, which compiles and loads; later ones go straight to the loaded
     kernel. (On the host of an H200 an adapter took 352 us a call through the JIT, eager PyTorch 69.)
 
-    Where that device has too little shared memory for the tile, a smaller one is taken and remembered. Inside a CUDA
+    Where that device has too little shared memory for the tile, a smaller one is taken and remembered; where it has none for
+    the smallest, Triton's OutOfResources is raised, at once the next time ("auto" then takes plain PyTorch). Inside a CUDA
     graph capture a kernel cannot be compiled or loaded: its first use there raises and names the way out.
     """
     tensor = next(a for a in args if isinstance(a, torch.Tensor))
     device = tensor.device
     key = (id(kernel), device.index, *config.items(), *constexprs.items(), *_specialisation(args))
     ready = _READY.get(key)
+    if key in _REFUSED:
+        raise OutOfResources(*_REFUSED[key])
     if ready is None or ready.run is None or _watched():
-        _READY[key] = _through_jit(kernel, grid, config if ready is None else ready.config, tensor, args, constexprs)
+        first = config if ready is None else ready.config
+        _READY[key] = _through_jit(key, kernel, grid, first, tensor, args, constexprs)
         return
     size = (*(grid(ready.config) if callable(grid) else grid), 1, 1)
     if torch.cuda.current_device() == device.index:
@@ -145,7 +151,7 @@ def _watched() -> bool:
 
 
 def _through_jit(
-    kernel, grid, config: Mapping[str, int], tensor: torch.Tensor, args: tuple, constexprs: dict
+    key: tuple, kernel, grid, config: Mapping[str, int], tensor: torch.Tensor, args: tuple, constexprs: dict
 ) -> _Ready:
     """Launch through Triton's JIT, with smaller tiles while the device has no room; what it compiled is the result."""
     while True:
@@ -159,9 +165,10 @@ def _through_jit(
             given = constexprs | dict(config)
             tail = tuple(given[name] for name in kernel.arg_names[len(args) :])
             return _Ready(config, compiled.run, compiled.function, compiled.packed_metadata, tail)
-        except OutOfResources:
+        except OutOfResources as error:
             smaller = _smaller(config)
             if smaller is None:
+                _REFUSED[key] = error.required, error.limit, error.name
                 raise
             config = smaller
         except Exception as error:

@@ -263,17 +263,23 @@ def _by_blas(x, weights, biases, u, v, gain, seed, scale, dropout_p, tf32, y, h)
     One weight's bias is added by its product. Into a slice of y the library would have to spread the bias first and read it
     back, a pass over y: there the biases are one more rank of the update, which passes over y anyway.
     """
-    folded = folded_v(v, gain, y.shape[1] // v.shape[0])
-    rank = u.shape[1]
+    folds, rank = y.shape[1] // v.shape[0], u.shape[1]
     several = len(weights) > 1 and bool(biases)
-    if several:  # [h | 1 | 0 ...], rows of whole 16 bytes
+    if several:  # [h | 1 ...] times [scale V' | b | 0 ...], rows of whole 16 bytes
         more = 8 - rank % 8
-        low = x.new_zeros(x.shape[0], rank + more)
-        low[:, rank] = 1.0
-        bias = torch.cat(list(biases))[:, None]
-        folded = torch.cat([folded * scale, bias, folded.new_zeros(y.shape[1], more - 1)], 1)
+        low = x.new_ones(x.shape[0], rank + more)
+        folded = x.new_zeros(y.shape[1], rank + more)
+        update = folded[:, :rank].unflatten(0, (folds, -1))
+        if gain is None:
+            update.copy_(v)
+        else:
+            torch.mul(v, gain.expand(folds, -1)[:, None], out=update)
+        if scale != 1.0:
+            update.mul_(scale)
+        torch.cat(list(biases), out=folded[:, rank])
         scale = 1.0
     else:
+        folded = folded_v(v, gain, folds)
         low = low_rank_empty(x, rank) if h is None else h
     project([x], u, None, seed, 1.0, dropout_p, tf32, low[:, :rank])
     if several and h is not None:

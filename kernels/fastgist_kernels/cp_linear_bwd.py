@@ -27,9 +27,9 @@ from fastgist_kernels.cp_linear_parts import (
     low_rank_empty,
     own_folds,
 )
-from fastgist_kernels.cp_linear_plan import cp_linear_form, one_pass, product_precision
+from fastgist_kernels.cp_linear_plan import cp_linear_form, grad_u_by_library, one_pass, product_precision
 from fastgist_kernels.cp_linear_project import project
-from fastgist_kernels.outer import argument_types, low_dot, narrow, outer, outer_partials, rank_block
+from fastgist_kernels.outer import argument_types, low_dot, narrow, outer, outer_partials, rank_block, reduce_partials
 from fastgist_kernels.pieces import PIECES, padded, pick, sizes, strides, sum_of
 
 __all__ = ["SPECS", "cp_linear_bwd", "low_rank_grads"]
@@ -248,7 +248,11 @@ def low_rank_grads(
         part = outer_partials(dy, h, tf32=tf32) if part is None else part
         _reduce(part, v, gain, columns, rank, folds, scale, grad_v, grad_gain)
         del part  # before dU's are made
-    if grad_u is not None:
+    if grad_u is None:
+        return
+    if grad_u.dtype == grad_h.dtype == x.dtype and grad_u_by_library(x, rank, tf32):
+        torch.mm(x.t(), grad_h, out=grad_u)
+    else:
         outer(x, grad_h, grad_u, tf32=tf32)
 
 
@@ -325,8 +329,7 @@ def _reduce(part, v, gain, columns, rank, folds, scale, grad_v, grad_gain) -> No
         BLOCK_N=block_n,
     )
     if grad_gain is not None:
-        gains = gains.sum(0)
-        grad_gain.copy_(gains.sum(0, keepdim=True) if gain.shape[0] == 1 else gains)
+        reduce_partials(gains.view(-1, grad_gain.numel()), grad_gain)  # one gain of many folds: their sum too
 
 
 # -- ahead-of-time specs ---------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ library were fitted to the H200's readings in benchmarks/results, :data:`READING
 that rate a Triton loop reaches no reading says: those shares are assumptions, and all that follows from them is a
 prediction. What scripts/tune.py measures on a card goes into the launch table, which is asked before this model.
 
-Sizes M rows, N out, K in, R rank, G folds of width n = N / G. Plain numbers throughout: no tensors, no device.
+Sizes M rows, N out, K in, R rank, G folds of width n = N / G, W weights. Plain numbers throughout: no tensors, no device.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ __all__ = [
     "eager_cost",
     "library_product",
     "narrow",
+    "of_u",
     "roofline",
 ]
 
-#: The eager forms that the benchmark compares with: x W^T + b + ((x U) * gain) V^T, and x W^T + b + x (V' U^T)^T.
-EAGER = ("factored", "dense")
+#: The eager forms that the benchmark compares with: x W^T + b + ((x U) * gain) V^T; x W^T + b + x (V' U^T)^T; and the first
+#: one's two products into one buffer, its gradients by formula in a Function. Several weights are called one by one.
+EAGER = ("factored", "dense", "chain")
 #: (M, N, K, microseconds) of a product in bfloat16 on an H200, 17 readings: `frozen linear alone` of first-run/cp_linear.json
 #: (d = 768, 1024, 4096; forward and backward), the products of second-run/probe.json, and 8192^3 as two runs' ceilings.
 READINGS = (
@@ -63,7 +65,8 @@ SPREAD = 0.08
 
 
 class Sizes(NamedTuple):
-    """One call. ``dtype``: "bfloat16", "float16", "float32", or "tf32" for float32 whose products may be tf32."""
+    """One call. ``folds``: all of them, those of several weights too. ``dtype``: "bfloat16", "float16", "float32", or "tf32"
+    for float32 whose products may be tf32. ``weights``: how many stand one above the other, each with its own result."""
 
     rows: int
     out: int
@@ -71,6 +74,7 @@ class Sizes(NamedTuple):
     rank: int
     folds: int = 1
     dtype: str = "bfloat16"
+    weights: int = 1
 
     @property
     def itemsize(self) -> int:
@@ -283,6 +287,12 @@ def _outer(c: Card, s: Sizes, columns: int) -> Cost:
     return read + _elementwise(c, part + columns * s.rank * b)
 
 
+def of_u(c: Card, s: Sizes) -> Narrow:
+    """dU = x^T dL/dh: by outer.py, or the library where a second launch takes longer than reading x."""
+    short = s.rows * s.inner * s.itemsize / (c.copy * c.streams) < c.launch and s.dtype != "float16"
+    return Narrow(_by_library(c, s, s.inner) if short else _outer(c, s, s.inner), short)
+
+
 def dy_programs(rows: int, rank: int, itemsize: int, block_m: int = 128) -> tuple[int, int]:
     """(programs, blocks of rows each) that take dL/dh and dV from one read of dy (M, N). A program's part of dV is N R floats:
     there are as many programs as keep the parts an eighth of dy, at least one."""
@@ -295,7 +305,9 @@ def dy_pass(c: Card, s: Sizes, one_pass: bool) -> Cost:
     """dL/dh (M, R) and dV from dy: by one kernel, whose programs add to their parts of dV at each 128 rows, or by a projection
     and outer.py."""
     if not one_pass:
-        return narrow(c, s._replace(inner=s.out)).cost + _outer(c, s, s.out)
+        found = narrow(c, s._replace(inner=s.out))
+        beside = _folded(c, s) + _launches(c, s.weights - 1) if found.by_library else Cost()
+        return found.cost + beside + _outer(c, s, s.out)
     programs, blocks = dy_programs(s.rows, s.rank, s.itemsize)
     b, part = s.itemsize, programs * s.out * s.rank * 4
     moved = (s.rows * s.out + s.out * s.rank + 2 * s.rows * s.rank) * b + part * (2 * blocks - 1)
@@ -307,6 +319,32 @@ def dy_pass(c: Card, s: Sizes, one_pass: bool) -> Cost:
 
 def _elementwise(c: Card, moved: int) -> Cost:
     return Cost(c.launch + moved / c.copy, 1, moved)
+
+
+def _launches(c: Card, count: int) -> Cost:
+    """Of a few numbers each."""
+    return Cost(count * c.launch, count)
+
+
+def _folded(c: Card, s: Sizes) -> Cost:
+    """V' (N, R) from V and the gain."""
+    return _elementwise(c, (s.out + s.out // s.folds) * s.rank * s.itemsize)
+
+
+def _to_each(c: Card, s: Sizes) -> Cost:
+    """x W_i^T of each weight by the library."""
+    one = library_product(c, s._replace(out=s.out // s.weights))
+    return _times(one, s.weights)
+
+
+def _from_each(c: Card, s: Sizes) -> Cost:
+    """The sum of dy_i W_i by the library, a product for each weight, added to those before."""
+    turned = s._replace(out=s.inner, inner=s.out // s.weights, folds=1)
+    return library_product(c, turned) + _times(library_product(c, turned, passes=2), s.weights - 1)
+
+
+def _times(each: Cost, count: int) -> Cost:
+    return Cost(count * each.seconds, count * each.launches, count * each.bytes, count * each.flops)
 
 
 # -- forms -------------------------------------------------------------------------------------------------------------
@@ -324,8 +362,12 @@ def cost(
     factors = (s.inner + s.out // s.folds) * s.rank * s.itemsize
     moved = (s.rows * (s.inner + s.out) + s.out * s.inner) * s.itemsize + low + factors
     if form == "blas":
-        y = library_product(c, s)
-        return narrow(c, s).cost + y + _added(c, s)
+        several = s.weights > 1
+        found = narrow(c, s).cost + _folded(c, s) + _to_each(c, s)
+        if several:  # the biases as one more rank: ones beside h, which is copied out, zeros and biases beside V'
+            beside = s.padded_rank * (3 * s.rows + 2 * s.out) * s.itemsize
+            found += _elementwise(c, beside) + _launches(c, 3)
+        return found + _added(c, s, several)
     return _kernel(form, s, c, tile, moved)
 
 
@@ -334,6 +376,8 @@ def _kernel(form: str, s: Sizes, c: Card, tile: tuple[int, int], moved: int, pro
     descriptors = form.startswith("tma_")
     share, overhead = (c.descriptors, c.persistent) if descriptors else (c.pointers, 1.0)
     kind = form.removeprefix("tma_")
+    if descriptors and s.weights > 1:
+        return _IMPOSSIBLE
     if kind == "few":
         return _few(s, c) if s.rows <= FEW_ROWS else _IMPOSSIBLE
     if kind == "fused":
@@ -361,52 +405,79 @@ def _few(s: Sizes, c: Card) -> Cost:
     return read + _elementwise(c, part + s.rows * s.out * s.itemsize)
 
 
-def _added(c: Card, s: Sizes) -> Cost:
-    """y += h V^T by the library."""
-    return library_product(c, s._replace(inner=s.rank), passes=2)
+def _added(c: Card, s: Sizes, biased: bool = False) -> Cost:
+    """y += h V^T by the library. ``biased``: with the biases as one more rank, padded to whole 16 bytes."""
+    return library_product(c, s._replace(inner=s.rank + (8 - s.rank % 8 if biased else 0)), passes=2)
 
 
 def _backward(form: str, s: Sizes, c: Card, tile: tuple[int, int], one_pass: bool | None) -> Cost:
     turned = s._replace(out=s.inner, inner=s.out, folds=1)
     b = s.itemsize
     moved = (s.rows * (s.inner + s.out) + s.out * s.inner + (s.rows + s.inner) * s.rank) * b
-    of_u = _outer(c, s, s.inner)
+    beside = of_u(c, s).cost + _launches(c, 1)  # the gain's gradient, a sum of few rows
     if form == "fused":  # dL/dh comes from the same kernel, with V of all folds; dV reads dy again
-        return _kernel("fused", turned, c, tile, moved + s.out * s.rank * b) + _outer(c, s, s.out) + of_u
+        dx = _kernel("fused", turned, c, tile, moved + s.out * s.rank * b)
+        return _folded(c, s) + dx + _outer(c, s, s.out) + beside
     if form == "started":
         dx = _kernel("started", turned, c, tile, moved, project=False)
     elif form == "blas":
-        dx = library_product(c, turned) + _added(c, turned)
+        dx = _from_each(c, s) + _added(c, turned)
     else:
         return _IMPOSSIBLE
     ways = [way for way in (True, False) if one_pass in (None, way)]
-    return min((dy_pass(c, s, way) for way in ways), key=lambda found: found.seconds) + dx + of_u
+    return min((dy_pass(c, s, way) for way in ways), key=lambda found: found.seconds) + dx + beside
 
 
 def eager_cost(name: str, s: Sizes, c: Card, *, forward: bool = True) -> Cost:
-    """Of an eager form, by the library's products and a pass for each sum and factor: what the forms above must not exceed."""
+    """Of an eager form, by the library's products and a pass for each sum and factor: what the forms above must not exceed. Of
+    several weights each is called by itself, but by "chain", which knows of all. Sums of few numbers are left out."""
+    if name == "chain":
+        return _chain(s, c, forward)
+    if s.weights > 1:
+        one = s._replace(out=s.out // s.weights, folds=max(1, s.folds // s.weights), weights=1)
+        found = _times(eager_cost(name, one, c, forward=forward), s.weights)
+        sums = _elementwise(c, 3 * s.rows * s.inner * s.itemsize)
+        return found if forward else found + _times(sums, s.weights - 1)
     b, low = s.itemsize, s.rows * s.rank * s.itemsize
     turned = s._replace(out=s.inner, inner=s.out, folds=1)
     base = library_product(c, s if forward else turned)
     if name == "factored":
+        gained = _elementwise(c, (1 + s.folds) * low)  # (M, G R)
         if forward:
-            low_rank = _by_library(c, s, s.inner) + _elementwise(c, 2 * low)
-            return (
-                base + low_rank + library_product(c, s._replace(inner=s.rank)) + _elementwise(c, 3 * s.rows * s.out * b)
-            )
-        low_rank = _by_library(c, s, s.out) + _elementwise(c, 2 * low)  # dy V, times the gain
-        low_rank += _elementwise(c, 3 * low) + _elementwise(c, low)  # the gain's gradient
+            update = s._replace(rows=s.rows * s.folds, out=s.out // s.folds, inner=s.rank, folds=1)
+            low_rank = _by_library(c, s, s.inner) + gained
+            return base + low_rank + library_product(c, update) + _elementwise(c, 3 * s.rows * s.out * b)
+        low_rank = (
+            _by_library(c, s, s.out) + gained + _elementwise(c, (1 + 2 * s.folds) * low)
+        )  # dy V, then of the gain
+        low_rank += _times(_elementwise(c, s.folds * low), 1 + (s.folds > 1))
         factors = _by_library(c, s, s.out) + _by_library(c, s, s.inner)
         dx = library_product(c, turned._replace(inner=s.rank)) + _elementwise(c, 3 * s.rows * s.inner * b)
         return base + low_rank + factors + dx
     delta = library_product(c, Sizes(s.out, s.inner, s.rank, s.rank, 1, s.dtype))
-    of_factors = _elementwise(c, 2 * s.out * s.rank * b)
     if forward:
-        return base + of_factors + delta + base + _elementwise(c, 3 * s.rows * s.out * b)
+        return base + _folded(c, s) + delta + base + _elementwise(c, 3 * s.rows * s.out * b)
     of_delta = library_product(c, Sizes(s.out, s.inner, s.rows, s.rank, 1, s.dtype))  # dy^T x
-    of_factors += library_product(c, Sizes(s.out, s.rank, s.inner, s.rank, 1, s.dtype))
+    of_factors = library_product(c, Sizes(s.out, s.rank, s.inner, s.rank, 1, s.dtype))
     of_factors += library_product(c, Sizes(s.inner, s.rank, s.out, s.rank, 1, s.dtype))
-    return base + base + _elementwise(c, 3 * s.rows * s.inner * b) + of_delta + of_factors
+    return base + base + _elementwise(c, 3 * s.rows * s.inner * b) + of_delta + of_factors + _of_folded(c, s)
+
+
+def _of_folded(c: Card, s: Sizes) -> Cost:
+    """Gradients of V and the gain from those of V', by autograd: two products and a sum a fold, and one more over folds."""
+    return _times(_elementwise(c, 2 * s.out * s.rank * s.itemsize), 3 + (s.folds > 1))
+
+
+def _chain(s: Sizes, c: Card, forward: bool) -> Cost:
+    """x U once for all weights, each product added to a buffer; backward x U again, nothing that was kept."""
+    one = s._replace(out=s.out // s.weights, folds=max(1, s.folds // s.weights), weights=1)
+    h = _by_library(c, s, s.inner)
+    if forward:
+        return h + _times(_folded(c, one) + library_product(c, one) + _added(c, one), s.weights)
+    narrow_products = _by_library(c, one, one.out)  # dy_i V_i', dy_i^T h
+    dx = _from_each(c, s) + _added(c, s._replace(out=s.inner, folds=1))
+    of_factors = _times(narrow_products + narrow_products + _of_folded(c, one), s.weights)
+    return h + dx + of_factors + h
 
 
 # -- the floor ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from fastgist_kernels.common import cdiv, device_arch, launch_config, next_power_of_2
-from fastgist_kernels.cp_linear_cost import Cost, Sizes, card_of, cost, dy_pass, narrow
+from fastgist_kernels.cp_linear_cost import Cost, Sizes, card_of, cost, dy_pass, narrow, of_u
 from fastgist_kernels.cp_linear_forms import FORMS, aligned, can
 from fastgist_kernels.outer import processors, rank_block
 
@@ -26,6 +26,7 @@ __all__ = [
     "cp_linear_form",
     "family",
     "form_class",
+    "grad_u_by_library",
     "matmul_config",
     "narrow_by_library",
     "one_pass",
@@ -148,10 +149,11 @@ MEASURED_ONLY = ("tma_fused", "tma_started")
 
 @functools.lru_cache(maxsize=4096)
 def form_class(s: Sizes, forward: bool) -> str:
-    """Key of the measured forms. Rows are rounded up to a power of two and the rank to the tile that it is padded to; widths
+    """Key of the measured forms: three folds of one weight are not three weights, whose products the library makes one by one.
+    Rows are rounded up to a power of two and the rank to the tile that it is padded to; widths
     are as they are: a model has few of them, and 768 is not 1024."""
-    rows, rank = next_power_of_2(s.rows), next_power_of_2(s.padded_rank)
-    return f"{s.dtype}_m{rows}_n{s.out}_k{s.inner}_r{rank}_g{s.folds}_{'fwd' if forward else 'bwd'}"
+    rows, rank, folds = next_power_of_2(s.rows), next_power_of_2(s.padded_rank), s.folds if forward else 1
+    return f"{s.dtype}_m{rows}_n{s.out}_k{s.inner}_r{rank}_g{folds}_w{s.weights}_{'fwd' if forward else 'bwd'}"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -159,7 +161,8 @@ def predicted(arch: str, name: str, sms: int, s: Sizes, forward: bool) -> tuple[
     """What each form is expected to cost on a card of architecture ``arch`` called ``name`` with ``sms`` processors, cheapest
     first, for operands that any form could take; forms that do not exist at these sizes are left out."""
     c = card_of(arch, name, sms)
-    product = s if forward else s._replace(out=s.inner, inner=s.out, folds=1)
+    s = s if forward else s._replace(folds=1)
+    product = s if forward else s._replace(out=s.inner, inner=s.out, weights=1)
     tile = TILES[family(arch)][_tile_kind(arch, name, sms, product)][:2]
     one = not forward and _one_pass(arch, name, sms, s)
     costs = [(form, cost(form, s, c, tile, forward=forward, one_pass=one)) for form in FORMS]
@@ -186,7 +189,7 @@ def cp_linear_form(
     arch = device_arch(x.device)
     rows, out, inner = x.shape[0], _columns(weights, True), _columns(weights, False)
     folds = max(1, out // fold_n, len(weights)) if forward else 1
-    s = Sizes(_rows(rows), out, inner, rank, folds, _dtype_name(x.dtype, tf32))
+    s = Sizes(_rows(rows), out, inner, rank, folds, _dtype_name(x.dtype, tf32), len(weights))
     if arch == "interpret":
         order = _interpreted(s, forward)
     else:
@@ -210,6 +213,20 @@ def narrow_by_library(a: torch.Tensor, columns: int, rank: int, tf32: bool) -> b
         return False
     s = Sizes(_rows(a.shape[0]), rank, columns, rank, 1, _dtype_name(a.dtype, tf32))
     return _narrow_by_library(arch, _card_name(a.device), processors(a.device), s)
+
+
+@functools.lru_cache(maxsize=4096)
+def _grad_u_by_library(arch: str, name: str, sms: int, s: Sizes) -> bool:
+    return of_u(card_of(arch, name, sms), s).by_library
+
+
+def grad_u_by_library(x: torch.Tensor, rank: int, tf32: bool) -> bool:
+    """Whether the library forms dU (K, R) = x^T dL/dh: its one launch in place of two, where x (M, K) is short."""
+    arch = device_arch(x.device)
+    if arch == "interpret":
+        return False
+    s = Sizes(_rows(x.shape[0]), rank, x.shape[1], rank, 1, _dtype_name(x.dtype, tf32))
+    return _grad_u_by_library(arch, _card_name(x.device), processors(x.device), s)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -54,6 +54,22 @@ def _wide_offset_kernel(x_ptr, stride_xm, BLOCK: tl.constexpr):
     tl.store(x_ptr + offs_m * stride_xm, 0.0)
 
 
+@triton.jit
+def _adding_kernel(x_ptr, stride_xm, BLOCK: tl.constexpr):
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.atomic_add(x_ptr + offs_m % 7 * stride_xm, 1.0)
+
+
+def _compiled_apart(script: str) -> str:
+    """What ``script`` prints in a process of its own: under TRITON_INTERPRET the functions above are not compilable."""
+    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_kernels\n{script}"
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    env.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
 def _oldest_triton() -> Path:
     """The folder of Triton 3.6.0 unpacked, fetched once. It installs beside any torch: --target keeps it apart."""
     folder = BUILD / f"triton-{OLDEST}"
@@ -226,6 +242,34 @@ def test_no_uniform_register_is_read_before_it_is_written(rows):
     _fail([f"{_label(row)}: {line}" for row in rows for line in row["undefined"]])
 
 
+def test_nothing_is_added_up_by_atomics(rows):
+    """Programs that add to one place do so in whatever order they come: another result at each run."""
+    _fail([f"{_label(row)}: {' '.join(row['atomics'])}" for row in rows if row["atomics"]])
+    kernels = {row["kernel"].split("[")[0] for row in rows if row["arch"] == 90}
+    for layer, at_least in (("_cp_linear", 9), ("_cp_update", 1), ("_adapter", 7), ("_outer", 2)):
+        assert sum(name.startswith(layer) for name in kernels) >= at_least, layer
+
+
+@pytest.mark.parametrize(("kernel", "caught"), [("_adding_kernel", True), ("_wide_offset_kernel", False)])
+def test_the_atomics_check_catches_a_sum_of_many_programs(kernel, caught):
+    script = (
+        "from fastgist_kernels.aot import Spec, compile_spec, atomic_sums, resources\n"
+        f"spec = Spec(test_kernels.{kernel}, 'x', {{'x_ptr': '*fp32', 'stride_xm': 'i64'}}, {{'BLOCK': 128}})\n"
+        "print(*(bool(atomic_sums(resources(compile_spec(spec, arch))[1])) for arch in (80, 90, 100)))\n"
+    )
+    assert _compiled_apart(script) == " ".join([str(caught)] * 3)
+
+
+def test_bits_in_shared_memory_are_no_sum():
+    from fastgist_kernels.aot import atomic_sums
+
+    sass = "ATOMS.OR RZ, [UR4], R2 ;\nATOMS.AND RZ, [UR4], R2 ;\nREDUX.SUM UR4, R2 ;\nRED.E.ADD.F32 [R2], R4 ;\n"
+    assert atomic_sums(sass) == ["RED.E.ADD.F32"]
+    assert atomic_sums("ATOMG.E.ADD.F32 PT, R1, [R2], R4 ;\nATOMS.ADD R1, [UR4], R2 ;\nATOMS.CAST.SPIN R1, [R2] ;") == [
+        "ATOMG.E.ADD.F32", "ATOMS.ADD", "ATOMS.CAST.SPIN",
+    ]  # fmt: skip
+
+
 _SASS = """
         /*0010*/                   ULDC.64 UR4, c[0x0][0x208] ;
         /*0020*/                   UMOV UR6, 0x400 ;
@@ -255,19 +299,12 @@ def test_pointer_arithmetic_is_64_bit(rows):
     ("kernel", "caught"), [("_narrow_offset_kernel", True), ("_late_cast_kernel", True), ("_wide_offset_kernel", False)]
 )
 def test_the_pointer_check_catches_narrow_offsets(kernel, caught):
-    """In a process of its own: under TRITON_INTERPRET the functions above are not compilable."""
     script = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import test_kernels\n"
         "from fastgist_kernels.aot import Spec, narrow_offsets, written_ir\n"
         f"spec = Spec(test_kernels.{kernel}, 'x', {{'x_ptr': '*fp32', 'stride_xm': 'i64'}}, {{'BLOCK': 128}})\n"
         "print(len(narrow_offsets(written_ir(spec))))\n"
     )
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (int(done.stdout) > 0) == caught
+    assert (int(_compiled_apart(script)) > 0) == caught
 
 
 def test_constexprs_end_every_kernel():

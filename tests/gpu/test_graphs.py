@@ -56,17 +56,32 @@ def test_replay_equals_eager(op, dtype):
             assert torch.equal(mine, w)
 
 
-@on_gpu
-@pytest.mark.parametrize("op", ["cp_linear", "adapter"])
-def test_dropout_in_a_graph_draws_anew_at_each_replay(op):
-    call = make(op, device="cuda", rows=64)
+def _four(run: Callable[[], Tensor]) -> list[Tensor]:
+    return [run().clone() for _ in range(4)]
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_gpu), "cpu"])
+@pytest.mark.parametrize("op", ["cp_linear", "cp_update", "adapter"])
+def test_dropout_in_a_graph_draws_anew_at_each_replay(op, device):
+    """On a CPU: at each call."""
+    call = make(op, device=device, rows=64)
     values = call.values(grad=False)
-    graph, out = _capture(lambda: call(*values, dropout_p=0.5, training=True, impl="triton"))
-    replays = []
-    for _ in range(4):
+
+    def step() -> Tensor:
+        return call(*values, dropout_p=0.5, training=True, impl="triton" if device == "cuda" else "auto")
+
+    found = _four(_replayed(step) if device == "cuda" else step)
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(found))
+
+
+def _replayed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    graph, out = _capture(step)
+
+    def run() -> Tensor:
         graph.replay()
-        replays.append(out.clone())
-    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(replays))
+        return out
+
+    return run
 
 
 @on_gpu
@@ -107,26 +122,27 @@ def _step(model: nn.Module, loss: Callable[[], Tensor], device: str) -> _Step:
     return _Step(values, loss, torch.optim.AdamW(values, lr=1e-2, fused=on_device, capturable=on_device))
 
 
-def _vit(device: str, dtype: torch.dtype) -> _Step:
-    """A ViT with CP on every qkv, adapters beside both branches and a gist token, by the gist loss."""
+def _vit(device: str, dtype: torch.dtype, dropout: float = 0.0) -> _Step:
+    """A ViT with CP on every qkv, adapters beside both branches and a gist token, by the gist loss. With ``dropout`` in all of
+    them, the adapters behind a norm."""
     pytest.importorskip("timm")
     from vits import images, vit
 
     model = vit(depth=3, embed_dim=64)
-    factors = fg.nn.CPFactors(64, 64, 8, 9)
+    factors = fg.nn.CPFactors(64, 64, 8, 9, dropout=dropout)
     model.to(device, dtype)
-    fg.get_peft_model(model, fg.AdapterConfig(4, placement="shared"))
+    fg.get_peft_model(model, fg.AdapterConfig(4, placement="shared", norm=dropout > 0, dropout=dropout))
     for i, block in enumerate(model.blocks):
         attention = block.base_layer.attn
         attention.qkv = fg.nn.CPLinear(attention.qkv, factors.to(device), (3 * i, 3 * i + 1, 3 * i + 2))
-    model = fg.add_gist(model, fg.GistConfig(dropout=0.0)).to(device).train()
+    model = fg.add_gist(model, fg.GistConfig(dropout=dropout)).to(device).train()
     loss, x, target = fg.nn.GistLoss(), images(4).to(device, dtype), torch.tensor([0, 1, 2, 0], device=device)
     step = _step(model, lambda: loss(model(x), target), device)
     assert len(step.values) >= 4 + 3 * 4 + 1, "factors, adapters, the token and the head"
     return step
 
 
-def _qformer(device: str, dtype: torch.dtype) -> _Step:
+def _qformer(device: str, dtype: torch.dtype, dropout: float = 0.0) -> _Step:
     """A Q-Former of two layers with PETAL: updates of q, k and v of both attentions, and experts."""
     pytest.importorskip("transformers")
     from qformers import QUERIES, make, quiet
@@ -136,7 +152,7 @@ def _qformer(device: str, dtype: torch.dtype) -> _Step:
     model = quiet(make(layers=2, hidden_size=64, num_attention_heads=4, intermediate_size=128, image=96))
     model = model.to(device, dtype)
     quiet(
-        petal.wrap(model, petal.PetalConfig(rank=16, expert_dim=8, num_experts=3, dropout=0.0), verbose=False)
+        petal.wrap(model, petal.PetalConfig(rank=16, expert_dim=8, num_experts=3, dropout=dropout), verbose=False)
     ).train()
     given = {
         "input_ids": torch.randint(3, 50, (4, 6), device=device),
@@ -182,6 +198,31 @@ def test_a_captured_training_step_trains_as_an_eager_one(of, dtype):
     assert torch.equal(*losses)
     assert losses[0][-1] < losses[0][0]
     assert all(torch.equal(a, b) for a, b in zip(*values, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [pytest.param("cuda", torch.bfloat16, marks=on_gpu), ("cpu", torch.float32)],
+)
+@pytest.mark.parametrize("of", STEPS)
+def test_a_captured_step_with_dropout_draws_anew_and_by_the_seed(of, device, dtype):
+    """Nothing moves at a rate of 0: what differs between two steps is what was dropped. On a CPU the step itself."""
+    torch.manual_seed(0)
+    step = STEPS[of](device, dtype, dropout=0.3)
+    with torch.no_grad():
+        for p in step.values:  # an update that is zero at the start drops nothing
+            p.add_(torch.randn_like(p), alpha=0.1)
+    for group in step.optimizer.param_groups:
+        group["lr"] = 0.0
+    start = copy.deepcopy(step.values)
+    run = _replayed(step) if device == "cuda" else step
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        losses.append(_four(run))
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(losses[0]))
+    assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
+    assert all(torch.equal(p, was) for p, was in zip(step.values, start, strict=True))
 
 
 @pytest.mark.parametrize("of", STEPS)

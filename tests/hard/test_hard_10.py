@@ -1,15 +1,21 @@
-"""Hard case 10: out of memory leaves parameters and gradients intact; too little shared memory means a smaller tile."""
+"""Hard case 10: out of memory leaves parameters and gradients intact; too little shared memory means a smaller tile, and
+where none fits one warning and plain PyTorch."""
 
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import DEVICE, INTERPRETING
 from every_op import make
 from test_hard_09 import _Kernel
 
 from fastgist.backends import OPS
+from fastgist.ops import _common
+
+ROOT = Path(__file__).parents[2]
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -50,13 +56,72 @@ def test_only_what_is_in_the_config_shrinks():
 
 
 @needs_triton
-def test_what_cannot_shrink_is_an_error_not_a_crash():
+def test_what_cannot_shrink_is_refused_at_once_the_next_time(monkeypatch):
     from fastgist_kernels import common
 
+    monkeypatch.setattr(common, "_REFUSED", {})
     kernel = _Kernel(*[_out_of_resources() for _ in range(64)])
-    with pytest.raises(Exception, match="out of resource") as caught:
-        common.launch(kernel, lambda c: (1,), {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}, torch.zeros(3))
-    assert type(caught.value).__name__ == "OutOfResources"
+    for tries in (1, 1, 2):  # the third is another tile
+        config = {"BLOCK_M": 16 * tries, "num_warps": 4, "num_stages": 1}
+        with pytest.raises(Exception, match="out of resource") as caught:
+            common.launch(kernel, lambda c: (1,), config, torch.zeros(3))
+        assert type(caught.value).__name__ == "OutOfResources"
+    assert [options["BLOCK_M"] for _, options in kernel.configs] == [16, 32, 16]
+
+
+@pytest.fixture
+def no_room(monkeypatch):
+    """Operations choose as on a card, and none of its kernels' tiles fits."""
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import launches
+
+    def refuse(*args: object, **constexprs: object) -> None:
+        raise _out_of_resources()
+
+    monkeypatch.setattr(launches, "_note", refuse)
+    _common._tell_once.cache_clear()
+    with launches.on_a_card():
+        yield
+    _common._tell_once.cache_clear()
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or INTERPRETING, reason="kernels that run have room")
+@pytest.mark.parametrize("op", OPS)
+def test_without_room_for_any_tile_auto_warns_once_and_takes_plain_pytorch(no_room, op):
+    call = make(op)
+    want, want_grads = call.run(impl="reference")
+    with pytest.warns(RuntimeWarning, match=rf"fastgist::{op}.*no room for any tile") as told:
+        runs = [call.run() for _ in range(2)]
+    messages = [str(w.message) for w in told if "no room" in str(w.message)]
+    assert len(messages) == len(set(messages)), "once for each operator"
+    for found, grads in runs:
+        assert torch.equal(found, want)
+        assert all(torch.equal(mine, w) for mine, w in zip(grads, want_grads, strict=True))
+    with pytest.raises(Exception, match="out of resource"):
+        call.run(impl="triton")
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_adapter_s_backward_without_room_forms_z_again(normed, dtype):
+    """A kernel's forward kept none, and its backward has no room: what plain PyTorch's needs is formed of x."""
+    from fastgist.ops import adapter as ops
+
+    x, grad = (torch.randn(9, 12).to(dtype) for _ in range(2))
+    down, down_bias, up = torch.randn(5, 12).to(dtype), torch.randn(5).to(dtype), torch.randn(12, 5).to(dtype)
+    norm = (torch.randn(12).to(dtype), torch.randn(12).to(dtype)) if normed else (None, None)
+    rest = ("gelu", 0.5, 1.0, 1e-5 if normed else None, 0.0, True, True, "reference")
+    _, z, stats = ops._fwd(x, down, down_bias, up, None, x, None, None, *norm, None, *rest)
+    stats = stats if normed else None
+    needs = [True, True, True, True, False, False, normed, normed]
+    tail = (None, "gelu", 0.5, 1.0, True, 0.0, needs, dtype, "reference")
+    kept, again = (
+        ops._bwd(grad, x, down, down_bias, up, None, None, given, *norm, stats, *tail) for given in (z, None)
+    )
+    assert all(t.numel() for t in again[:4])
+    for mine, want in zip(again, kept, strict=True):
+        torch.testing.assert_close(mine, want)
 
 
 @pytest.mark.gpu

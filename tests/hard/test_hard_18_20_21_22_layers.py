@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from vits import images, stir, vit
@@ -30,6 +31,12 @@ from fastgist.testing import assert_within_budget
 pytestmark = pytest.mark.kernel  # what "auto" takes, interpreted too
 
 
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    with torch.device(DEVICE):
+        yield
+
+
 def _randomise(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for p in module.parameters():
@@ -40,6 +47,7 @@ def _randomise(module: nn.Module) -> nn.Module:
 # -- 18 --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("rank", [1, 3, 17, 64, 256])
 @pytest.mark.parametrize("width", [12, 37])
 def test_18_ranks(rank, width) -> None:
@@ -57,6 +65,7 @@ def test_18_ranks(rank, width) -> None:
         assert_within_budget(layer(x), plain, exact(x.double()), what=repr(layer))
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("bottleneck", [1, 4, 8, 65])
 @pytest.mark.parametrize("width", [12, 37])
 def test_18_bottlenecks(bottleneck, width) -> None:
@@ -106,6 +115,7 @@ def test_18_sizes_that_are_no_ints(size) -> None:
 # -- 20 --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_20_fresh_layers_are_the_layer_they_wrap(dtype) -> None:
     base = nn.Linear(64, 96, dtype=dtype).requires_grad_(False)
@@ -118,6 +128,7 @@ def test_20_fresh_layers_are_the_layer_they_wrap(dtype) -> None:
     assert torch.equal(adapter(x), x)
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize(
     "config",
     [
@@ -158,6 +169,7 @@ def test_20_merge_then_unmerge_is_bitwise(config, dtype) -> None:
 # -- 21 --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_21_recomputation_under_checkpointing_sees_the_same_mask(reentrant) -> None:
     layer = CPLinear(
