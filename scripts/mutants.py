@@ -77,7 +77,8 @@ def find(mutant: Mutant, root: Path = ROOT) -> str | None:
 
 
 def tests_of(mutant: Mutant) -> list[str]:
-    return list(mutant.tests) or [f"tests/test_{mutant.op}.py"]
+    hard = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(f"tests/hard/*_{mutant.op}.py"))
+    return list(mutant.tests) or [f"tests/test_{mutant.op}.py", *hard]
 
 
 def copy_tree(folder: Path) -> Path:

@@ -21,7 +21,8 @@ from fastgist.testing import layouts
 if _extension.load() is not None:
     pytest.skip(f"no extension: {_extension.load()}", allow_module_level=True)
 
-from test_extension import DEVICE, GUARD, NAN, python
+from test_extension import DEVICE, NAN, python
+from test_extension_build import GUARD
 
 if DEVICE != "cpu":
     pytest.skip("about CPU code", allow_module_level=True)

@@ -15,6 +15,7 @@ from losses import gradient_terms, loss_terms
 from test_extension import BAD, DTYPES, ROOT, accumulates, assert_same, python
 from torch import Tensor
 
+from fastgist import functional
 from fastgist.ops.bidirectional_kl import STATS as KL_STATS
 from fastgist.ops.gist_loss import STATS as GIST_STATS
 from fastgist.reference.bidirectional_kl import bidirectional_kl as kl_formula
@@ -350,3 +351,29 @@ def test_lesser_instruction_sets_as_built(isa):
     )
     done = python("-c", script, FASTGIST_CPU_ISA=isa)
     assert done.returncode == 0, done.stderr
+
+
+@each
+@pytest.mark.parametrize(("rows", "classes"), [(64, 1000), (3, 40_000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_side_without_a_gradient_takes_no_memory_for_one(op, rows, classes, dtype):
+    """Its place is not allocated, in the forward or after, and the other side's gradient is the same numbers. (What C++ takes
+    for itself, scratch for a row at a time, torch does not see.)"""
+    pair = logits(rows, classes, dtype)
+    rest = () if op == "bidirectional_kl" else (labels(op, rows, classes),)
+
+    def run(*wanted: bool) -> tuple[int, list[Tensor | None]]:
+        leaves = [x.detach().requires_grad_(w) for x, w in zip(pair, wanted, strict=True)]
+        with torch.profiler.profile(profile_memory=True) as profile:
+            getattr(functional, op)(*leaves, *rest, impl="native").backward()
+        events = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        large = [size for size in events if size >= rows * classes * dtype.itemsize]
+        return len(large), [x.grad for x in leaves]
+
+    both, of_both = run(True, True)
+    assert both == 2, "a gradient a side, and nothing else as large as the logits"
+    for side in (0, 1):
+        count, grads = run(side == 0, side == 1)
+        assert count == 1
+        assert grads[1 - side] is None
+        assert torch.equal(grads[side], of_both[side])

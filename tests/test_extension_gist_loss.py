@@ -1,7 +1,7 @@
 """The compiled extension's gist_loss, torch.ops.fastgist_native.gist_loss_fwd and _bwd, below fastgist.functional.
 
 What is said of the operation as a whole is in test_gist_loss.py, which takes ``native`` too; csrc/tests/check_gist_loss.cpp
-is run with sanitizers by test_extension.py.
+is run with sanitizers by test_extension_build.py.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from losses import evaluate
+from conftest import INTERPRETING
+from losses import assert_same, evaluate
 
 from fastgist.functional import gist_linear_loss, gist_loss
 from fastgist.reference.gist_linear_loss import gist_linear_loss as formula
@@ -112,6 +113,47 @@ def test_leading_dimensions_soft_targets_and_layouts(impl, device):
     )
     assert shaped.shape == (3, 4)
     assert_within_budget(shaped.flatten(), plain, exact, scale=5.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETING else [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["hidden", "gist_hidden", "weight", "bias", "grad_output"])
+@pytest.mark.parametrize("chunk_rows", [None] if INTERPRETING else [4, None])
+def test_hard_04_layouts_of_each_input_and_of_the_incoming_gradient(impl, device, dtype, name, chunk_rows):
+    """Equal values in other strides: the loss and all gradients of contiguous ones, bit by bit on a CPU; a head in another
+    layout is another product there, which sums in another order."""
+    *inputs, y = case(dtype=dtype, device=device)
+    grad = torch.randn(11, device=device)
+    names = ["hidden", "gist_hidden", "weight", "bias"]
+
+    def run(xs, g):
+        def loss(*a):
+            return gist_linear_loss(*a, y, reduction="none", chunk_rows=chunk_rows, impl=impl)
+
+        return evaluate(loss, xs, [True] * 4, g)
+
+    def spread(x):  # one row of each layout of several
+        return [(kind, laid[1]) for kind, laid in layouts(torch.stack((x, x, x)))]
+
+    values = [*inputs, grad]
+    at = [*names, "grad_output"].index(name)
+    same = values[at]
+    kinds = list(layouts(same)) if same.dim() == 2 else spread(same)
+    assert len({laid.stride() for _, laid in kinds}) > 2
+    for kind, laid in [*kinds, ("stride 0", same[:1].expand_as(same))]:
+        *xs, g = (laid if i == at else x for i, x in enumerate(values))
+        *plain, plain_g = (laid.contiguous() if i == at else x for i, x in enumerate(values))
+        loss, grads = run(xs, g)
+        want_loss, want_grads = run(plain, plain_g)
+        if name != "weight":
+            assert_same(loss, want_loss)
+            for mine, want in zip(grads, want_grads, strict=True):
+                assert_same(mine, want)
+            continue
+        exact = evaluate(lambda *a: formula(*a, y, reduction="none"), [x.double() for x in plain], [True] * 4, plain_g)
+        assert_within_budget(loss, want_loss, exact[0], what=f"{kind}: loss", scale=5.0)
+        scales = (1.0, 1.0, None, bias_terms(*plain, y, plain_g, reduction="none"))
+        for what, mine, want, e, scale in zip(names, grads, want_grads, exact[1], scales, strict=True):
+            assert_within_budget(mine, want, e, what=f"{kind}: {what}", scale=scale)
 
 
 @pytest.mark.parametrize("classes", [1, 16, 31, 32, 48])

@@ -7,9 +7,11 @@ import torch
 from ranks import RANKS, on_two_ranks
 from torch import nn
 
+from fastgist import functional as F
 from fastgist.distributed import mean_divisor
 from fastgist.recipes.mutual import sparse_distillation, topk_of
 
+LOSSES = ("sparse_distillation", "bidirectional_kl", "gist_loss", "gist_linear_loss")
 #: Tokens that count on each rank, of 24: very unequal, and none at all.
 COUNTS = {"unequal": (2, 19), "one rank has none": (0, 7), "none": (0, 0)}
 
@@ -23,13 +25,33 @@ def batch(count: int, rank: int):
     return x, topk_of(torch.randn(24, 11, generator=generator), 3), y
 
 
-def model() -> nn.Module:
+class Student(nn.Module):
+    """A loss of two heads on the same states, or of a shared one: what DistributedDataParallel wraps."""
+
+    def __init__(self, loss: str) -> None:
+        super().__init__()
+        self.loss = loss
+        self.head = nn.Linear(8, 11)
+        if loss != "sparse_distillation":
+            self.gist = nn.Linear(8, 8 if loss == "gist_linear_loss" else 11)
+
+    def forward(self, x, known, y, divisor) -> torch.Tensor:
+        if self.loss == "sparse_distillation":
+            return sparse_distillation(self.head(x), *known, y, 0.5, divisor=divisor)
+        if self.loss == "bidirectional_kl":
+            return F.bidirectional_kl(self.head(x), self.gist(x), mask=y != -100, temperature=2.0, divisor=divisor)
+        if self.loss == "gist_loss":
+            return F.gist_loss(self.head(x), self.gist(x), y, divisor=divisor)
+        return F.gist_linear_loss(x, self.gist(x), self.head.weight, self.head.bias, y, chunk_rows=7, divisor=divisor)
+
+
+def model(loss: str) -> nn.Module:
     torch.manual_seed(5)
-    return nn.Linear(8, 11)
+    return Student(loss)
 
 
 def gradients(net: nn.Module, x, known, y, divisor) -> dict[str, torch.Tensor]:
-    loss = sparse_distillation(net(x), *known, y, 0.5, divisor=divisor)
+    loss = net(x, known, y, divisor)
     loss.backward()
     return {name.removeprefix("module."): p.grad for name, p in net.named_parameters()} | {"loss": loss.detach()}
 
@@ -38,26 +60,33 @@ def work(rank: int, name: str) -> dict:
     x, known, y = batch(COUNTS[name][rank], rank)
     divisor = mean_divisor(y != -100)
     same = mean_divisor(COUNTS[name][rank]), mean_divisor(torch.tensor(COUNTS[name][rank]))
-    found = gradients(nn.parallel.DistributedDataParallel(model()), x, known, y, divisor)
+    ddp = nn.parallel.DistributedDataParallel
+    found = {loss: gradients(ddp(model(loss)), x, known, y, divisor) for loss in LOSSES}
     return found | {"divisor": divisor, "same": torch.stack(same)}
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_two_processes_have_the_gradients_of_one(name, tmp_path):
+    """Every loss that has a divisor: the mean over the tokens of all ranks, however unequal their counts."""
     parts = [batch(count, rank) for rank, count in enumerate(COUNTS[name])]
     x, y = (torch.cat([part[n] for part in parts]) for n in (0, 2))
     known = [torch.cat([part[1][n] for part in parts]) for n in (0, 1)]
-    want = gradients(model(), x, known, y, None) if sum(COUNTS[name]) else None
     ranks = on_two_ranks(work, tmp_path, name)
     for found in ranks:
         assert found["divisor"].dtype == torch.float32 and found["divisor"].dim() == 0
         assert float(found["divisor"]) == max(sum(COUNTS[name]), 1) / RANKS
         assert bool((found["same"] == found["divisor"]).all())
-        for parameter in ("weight", "bias"):
-            exact = torch.zeros_like(found[parameter]) if want is None else want[parameter]
-            torch.testing.assert_close(found[parameter], exact, msg=parameter)
-    if want is not None:
-        torch.testing.assert_close(torch.stack([f["loss"] for f in ranks]).mean(), want["loss"])
+    for loss in LOSSES:
+        want = gradients(model(loss), x, known, y, None)
+        assert sum(COUNTS[name]) == 0 or all(bool(g.any()) for g in want.values()), loss
+        for found in ranks:
+            for parameter, exact in want.items():
+                if parameter == "loss":
+                    continue
+                exact = exact if sum(COUNTS[name]) else torch.zeros_like(exact)
+                torch.testing.assert_close(found[loss][parameter], exact, msg=f"{loss}: {parameter}")
+        if sum(COUNTS[name]):
+            torch.testing.assert_close(torch.stack([found[loss]["loss"] for found in ranks]).mean(), want["loss"])
 
 
 def test_one_process():

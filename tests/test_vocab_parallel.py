@@ -219,8 +219,36 @@ def others(rank: int) -> dict:
     attempt("states differ", gist=other)
     loss_of_debug, _ = evaluate(call(gist_linear_loss, labels, told), local, [True] * 4)
     module.DEBUG = False
+    soft = torch.rand(ROWS, CLASSES).softmax(-1)[:, mine]
+    sent = {
+        name: traffic(lambda y=y: evaluate(call(gist_linear_loss, y, told | {"chunk_rows": 4}), local, [True] * 4))
+        for name, y in (("classes", labels), ("soft", soft))
+    }
     results = {"alone": (loss, grads), "compiled": of_compiled, "debug": (loss_of_debug, of_compiled[1])}
-    return {name: {"loss": x[0], "grads": x[1]} for name, x in results.items()} | {"errors": errors}
+    return {name: {"loss": x[0], "grads": x[1]} for name, x in results.items()} | {"errors": errors, "sent": sent}
+
+
+def traffic(run) -> list[tuple[str, list[int]]]:
+    """Each collective that ``run`` takes part in: its name and the shape of what this rank gives."""
+    seen: list[tuple[str, list[int]]] = []
+    names = ("all_gather_into_tensor", "all_gather", "all_reduce", "reduce_scatter", "broadcast", "barrier")
+    originals = {n: getattr(dist, n) for n in names}
+
+    def watched(name):
+        def collective(*args, **kwargs):
+            seen.append((name, list(args[1 if name == "all_gather_into_tensor" else 0].shape)))
+            return originals[name](*args, **kwargs)
+
+        return collective
+
+    try:
+        for name in names:
+            setattr(dist, name, watched(name))
+        run()
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return seen
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +301,15 @@ def test_a_group_of_one_is_no_group(ranks):
     for found in ranks:
         assert torch.equal(found["alone"]["loss"], loss)
         assert all(torch.equal(x, y) for x, y in zip(found["alone"]["grads"], grads, strict=True))
+
+
+@pytest.mark.parametrize(("target", "numbers"), [("classes", 13), ("soft", 12)])
+def test_one_all_gather_a_chunk_and_one_sum_a_gradient_of_hidden_states(ranks, target, numbers):
+    """11 rows in chunks of 4: what a row costs is twelve numbers, and its class beside them."""
+    gathers = [("all_gather_into_tensor", [numbers, rows]) for rows in (4, 4, 3)]
+    sums = [("all_reduce", [ROWS, WIDTH])] * 2
+    for found in ranks:
+        assert [tuple(x) for x in found["sent"][target]] == gathers + sums
 
 
 def test_told_its_share_a_rank_may_be_compiled_whole(ranks):

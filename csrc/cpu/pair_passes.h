@@ -6,8 +6,8 @@
 // rows, threads take stretches, first for the sums and then, with the rows' sums merged, for the gradients.
 //
 // The exponentials of a forward that finishes wait in the gradients' own memory, about the centres that their block
-// saw, or in scratch where that memory holds another type or is not there. Where neither has room they are taken again
-// about the same centres: the same numbers.
+// saw, or in scratch where that memory holds another type or is not there. Where neither has room, those of that side
+// are taken again about the same centres: the same numbers.
 //
 // An op is a class with
 //     A, Inputs, Sums (over a stretch), Scalars (behind a row's gradients), kStatRows, a constructor from Inputs
@@ -97,13 +97,15 @@ struct Job {
     }
   }
 
-  // Where a row's exponentials wait. `scratch` is null or has room for a row of each side.
+  // Where those of a row's exponentials wait that its gradients are made of. `scratch` is null or has room for a row of
+  // each side.
   FASTGIST_INLINE Parked<A> parked(int64_t row, A* scratch) const {
-    if (!op.needs_p(to_z.wanted(), to_o.wanted()) || !op.needs_q(to_z.wanted(), to_o.wanted())) return {};
-    const int64_t first = row * pair().classes;
-    A* const p = to_z.direct() ? to_z.at(first) : scratch;
-    A* const q = to_o.direct() ? to_o.at(first) : scratch == nullptr ? nullptr : scratch + pair().classes;
-    return p == nullptr || q == nullptr ? Parked<A>{} : Parked<A>{p, q};
+    const auto place = [&](bool needed, const Sink<A>& to, int64_t at) -> A* {
+      if (!needed) return nullptr;
+      return to.direct() ? to.at(row * pair().classes) : scratch == nullptr ? nullptr : scratch + at;
+    };
+    return {place(op.needs_p(to_z.wanted(), to_o.wanted()), to_z, 0),
+            place(op.needs_q(to_z.wanted(), to_o.wanted()), to_o, pair().classes)};
   }
   bool wants_scratch() const {
     return finishes() && !(to_z.direct() && to_o.direct()) && pair().classes <= kScratchClasses;
@@ -162,7 +164,7 @@ struct AddStretch {
         const int64_t n = std::min(kBlock, end - start);
         Look<Op>::template rows<kFma, kBytes>(op, row, start, n, buffers.z, buffers.o, block);
       }
-      const Parked<A> hats = parked.here() ? parked.from(start) : Parked<A>{buffers.p, buffers.q};
+      const Parked<A> hats = parked.from(start, {buffers.p, buffers.q});
       op.template add<kFma, kBytes>(sums, block, hats.p, hats.q, buffers.weights);
       centres[start / kBlock] = {centre(sums.pair.m_z), centre(sums.pair.m_o)};
     }
@@ -198,12 +200,9 @@ struct FinishStretch {
       const A* z = load_z(op.pair, row, start, n, buffers.z);
       const A* o = load_o(op.pair, row, start, n, buffers.o);
       const Centres<A> about = centres == nullptr ? of_row : centres[start / kBlock];
-      Parked<A> hats = parked.from(start);
-      if (!hats.here()) {
-        hats = {buffers.p, buffers.q};
-        if (needs_p) exponentials<kFma>(z, n, about.z, op.over_t, hats.p);
-        if (needs_q) exponentials<kFma>(o, n, about.o, op.over_t, hats.q);
-      }
+      const Parked<A> hats = parked.from(start, {buffers.p, buffers.q});
+      if (needs_p && parked.p == nullptr) exponentials<kFma>(z, n, about.z, op.over_t, hats.p);
+      if (needs_q && parked.q == nullptr) exponentials<kFma>(o, n, about.o, op.over_t, hats.q);
       const Block<A> block = {row,
                               start,
                               n,

@@ -71,8 +71,10 @@ struct Parked {
   A* p = nullptr;
   A* q = nullptr;
 
-  FASTGIST_INLINE bool here() const { return p != nullptr; }
-  FASTGIST_INLINE Parked from(int64_t start) const { return here() ? Parked{p + start, q + start} : Parked{}; }
+  // From a class on, with what has no place of its own in that of `other`.
+  FASTGIST_INLINE Parked from(int64_t start, const Parked& other) const {
+    return {p == nullptr ? other.p : p + start, q == nullptr ? other.q : q + start};
+  }
 };
 
 template <typename A>

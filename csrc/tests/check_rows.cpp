@@ -10,6 +10,7 @@
 
 #include "../cuda/again_rows.cuh"
 #include "../cuda/arguments.cuh"
+#include "../cuda/bidirectional_kl.cuh"
 #include "../cuda/kept_rows.cuh"
 #include "../cuda/total.cuh"
 
@@ -88,7 +89,11 @@ struct Options {
   bool want_z = true, want_o = true;
   bool unkind = false;  // rows with -inf, NaN, a class that is none
   bool masked = false;  // the first half of a row by the least number on one side, by -1e4 on the other
-  bool peaked = false;  // one class has all of a row's mass, the first on one side and the last on the other
+  double peak = 0;      // one class has all of a row's mass, the first on one side and the last on the other
+  bool equal = false;   // both sides the same
+  bool empty = false;   // the first row all -inf on one side, the last on both
+  bool none_count = false;
+  bool swapped = false;  // the sides, drawn as ever, in each other's place
   bool divisor = false;
   int64_t offset_z = 0, offset_o = 0, offset_grad = 0, pad = 0, stride_v = 1;
 };
@@ -174,9 +179,24 @@ void run(const Plan& plan, const Arguments<A>& args, Pass pass) {
   go([&] { _again_rows_kernel<T, kLoss, false, kAgainWarps>(args, pass); }, stretches);
 }
 
+// bidirectional_kl's two kernels for row losses and float16, in a grid with fewer blocks than rows ask for, and the
+// backward with several stretches of each row.
+template <typename T, bool kVectorised, int kWarps>
+void in_own_kernels(const LogitPair& in, const ForwardOutputs& out, const BackwardArguments& back) {
+  using Tile = Tile<T, kVectorised, kWarps>;
+  const auto go = [&](int64_t stretches, const auto& body) {
+    emulated::launch(2, stretches, 1, Tile::kThreads, Tile::kRows, 0, body);
+  };
+  go(1, [&] { _bidirectional_kl_fwd_kernel<T, kVectorised, kWarps>(in, out); });
+  go(2, [&] { _bidirectional_kl_bwd_kernel<T, kVectorised, kWarps>(in, back); });
+}
+
+// Row losses and gradients, in that order, as they were found.
+using Found = std::vector<std::vector<double>>;
+
 template <typename T, int kLoss>
-void check(int64_t rows, int64_t classes, const Device& device, Path path, int cluster, const Options& with,
-           bool in_two_calls = false) {
+Found check(int64_t rows, int64_t classes, const Device& device, Path path, int cluster, const Options& with,
+            bool in_two_calls = false) {
   using A = typename Accumulate<T>::type;
   char name[160];
   std::snprintf(name, sizeof(name), "loss %d, %d bytes, %lld x %lld, path %d, cluster %d, target %d", kLoss,
@@ -198,9 +218,9 @@ void check(int64_t rows, int64_t classes, const Device& device, Path path, int c
   const int64_t lone = with.unkind ? rows - 1 : -1, bad = with.unkind ? rows - 2 : -1,
                 none = with.unkind ? rows - 3 : -1;
   for (int64_t row = 0; row < rows; ++row) {
-    labels[row] = row == 1 ? -100 : row == none ? classes : static_cast<int64_t>(random() % classes);
-    mask[row] = row != 1;
-    if (row == 1 && with.target != Options::kSoft && with.target != Options::kSoftFloat)
+    labels[row] = row == 1 || with.none_count ? -100 : row == none ? classes : static_cast<int64_t>(random() % classes);
+    mask[row] = row != 1 && !with.none_count;
+    if ((row == 1 || with.none_count) && with.target != Options::kSoft && with.target != Options::kSoftFloat)
       continue;  // its NaN is not read
     for (int64_t v = 0; v < classes; ++v) {
       const bool absent = with.unkind && v % 7 == 3;
@@ -215,9 +235,15 @@ void check(int64_t rows, int64_t classes, const Device& device, Path path, int c
       store(A(-1e4), o.at(row, v));
       store(A(0), soft.at(row, v)), soft_float.at(row, v) = 0;
     }
-    if (with.peaked) {
-      store(A(1e4) + load(z.at(row, 0)), z.at(row, 0));
-      store(A(1e4) + load(o.at(row, classes - 1)), o.at(row, classes - 1));
+    if (with.peak > 0) {
+      store(A(with.peak) + load(z.at(row, 0)), z.at(row, 0));
+      store(A(with.peak) + load(o.at(row, classes - 1)), o.at(row, classes - 1));
+    }
+    for (int64_t v = 0; v < classes; ++v) {
+      if (with.equal) o.at(row, v) = z.at(row, v);
+      if (with.empty && (row == 0 || row == rows - 1)) store(-inf, z.at(row, v));
+      if (with.empty && row == rows - 1) store(-inf, o.at(row, v));
+      if (with.swapped) std::swap(z.at(row, v), o.at(row, v));
     }
     if (with.masked && labels[row] >= 0) labels[row] = classes - 1;
     if (row == lone) store(-inf, z.at(row, classes / 2 - (classes / 2 % 7 == 3)));
@@ -259,7 +285,24 @@ void check(int64_t rows, int64_t classes, const Device& device, Path path, int c
   void* const to_z = with.want_z ? grad_z.data() : nullptr;
   void* const to_o = with.want_o ? grad_o.data() : nullptr;
   std::vector<A> row_grad(rows, static_cast<A>(with.divisor ? scale / divisor : scale));
-  if (in_two_calls) {
+  if constexpr (kLoss == kKl) {
+    if (in_two_calls) {
+      const ForwardOutputs out = {row_loss.data(), stats.data()};
+      const BackwardArguments back = {stats.data(), row_grad.data(), 1, to_z, to_o};
+      const auto vectorises = [&](int64_t stride) {
+        constexpr int64_t kVec = kVectorBytes / sizeof(T);
+        return with.stride_v == 1 && stride % kVec == 0 && classes % kVec == 0;
+      };
+      const bool wide = vectorises(stride_m) && with.offset_z == 0 && with.offset_o == 0 && with.offset_grad == 0;
+      const bool short_rows = classes <= 1024;
+      if (wide) {
+        short_rows ? in_own_kernels<T, true, 1>(pair, out, back) : in_own_kernels<T, true, 8>(pair, out, back);
+      } else {
+        short_rows ? in_own_kernels<T, false, 1>(pair, out, back) : in_own_kernels<T, false, 8>(pair, out, back);
+      }
+      for (int64_t row = 0; row < rows; ++row) row_loss[row] *= row_grad[row];
+    }
+  } else if (in_two_calls) {
     args.row_loss = row_loss.data(), args.stats = stats.data();
     const Plan forward = choose(rows_of(args), {}, false);
     expect(forward.path == path, "path of the forward", 0, 0, static_cast<int>(forward.path), static_cast<int>(path));
@@ -267,7 +310,8 @@ void check(int64_t rows, int64_t classes, const Device& device, Path path, int c
     for (int64_t row = 0; row < rows; ++row) row_loss[row] *= row_grad[row];  // as the other way leaves them
     args.row_grad = row_grad.data(), args.row_grad_stride = 1, args.grad_z = to_z, args.grad_o = to_o;
     run<T, kLoss>(choose(rows_of(args), {}, false), args, Pass::kBackward);
-  } else {
+  }
+  if (!in_two_calls) {
     finish_into(args, {scale, with.divisor ? &divisor : nullptr, row_loss.data(), &loss, to_z, to_o});
     const Plan plan = choose(rows_of(args), device, true);
     expect(plan.path == path, "path", 0, 0, static_cast<int>(plan.path), static_cast<int>(path));
@@ -286,7 +330,7 @@ void check(int64_t rows, int64_t classes, const Device& device, Path path, int c
   };
   for (int64_t row = 0; row < rows; ++row) {
     const bool soft_target = with.target == Options::kSoft || with.target == Options::kSoftFloat;
-    if (row == 1 && !soft_target) {
+    if ((row == 1 || with.none_count) && !soft_target) {
       expect(row_loss[row] == 0, "loss of a row that does not count", row, 0, row_loss[row], 0);
       for (int64_t v = 0; v < classes; ++v) {
         if (with.want_z) same("grad_z that does not count", row, v, load(grad_z.at(row, v)), 0, 0);
@@ -303,13 +347,14 @@ void check(int64_t rows, int64_t classes, const Device& device, Path path, int c
       t.push_back(given * (1 - Real(with.smoothing)) + Real(with.smoothing) / classes);
     }
     Exact exact(of_z, of_o, t, with);
+    if (with.equal && kLoss == kKl) expect(row_loss[row] == 0, "loss of equal sides", row, 0, row_loss[row], 0);
     const bool invalid = kLoss != kKl && row == none && !soft_target;
     if (invalid) exact.loss = nan;
     sum += exact.loss * factor;
     same("row loss", row, 0, row_loss[row], exact.loss * factor, factor * 16 * eps * (1 + exact.terms));
     for (int64_t v = 0; v < classes; ++v) {
       // A peaked row's gradients are of size 1, and exact: no error may grow with its d.
-      const Real terms = with.peaked ? Real(4) : exact.size[v];
+      const Real terms = with.peak > 0 ? Real(4) : exact.size[v];
       const Real size = factor * terms * (16 * eps + kRounding<T>)+1e-7 * (kRounding<T> > 0);
       const auto nan_if = [&](Real x) { return invalid ? Real(nan) : x * factor; };
       if (with.want_z) same("grad_z", row, v, load(grad_z.at(row, v)), nan_if(exact.grad_z[v]), size);
@@ -319,6 +364,15 @@ void check(int64_t rows, int64_t classes, const Device& device, Path path, int c
   if (!in_two_calls) same("loss", 0, 0, loss, sum, 64 * eps * (1 + std::fabs(sum)));
   expect(z.neighbours_untouched() || with.stride_v > 0, "logits", 0, 0, 0, 0);
   expect(grad_z.neighbours_untouched() && grad_o.neighbours_untouched(), "what is beside a gradient", 0, 0, 0, 0);
+  Found found(3);
+  for (int64_t row = 0; row < rows; ++row) {
+    found[0].push_back(row_loss[row]);
+    for (int64_t v = 0; v < classes; ++v) {
+      found[1].push_back(load(grad_z.at(row, v)));
+      found[2].push_back(load(grad_o.at(row, v)));
+    }
+  }
+  return found;
 }
 
 // A device whose blocks have room for so many classes of a pair, two blocks at once, two processors.
@@ -343,12 +397,12 @@ void check_loss(double temperature, size_t first_way, bool thorough = false) {
   way([&](Options& w) { w.offset_z = w.offset_o = w.offset_grad = lanes - 1, w.want_z = false; });
   way([&](Options& w) { w.offset_z = w.offset_o = w.offset_grad = 1, w.pad = 2 * lanes, w.want_o = false; });
   way([&](Options& w) { w.masked = true; });
-  way([&](Options& w) { w.peaked = true; });
+  way([&](Options& w) { w.peak = 1e4; });
   if (kLoss != kKl) {
     way([&](Options& w) { w.target = Options::kSoft, w.offset_z = w.offset_o = w.offset_grad = 1; });
     way([&](Options& w) { w.target = Options::kSoftFloat, w.smoothing = 0.1; });
     way([&](Options& w) { w.smoothing = 0.2; });
-    way([&](Options& w) { w.peaked = true, w.smoothing = 0.2, w.offset_z = w.offset_o = w.offset_grad = 1; });
+    way([&](Options& w) { w.peak = 1e4, w.smoothing = 0.2, w.offset_z = w.offset_o = w.offset_grad = 1; });
     way([&](Options& w) { w.detach_z = true, w.unkind = true; });
     way([&](Options& w) { w.detach_o = true, w.alpha = 0; });
     way([&](Options& w) { w.alpha = w.beta = 0, w.unkind = true, w.divisor = true; });
@@ -384,6 +438,54 @@ void check_loss(double temperature, size_t first_way, bool thorough = false) {
   }
 }
 
+// Hard cases 12, 13, 15 and 16 where the ways above do not come: on every path, at few shapes.
+template <typename T, int kLoss>
+void check_hard(double temperature) {
+  const int bytes = sizeof(T);
+  Options plain;
+  plain.temperature = temperature;
+  plain.target = kLoss == kKl ? Options::kNone : Options::kClasses;
+  std::vector<Options> ways(6, plain);
+  ways[0].equal = true;
+  ways[1].peak = 320;
+  ways[2].peak = sizeof(T) == 2 ? 6e4 : 3e4;
+  ways[3].empty = true;
+  ways[4].none_count = true;
+  for (const Options& with : ways) {
+    check<T, kLoss>(5, 127, room_for(8, bytes, 1), Path::kWarp, 1, with);
+    check<T, kLoss>(3, 3001, room_for(1600, bytes, 16), Path::kKept, 2, with);
+    check<T, kLoss>(3, 2003, room_for(300, bytes, 1), Path::kAgain, 1, with);
+    if (sizeof(T) == 2 || kLoss == kKl) check<T, kLoss>(5, 128, {}, Path::kAgain, 1, with, true);
+    if (kLoss == kKl) check<T, kLoss>(3, 2000, {}, Path::kAgain, 1, with, true);
+  }
+  for (int64_t rows : {1, 3}) {
+    for (int64_t classes : {1, 2}) {
+      check<T, kLoss>(rows, classes, room_for(8, bytes, 1), Path::kWarp, 1, plain);
+      check<T, kLoss>(rows, classes, {}, Path::kAgain, 1, plain, true);
+    }
+  }
+  // Symmetric but for the label's weight: alpha 1.
+  plain.alpha = 1;
+  for (const int64_t classes : {127, 3001}) {
+    const Device device = classes == 127 ? room_for(8, bytes, 1) : room_for(1600, bytes, 16);
+    const auto go = [&] {
+      return check<T, kLoss>(5, classes, device, classes == 127 ? Path::kWarp : Path::kKept, classes == 127 ? 1 : 2,
+                             plain);
+    };
+    plain.swapped = false;
+    const Found found = go();
+    plain.swapped = true;
+    const Found swapped = go();
+    const auto alike = [&](const std::vector<double>& a, const std::vector<double>& b) {
+      for (size_t i = 0; i < a.size(); ++i) {
+        const double few = 8 * std::numeric_limits<float>::epsilon() * (1 + std::fabs(b[i])) + kRounding<T>;
+        expect(std::fabs(a[i] - b[i]) <= few, "the sides swapped", 0, static_cast<int64_t>(i), a[i], b[i]);
+      }
+    };
+    alike(swapped[0], found[0]), alike(swapped[1], found[2]), alike(swapped[2], found[1]);
+  }
+}
+
 template <int kLoss>
 void check_double(double temperature) {
   Options with;
@@ -410,6 +512,13 @@ int main() {
   check_loss<__half, kGistAny>(2.0, 9);
   check_loss<__nv_bfloat16, kGistAny>(4.0, 1);
   check_double<kGistAny>(3.0);
+  check_hard<float, kKl>(3.0);
+  check_hard<__half, kKl>(0.5);
+  check_hard<__half, kGistCubed>(3.0);
+  check_hard<float, kGistAny>(1.7);
+  Options one;
+  check<float, kKl>(1, 131073, room_for(300, 4, 16), Path::kAgain, 1, one);
+  check<float, kKl>(1, 131073, {}, Path::kAgain, 1, one, true);
   std::printf("%d checks, %d failures\n", checks, failures);
   return failures == 0 ? 0 : 1;
 }

@@ -250,3 +250,21 @@ const X* of_rank(const X* shared, int rank) {
 }
 
 }  // namespace fastgist::cuda
+
+// The same for kernels that ask CUDA by its own names.
+namespace fastgist::emulated {
+
+struct Index {
+  unsigned x, y;
+};
+inline Index thread() { return {static_cast<unsigned>(machine->running->x), static_cast<unsigned>(machine->running->y)}; }
+inline Index block() { return {static_cast<unsigned>(cuda::block_x()), static_cast<unsigned>(machine->block_y)}; }
+inline Index grid() { return {static_cast<unsigned>(machine->grid_x), static_cast<unsigned>(machine->grid_y)}; }
+
+}  // namespace fastgist::emulated
+
+#define threadIdx (::fastgist::emulated::thread())
+#define blockIdx (::fastgist::emulated::block())
+#define gridDim (::fastgist::emulated::grid())
+#define __syncthreads ::fastgist::cuda::sync_block
+#define __shfl_xor_sync(mask, x, lanes) ::fastgist::cuda::shuffle_xor(x, lanes)

@@ -23,7 +23,13 @@ def _spread(t: torch.Tensor, dim: int) -> torch.Tensor:
 
 def _inputs(op: str) -> tuple[str, ...]:
     layers = {"cp_linear": ("x", "weight"), "cp_update": ("y", "x"), "adapter": ("x",), "gelu": ("x",)}
-    return (layers | {"gist_linear_loss": ("hidden", "weight")}).get(op, ("z",))
+    losses = {
+        "bidirectional_kl": ("z", "o"),
+        "gist_loss": ("z", "g"),
+        "gist_linear_loss": ("hidden", "gist", "weight"),
+        "topk_kl": ("z", "t"),
+    }
+    return (layers | losses)[op]
 
 
 #: bfloat16 of cp_linear in C++, for which float16 is widened, and so moved together, before it is read.

@@ -30,6 +30,27 @@ def test_triton_on_a_cpu(op):
         call(*call.values(), impl="triton")
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="there it may run")
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("extension", ["as it is", "without kernels", "with kernels", "not built"])
+def test_cuda_on_a_cpu(op, extension, monkeypatch):
+    """Whatever the extension holds: the first thing that is missing is named."""
+    if extension != "as it is":
+        monkeypatch.setattr(_extension, "load", lambda: "it was not built" if extension == "not built" else None)
+        monkeypatch.setattr(_extension, "has_cuda", lambda: extension == "with kernels")
+    call = make(op)
+    wanted = {
+        "as it is": "(no cuda implementation|not available|without CUDA kernels|runs on cuda tensors and these are on cpu)",
+        "without kernels": r"the compiled extension was built without CUDA kernels \(nvcc was not found at build time\)$",
+        "with kernels": "impl='cuda' runs on cuda tensors and these are on cpu$",
+        "not built": r"the compiled extension is not available: it was not built \(build it with",
+    }[extension]
+    if (op, "cuda") not in backends._SERVES:
+        wanted = f"{op} has no cuda implementation$"
+    with pytest.raises(RuntimeError, match=rf"^{op}: impl='cuda' cannot run here: .*{wanted}"):
+        call(*call.values(), impl="cuda")
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_native_without_the_extension(op, monkeypatch):
     monkeypatch.setattr(_extension, "load", lambda: "it was not built")

@@ -4,6 +4,7 @@ and a scalar loss, whose gradients the forward finishes. Each way against the ot
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 
@@ -116,6 +117,41 @@ def test_hard_12_13_what_is_in_the_logits(op, by, reduction, dtype, temperature,
     z, o = _pair(4, 41)
     INPUTS[name](z, o)
     _run(op, by, z.to(DEVICE, dtype), o.to(DEVICE, dtype), reduction, temperature=temperature, one_hot=name == "gaps")
+
+
+@pytest.mark.skipif("triton" not in implementations("gist_loss"), reason="forms of the Triton launches")
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("form", "classes", "reduction"),
+    [
+        ("whole", 41, "mean"),
+        ("rows", 41, "sum"),
+        ("rows", 2100, "mean"),
+        ("rows", 2100, "none"),
+        ("split", 41, "mean"),
+        ("split", 4100, "sum"),
+        ("split", 4100, "none"),
+    ],
+)
+@pytest.mark.parametrize("name", INPUTS)
+def test_hard_12_13_in_every_form_of_a_launch(op, form, classes, reduction, name, monkeypatch):
+    """A problem as small as the others here is one program's alone: each other form is told to take it. Row losses know two
+    forms, one of them in parts."""
+    module = importlib.import_module(f"fastgist_kernels.{op}")
+    taken = []
+    launch = "_launch" if op == "bidirectional_kl" else "launch_gist_loss"
+    original = getattr(module, launch)
+    monkeypatch.setattr(module, launch, lambda of, *a, **k: taken.append(of) or original(of, *a, **k))
+    monkeypatch.setattr(module, "choose_form", lambda *_: form)
+    monkeypatch.setattr(module, "few_rows", lambda *_: form == "split")
+    z, o = _pair(4, classes)
+    INPUTS[name](z, o)
+    _run(op, "triton", z.to(DEVICE), o.to(DEVICE), reduction, temperature=3.0, one_hot=name == "gaps")
+    if form == "split":
+        wanted = ["split", "merge", *(["bwd"] if reduction == "none" else [])]
+    else:
+        wanted = ["fwd", "bwd"] if reduction == "none" else [form]
+    assert taken == wanted
 
 
 @pytest.mark.parametrize(("op", "by"), CASES)
