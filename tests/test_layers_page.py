@@ -35,7 +35,9 @@ def _page(name: str) -> list[str]:
     return [line for line in part.splitlines() if line.startswith("|")]
 
 
-@pytest.mark.parametrize("name", ["qkv", "q_k_v", "ffn", "vit", "block", "qformer"])
+@pytest.mark.parametrize(
+    "name", ["qkv", "q_k_v", "ffn", *(pytest.param(of, marks=pytest.mark.slow) for of in ("vit", "block", "qformer"))]
+)
 def test_the_page_says_what_is_counted_now(name):
     layers = _layers()
     if importlib.util.find_spec("peft") is None:
