@@ -52,7 +52,8 @@ def main() -> int:
         took, ratios = measure(options.op, getattr(torch, options.dtype), rows, classes, options.seconds)
         low, middle, high = ratios
         print(
-            f"({rows}, {classes}): finished {took * 1e3:.3f} ms; again {middle:.2f} times that ({low:.2f} to {high:.2f})"
+            f"({rows}, {classes}): finished {took * 1e3:.3f} ms; again {middle:.2f} times that ({low:.2f} to {high:.2f})",
+            flush=True,
         )
         lost += middle < 1.0
     return min(lost, 1)
