@@ -416,10 +416,11 @@ def figure(found: Findings, out: Path) -> None:
         panels = list(drawing.subplots(3, 3).flat)
         tables = [table for table in TABLES if "bidirectional_kl" in table.ops]
         lines: dict[str, object] = {}
+        every = [name for (op, *_), errors in found.items() if op == "bidirectional_kl" for name in errors]
+        names = [name for name in dict.fromkeys(every) if "compiled" not in name]  # a colour each, in whatever panel
         for axes, table in zip(panels, tables, strict=False):
             rows = list(table.problems)
             of_row = [found["bidirectional_kl", table.title, row] for row in rows]
-            names = [name for name in of_row[0] if "compiled" not in name]
             for name, colour, marker in zip(names, COLOURS, MARKERS, strict=False):
                 values = [errors[name].gradient if name in errors else None for errors in of_row]
                 drawn = [math.nan if v is None else max(v, LEAST) if math.isfinite(v) else MOST for v in values]
