@@ -231,7 +231,7 @@ _UNUSED = {
 
 
 def _spec(
-    form: str, label: str, dtype: str, vec: int, block_m: int, block_v: int, warps: int = 4, strided: bool = False
+    form: str, label: str, dtype: str, vec: int, block_m: int, block_v: int, warps: int = 4, *, strided: bool = False
 ) -> Spec:
     """``strided``: of tensors whose columns are not adjacent."""
     element = dict.fromkeys(("z_ptr", "o_ptr", "grad_z_ptr", "grad_o_ptr"), f"*{dtype}") | {"mask_ptr": "*i1"}
