@@ -162,7 +162,7 @@ test: setup ## everything that runs without a GPU
 	threads=$$(( $$(getconf _NPROCESSORS_ONLN) / $(WORKERS) )); export OMP_NUM_THREADS=$$(( threads > 0 ? threads : 1 ))
 	stage tests $(PY) -m pytest tests --ignore=tests/aot $$spread $(ARGS)
 	stage interpreter env TRITON_INTERPRET=1 $(PY) -m pytest tests --ignore=tests/aot -m kernel $$spread $(ARGS)
-	stage aot $(PY) -m pytest tests/aot $$spread $(ARGS)
+	stage aot $(PY) -m pytest tests/aot -rs $$spread $(ARGS)
 	stage mutants $(PY) scripts/mutants.py --sample $(MUTANTS)
 	echo; echo "== summary"; printf '%s' "$$summary"
 	exit $$status

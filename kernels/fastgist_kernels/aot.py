@@ -58,6 +58,8 @@ class Spec:
     multiplies tiles of >= 64 rows, so Hopper's SASS must show HGMMA. ``table``: its entry in the launch tables, where that
     is not the kernel's name. ``wide``: it only streams, so all its accesses to
     global memory must be of 16 bytes, but for as many loads as it reads ``numbers`` and stores as it writes ``results``.
+    ``accesses``: how many of 16 bytes there must be at least, where rows share a tile and what is read of each is no fixed
+    number.
     """
 
     kernel: Any
@@ -70,6 +72,7 @@ class Spec:
     wide: bool = False
     numbers: int = 0
     results: int = 0
+    accesses: int = 0
     unaligned: tuple[str, ...] = field(default=())
     aligned: tuple[str, ...] = field(default=())
     archs: tuple[int, ...] = ARCHITECTURES
@@ -233,6 +236,11 @@ def narrow_accesses(sass: str) -> list[str]:
     return [access for access in accesses if not re.search(r"\.(?:128|256)\b", access)]
 
 
+def wide_accesses(sass: str) -> int:
+    """How many accesses of 16 bytes a thread there are; one of 32 counts for two."""
+    return sum(int(bits) // 128 for bits in re.findall(r"\b(?:LDG|STG)\.(?:[A-Z0-9]+\.)*(128|256)\b", sass))
+
+
 def resources(compiled) -> tuple[Resources, str]:
     """Registers, stack and shared memory as ``cuobjdump -res-usage`` reports them; spills and HGMMA from the SASS, which
     is returned too."""
@@ -273,6 +281,8 @@ def _row(task: tuple[bool, int, int]) -> dict[str, Any]:
         loads = [access for access in narrow if access.startswith("LDG")]
         stores = [access for access in narrow if access not in loads]
         row["narrow_accesses"] = loads[spec.numbers :] + stores[spec.results :]
+    if spec.accesses:
+        row["wide_accesses"] = [wide_accesses(sass), spec.accesses]  # found, at least
     if arch == spec.archs[0]:
         row["narrow"] = narrow_offsets(written_ir(spec))
     return row
@@ -295,19 +305,25 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
-def update_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace the rows of the Triton versions that ``rows`` come from; keep those of others."""
+def update_csv(path: Path, rows: list[dict[str, Any]], only: str = "") -> None:
+    """Replace the rows of the Triton versions that ``rows`` come from, of kernels whose name contains ``only``; keep the
+    others, and all in the order of :func:`all_specs`."""
     versions = {row["triton"] for row in rows}
-    kept = [row for row in read_csv(path) if row["triton"] not in versions]
+    before = read_csv(path)
+    order = {name: at for at, name in enumerate(dict.fromkeys(row["triton"] for row in [*before, *rows]))}
+    kept = [row for row in before if row["triton"] not in versions or only not in row["kernel"]]
+    place = {spec.name: at for at, spec in enumerate(all_specs())}
+    table = [*kept, *rows]
+    table.sort(key=lambda row: (order[row["triton"]], place.get(row["kernel"], len(place)), int(row["arch"])))
     with path.open("w", newline="") as f:
         writer = csv.DictWriter(f, COLUMNS, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
-        writer.writerows([*kept, *rows])
+        writer.writerows(table)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile every kernel for every architecture and print resources.")
-    parser.add_argument("--csv", type=Path, help="replace this Triton version's rows in that table")
+    parser.add_argument("--csv", type=Path, help="replace this Triton version's rows of these kernels in that table")
     parser.add_argument("--json", type=Path, help="write all that was found to that file")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--every-tile", action="store_true", help="all tiles that launches choose from: half an hour")
@@ -317,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows:
         print(*(row[c] for c in COLUMNS), *row.get("narrow", ()), *row["undefined"], sep="\t")
     if args.csv:
-        update_csv(args.csv, rows)
+        update_csv(args.csv, rows, args.only)
     if args.json:
         args.json.write_text(json.dumps(rows))
     return 0

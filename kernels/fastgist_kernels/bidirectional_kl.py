@@ -28,6 +28,7 @@ from fastgist_kernels.pair_plan import (
     form_name,
     rows_config,
     split_classes,
+    streams,
     twice_config,
     vector_width,
     whole_config,
@@ -229,21 +230,26 @@ _UNUSED = {
 }
 
 
-def _spec(form: str, label: str, dtype: str, vec: int, block_m: int, block_v: int, warps: int = 4) -> Spec:
+def _spec(
+    form: str, label: str, dtype: str, vec: int, block_m: int, block_v: int, warps: int = 4, *, strided: bool = False
+) -> Spec:
+    """``strided``: of tensors whose columns are not adjacent."""
     element = dict.fromkeys(("z_ptr", "o_ptr", "grad_z_ptr", "grad_o_ptr"), f"*{dtype}") | {"mask_ptr": "*i1"}
-    strides = dict.fromkeys(("stride_zm", "stride_om", "stride_mask", "stride_row_grad"), "i64")
+    columns = ("stride_zv", "stride_ov")
+    strides = dict.fromkeys(("stride_zm", "stride_om", "stride_mask", "stride_row_grad", *columns), "i64")
     numbers = dict.fromkeys(("M", "V", "parts", "stretch"), "i32") | {"inv_t": "fp32", "scale": "fp32"}
     tile = {"FORM": form, "PARTS": 8, "VEC": vec, "BLOCK_M": block_m, "BLOCK_V": block_v}
     return Spec(
         _bidirectional_kl_kernel,
         f"{form}_{label}",
         element | _POINTERS | strides | numbers,
-        {"stride_zv": 1, "stride_ov": 1} | dict.fromkeys(_UNUSED[form]) | tile,
+        ({} if strided else dict.fromkeys(columns, 1)) | dict.fromkeys(_UNUSED[form]) | tile,
         num_warps=warps,
         num_stages=1,
-        unaligned=SIZES,
+        unaligned=(*SIZES, *columns) if strided else SIZES,
         aligned=("stretch",),
         table=f"bidirectional_kl_{form}",
+        accesses=streams(form, dtype, (vec, block_m, block_v, warps)),
     )
 
 
@@ -271,6 +277,13 @@ def _specs() -> list[Spec]:
         ]
         for form, label, *tile in tiles:
             out.append(_spec(form, f"{dtype}{label}", dtype, *tile))
+    halves: list[tuple] = [("whole", "_v1024", 8, 2, 1024), ("whole", "_v4096_ragged", 1, 1, 4096, 8)]
+    halves += [(form, "_long_v", 8, 1, 1024) for form in ("rows", "split", "merge", "fwd", "bwd")]
+    out += [_spec(form, f"fp16{label}", "fp16", *tile) for form, label, *tile in halves]
+    apart: list[tuple] = [("alone", 16, 128, 16), ("whole", 8, 128), ("whole", 1, 4096, 8)]
+    apart += [(form, 1, 1024) for form in ("split", "merge", "fwd", "bwd")]
+    for form, *tile in apart:
+        out.append(_spec(form, f"bf16_strided_v{tile[1]}", "bf16", 1, *tile, strided=True))
     return out
 
 

@@ -57,3 +57,18 @@ SPECS += [
     gist_spec("classes", "bf16_long_v_ragged", "bf16", (1, 1, 1024)),
     gist_spec("chunk", "bf16_wide", "bf16", (8, 1, 2048, 8), wide=True, numbers=4, results=1),
 ]
+SPECS += [
+    gist_spec(form, f"{dtype}{kind}_{label}", dtype, tile, **options)
+    for form, label, tile in (
+        ("chunk", "long_v", (8, 1, 1024)),
+        ("chunk", "long_v_ragged", (1, 1, 512)),
+        ("classes", "long_v", (8, 1, 1024)),
+    )
+    for dtype, kind, options in (
+        ("fp16", "", {}),
+        ("bf16", "_smooth", {"smooth": True}),
+        ("bf16", "_soft", {"soft": True}),
+        ("bf16", "_power0", {"power": 0}),
+        ("bf16", "_smooth_power0", {"smooth": True, "power": 0}),
+    )
+]

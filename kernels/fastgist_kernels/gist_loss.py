@@ -36,6 +36,7 @@ from fastgist_kernels.pair_plan import (
     form_name,
     rows_config,
     split_classes,
+    streams,
     twice_config,
     vector_width,
     whole_config,
@@ -318,10 +319,21 @@ _GIVEN = {
 
 
 def gist_spec(
-    form: str, label: str, dtype: str, tile: tuple, *, soft: bool = False, stats: bool = False, **more
+    form: str,
+    label: str,
+    dtype: str,
+    tile: tuple,
+    *,
+    soft: bool = False,
+    smooth: bool = False,
+    power: int = 3,
+    strided: bool = False,
+    stats: bool = False,
+    **more,
 ) -> Spec:
-    """``tile``: elements of an access, rows, columns, and warps if not 4; ``stats``: statistics beside the rest; ``more``: of
-    the Spec."""
+    """``tile``: elements of an access, rows, columns, and warps if not 4; ``smooth``: of class labels, smoothed (soft ones are
+    in any case); ``power``: see :class:`Kind`; ``strided``: of tensors whose columns are not adjacent; ``stats``: statistics
+    beside the rest; ``more``: of the Spec."""
     vec, block_m, block_v, warps = (*tile, 4)[:4]
     in_place = form in ("chunk", "classes")
     given = {*_GIVEN[form], *(("stats_ptr",) if stats else ())}
@@ -331,18 +343,24 @@ def gist_spec(
     numbers = dict.fromkeys(("M", "V", "classes", "first", "parts", "stretch", "ignore_index"), "i32")
     numbers |= dict.fromkeys(("stride_zm", "stride_gm", "stride_tm", "stride_row_grad"), "i64")
     numbers |= dict.fromkeys(("alpha", "beta", "beta_z", "beta_g", "inv_t", "keep", "smooth", "scale"), "fp32")
-    kind = Kind(soft, soft, 3, True, True, True, in_place)
+    columns = ("stride_zv", "stride_gv", *(("stride_tv",) if soft else ()))
+    adjacent = {"stride_tv": 0} | ({} if strided else dict.fromkeys(columns, 1))
+    if strided:
+        numbers |= dict.fromkeys(columns, "i64")
+        adjacent = {name: one for name, one in adjacent.items() if name not in columns}
+    kind = Kind(soft, soft or smooth, power, True, True, True, in_place)
     flags = {"FORM": form, "KIND": kind, "PARTS": 8, "VEC": vec, "BLOCK_M": block_m, "BLOCK_V": block_v}
     return Spec(
         _gist_loss_kernel,
         f"{form}_{label}",
         pointers | numbers,
-        {"stride_zv": 1, "stride_gv": 1, "stride_tv": int(soft)} | dict.fromkeys(set(_OUTPUTS) - given) | flags,
+        adjacent | dict.fromkeys(set(_OUTPUTS) - given) | flags,
         num_warps=warps,
         num_stages=1,
-        unaligned=SIZES,
+        unaligned=(*SIZES, *columns) if strided else SIZES,
         aligned=("stretch",),
         table=f"gist_linear_loss_{form}" if in_place else f"gist_loss_{form}",
+        accesses=streams(form, dtype, (vec, block_m, block_v, warps)),
         **more,
     )
 
@@ -371,6 +389,31 @@ def _specs() -> list[Spec]:
         ]
         for form, label, *tile in tiles:
             out.append(gist_spec(form, f"{dtype}{'_soft' if soft else ''}{label}", dtype, tuple(tile), soft=soft))
+    return out + _other_kinds()
+
+
+def _other_kinds() -> list[Spec]:
+    """float16, smoothed classes, other temperatures and columns apart, in the forms and with the tiles that take most
+    registers."""
+    whole: list[tuple] = [("whole", "v1024", (8, 2, 1024)), ("whole", "v4096", (8, 1, 4096, 8))]
+    ragged: list[tuple] = [("alone", "ragged", (1, 16, 128, 16)), ("whole", "v128_ragged", (1, 8, 128))]
+    ragged += [("whole", "v4096_ragged", (1, 1, 4096, 8)), ("rows", "ragged", (1, 1, 4096, 16))]
+    ragged += [(form, "ragged", (1, 1, 1024)) for form in ("split", "merge", "fwd", "bwd")]
+    long: list[tuple] = [(form, "long_v", (8, 1, 1024)) for form in ("rows", "split", "merge", "fwd", "bwd")]
+    out = [gist_spec(form, f"fp16_{label}", "fp16", tile) for form, label, tile in (*whole, *long)]
+    # Two of these spill under Triton 3.6, not under 3.9, and are no samples: long rows of columns apart, and one program's
+    # ragged rows with smoothed classes.
+    for form, label, tile in (*whole, *long, *ragged[1:]):
+        out.append(gist_spec(form, f"bf16_smooth_{label}", "bf16", tile, smooth=True))
+    for power in (0, 1, 2, 4):  # 0: exponentials at T = 1 are formed anew
+        for form, label, tile in (*whole, ragged[2], *long[:1], long[3]):
+            out.append(gist_spec(form, f"bf16_power{power}_{label}", "bf16", tile, power=power))
+    for form, label, tile in (*whole, *ragged[1:]):
+        out.append(gist_spec(form, f"bf16_smooth_power0_{label}", "bf16", tile, smooth=True, power=0))
+    for form, label, tile in (t for t in ragged if t[0] != "rows"):
+        label = label.replace("ragged", "strided")
+        out.append(gist_spec(form, f"bf16_{label}", "bf16", tile, strided=True))
+        out.append(gist_spec(form, f"bf16_soft_{label}", "bf16", tile, soft=True, strided=True))
     return out
 
 

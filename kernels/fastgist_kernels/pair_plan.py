@@ -17,6 +17,7 @@ __all__ = [
     "form_name",
     "rows_config",
     "split_classes",
+    "streams",
     "twice_config",
     "vector_width",
     "whole_config",
@@ -118,3 +119,14 @@ def split_classes(logits: torch.Tensor, block_v: int) -> tuple[int, int]:
     parts = cdiv(4 * processors(logits.device), rows)
     stretch = max(cdiv(cdiv(classes, parts), block_v), 2) * block_v
     return cdiv(classes, stretch), stretch
+
+
+#: Tiles that a form reads or writes on its way over a row; two reads of the forms that look a tile ahead.
+_TILES = {"alone": 4, "whole": 4, "rows": 8, "chunk": 8, "split": 4, "merge": 4, "fwd": 4, "bwd": 4, "classes": 4}
+
+
+def streams(form: str, dtype: str, tile: tuple[int, int, int, int]) -> int:
+    """Accesses of 16 bytes that the SASS of ``form`` must have at least, where a thread has as many. ``tile``: elements of an
+    access, rows, columns, warps."""
+    vec, block_m, block_v, warps = tile
+    return block_m * block_v // (32 * warps * vec) * _TILES[form] if vec == {"fp32": 4}.get(dtype, 8) else 0

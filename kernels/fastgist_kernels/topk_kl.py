@@ -8,6 +8,8 @@ a softmax over the rest times one number of the row, and then the k known classe
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -257,27 +259,40 @@ def topk_kl_bwd(logits, indices, stats, pull, row_grad, temperature, grad) -> No
 def _specs() -> list[Spec]:
     sizes = {"M": "i32", "V": "i32", "K": "i32", "inv_t": "fp32"}
     out = []
-    for label, dtype, block_k, block_v in (
-        ("bf16_small_v", "bf16", 16, 128),
-        ("bf16_long_v", "bf16", 64, 2048),
-        ("fp32_long_v", "fp32", 64, 2048),
-        ("bf16_many_k", "bf16", 1024, 2048),
+    for label, dtype, block_k, block_v, kind in (
+        ("bf16_small_v", "bf16", 16, 128, ""),
+        ("bf16_long_v", "bf16", 64, 2048, ""),
+        ("fp32_long_v", "fp32", 64, 2048, ""),
+        ("bf16_many_k", "bf16", 1024, 2048, ""),
+        *((f"{dtype}_long_v_wide", dtype, 64, 2048, "wide") for dtype in ("bf16", "fp16", "fp32")),
+        ("bf16_long_v_strided", "bf16", 64, 2048, "strided"),
     ):
         warps = 8 if block_v >= 2048 else 4
         pointers = {"z_ptr": f"*{dtype}", "t_ptr": "*fp32", "i_ptr": "*i64", "rest_ptr": "*fp32", "mask_ptr": "*i1"}
         pointers |= {"loss_ptr": "*fp32", "stats_ptr": "*fp32", "pull_ptr": "*fp32"}
         pointers |= {"row_grad_ptr": "*fp32", "grad_ptr": f"*{dtype}"}
-        strides = dict.fromkeys(("stride_zm", "stride_mask", "stride_grad"), "i64")
-        flags = {"stride_zv": 1, "HAS_MASK": True, "FORWARD": True, "REVERSE": True, "BLOCK_K": block_k}
+        strides = dict.fromkeys(("stride_zm", "stride_zv", "stride_mask", "stride_grad"), "i64")
+        flags: dict[str, object] = {"HAS_MASK": True, "FORWARD": True, "REVERSE": True, "BLOCK_K": block_k}
         flags |= {"BLOCK_M": max(1, min(8, 2048 // (4 * block_v))), "BLOCK_V": block_v}
-        known = _topk_kl_bwd_known_kernel
-        for kernel in (_topk_kl_fwd_kernel, _topk_kl_bwd_rest_kernel, known):
+        flags |= {} if kind == "strided" else {"stride_zv": 1}
+        # Where V is a multiple of 16 (the launcher looks), rows are read and written 16 bytes at a time.
+        each = block_v * (4 if dtype == "fp32" else 2) // (32 * warps * 16)
+        for kernel in (_topk_kl_fwd_kernel, _topk_kl_bwd_rest_kernel, _topk_kl_bwd_known_kernel):
+            rest, known = kernel is _topk_kl_bwd_rest_kernel, kernel is _topk_kl_bwd_known_kernel
+            if (rest and "many" in label) or (known and kind):
+                continue
+            held: dict[str, Any] = {}
+            if kind == "wide":  # the backward's rows have three numbers each; the forward takes the k one by one
+                held = {"aligned": ("V",), "accesses": (1 + rest) * each} | (
+                    {"wide": True, "numbers": 3} if rest else {}
+                )
+                if dtype == "bf16" and kernel is _topk_kl_fwd_kernel:
+                    held["archs"] = (90, 100)  # on sm_80 Triton 3.6, not 3.9, spills two registers
+            elif kind == "strided":
+                held = {"unaligned": ("stride_zv",)}
             mine = {n: v for n, v in flags.items() if n in kernel.arg_names}
             signature = {n: v for n, v in (pointers | sizes | strides).items() if n in kernel.arg_names}
-            if "many" not in label or kernel is not _topk_kl_bwd_rest_kernel:
-                out.append(
-                    Spec(kernel, label, signature, mine, num_warps=4 if kernel is known else warps, num_stages=1)
-                )
+            out.append(Spec(kernel, label, signature, mine, num_warps=4 if known else warps, num_stages=1, **held))
     return out
 
 

@@ -1,5 +1,7 @@
 """The CUDA sources of the extension, compiled by nvcc for each architecture without a GPU: no spills, and registers
 held against csrc/cuda/resources.csv. ``make aot UPDATE=1`` rewrites that table: commit it with the change behind it.
+
+FASTGIST_CUDA=1, with which setup.py fails where the CUDA kernels cannot be built, makes these tests fail without nvcc.
 """
 
 from __future__ import annotations
@@ -24,11 +26,14 @@ ARCHS = ("80", "90a", "100a")
 #: Registers may grow this much before the table must be looked at and rewritten.
 SLACK = 1.10
 NVCC = shutil.which("nvcc")
+DEMANDED = os.environ.get("FASTGIST_CUDA", "0") not in ("", "0")
+MISSING = "nvcc is not on PATH: the CUDA sources are compiled by nobody here (FASTGIST_CUDA=1 makes this a failure)"
 
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None and not DEMANDED, reason=MISSING)
 
 
 def nvcc(*arguments: str | Path) -> str:
+    assert NVCC is not None, "FASTGIST_CUDA is set and nvcc is not on PATH"
     done = subprocess.run([NVCC, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=560)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -124,7 +129,8 @@ def test_compiles_without_spills(source, arch, tmp_path):
     kernels = {row["kernel"].split("[")[0] for row in rows}
     assert kernels == set(re.findall(r"\b(_\w+_kernel)\(", own_text(source))), "a kernel was not compiled"
     for row in rows:
-        assert (row["spill_stores"], row["spill_loads"]) == ("0", "0"), f"{row['kernel']} spills on sm_{arch}: {row}"
+        spilled = row["stack"], row["spill_stores"], row["spill_loads"]
+        assert spilled == ("0", "0", "0"), f"{row['kernel']} spills or has a stack on sm_{arch}: {row}"
     if os.environ.get("UPDATE", "0") not in ("", "0"):
         record(rows)
     before = {(row["nvcc"], row["kernel"], row["arch"]): row for row in recorded()}

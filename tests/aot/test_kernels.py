@@ -227,14 +227,33 @@ def test_matrix_kernels_use_hopper_instructions(rows):
 
 def test_streaming_kernels_move_16_bytes_at_a_time(rows):
     _fail([f"{_label(r)}: {' '.join(r['narrow_accesses'])}" for r in rows if r.get("narrow_accesses")])
-    assert any("narrow_accesses" in row for row in rows), "no kernel was looked at"
+    _fail(
+        [
+            f"{_label(r)}: {r['wide_accesses'][0]} accesses of 16 bytes, {r['wide_accesses'][1]} are due"
+            for r in rows
+            if "wide_accesses" in r and r["wide_accesses"][0] < r["wide_accesses"][1]
+        ]
+    )
+    for kernel in ("_bidirectional_kl", "_gist_loss", "_topk_kl_bwd_rest", "_scale_unless_one"):
+        for dtype in ("bf16", "fp16", "fp32"):
+            looked = [
+                r
+                for r in rows
+                if r["kernel"].startswith(kernel)
+                and {"narrow_accesses", "wide_accesses"} & r.keys()
+                and dtype in r["kernel"]
+            ]
+            assert looked, f"no {kernel} of {dtype} was looked at"
+    assert any("wide_accesses" in r and "_topk_kl_fwd" in r["kernel"] for r in rows)
 
 
 def test_the_width_check_finds_a_narrow_access():
-    from fastgist_kernels.aot import narrow_accesses
+    from fastgist_kernels.aot import narrow_accesses, wide_accesses
 
     sass = "LDG.E.128 R4, desc[UR4][R2.64] ;\nSTG.E.U16 desc[UR4][R2.64], R4 ;\nLDG.E R5, desc[UR4][R2.64] ;\n"
     assert narrow_accesses(sass) == ["STG.E.U16", "LDG.E"]
+    assert wide_accesses(sass) == 1
+    assert wide_accesses("LDG.E.EF.128.CONSTANT R4 ;\nSTG.E.ENL2.256 desc ;\nLDG.E.64 R2 ;\nLDS.128 R4 ;") == 3
 
 
 def test_no_uniform_register_is_read_before_it_is_written(rows):

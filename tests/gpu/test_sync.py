@@ -6,7 +6,7 @@ import pytest
 import torch
 from every_op import make
 
-from fastgist.backends import OPS
+from fastgist.backends import IMPLEMENTATIONS, OPS, resolve
 from fastgist.functional import bidirectional_kl
 
 pytestmark = pytest.mark.gpu
@@ -18,17 +18,25 @@ def no_sync():
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("by", ["auto", "triton", "reference"])
+@pytest.mark.parametrize("factor", [1.0, 3.0], ids=["factor1", "factor3"])
+@pytest.mark.parametrize("by", [impl for impl in IMPLEMENTATIONS if impl != "native"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("op", OPS)
-def test_no_host_sync(op, dtype, by, no_sync):
+def test_no_host_sync(op, dtype, by, factor, no_sync):
+    """``factor``: the incoming gradient. By 1 nothing is multiplied, by any other number finished gradients are, and which of
+    the two it is only the device may ask."""
+    try:
+        resolve(op, by, torch.empty(1, device="cuda", dtype=dtype))
+    except RuntimeError as obstacle:
+        pytest.skip(str(obstacle))
     call = make(op, dtype, device="cuda")
     call.run(impl=by)
     values = call.values()
+    incoming = torch.full_like(call(*call.values(), impl=by), factor)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     out = call(*values, impl=by)
-    torch.autograd.grad(out, call.wanted(values), torch.ones_like(out))
+    torch.autograd.grad(out, call.wanted(values), incoming)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
