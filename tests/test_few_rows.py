@@ -1,100 +1,134 @@
-"""A few rows without autograd, as in decoding, go around the fused operation: the same function, within the error budget."""
+"""cp_linear of a few rows on a CPU, which "auto" leaves to PyTorch's own autograd: the numbers, and who gets there."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
-from fastgist import functional
-from fastgist.nn import CPFactors, CPLinear, LoRALinear
+from fastgist.functional import cp_linear
+from fastgist.ops import cp_linear as ops
+from fastgist.reference.cp_linear import cp_linear as formula
 from fastgist.testing import within_budget
 
-K = 48
 
-
-def stirred(layer):
-    torch.manual_seed(1)
-    for p in layer.parameters():
-        if p.requires_grad:
-            nn.init.normal_(p, std=0.3)
-    return layer.eval()
-
-
-def base(outs, dtype, inner=K, bias=True):
-    torch.manual_seed(0)
-    return nn.Linear(inner, outs, bias=bias, dtype=dtype).requires_grad_(False)
-
-
-FORMS = {
-    "cp": lambda d: CPLinear(base(K, d), CPFactors(K, K, 5, 3), 1, scale=0.7),
-    "cp, factors as the base": lambda d: CPLinear(base(K, d), CPFactors(K, K, 5, 3, dtype=d), 1),
-    "tucker": lambda d: CPLinear(base(K, d, bias=False), CPFactors(K, K, 5, 3, "tucker"), 2),
-    "a fused qkv": lambda d: CPLinear(base(3 * K, d), CPFactors(K, K, 5, 3), (2, None, 1)),
-    "folds of tt": lambda d: CPLinear(base(2 * K, d), CPFactors(K, K, 5, 3, "tt"), (2, 0)),
-    "folds of the input": lambda d: CPLinear(base(K, d, 2 * K), CPFactors(K, K, 5, 3), (0, 1)),
-    "lora": lambda d: LoRALinear(base(K, d), 4),
-    "lora of q and v": lambda d: LoRALinear(base(3 * K, d), 4, folds=3, parts=(0, 2)),
-}
+def case(rows, inner=40, out=56, rank=5, bias=True, gain=True, dtype=torch.float32):
+    x, weight = torch.randn(*rows, inner), torch.randn(out, inner) / inner**0.5
+    u, v = torch.randn(inner, rank) / inner**0.5, torch.randn(out, rank)
+    made = [x, weight, torch.randn(out) if bias else None, u, v, torch.randn(rank) if gain else None]
+    return [None if t is None else t.to(dtype) for t in made]
 
 
 @pytest.fixture
-def fused(monkeypatch):
-    """Calls of the fused operation."""
-    calls = []
-    original = functional.cp_linear
-    monkeypatch.setattr(functional, "cp_linear", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
-    return calls
+def no_function(monkeypatch):
+    """Whoever comes to the Function fails."""
+
+    def refuse(*args):
+        raise AssertionError("the Function was called")
+
+    monkeypatch.setattr(ops._CPLinear, "apply", refuse)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("form", FORMS)
-def test_it_is_the_formula_in_float64(form, dtype, fused):
-    layer = stirred(FORMS[form](dtype))
-    x = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(2)).to(dtype)
-    u, v, gain = layer.get_factors()
+def run(function, given, trained, grad, **options):
+    leaves = [t if t is None else t.detach().clone().requires_grad_(i in trained) for i, t in enumerate(given)]
+    y = function(*leaves, **options)
+    return y.detach(), torch.autograd.grad(y, [leaves[i] for i in trained], grad.to(y.dtype))
 
-    def formula(to):
-        weight, down = layer.base_layer.weight.to(to), u.to(to)
-        up = layer._folded(v.to(to), None if gain is None else gain.to(to))
-        bias = None if layer.base_layer.bias is None else layer.base_layer.bias.to(to)
-        y = nn.functional.linear(x.to(to), weight, bias)
-        return y + layer.scale * ((x.to(to) @ down) @ up.T)
 
+@pytest.mark.parametrize("rows", [(1,), (2, 3), (128,)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gain", [True, False])
+def test_the_numbers_without_a_function(no_function, rows, bias, gain):
+    given = case(rows, bias=bias, gain=gain)
+    trained = [i for i, t in enumerate(given) if t is not None]  # the weight and the bias too
+    grad = torch.randn(*rows, 56)
+    y, grads = run(cp_linear, given, trained, grad, scale=0.7)
+    plain, plain_grads = run(formula, given, trained, grad, scale=0.7)
+    wide = [t if t is None else t.double() for t in given]
+    exact, exact_grads = run(formula, wide, trained, grad, scale=0.7)
+    for ours, theirs, truth in zip((y, *grads), (plain, *plain_grads), (exact, *exact_grads), strict=True):
+        assert ours.shape == truth.shape and ours.dtype == torch.float32
+        assert within_budget(ours, theirs, truth, scale=float(truth.abs().mean())) is None
+
+
+def test_no_update_is_the_base_bitwise(no_function):
+    x, weight, bias, u, v, gain = case((3,))
+    y = cp_linear(x, weight, bias, u, torch.zeros_like(v), gain)
+    assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
+
+
+def test_a_vector_and_an_evaluation(no_function):
+    x, *rest = case((1,))
     with torch.no_grad():
-        assert within_budget(layer(x), formula(dtype), formula(torch.float64)) is None
-    assert bool(fused) == (u.dtype == torch.float16 or torch.finfo(u.dtype).bits < torch.finfo(dtype).bits)
-    assert layer(x).requires_grad and fused  # with autograd it is the operation
+        assert torch.equal(cp_linear(x[0], *rest), cp_linear(x, *rest)[0])
 
 
-@torch.no_grad()
-def test_what_is_not_a_few_rows_takes_the_operation(fused):
-    layer = stirred(FORMS["cp"](torch.float32))
-    x = torch.randn(16, K)
-    layer(x)
-    layer(x[0])
-    assert not fused
-    layer(torch.randn(17, K))
-    layer(x[:0])
-    assert len(fused) == 2
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
-    assert len(fused) == 3
-    layer.factors.dropout = 0.5
-    layer.train()(x)
-    assert len(fused) == 4
-    with pytest.raises(ValueError, match="shape"):
-        layer(torch.randn(2, K + 1))
-    with pytest.raises(TypeError):
-        layer(x.double())
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": (129,)},
+        {"rows": (0,)},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float64},
+        {"options": {"impl": "reference"}},
+        {"options": {"dropout_p": 0.5, "training": True}},
+        {"options": {"seed": torch.tensor([3]), "training": True}},
+        {"gain": torch.ones(1, 5)},
+        {"gain": torch.ones(2, 5), "v": torch.randn(28, 5)},
+    ],
+    ids=str,
+)
+def test_others_come_to_the_function(no_function, change):
+    given = case(change.get("rows", (4,)), dtype=change.get("dtype", torch.float32))
+    given[5], given[4] = change.get("gain", given[5]), change.get("v", given[4])
+    with pytest.raises(AssertionError, match="the Function was called"):
+        cp_linear(*given, **change.get("options", {}))
 
 
-def test_inference_mode_and_a_merged_layer(fused):
-    layer = stirred(FORMS["cp"](torch.float32))
-    x = torch.randn(2, K)
-    with torch.inference_mode():
-        found = layer(x)
-    torch.testing.assert_close(found, layer(x))
-    layer.merge()
-    torch.testing.assert_close(found, layer(x))
-    assert len(fused) == 1
+@pytest.mark.parametrize(
+    ("at", "wrong", "kind", "message"),
+    [
+        (0, torch.randn(4, 39), ValueError, r"x.shape\[-1\] == 40 .*got 39"),
+        (1, torch.randn(56, 41), ValueError, "weight is 56 x 41"),
+        (2, torch.randn(1), ValueError, r"bias.shape == \(56,\)"),
+        (2, torch.randn(56).bfloat16(), TypeError, "bias is bfloat16"),
+        (3, torch.randn(40, 4), ValueError, r"v.shape\[1\] == 4"),
+        (3, torch.randn(40, 5).double(), TypeError, "u is float64"),
+        (3, torch.randn(40), ValueError, "u must be 2-D"),
+        (3, [1.0], TypeError, "u must be a Tensor"),
+        (4, torch.randn(56), ValueError, "v must be 2-D"),
+        (4, torch.randn(56, 0), ValueError, "v.shape"),
+        (5, torch.randn(1), ValueError, r"gain.shape == \(5,\)"),
+        (5, torch.ones(5, dtype=torch.int64), TypeError, "gain"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_said_as_ever(at, wrong, kind, message):
+    given = case((4,))
+    given[at] = wrong
+    with pytest.raises(kind, match=message):
+        cp_linear(*given)
+
+
+@pytest.mark.parametrize("options", [{"scale": float("nan")}, {"dropout_p": 1.5}, {"dropout_p": -0.1}], ids=str)
+def test_numbers_out_of_range(options):
+    with pytest.raises(ValueError, match="cp_linear"):
+        cp_linear(*case((4,)), **options)
+
+
+def test_autocast_and_compiled_code_take_the_operator(no_function):
+    given = case((4,))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(AssertionError, match="the Function was called"):
+        cp_linear(*given)
+
+
+def test_a_second_derivative_is_right():
+    given = case((2,))
+
+    def slope(function, given):
+        x = given[0].detach().requires_grad_()
+        (first,) = torch.autograd.grad(function(x, *given[1:]).tanh().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    exact = slope(formula, [t.double() for t in given])
+    ours, plain = slope(cp_linear, given), slope(formula, given)
+    assert within_budget(ours, plain, exact, scale=float(exact.abs().mean())) is None

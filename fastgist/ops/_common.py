@@ -18,6 +18,7 @@ from fastgist import backends
 __all__ = [
     "define",
     "alike",
+    "any_autocast",
     "check_floating",
     "check_same_dtype",
     "check_same_device",
@@ -153,7 +154,7 @@ def _know(device: str) -> None:
 _known_keys: set[int] = set()
 _ORDINARY = frozenset({Tensor, torch.nn.Parameter})
 #: Where a version of torch cannot say, autocast may be on, and somebody may listen.
-_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
@@ -210,7 +211,7 @@ def _without_autocast(implementation: Callable) -> Callable:
 
     @functools.wraps(implementation)
     def run(*args):
-        if not _any_autocast():
+        if not any_autocast():
             return implementation(*args)
         device_type = next(a.device.type for a in args if isinstance(a, Tensor))
         if not autocast_enabled(device_type):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgist import backends
-from fastgist.ops import _common, _native_update
+from fastgist.ops import _common, _few_rows, _native_update
 from fastgist.ops._low_rank import (
     cast_for_autocast,
     check_dropout,
@@ -440,8 +440,13 @@ def cp_linear(
     Raises:
         ValueError: shapes that do not fit, a rank of 0, dropout_p outside [0, 1), a scale that is not finite.
         TypeError: dtypes that differ outside autocast, or are not floating point; a seed that is not int64.
-        RuntimeError: an explicit ``impl`` that cannot run here; a second derivative.
+        RuntimeError: an explicit ``impl`` that cannot run here; a second derivative, but of a few float32 rows on a CPU,
+            where "auto" leaves the formula to PyTorch's autograd.
     """
+    if impl == "auto" and seed is None:
+        few = _few_rows.cp_linear(x, weight, bias, u, v, gain, scale, dropout_p, training)
+        if few is not None:
+            return few
     weights, biases = _base(weight, bias)
     named = {"x": x, **weights, **biases, "u": u, "v": v, "gain": gain}
     for name, t in named.items():
