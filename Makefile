@@ -123,7 +123,7 @@ endif
 
 $(EXTENSION): $(filter-out csrc/tests/%,$(CSRC)) setup.py $(PACKAGES)
 	@mkdir -p build
-	echo "fastgist: building the extension (half a minute; log in build/extension.log)"
+	echo "fastgist: building the extension (half a minute, with CUDA two; log in build/extension.log)"
 	if ! $(PY) setup.py build_ext --inplace >build/extension.log 2>&1; then
 	  tail -n 30 build/extension.log >&2
 	  if [ "$${FASTGIST_REQUIRE_EXT:-0}$${FASTGIST_CUDA:-0}" != 00 ]; then exit 1; fi

@@ -233,9 +233,7 @@ def _roofline(op: str, of: Case) -> dict[str, object]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "ops", nargs="*", choices=[*OURS, []], metavar="op", help=f"of {', '.join(OURS)} (default: all)"
-    )
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OURS)} (default: all)")
     parser.add_argument(
         "-k", dest="case", help="a part of the case's name (default: those with goals, all of cp_linear)"
     )
@@ -246,9 +244,14 @@ def main(argv: list[str] | None = None) -> int:
 
     from benchmarks.conftest import environment, measured_by  # it also asks malloc to keep what is freed
 
+    if unknown := [op for op in args.ops if op not in OURS]:
+        parser.error(f"{', '.join(unknown)}: not among {', '.join(OURS)}")
     chosen = wanted(args.ops, args.case)
     if not chosen:
-        parser.error(f"no case of {', '.join(args.ops or OURS)} in float32 has {args.case!r} in its name")
+        known = ", ".join(f"{op} {case.name}" for op, case in wanted(args.ops, ""))
+        parser.error(
+            f"no case of {', '.join(args.ops or OURS)} in float32 has {args.case!r} in its name; there are {known}"
+        )
     described = environment()
     described["timing"] = "wall clock; one turn each in every round, ratios within a round: quartiles"
     path = args.out / str(described["device_slug"]) / "in_turns.json"
