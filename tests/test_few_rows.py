@@ -73,9 +73,8 @@ def test_a_vector_and_an_evaluation(no_function):
         {"options": {"dropout_p": 0.5, "training": True}},
         {"options": {"seed": torch.tensor([3]), "training": True}},
         {"gain": torch.ones(1, 5)},
-        {"gain": torch.ones(2, 5), "v": torch.randn(28, 5)},
+        {"gain": torch.ones(2, 5), "v": torch.ones(28, 5)},
     ],
-    ids=str,
 )
 def test_others_come_to_the_function(no_function, change):
     given = case(change.get("rows", (4,)), dtype=change.get("dtype", torch.float32))
@@ -100,7 +99,6 @@ def test_others_come_to_the_function(no_function, change):
         (5, torch.randn(1), ValueError, r"gain.shape == \(5,\)"),
         (5, torch.ones(5, dtype=torch.int64), TypeError, "gain"),
     ],
-    ids=str,
 )
 def test_what_is_wrong_is_said_as_ever(at, wrong, kind, message):
     given = case((4,))
