@@ -179,8 +179,8 @@ struct MergeStretch {
   }
 };
 
-// The gradients of classes [begin, end) of a row. `centres`: those of the row's blocks, or null: the row's own. `plain`:
-// the sums were, of a row that is all known.
+// The gradients of classes [begin, end) of a row. `centres`: those of the row's blocks, or null: the row's own.
+// `plain`: the sums were, of a row that is all known.
 template <typename Op>
 struct FinishStretch {
   using A = typename Op::A;

@@ -110,8 +110,8 @@ template <typename A>
 struct OnlinePair {
   A m_z = -kInf<A>, m_o = -kInf<A>;
   double s_p = 0, s_q = 0, w_p = 0, w_q = 0, unit_z = 0, unit_o = 0;
-  bool lone = false;   // some class is -inf on one side only
-  bool plain = true;   // all exponentials so far are normal numbers: no class is -inf, none NaN
+  bool lone = false;  // some class is -inf on one side only
+  bool plain = true;  // all exponentials so far are normal numbers: no class is -inf, none NaN
 
   struct Rise {  // old centres less new ones
     A z, o;

@@ -228,8 +228,8 @@ FASTGIST_INLINE float exp_fraction(float x, const ExpScale<float>& scale, float&
 }
 
 // e^(x / T) for x <= 0, -inf or NaN, flushed to 0 as exp_nonpositive: within 2.4 ulp where products are fused (AVX2,
-// AVX-512, NEON; 2.28 seen). Where they are not, the exponent of 2 is rounded once, which adds ln(2) 2^k ulp for an exponent
-// between 2^k and 2^(k + 1): 0.7 at e^-1, 44 at e^-87, whose weight in a sum is as small.
+// AVX-512, NEON; 2.28 seen). Where they are not, the exponent of 2 is rounded once, which adds ln(2) 2^k ulp for an
+// exponent between 2^k and 2^(k + 1): 0.7 at e^-1, 44 at e^-87, whose weight in a sum is as small.
 template <bool kFma>
 FASTGIST_INLINE float exp_scaled(float x, const ExpScale<float>& scale) {
   float shifted;

@@ -86,7 +86,19 @@ struct Divergence {
 };
 
 // What a row of an unkind matrix holds beside ordinary logits, by its number; row 2 is not to be read.
-enum UnkindRow { kPlainRow, kLoneZ, kNotRead, kLoneO, kAbsent, kEmptyZ, kEmptyBoth, kNanRow, kInfRow, kFarRow, kUnkind };
+enum UnkindRow {
+  kPlainRow,
+  kLoneZ,
+  kNotRead,
+  kLoneO,
+  kAbsent,
+  kEmptyZ,
+  kEmptyBoth,
+  kNanRow,
+  kInfRow,
+  kFarRow,
+  kUnkind
+};
 
 // One row of a pair with 16 classes or more. In a far row exponentials at temperature T underflow.
 template <typename T>

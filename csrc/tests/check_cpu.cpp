@@ -10,7 +10,8 @@ namespace {
 using namespace fastgist;
 using namespace fastgist::check;
 
-// All three exponentials of every x, by the instructions that are dispatched to: fused where these have products that are.
+// All three exponentials of every x, by the instructions that are dispatched to: fused where these have products that
+// are.
 struct Exponentials {
   template <bool kFma, int>
   static FASTGIST_INLINE void rows(const std::vector<float>& from, const cpu::ExpScale<float>& over_t,
@@ -132,8 +133,8 @@ void check_bidirectional_kl(const char* type, DType dtype, double storage_eps, i
   for (int64_t row = 0; row < kRows; ++row) {
     sum += finished_loss[row];
     const double wanted = static_cast<double>(row_loss[row]) * factor;
-    const bool ok = same(finished_loss[row], wanted) ||
-                    std::fabs(finished_loss[row] - wanted) <= 2 * eps * std::fabs(wanted);
+    const bool ok =
+        same(finished_loss[row], wanted) || std::fabs(finished_loss[row] - wanted) <= 2 * eps * std::fabs(wanted);
     expect(ok, "finished row loss", type, classes, finished_loss[row], wanted);
   }
   const bool summed = same(loss_of_one, sum) || std::fabs(loss_of_one - sum) <= 2 * eps * std::fabs(sum);
@@ -159,8 +160,8 @@ void check_bidirectional_kl(const char* type, DType dtype, double storage_eps, i
     const std::vector<Real>&p = exact.p, &q = exact.q, &d = exact.d;
     const Real e_p = exact.e_p, e_q = exact.e_q, terms = exact.terms;
     const double loss = static_cast<double>(exact.loss);
-    const bool near = same(row_loss[row], loss) ||
-                      std::fabs(row_loss[row] - loss) <= 16 * eps * static_cast<double>(terms);
+    const bool near =
+        same(row_loss[row], loss) || std::fabs(row_loss[row] - loss) <= 16 * eps * static_cast<double>(terms);
     expect(near, "loss", type, classes, row_loss[row], loss);
     const Real of_row = row_grad[row] / temperature;
     for (int64_t v = 0; v < classes; ++v) {
@@ -169,8 +170,9 @@ void check_bidirectional_kl(const char* type, DType dtype, double storage_eps, i
       const Real size = of_row * ((p[v] + q[v]) * (1 + std::fabs(d[v]) + terms));
       const auto within = [&](const char* what, T got, Real wanted, Real size) {
         // Exponentials that are no normal numbers are 0: a part in 1e30 of anything else here.
-        const double bound =
-            static_cast<double>(size) * (16 * eps + storage_eps) + (storage_eps > eps ? 1e-7 : kIsUnkind ? 1e-30 : 0);
+        const double bound = static_cast<double>(size) * (16 * eps + storage_eps) + (storage_eps > eps ? 1e-7
+                                                                                     : kIsUnkind       ? 1e-30
+                                                                                                       : 0);
         const double w = static_cast<double>(wanted);
         expect(same(cpu::load(got), w) || std::fabs(cpu::load(got) - w) <= bound, what, type, classes, cpu::load(got),
                w);

@@ -58,7 +58,7 @@ void check(Kind kind, double temperature, const char* type, DType dtype, double 
   std::unique_ptr<int64_t[]> labels(new int64_t[kRows]);
   for (int64_t row = 0; row < kRows; ++row) {
     labels[row] = !soft && row == kIgnored ? -100 : static_cast<int64_t>(random() % classes);
-    if (kIsUnkind && row != kIgnored) labels[row] = 1;  // which is there in every row that has any
+    if (kIsUnkind && row != kIgnored) labels[row] = 1;   // which is there in every row that has any
     if (labels[row] == -100 && stride_m != 0) continue;  // its NaN must not be seen
     for (int64_t v = 0; v < classes; ++v) {
       cpu::store(static_cast<A>(normal(random)), z.at(row, v));
@@ -105,8 +105,9 @@ void check(Kind kind, double temperature, const char* type, DType dtype, double 
   finish(3, &loss_of_three, attached.buffer.get(), detached.buffer.get());
 
   const auto within = [&](const char* what, T got, Real wanted, Real size) {
-    const double bound =
-        static_cast<double>(size) * (16 * eps + storage_eps) + (storage_eps > eps ? 1e-7 : kIsUnkind ? 1e-30 : 0);
+    const double bound = static_cast<double>(size) * (16 * eps + storage_eps) + (storage_eps > eps ? 1e-7
+                                                                                 : kIsUnkind       ? 1e-30
+                                                                                                   : 0);
     const double w = static_cast<double>(wanted);
     expect(same(cpu::load(got), w) || std::fabs(cpu::load(got) - w) <= bound, what, type, classes, cpu::load(got), w);
   };

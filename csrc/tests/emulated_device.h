@@ -257,7 +257,9 @@ namespace fastgist::emulated {
 struct Index {
   unsigned x, y;
 };
-inline Index thread() { return {static_cast<unsigned>(machine->running->x), static_cast<unsigned>(machine->running->y)}; }
+inline Index thread() {
+  return {static_cast<unsigned>(machine->running->x), static_cast<unsigned>(machine->running->y)};
+}
 inline Index block() { return {static_cast<unsigned>(cuda::block_x()), static_cast<unsigned>(machine->block_y)}; }
 inline Index grid() { return {static_cast<unsigned>(machine->grid_x), static_cast<unsigned>(machine->grid_y)}; }
 
