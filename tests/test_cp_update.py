@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch.utils.checkpoint import checkpoint
 from updates import NAMES, case, check, evaluate, in_place
 
@@ -483,3 +484,17 @@ def test_unaligned_operands_take_the_tile_that_spills_nothing(monkeypatch):
         assert i > 0 or warps(*others, out=odd) == 8
     assert kernels._config(y[:32], (y, x, u, v), 16, False)["BLOCK_M"] == 16
     assert kernels._config(y.float(), (y, x, u, v), 16, False) != kernels._config(y.float(), (y, x, u, v), 16, True)
+
+
+def test_in_place_into_nothing(impl):
+    """torch gives a result without elements strides that would overlap if it had some."""
+    y = torch.randn(3, 0, 1, device=DEVICE) / 1.0
+    out = cp_update(
+        y,
+        torch.randn(3, 0, 4, device=DEVICE),
+        torch.randn(4, 2, device=DEVICE),
+        torch.randn(1, 2, device=DEVICE),
+        inplace=True,
+        impl=impl,
+    )
+    assert out is y and y.shape == (3, 0, 1)

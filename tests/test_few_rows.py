@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastgist.functional import cp_linear
+from fastgist.nn import LoRALinear
 from fastgist.ops import cp_linear as ops
 from fastgist.reference.cp_linear import cp_linear as formula
 from fastgist.testing import within_budget
@@ -56,6 +58,39 @@ def test_no_update_is_the_base_bitwise(no_function):
     assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
 
 
+def test_a_gain_of_one_row_is_a_gain(no_function):
+    x, weight, bias, u, v, gain = case((3,))
+    assert torch.equal(cp_linear(x, weight, bias, u, v, gain[None]), cp_linear(x, weight, bias, u, v, gain))
+
+
+def test_counted_as_the_operator_is():
+    """By torch's counter, which knows PyTorch's own products and is told of ours."""
+    given = case((8,))
+
+    def flops(impl):
+        with FlopCounterMode(display=False) as counter:
+            cp_linear(*given, impl=impl)
+        return counter.get_total_flops()
+
+    assert flops("auto") == flops("reference") == 2 * 8 * (40 * 56 + 40 * 5 + 5 * 56)
+
+
+def test_the_factors_alone_in_a_batch(no_function):
+    x, weight, bias, u, v, gain = case((3,))
+    us, vs = torch.randn(2, *u.shape), torch.randn(2, *v.shape)
+    y = torch.vmap(cp_linear, in_dims=(None, None, None, 0, 0, None))(x, weight, bias, us, vs, gain)
+    for i in range(2):
+        torch.testing.assert_close(y[i], cp_linear(x, weight, bias, us[i], vs[i], gain))
+
+
+@pytest.mark.parametrize("rows", [3, 129])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_layer_whose_factors_are_not_there_yet_says_so(rows, recorded):
+    layer = LoRALinear(torch.nn.Linear(16, 8), rank=2, device="meta")
+    with torch.set_grad_enabled(recorded), pytest.raises(ValueError, match="is on meta"):
+        layer(torch.randn(rows, 16))
+
+
 def test_a_vector_and_an_evaluation(no_function):
     x, *rest = case((1,))
     with torch.no_grad():
@@ -72,7 +107,6 @@ def test_a_vector_and_an_evaluation(no_function):
         {"options": {"impl": "reference"}},
         {"options": {"dropout_p": 0.5, "training": True}},
         {"options": {"seed": torch.tensor([3]), "training": True}},
-        {"gain": torch.ones(1, 5)},
         {"gain": torch.ones(2, 5), "v": torch.ones(28, 5)},
     ],
 )
@@ -98,6 +132,14 @@ def test_others_come_to_the_function(no_function, change):
         (4, torch.randn(56, 0), ValueError, "v.shape"),
         (5, torch.randn(1), ValueError, r"gain.shape == \(5,\)"),
         (5, torch.ones(5, dtype=torch.int64), TypeError, "gain"),
+        (5, [1.0] * 5, TypeError, "gain must be a Tensor, got list"),
+        (2, 0.0, TypeError, "bias must be a Tensor, got float"),
+        (3, torch.randn(40, 1), ValueError, r"v.shape\[1\] == 1"),  # would be spread over the gain
+        (0, torch.eye(4, 40).to_sparse(), TypeError, "x must be strided"),
+        (1, torch.eye(56, 40).to_sparse_csr(), TypeError, "must be strided"),
+        (1, torch.randn(56, 40, device="meta"), ValueError, "weight is on meta"),
+        (3, torch.randn(40, 5, device="meta"), ValueError, "u is on meta"),
+        (4, torch.randn(56, 5, device="meta"), ValueError, "v is on meta"),
     ],
 )
 def test_what_is_wrong_is_said_as_ever(at, wrong, kind, message):

@@ -215,9 +215,9 @@ class TunerLinear(nn.Module, ABC):
             return base(x)
         factors = self.get_factors()
         p = self.dropout_p if self.training else 0.0
-        few = p == 0.0 and self._is_few(x, factors.u.dtype)
+        few = p == 0.0 and factors.u.is_cpu and factors.v.is_cpu and self._is_few(x, factors.u.dtype)
         if is_plain(base) and not is_hooked(base):
-            if few and x.dtype == base.weight.dtype:
+            if few and x.dtype == base.weight.dtype and base.weight.is_cpu:
                 return self._few_rows(nn.functional.linear(x, base.weight, base.bias), x, factors)
             u, v, gain = self._cast(factors, base.weight)
             return functional.cp_linear(

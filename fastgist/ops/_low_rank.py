@@ -52,6 +52,8 @@ def check_low_rank(op: str, u: Tensor, v: Tensor, gain: Tensor | None, width: in
 def check_writable(op: str, name: str, t: Tensor) -> None:
     """That each dimension of ``t``, which is to be written to, steps over all that narrower ones reach: then no two elements
     share memory. (Strides that interleave without meeting are refused too.)"""
+    if t.numel() == 0:
+        return
     shape, strides = t.shape, t.stride()
     for i in range(t.dim()):
         reach = sum((shape[j] - 1) * strides[j] for j in range(t.dim()) if j != i and strides[j] <= strides[i])
