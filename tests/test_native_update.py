@@ -14,7 +14,7 @@ import updates as update
 
 from fastgist import _extension, backends
 from fastgist.functional import cp_linear, cp_update
-from fastgist.ops import _native_update
+from fastgist.ops import _few_rows, _native_update
 from fastgist.reference.cp_linear import merge_pays
 from fastgist.testing import poisoned_allocations
 
@@ -40,6 +40,7 @@ def passes(monkeypatch):
         return lambda *args: (seen.append(name), real(*args))[1]
 
     monkeypatch.setattr(_native_update, "pays", lambda *args: True)
+    monkeypatch.setattr(_few_rows, "MOST", 0)
     for name in ("forward", "backward"):
         monkeypatch.setattr(_native_update, name, telling(name))
     return seen
