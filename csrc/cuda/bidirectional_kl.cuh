@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "../bidirectional_kl.h"
+#include "device.cuh"
 #include "pair_sums.cuh"
 
 namespace fastgist::cuda {
@@ -72,7 +73,11 @@ __device__ __forceinline__ void store_vector(T* row, int64_t v, int64_t classes,
   Vector<T, kVec> y;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) store(x[i], y.lane[i]);
-  *reinterpret_cast<Vector<T, kVec>*>(row + v) = y;
+  if constexpr (sizeof y == kVectorBytes) {
+    store_whole(row + v, y);
+  } else {
+    row[v] = y.lane[0];
+  }
 }
 
 // -- kernels ----------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ __device__ __forceinline__ void store_chunk(T* row, Index first, Index classes, 
 #pragma unroll
   for (int i = 0; i < Chunk<T>::kLanes; ++i) store(x[i], y.lane[i]);
   if (first >= 0 && first + Chunk<T>::kLanes <= classes) {
-    *reinterpret_cast<Chunk<T>*>(row + first) = y;
+    store_whole(row + first, y);
     return;
   }
 #pragma unroll

@@ -56,6 +56,20 @@ __device__ __forceinline__ void wait_copies(int left) {
   }
 }
 
+// -- stores of 16 bytes
+// -----------------------------------------------------------------------------------------------
+
+// One instruction, where an assignment of the lanes would be one each. `to` lies on 16 bytes.
+template <typename Lanes>
+__device__ __forceinline__ void store_whole(void* to, const Lanes& from) {
+  static_assert(sizeof(Lanes) == sizeof(uint4));
+  uint4 words;
+  memcpy(&words, &from, sizeof words);
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words.x),
+               "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
 // -- clusters: sm_90 and later; elsewhere a block is alone
 // --------------------------------------------------------------
 

@@ -71,7 +71,8 @@ __device__ __forceinline__ KeptRow<T> kept_row(const Arguments<A>& args, int64_t
   return out;
 }
 
-__device__ __forceinline__ int least(int a, int b, int c) { return a < b ? (a < c ? a : c) : (b < c ? b : c); }
+__device__ __forceinline__ int least(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ int least(int a, int b, int c) { return least(least(a, b), c); }
 
 // `slice`: chunks of a row that a block (or warp) keeps.
 template <typename T, int kLoss, int kWarps>
@@ -203,10 +204,10 @@ __global__ void __launch_bounds__(Kept<kWarps>::kBlock, (kept_blocks<T, kLoss, k
     const int64_t at = row * args.in.classes;
 #pragma unroll 1
     for (int part = 0; part < Layout::kQuarters; ++part) {
+      const int begin = thread + part * quarter * Layout::kThreads;
+      const int end = least(begin + quarter * Layout::kThreads, slice);
 #pragma unroll 1
-      for (int turn = part * quarter; turn < (part + 1) * quarter; ++turn) {
-        const int slot = thread + turn * Layout::kThreads;
-        if (slot >= slice) break;
+      for (int slot = begin; slot < end; slot += Layout::kThreads) {
         if (base + slot < now.chunks) {
           const int first = (base + slot) * kLanes - now.head;
           A z[kLanes], o[kLanes];

@@ -220,6 +220,14 @@ A shuffle_xor(A x, int lane_mask) {
 
 inline uint4* dynamic_shared() { return machine->shared[machine->running->block].data(); }
 
+template <typename Lanes>
+void store_whole(void* to, const Lanes& from) {
+  static_assert(sizeof(Lanes) == sizeof(uint4));
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(uint4) != 0)
+    emulated::stop("a store of 16 bytes that does not lie on 16");
+  std::memcpy(to, &from, sizeof from);
+}
+
 inline void copy_async(uint4* to, const uint4* from, int bytes) {
   emulated::poison(to, 1);
   machine->running->started.push_back({to, from, bytes});
