@@ -258,12 +258,17 @@ def gist_loss_fwd_bwd(logits, gist_logits, target, divisor, *rest, form=None) ->
     if form == "split":
         _by_parts(pair, target, options, **outputs)
     elif form == "rows":
-        launch_gist_loss(form, twice_config("gist_loss_rows", logits, vec), pair, target, options, **outputs)
+        columns = (*pair, target) if target.dim() == 2 else pair
+        each = 8 if all(t.stride(1) == 1 for t in columns) else 4  # eight of columns apart spill under Triton 3.6
+        config = twice_config("gist_loss_rows", logits, vec, each)
+        launch_gist_loss(form, config, pair, target, options, **outputs)
     elif form == "whole":
         config = whole_config("gist_loss_whole", logits.device, rows, classes, vec)
         launch_gist_loss(form, config, pair, target, options, **outputs)
     else:
-        launch_gist_loss(form, alone_config(rows, classes, vec), pair, target, options, loss=loss, **outputs)
+        smooth = target.dim() == 1 and options[5] != 0.0  # 2048 elements of it spill under Triton 3.6
+        config = alone_config(rows, classes, vec, 1024 if smooth else 2048)
+        launch_gist_loss(form, config, pair, target, options, loss=loss, **outputs)
         return
     torch.sum(row_loss, 0, out=loss)
 
@@ -401,16 +406,16 @@ def _other_kinds() -> list[Spec]:
     ragged += [(form, "ragged", (1, 1, 1024)) for form in ("split", "merge", "fwd", "bwd")]
     long: list[tuple] = [(form, "long_v", (8, 1, 1024)) for form in ("rows", "split", "merge", "fwd", "bwd")]
     out = [gist_spec(form, f"fp16_{label}", "fp16", tile) for form, label, tile in (*whole, *long)]
-    # Two of these spill under Triton 3.6, not under 3.9, and are no samples: long rows of columns apart, and one program's
-    # ragged rows with smoothed classes.
-    for form, label, tile in (*whole, *long, *ragged[1:]):
+    smooth_alone: tuple = ("alone", "ragged", (1, 8, 128, 8))
+    for form, label, tile in (*whole, *long, smooth_alone, *ragged[1:]):
         out.append(gist_spec(form, f"bf16_smooth_{label}", "bf16", tile, smooth=True))
     for power in (0, 1, 2, 4):  # 0: exponentials at T = 1 are formed anew
         for form, label, tile in (*whole, ragged[2], *long[:1], long[3]):
             out.append(gist_spec(form, f"bf16_power{power}_{label}", "bf16", tile, power=power))
-    for form, label, tile in (*whole, *ragged[1:]):
+    for form, label, tile in (*whole, smooth_alone, *ragged[1:]):
         out.append(gist_spec(form, f"bf16_smooth_power0_{label}", "bf16", tile, smooth=True, power=0))
-    for form, label, tile in (t for t in ragged if t[0] != "rows"):
+    apart: tuple = ("rows", "ragged", (1, 1, 2048, 16))
+    for form, label, tile in (apart if t[0] == "rows" else t for t in ragged):
         label = label.replace("ragged", "strided")
         out.append(gist_spec(form, f"bf16_{label}", "bf16", tile, strided=True))
         out.append(gist_spec(form, f"bf16_soft_{label}", "bf16", tile, soft=True, strided=True))

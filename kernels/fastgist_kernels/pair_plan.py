@@ -71,10 +71,10 @@ def whole_config(kernel: str, device: torch.device, rows: int, classes: int, vec
     return default | launch_config(kernel, device_arch(device), f"v{block_v}")
 
 
-def alone_config(rows: int, classes: int, vec: int) -> dict[str, int]:
-    """Tile of a problem whose rows one program takes, some at a time."""
+def alone_config(rows: int, classes: int, vec: int, ragged: int = 2048) -> dict[str, int]:
+    """Tile of a problem whose rows one program takes, some at a time: ``ragged`` elements of rows that are."""
     block_v = next_power_of_2(classes)
-    elements, each = (4096, 256) if vec > 1 else (2048, 128)  # ragged: an address for every element takes registers
+    elements, each = (4096, 256) if vec > 1 else (ragged, 128)  # ragged: an address for every element takes registers
     block_m = max(1, min(next_power_of_2(rows), elements // block_v))
     return {"BLOCK_V": block_v, "BLOCK_M": block_m, "num_warps": _warps(block_m * block_v, each), "num_stages": 1}
 
@@ -83,12 +83,12 @@ def _warps(elements: int, each: int) -> int:
     return max(1, min(16, elements // each))
 
 
-def twice_config(kernel: str, logits: torch.Tensor, vec: int) -> dict[str, int]:
+def twice_config(kernel: str, logits: torch.Tensor, vec: int, ragged: int = 8) -> dict[str, int]:
     """Tile of a kernel that reads its row twice, the second time from L2: so many warps that the rows of all programs at
-    work fit there."""
+    work fit there. ``ragged``: elements a thread of rows that are."""
     classes = logits.shape[1]
     fit = _cache(logits.device) // (processors(logits.device) * 2 * classes * logits.element_size())
-    return rows_config(kernel, logits.device, classes, vec, 4 if fit >= 8 else 8 if fit >= 4 else 16)
+    return rows_config(kernel, logits.device, classes, vec, 4 if fit >= 8 else 8 if fit >= 4 else 16, ragged=ragged)
 
 
 @functools.cache
