@@ -1,5 +1,6 @@
-"""The CUDA sources of the extension, compiled by nvcc for each architecture without a GPU: no spills, stores of 16 bytes, and
-registers and static shared memory held against csrc/cuda/resources.csv. ``make aot UPDATE=1`` rewrites that table: commit it with the change behind it.
+"""The CUDA sources of the extension, compiled by nvcc for each architecture without a GPU: no spills, stores of 16 bytes,
+and registers and static shared memory held against csrc/cuda/resources.csv. ``make aot UPDATE=1`` rewrites that table: commit
+it with the change behind it.
 
 FASTGIST_CUDA=1, with which setup.py fails where the CUDA kernels cannot be built, makes these tests fail without nvcc.
 """
@@ -46,7 +47,8 @@ def version() -> str:
 
 KERNEL = re.compile(
     r"Compiling entry function '(?P<symbol>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill "
-    r"stores, (?P<spill_loads>\d+) bytes spill loads\s.*?Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
+    r"stores, (?P<spill_loads>\d+) bytes spill loads\s.*?Used (?P<registers>\d+) registers"
+    r"(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
     re.DOTALL,
 )
 #: The template arguments of csrc/cuda's kernels: storage type, then numbers and flags.
