@@ -316,3 +316,27 @@ def test_a_file_from_before_a_field_of_gist_config_existed(tmp_path) -> None:
     for target in (copy.deepcopy(base), made(base, LoraConfig(rank=2), True)):
         with pytest.raises(ValueError, match="newer"):
             load_adapter(target, tmp_path)
+
+
+def test_what_is_trained_beside_the_adapter_is_named(tmp_path):
+    """Nothing of it is in the file: to say nothing would lose it."""
+    model = made(vit(), LoraConfig(rank=2), with_gist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(model, tmp_path / "adapter")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or ".norm" in name)
+    with pytest.warns(UserWarning, match=r"does not hold blocks\.0\.norm1\.weight, .* and \d+ more, which are trained"):
+        save_adapter(model, tmp_path / "adapter")
+
+
+def test_adapters_that_transformers_put_in_are_named(tmp_path):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=3
+    )
+    model = add_gist(transformers.BertForSequenceClassification(config))
+    model.model.add_adapter(peft.LoraConfig(r=2, target_modules=["query"]))
+    with pytest.warns(UserWarning, match=r"does not hold .*query\.lora_A\.default\.weight"):
+        save_adapter(model, tmp_path)

@@ -43,7 +43,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     A fingerprint of the frozen weights goes with it, so that load_adapter can tell another backbone of the same shape.
 
     Of a gist token in a Hugging Face PeftModel it is the token and the head; the rest is PEFT's ``save_pretrained``'s, in
-    another folder (see :mod:`fastgist.integrations.peft`).
+    another folder (see :mod:`fastgist.integrations.peft`). Of any other parameter that is trained (unfrozen by hand, or of an
+    adapter that transformers' ``add_adapter`` put in) a UserWarning says that the file does not hold it.
 
     Raises:
         ValueError: the model is not wrapped, or the folder holds an adapter of Hugging Face PEFT.
@@ -71,7 +72,23 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         config["peft"] = list(state.foreign)
     if state.extension is not None:
         config[state.extension.name] = dataclasses.asdict(state.extension.config)
-    storage.write(folder, config, _state.owned_tensors(plain, state))
+    owned = _state.owned_tensors(plain, state)
+    if not state.foreign:
+        _warn_of_others(plain, owned, folder)
+    storage.write(folder, config, owned)
+
+
+def _warn_of_others(model: nn.Module, owned: Mapping[str, Tensor], folder: str | os.PathLike) -> None:
+    known = {id(t) for t in owned.values()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        warnings.warn(
+            f"save_adapter: {folder} does not hold {', '.join(others[:3])}{more}, which are trained but are no part of the "
+            "adapter; save them apart",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _check_folder(caller: str, folder: object) -> None:
