@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -165,12 +166,17 @@ def test_merging(config, options, tmp_path) -> None:
     assert merged.keys() == state.keys()
     assert all(torch.equal(v, state[k]) for k, v in merged.items())
     torch.testing.assert_close(logits(model, x), before, rtol=1e-10, atol=1e-11)
-    save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match=r"train\(\) of a merged layer"):
+        model.train()
+    save_adapter(model.eval(), tmp_path)
     torch.testing.assert_close(logits(load_adapter(copy.deepcopy(base), tmp_path), x), before)
     unmerge(model)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert model.state_dict().keys() == state.keys()
     assert torch.equal(logits(model, x), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.train()
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)

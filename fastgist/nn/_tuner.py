@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -152,6 +153,17 @@ def _refuse_merged(
 ) -> None:
     if layer.merged:
         errors.append(f"{prefix.rstrip('.')} is merged: unmerge the model before loading into it")
+
+
+def warn_of_merged(layer: Any, mode: bool) -> None:
+    """To be told by ``layer.train(mode)``: nothing of a merged layer trains."""
+    if mode and layer.merged and any(p.requires_grad for p in layer.parameters()):
+        warnings.warn(
+            f"{type(layer).__name__}: train() of a merged layer: what is merged runs, and the layer's own parameters get no "
+            "gradient; unmerge(model) before training goes on",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 class TunerLinear(nn.Module, ABC):
@@ -337,6 +349,10 @@ class TunerLinear(nn.Module, ABC):
     def merged(self) -> bool:
         """Whether the base weight holds the update at present."""
         return self._original_weight is not None
+
+    def train(self, mode: bool = True) -> Any:
+        warn_of_merged(self, mode)
+        return super().train(mode)
 
     def original_parameters(self) -> dict[str, Tensor]:
         """The base layer's parameters without the update, merged or not."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastgist.nn._checks import check_one_of, check_place
 from fastgist.nn._quantised import before_call, can_train
-from fastgist.nn._tuner import fan, keep_original_state, keeps_columns, linear_slice
+from fastgist.nn._tuner import fan, keep_original_state, keeps_columns, linear_slice, warn_of_merged
 
 __all__ = ["AffineLayer", "BiasShift", "ScaleShift", "channels"]
 
@@ -78,6 +78,10 @@ class AffineLayer(nn.Module, ABC):
 
     @abstractmethod
     def reset_parameters(self) -> None: ...
+
+    def train(self, mode: bool = True) -> Any:
+        warn_of_merged(self, mode)
+        return super().train(mode)
 
     def _shaped(self, vector: Tensor, like: Tensor) -> Tensor:
         """A (channels,) vector in ``like``'s dtype, laid along its channels."""
