@@ -1,12 +1,13 @@
 """What reaches wandb and trackio: stand-ins of those names record the calls that accelerate and transformers make of our runs.
-
-Neither package itself is run: what their servers do with the numbers is not shown.
+Where both packages are installed they are run too, offline: what their servers do with the numbers is not shown.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,20 @@ finetune_text(TextConfig(
 """
 
 
+def run(code: str, root: Path, **settings: str) -> None:
+    """``code`` in a process of its own, with digits, texts and a BERT in ``root``."""
+    for (name, part), each in zip(StdlibText.load().parts().items(), (8, 4, 4), strict=True):
+        write_csv(root / "texts" / f"{name}.csv", ["text", "label"], few(part, 2, each))
+    arguments = [write_digits(root / "digits"), root / "texts", write_bert(root / "bert"), root / "out"]
+    environment = {**os.environ, "WANDB_WATCH": "false", **settings}
+    environment.pop("WANDB_DISABLED", None)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory: pytest.TempPathFactory) -> tuple[list, Path]:
     """(what was called in both runs, their folder)."""
@@ -89,17 +104,8 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> tuple[list, Path]:
         (root / "site" / f"{name}-99.dist-info" / "METADATA").write_text(
             f"Metadata-Version: 2.1\nName: {name}\nVersion: 99\n"
         )
-    for (name, part), each in zip(StdlibText.load().parts().items(), (8, 4, 4), strict=True):
-        write_csv(root / "texts" / f"{name}.csv", ["text", "label"], few(part, 2, each))
-    arguments = [write_digits(root / "digits"), root / "texts", write_bert(root / "bert"), root / "out"]
     code = f"import sys; sys.path.insert(0, {str(root / 'site')!r})\n{RUN}"
-    environment = {**os.environ, "CALLS": str(root / "calls.jsonl"), "WANDB_WATCH": "false"}
-    environment.pop("WANDB_DISABLED", None)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    run(code, root, CALLS=str(root / "calls.jsonl"))
     return [json.loads(line) for line in (root / "calls.jsonl").read_text().splitlines()], root / "out"
 
 
@@ -124,6 +130,8 @@ def test_a_run_on_texts_sends_what_the_trainer_logs(calls: tuple[list, Path]) ->
     first = next(i for i, call in enumerate(found) if call[1] == "finish" and call[0] == "wandb") + 1
     mine = [call for call in found[first:] if call[0] == "wandb"]
     assert mine[0][1] == "init" and "log" in {call[1] for call in mine}
+    assert mine[0][3]["project"] == "fastgist" and mine[0][3]["name"] == "texts"
+    assert mine[-1][1] == "finish", "the next seed's numbers would go on in this run"
     assert any(call[1] == "config" and call[2][0].get("num_train_epochs") == 2 for call in mine)
     sent = [call[2][0] for call in mine if call[1] == "log"]
     history = [json.loads(line) for line in (out / "texts" / "metrics.jsonl").read_text().splitlines()]
@@ -131,3 +139,30 @@ def test_a_run_on_texts_sends_what_the_trainer_logs(calls: tuple[list, Path]) ->
         prefix, name = ("eval/", key.removeprefix("eval_")) if key.startswith("eval_") else ("train/", key)
         want = [entry[key] for entry in history if key in entry]
         assert [values[prefix + name] for values in sent if prefix + name in values] == pytest.approx(want), key
+
+
+def test_the_packages_themselves_offline(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    pytest.importorskip("trackio")
+    imports, images, text = re.split(r"\n(?=finetune)", RUN)
+    for code in (
+        images,
+        text,
+        text.replace('"texts"', '"texts-trackio"').replace("wandb", "trackio"),
+    ):  # wandb: a folder each
+        run(f"{imports}\n{code}", tmp_path, WANDB_MODE="offline", TRACKIO_DIR=str(tmp_path / "trackio"))
+    runs = sorted((tmp_path / "out").rglob("offline-run-*"))
+    assert len(runs) == 2 and all(list(folder.glob("run-*.wandb")) for folder in runs), (
+        "a run each of images and of texts"
+    )
+    with sqlite3.connect(tmp_path / "trackio" / "fastgist.db") as database:
+        rows = database.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    sent = {name: [json.loads(text) for run, _, text in rows if run == name] for name in ("images", "texts-trackio")}
+    assert len({run for run, _, _ in rows}) == 2
+    for name, key, mine in (
+        ("images", "val_accuracy", "val_accuracy"),
+        ("texts-trackio", "eval/accuracy", "eval_accuracy"),
+    ):
+        journal = (json.loads(line) for line in (tmp_path / "out" / name / "metrics.jsonl").read_text().splitlines())
+        want = [record[mine] for record in journal if mine in record]
+        assert len(want) == 2 and [values[key] for values in sent[name] if key in values] == pytest.approx(want)

@@ -27,6 +27,7 @@ from fastgist.train.text_base import base_model, quiet
 from fastgist.train.text_config import PaddingSide, TextConfig
 from fastgist.train.text_data import TextSplits, load_texts
 from fastgist.train.text_metrics import metric_names, metrics_function
+from fastgist.train.tracking import wandb_settings
 
 __all__ = ["build_classifier", "finetune_text", "tokenize"]
 
@@ -107,8 +108,9 @@ def finetune_text(config: TextConfig, say: Callable[[str], None] = print) -> dic
                 tell(f"resuming from {newest}")
             elif config.resume:
                 tell(f"no checkpoint in {checkpoints}: starting from the beginning")
-            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-            tests = {name: _evaluate(trainer, tables[name], name) for name in splits.tests}
+            with wandb_settings(config.output_dir):
+                trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+                tests = {name: _evaluate(trainer, tables[name], name) for name in splits.tests}
         except KeyboardInterrupt:
             left = next(iter(trainers.complete_checkpoints(checkpoints)), None)
             hint = (
@@ -303,6 +305,8 @@ def training_arguments(config: TextConfig, folder: Path, *, val: bool, selecting
             logging_strategy="epoch",
             logging_nan_inf_filter=False,
             report_to=[name for name in config.report_to.split(",") if name],
+            run_name=config.output_dir.name,
+            project="fastgist",
             remove_unused_columns=False,
             label_names=["labels"],
             disable_tqdm=not config.progress,

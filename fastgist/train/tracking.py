@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgist.train.config import FinetuneConfig, UserError
@@ -11,7 +15,7 @@ from fastgist.train.config import FinetuneConfig, UserError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["TRACKERS", "Tracking", "check_trackers"]
+__all__ = ["TRACKERS", "Tracking", "check_trackers", "wandb_settings"]
 
 #: Tracker -> the module it needs and how to install it.
 TRACKERS = {
@@ -37,6 +41,28 @@ def check_trackers(words: str) -> list[str]:
         if importlib.util.find_spec(module) is None:
             raise UserError(f"--report-to {name} needs the package {module}: {install}")
     return list(dict.fromkeys(names))
+
+
+@contextmanager
+def wandb_settings(folder: Path) -> Iterator[None]:
+    """wandb's project and folder for transformers' callback, which takes them from the environment alone (what is set there
+    already stays), and an end of the run that it begins and leaves open: the next seed's would go on in it."""
+    ours = {"WANDB_PROJECT": _PROJECT, "WANDB_DIR": os.fspath(folder.absolute())}
+    mine = {name: value for name, value in ours.items() if name not in os.environ}
+    before = _wandb_run()
+    os.environ.update(mine)
+    try:
+        yield
+    finally:
+        for name in mine:
+            os.environ.pop(name, None)
+        run = _wandb_run()
+        if run is not None and run is not before:
+            run.finish()
+
+
+def _wandb_run() -> Any:
+    return getattr(sys.modules.get("wandb"), "run", None)
 
 
 class Tracking:
