@@ -37,6 +37,15 @@ BASES = tuple(PRETRAIN)
 
 #: What ``scripts/text_study.py`` trains with, beside a method's learning rate: GIST's constants are TextConfig's defaults.
 STUDY: dict[str, Any] = {"epochs": 3, "batch_size": 16, "max_length": 32}
+#: What ``scripts/studies.py --data stdlib`` trains an adapter with, at each T and length of the gist token.
+TEXT_STUDIES: dict[str, Any] = {
+    "model": "stdlib-bert",
+    "shots": 100,
+    "epochs": 3,
+    "batch_size": 16,
+    "max_length": 32,
+    "lr": 3e-3,
+}
 TUNING_SEED = 100
 _GRID = (3e-3, 1e-2)
 TUNING_GRID: dict[str, tuple[float, ...]] = {
