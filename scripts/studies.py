@@ -102,7 +102,7 @@ def stdlib(epochs: int | None, progress: bool) -> Bench:
     common = TextConfig(
         data="stdlib", method=Method.ADAPTER, val_name="", val_split=0.0, metrics="accuracy",
         device="cpu", progress=progress, **given,
-    )  # fmt: skip
+    ).resolved()  # fmt: skip
 
     def about(summary: dict[str, Any]) -> dict[str, Any]:
         classes = summary["classes"]

@@ -40,7 +40,7 @@ STUDY: dict[str, Any] = {"epochs": 3, "batch_size": 16, "max_length": 32}
 #: What ``scripts/studies.py --data stdlib`` trains an adapter with, at each T and length of the gist token.
 TEXT_STUDIES: dict[str, Any] = {
     "model": "stdlib-bert",
-    "shots": 100,
+    "shots": 80,
     "epochs": 3,
     "batch_size": 16,
     "max_length": 32,
