@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,18 +20,28 @@ import torch
 from texts import write_bert
 
 from fastgist.recipes import stdlib_text as recipes
+from fastgist.train.settings import written_settings
 from fastgist.train.statistics import paired
 from fastgist.train.stdlib_text import Part, StdlibText
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("text_study", ROOT / "scripts" / "text_study.py")
-    module = sys.modules["text_study"] = importlib.util.module_from_spec(spec)
+def _script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    return _script("text_study")
+
+
+@pytest.fixture(scope="module")
+def studies():
+    return _script("studies")
 
 
 def test_intervals_are_students(script):
@@ -157,6 +168,64 @@ def test_variants_are_settings_that_a_small_bert_takes():
         (record,) = state_of(model).records.values()
         seen[name] = record.config
     assert len({repr(config) for config in seen.values()}) == len(recipes.VARIANTS)
+
+
+# -- T and length ----------------------------------------------------------------------------------------------------
+
+
+def test_the_studies_on_text_differ_in_what_is_studied_alone(studies, tmp_path, monkeypatch):
+    """Runs as numbers: which there are, what they are told, that pairs are paired, and that none is made twice."""
+    pytest.importorskip("accelerate")
+    from fastgist.train import text
+
+    told: list = []
+
+    def made(run, say):
+        told.append(run)
+        score = 0.25 + 0.125 * run.gist + 2**-6 * run.gist_length + 2**-10 * run.temperature + 2**-12 * run.seed
+        summary = {"test": {"test": {"accuracy": score}}, "classes": ["a", "b"], "texts": {"test": 9}, "commit": "c"}
+        run.output_dir.mkdir(parents=True)
+        (run.output_dir / "summary.json").write_text(json.dumps(summary | {"config": written_settings(run)}))
+        return summary
+
+    monkeypatch.setattr(text, "finetune_text", made)
+    flags = ["--data", "stdlib", "--seeds", "0-2", "--out", tmp_path, "--runs", tmp_path / "runs", "--no-progress"]
+    studies.main([str(flag) for flag in flags])
+    cells = ("plain", "T1-L1", "T3-L1", "T10-L1", "T3-L2", "T3-L5", "T3-L10")
+    names = {f"text-{cell}-seed{seed}" for cell in cells for seed in range(3)}
+    assert [run.output_dir.name for run in told].count("text-T3-L1-seed1") == 1, "the reference serves both studies"
+    assert {run.output_dir.name for run in told} == names and len(told) == len(names)
+    same = {name for name in written_settings(told[0]) if len({str(getattr(run, name)) for run in told}) == 1}
+    assert set(written_settings(told[0])) - same == {"gist", "gist_length", "temperature", "seed", "output_dir"}
+    assert told[0].val_name == "" and told[0].val_split == 0 and told[0].data == "stdlib"
+    for name, values in (("temperature", (1, 3, 10)), ("length", (1, 2, 5, 10))):
+        found = json.loads((tmp_path / f"studies-text-{name}.json").read_text())
+        assert (tmp_path / f"studies-text-{name}.svg").stat().st_size > 5000
+        step = {"temperature": 2**-10, "length": 2**-6}[name]
+        reference = {"temperature": 3, "length": 1}[name]
+        gaps = [row["difference"]["mean"] for row in found["rows"][1:] if "difference" in row]
+        assert gaps == [step * (value - reference) for value in values if value != reference]
+        assert found["rows"][0]["difference"]["mean"] == -0.125, "plain runs have T and length of the reference"
+    studies.main([*map(str, flags), "--only", "temperature"])
+    assert len(told) == len(names)
+
+
+def test_a_run_of_the_studies_on_text_is_one_of_finetune_text(studies, tmp_path, monkeypatch):
+    pytest.importorskip("accelerate")
+    small = {"model": str(write_bert(tmp_path / "bert")), "shots": 2, "max_length": 8, "batch_size": 64}
+    monkeypatch.setattr(recipes, "TEXT_STUDIES", recipes.TEXT_STUDIES | small)
+    monkeypatch.setattr(studies, "STUDIES", {"length": replace(studies.STUDIES["length"], values=(1, 5))})
+    flags = ["--data", "stdlib", "--seeds", "3", "--epochs", "1", "--out", tmp_path, "--runs", tmp_path / "runs"]
+    studies.main([*map(str, flags), "--no-progress"])
+    found = json.loads((tmp_path / "studies-text-length.json").read_text())
+    assert found["texts"]["train"] == 2 * len(found["classes"])
+    trained = {}
+    for path in (tmp_path / "runs").iterdir():
+        summary = json.loads((path / "summary.json").read_text())
+        assert (path / "adapter").is_dir() and summary["selected_by"] == "last epoch"
+        trained[path.name] = summary["trained_parameters"]
+    assert trained["text-T3-L5-seed3"] - trained["text-T3-L1-seed3"] == 4 * 32
+    assert trained["text-T3-L1-seed3"] - trained["text-plain-seed3"] == 32
 
 
 # -- what is committed -----------------------------------------------------------------------------------------------
