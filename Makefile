@@ -138,13 +138,14 @@ $(EXTENSION): $(filter-out csrc/tests/%,$(CSRC)) setup.py $(PACKAGES)
 demo: setup ## fine-tune on real digits, in under 90 s once set up (ARGS=petal: a Q-Former, two minutes)
 	@$(FASTGIST) demo $(ARGS)
 
-studies: setup ## temperature and gist length on digits, paired by seed, into docs/ (minutes)
-	@$(PY) scripts/studies.py $(ARGS)
+studies: setup ## temperature and gist length on digits and on docstrings, paired by seed, into docs/ (half an hour)
+	@$(PY) scripts/studies.py --data digits $(ARGS)
+	$(PY) scripts/studies.py --data stdlib $(ARGS)
 
 petalstudy: setup ## PETAL's threshold off, static and dynamic on the petal demo's questions, into docs/ (minutes)
 	@$(PY) scripts/petal_study.py $(ARGS)
 
-textstudy: setup ## seven methods on the standard library's docstrings, with and without gist, into docs/ (half an hour)
+textstudy: setup ## every method on the standard library's docstrings, with and without gist, into docs/ (an hour)
 	@$(PY) scripts/text_study.py $(ARGS)
 
 # Four stages, each in its own process; all run, and one that fails fails the target. Logs in build/test/.

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""Does a gist token help on text? Seven methods with and without one, on a small BERT that is pre-trained here.
+"""Does a gist token help on text? Every method with and without one, on a small BERT that is pre-trained here.
 
     python scripts/text_study.py                 table, docs/text-study.json, docs/text-study.svg
     python scripts/text_study.py --tune          the learning rates: on validation texts, on a draw no result uses
     python scripts/text_study.py --causal        the same on the small Llama (where add_gist takes decoders)
+    python scripts/text_study.py --add prefix    these methods, and the other rows of the JSON as they stand
 
 Docstrings of each package are drawn to train on; the test texts of the corpus are looked at once, after training,
 and choose nothing: no epoch is selected. With and without gist a pair shares draw, head, order and learning rate, which
 was chosen without gist. Finished runs are kept in the cache, so an interrupted study goes on; --fresh forgets them.
+--add refuses rows of another base, other texts, settings, packages or draws, and makes one of their runs again: it must
+come to what the row says.
 """
 
 from __future__ import annotations
@@ -26,10 +29,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastgist.recipes.stdlib_text import LEARNING_RATES, STUDY, TUNING_GRID, TUNING_SEED
+from fastgist.recipes.stdlib_text import LEARNING_RATES, NOT_CAUSAL, STUDY, TUNING_GRID, TUNING_SEED, VARIANTS
 from fastgist.train.config import Method, UserError
 from fastgist.train.data import derive_seed
-from fastgist.train.measure import commit, versions
+from fastgist.train.measure import versions
 from fastgist.train.stdlib_text import Part, StdlibText
 from fastgist.train.text import finetune_text
 from fastgist.train.text_base import base_model, cache_folder
@@ -58,13 +61,14 @@ class Study:
         self.cache = cache_folder() / "text-study"
 
     def accuracy(self, method: str, gist: bool, lr: float, seed: int, *, judge: str, **options: Any) -> dict[str, Any]:
-        """{"accuracy", "trained", "seconds"} on part ``judge`` ("val" to tune, "test" to report)."""
+        """{"accuracy", "trained", "seconds", "commit"} on part ``judge`` ("val" to tune, "test" to report)."""
+        kind, settings = VARIANTS.get(method, (method, ()))
         config = TextConfig(
-            model=str(self.base), method=Method(method), gist=gist, lr=lr, seed=seed, val_split=0.0, val_name="",
-            metrics="accuracy", progress=False, device="cpu", data="", **STUDY, **options,
+            model=str(self.base), method=Method(kind), set=list(settings), gist=gist, lr=lr, seed=seed, val_split=0.0,
+            val_name="", metrics="accuracy", progress=False, device="cpu", data="", **STUDY, **options,
         )  # fmt: skip
         key = config.trajectory() | {"shots": self.shots, "judge": judge, "text": self.corpus.fingerprint}
-        key |= versions() | {"--model": self.base.name}
+        key |= versions() | {"--model": self.base.name, "format": 2}
         kept = self.cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
         if kept.is_file() and not self.fresh:
             return json.loads(kept.read_text())
@@ -78,7 +82,7 @@ class Study:
             summary = finetune_text(run, say=lambda line: None)
         found = {
             "accuracy": summary["test"]["test"]["accuracy"], "trained": summary["trained_parameters"],
-            "seconds": time.perf_counter() - started,
+            "seconds": time.perf_counter() - started, "commit": summary["commit"],
         }  # fmt: skip
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(found))
@@ -114,8 +118,39 @@ def tune(study: Study, methods: list[str]) -> None:
         print(f"{method:14}", "  ".join(f"{lr:g}: {value:.1%}" for lr, value in row.items()), flush=True)
 
 
-def compare(study: Study, methods: list[str], seeds: list[int]) -> dict[str, Any]:
-    """All runs, and what they come to."""
+def earlier(path: Path, study: Study, seeds: list[int]) -> dict[str, Any]:
+    """The results in ``path``, to which rows are added. Raises UserError where they were made of something else.
+
+    One run, the first method's with a token, is made again: its accuracy must be the one that is written.
+    """
+    before = json.loads(path.read_text())
+    ours = {"shots": study.shots, "settings": STUDY, "base": study.base.name}
+    ours |= {"text": study.corpus.fingerprint, "versions": {k: versions().get(k) for k in before["versions"]}}
+    for name, value in ours.items():
+        if before[name] != value:
+            raise UserError(f"--add: {path} was made with {name} = {before[name]}, this is {value}")
+    if before["seeds"][: len(seeds)] != seeds:
+        raise UserError(f"--add: {path} has draws {before['seeds']}, of which these are not the first: {seeds}")
+    row = before["rows"][0]
+    again = study.accuracy(row["method"], True, row["lr"], seeds[0], judge="test")["accuracy"]
+    if again != row["gist"][0]:
+        raise UserError(
+            f"--add: {row['method']} with a token, draw {seeds[0]}: {path} has {row['gist'][0]}, now {again}"
+        )
+    for row in before["rows"]:
+        row.setdefault("commits", [before.get("commit")])
+    return before
+
+
+def together(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The change of all methods, a mean over them for each of the draws that all of them have."""
+    count = min(len(row["plain"]) for row in rows)
+    middle, low, high = interval([mean(r["gist"][i] - r["plain"][i] for r in rows) for i in range(count)])
+    return {"difference": middle, "interval": [low, high], "draws": count}
+
+
+def compare(study: Study, methods: list[str], seeds: list[int], before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """All runs, and what they come to, with the rows of other methods that are in ``before``."""
     jobs = [(method, seed, gist) for seed in seeds for method in methods for gist in (False, True)]
     results: dict[str, dict[bool, list[dict[str, Any]]]] = {m: {False: [], True: []} for m in methods}
     for method, seed, gist in tqdm(jobs, desc="fine-tuning", unit="run"):
@@ -128,20 +163,35 @@ def compare(study: Study, methods: list[str], seeds: list[int]) -> dict[str, Any
             {
                 "method": method, "lr": LEARNING_RATES[method], "trained": results[method][False][0]["trained"],
                 "plain": plain, "gist": gist, "difference": middle, "interval": [low, high],
+                "commits": sorted({str(r["commit"]) for g in (False, True) for r in results[method][g]}),
                 "seconds": sum(r["seconds"] for g in (False, True) for r in results[method][g]),
             }
         )  # fmt: skip
-    by_seed = [mean(r["gist"][i] - r["plain"][i] for r in rows) for i in range(len(seeds))]
-    middle, low, high = interval(by_seed)
-    scratch = [study.accuracy("full", False, LEARNING_RATES["full"], s, judge="test", pretrained=False) for s in seeds]
+    if before is None:
+        words = [study.words(s) for s in seeds]
+        rate = LEARNING_RATES["full"]
+        scratch = [study.accuracy("full", False, rate, s, judge="test", pretrained=False)["accuracy"] for s in seeds]
+    else:
+        scratch, words, seeds = before["full from random weights"], before["words alone"], before["seeds"]
+        rows = sorted(
+            [*(row for row in before["rows"] if row["method"] not in methods), *rows],
+            key=lambda row: list(LEARNING_RATES).index(row["method"]),
+        )
     return {
-        "rows": rows, "seeds": seeds, "all methods": {"difference": middle, "interval": [low, high]},
-        "full from random weights": [r["accuracy"] for r in scratch], "words alone": [study.words(s) for s in seeds],
+        "rows": rows, "seeds": seeds, "all methods": together(rows),
+        "full from random weights": scratch, "words alone": words,
         "chance": 1 / len(study.corpus.classes), "classes": study.corpus.classes, "shots": study.shots,
         "test_texts": len(study.corpus.test), "settings": STUDY, "base": study.base.name,
-        "text": study.corpus.fingerprint, "versions": versions(), "commit": commit(),
+        "text": study.corpus.fingerprint, "versions": versions(),
+        "commits": sorted({name for row in rows for name in row["commits"]}),
         "device": "cpu", "threads": torch.get_num_threads(),
     }  # fmt: skip
+
+
+def named(row: dict[str, Any], found: dict[str, Any]) -> str:
+    """The row's name, with its number of draws where others have more."""
+    draws = len(row["plain"] or ()) or row.get("draws", len(found["seeds"]))
+    return row["method"] + ("" if draws == len(found["seeds"]) else f" ({draws} draws)")
 
 
 def show(found: dict[str, Any]) -> None:
@@ -164,19 +214,22 @@ def show(found: dict[str, Any]) -> None:
     for column in ("trained", "accuracy", "with gist", "change", "95 %"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in found["rows"]:
-        table.add_row(row["method"], f"{row['trained']:,}", percent(row["plain"]), percent(row["gist"]), *change(row))
+        table.add_row(
+            named(row, found), f"{row['trained']:,}", percent(row["plain"]), percent(row["gist"]), *change(row)
+        )
     table.add_section()
     table.add_row("all methods", "", "", "", *change(found["all methods"]))
     for name, words in (("full from random weights", "full, random"), ("words alone", "words alone")):
         table.add_row(words, "", percent(found[name]), "", "", "")
     console.print(table)
+    count = len(found["rows"])
     better = [r["method"] for r in found["rows"] if r["interval"][0] > 0]
     worse = [r["method"] for r in found["rows"] if r["interval"][1] < 0]
     for line in (
         f"accuracy: mean ± standard deviation over draws, on {found['test_texts']} test texts; chance {found['chance']:.0%}",
         "the gist token helps beyond the interval: " + (", ".join(better) or "no method"),
         "it hurts beyond the interval: " + (", ".join(worse) or "no method"),
-        "intervals are of one method each; of eight, one in three such tables shows one that excludes 0 by chance alone",
+        f"intervals are of one method each; of {count} that say nothing, {1 - 0.95**count:.0%} show one that excludes 0",
         "change: with gist minus without, in points, and its 95 % interval; full, random: full fine-tuning of random weights",
         "words alone: logistic regression on TF-IDF of the same draw",
     ):
@@ -201,7 +254,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
                 points = [100 * (b - a) for a, b in zip(row["plain"], row["gist"], strict=True)]
                 axis.plot(points, [place + 0.22] * len(points), ".", color="#909090", markersize=5)
         axis.axvline(0, color="#888888", linewidth=0.8)
-        axis.set_yticks(range(len(rows)), [row["method"] for row in reversed(rows)])
+        axis.set_yticks(range(len(rows)), [named(row, found) for row in reversed(rows)])
         axis.set_xlabel("accuracy with gist minus without, in points: each draw (grey), mean, 95 % interval")
         title = f"A gist token on a small {_NAMES[found['model']]}, {found['shots']} docstrings a package"
         axis.set_title(title, loc="left", fontsize=10)
@@ -218,7 +271,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="paired draws")
     parser.add_argument("--shots", type=int, default=100, help="training texts of each package")
-    parser.add_argument("--methods", help="by commas (default: all, but bitfit on the Llama, which has no biases)")
+    parser.add_argument("--methods", help="by commas (default: all that have a place in the model)")
+    parser.add_argument("--add", help="the same, beside the rows of other methods that the JSON has")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="where JSON and figure go")
     parser.add_argument("--fresh", action="store_true", help="forget finished runs")
     parser.add_argument("--tune", action="store_true", help="print validation accuracies by learning rate, and leave")
@@ -228,15 +282,21 @@ def main() -> None:
     name = "stdlib-llama" if arguments.causal else "stdlib-bert"
     corpus = StdlibText.load()
     study = Study(corpus, base_model(name, corpus=corpus), arguments.shots, arguments.fresh)
-    every = [m for m in LEARNING_RATES if not (arguments.causal and m == "bitfit")]
-    methods = arguments.methods.split(",") if arguments.methods else every
+    every = [m for m in LEARNING_RATES if not (arguments.causal and m in NOT_CAUSAL)]
+    named = arguments.add or arguments.methods
+    methods = [word.strip() for word in named.split(",")] if named else every
+    unknown = sorted(set(methods) - set(every))
+    if unknown:
+        raise UserError(f"no method of this study is called {unknown[0]!r}; there are {', '.join(every)}")
     if arguments.tune:
         tune(study, methods)
         return
-    found = compare(study, methods, list(range(arguments.seeds))) | {"model": name}
+    stem = "text-study-causal" if arguments.causal else "text-study"
+    seeds = list(range(arguments.seeds))
+    before = earlier(arguments.out / f"{stem}.json", study, seeds) if arguments.add else None
+    found = compare(study, methods, seeds, before) | {"model": name}
     found["seconds"] = time.perf_counter() - started
     arguments.out.mkdir(parents=True, exist_ok=True)
-    stem = "text-study-causal" if arguments.causal else "text-study"
     (arguments.out / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n")
     plot(found, arguments.out / f"{stem}.svg")
     show(found)

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from pairs import METHODS
 from torch import nn
 from vits import dinov3, eva, images, stir, trainable, vit
 
@@ -17,6 +18,7 @@ import fastgist
 from fastgist import (
     AdapterConfig,
     CPConfig,
+    FullConfig,
     GistConfig,
     LinearProbeConfig,
     LoraConfig,
@@ -33,6 +35,7 @@ from fastgist import (
 )
 from fastgist.nn import AdaptedLayer, Adapter, CPFactors, CPLinear, GistLoss, LoRALinear
 from fastgist.peft import Method, PeftConfig, register_method
+from fastgist.peft.method import registered_configs
 
 CONFIGS = [LoraConfig(), CPConfig(rank=4), CPConfig(rank=3, core="tucker"), AdapterConfig(4), LinearProbeConfig()]
 
@@ -453,8 +456,9 @@ def test_unregistered_configurations() -> None:
 # -- training really moves it ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+@pytest.mark.parametrize("config", [pytest.param(config, id=name) for name, config in METHODS.items()])
 def test_a_few_steps_lower_the_loss(config) -> None:
+    """Every registered method, in every placement and form; what is trained moves, and what is frozen stays bitwise."""
     model = add_gist(get_peft_model(vit(), config)).train()
     x, y = images(8), torch.arange(8) % 5
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -468,8 +472,14 @@ def test_a_few_steps_lower_the_loss(config) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
-    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
-    assert not any(torch.equal(p, moved[n]) for n, p in model.named_parameters() if n in moved)
+    assert moved and bool(frozen) is not isinstance(config, FullConfig)
+    assert [n for n, p in model.named_parameters() if n in frozen and not torch.equal(p, frozen[n])] == []
+    assert [n for n, p in model.named_parameters() if n in moved and torch.equal(p, moved[n])] == []
+
+
+def test_the_methods_above_are_all_that_are_registered() -> None:
+    ours = {kind for kind in registered_configs().values() if kind.__module__ == "fastgist.peft.config"}
+    assert {type(config) for config in METHODS.values()} == ours
 
 
 def test_factors_stay_shared_through_torch_save() -> None:

@@ -269,8 +269,17 @@ def test_a_held_out_part_selects_where_no_split_does(settings, folder):
 
 
 @pytest.mark.parametrize("method", [m for m in Method if m is not Method.LORA])
-def test_every_method_runs(settings, method, tmp_path):
-    """One epoch on a handful; what is trained moves, and what is frozen stays."""
+def test_every_method_runs(settings, method, monkeypatch):
+    """One epoch on a handful; what is trained moves, and what is frozen stays, bit by bit."""
+    made: list[tuple[nn.Module, dict[str, torch.Tensor]]] = []
+    original = run.adapt
+
+    def adapted(*args, **kwargs):
+        model = original(*args, **kwargs)
+        made.append((model, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
+        return model
+
+    monkeypatch.setattr(run, "adapt", adapted)
     config = replace(
         settings,
         method=method,
@@ -286,6 +295,14 @@ def test_every_method_runs(settings, method, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(config.model, num_labels=CLASSES)
     loaded = fastgist.load_adapter(model, config.output_dir / "adapter")
     assert loaded.gist.token.shape == (1, 1, 32)
+    ((trained, before),) = made
+    ours = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
+    after = trained.state_dict()
+    assert before.keys() == after.keys() >= ours and any(name.endswith("gist.token") for name in ours)
+    assert [name for name in ours if torch.equal(before[name], after[name])] == []
+    assert [name for name in after.keys() - ours if not torch.equal(before[name], after[name])] == []
+    assert (after.keys() - ours == set()) is (method is Method.FULL)
+    assert [name for name, tensor in loaded.state_dict().items() if not torch.equal(tensor, after[name])] == []
 
 
 def test_methods_a_model_cannot_take_are_one_line(settings):

@@ -37,14 +37,38 @@ BASES = tuple(PRETRAIN)
 
 #: What ``scripts/text_study.py`` trains with, beside a method's learning rate: GIST's constants are TextConfig's defaults.
 STUDY: dict[str, Any] = {"epochs": 3, "batch_size": 16, "max_length": 32}
+#: What ``scripts/studies.py --data stdlib`` trains an adapter with, at each T and length of the gist token.
+TEXT_STUDIES: dict[str, Any] = {
+    "model": "stdlib-bert",
+    "shots": 80,
+    "epochs": 3,
+    "batch_size": 16,
+    "max_length": 32,
+    "lr": 3e-3,
+}
 TUNING_SEED = 100
 _GRID = (3e-3, 1e-2)
+#: Name in the study -> method and settings, where the name is not the method's own. Adapters beside the MLP ("parallel")
+#: have no place in a BERT; AdaptFormer's and the authors' shared form have scale 0.1, as AdaptFormer has it.
+VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "adapter-houlsby": ("adapter", ("placement=houlsby",)),
+    "adapter-adaptformer": ("adapter", ("placement=adaptformer", "scale=0.1")),
+    "adapter-shared": ("adapter", ("placement=shared", "scale=0.1")),
+    "fact-tt": ("fact", ("form=tt",)),
+    "fact-tk": ("fact", ("form=tk",)),
+    "prompt": ("prompt", ()),
+    "prompt-deep": ("prompt", ("deep=true",)),
+    "prefix": ("prefix", ()),
+}
 TUNING_GRID: dict[str, tuple[float, ...]] = {
     "linear-probe": (1e-2, 3e-2), "adapter": _GRID, "lora": _GRID, "cp": _GRID, "ssf": _GRID, "bitfit": _GRID,
-    "full": (5e-4, 2e-3),
+    "full": (5e-4, 2e-3), **dict.fromkeys(VARIANTS, _GRID),
 }  # fmt: skip
-#: Method -> learning rate: set by hand after a few runs without a gist token that were judged on validation texts. FacT,
-#: prompts, prefixes and other adapter placements have none: they were not run.
+#: Name -> learning rate: set by hand after a few runs without a gist token that were judged on validation texts. Those of
+#: VARIANTS were not tuned: they take what the others take.
 LEARNING_RATES = {
     "linear-probe": 1e-2, "adapter": 3e-3, "lora": 3e-3, "cp": 3e-3, "ssf": 3e-3, "bitfit": 3e-3, "full": 5e-4,
+    **dict.fromkeys(VARIANTS, 3e-3),
 }  # fmt: skip
+#: What has no place in the small Llama: it has no biases, and the others are not made for decoders.
+NOT_CAUSAL = ("bitfit", "adapter-adaptformer", "adapter-shared", "prompt", "prompt-deep", "prefix")

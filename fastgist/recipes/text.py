@@ -34,6 +34,12 @@ class TextRecipe(PartRates):
     accumulate: int = _number(1, "Batches whose gradients make one step.", min=1)
     clip_grad: float = _number(1.0, "Largest gradient norm; 0 does not clip.", min=0)
     alpha: float = _number(0.5, "Weight of the gist token's own loss.", min=0)
-    beta: float = _number(0.75, "Weight of the interaction of the two outputs.", min=0)
-    temperature: float = _number(3.0, "Temperature T of the interaction.")
+    beta: float | str = _number(
+        0.75,
+        "Weight of the interaction of the two outputs: a number, or linear:START:END or cosine:START:END over the run.",
+        schedule=True,
+    )
+    temperature: float | str = _number(
+        3.0, "Temperature T of the interaction; a number or a schedule, as --beta.", schedule=True
+    )
     seed: int = _number(0, "Seed of initialisation, order, dropout and of what is held out.", min=0)

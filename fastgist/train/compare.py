@@ -11,7 +11,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from fastgist.train.config import CompareConfig, FinetuneConfig, Method, UserErr
 from fastgist.train.finetune import Interrupted, check_numbers, finetune
 from fastgist.train.measure import commit, versions
 from fastgist.train.statistics import paired, spread
-from fastgist.train.sweep import finished, parse_seeds
+from fastgist.train.sweep import Config, finished, parse_seeds
+from fastgist.train.text_config import TextConfig
 
 __all__ = ["bench", "compare", "plan", "run_all"]
 
-Bench = Callable[[FinetuneConfig], dict[str, Any]]
+Bench = Callable[[Any], dict[str, Any]]
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -130,9 +131,13 @@ def _without_token(run: FinetuneConfig) -> FinetuneConfig:
 
 
 @contextlib.contextmanager
-def bench(config: FinetuneConfig) -> Iterator[Bench]:
-    """What makes a run: on digits, or on images as ``fastgist finetune`` does."""
-    if config.data == "digits":
+def bench(config: Config) -> Iterator[Bench]:
+    """What makes a run: on digits, or on images or texts as ``fastgist finetune`` and ``finetune-text`` do."""
+    if isinstance(config, TextConfig):
+        from fastgist.train.text import finetune_text
+
+        yield lambda run: finetune_text(run, say=lambda line: None)
+    elif config.data == "digits":
         if Path("digits").is_dir():
             raise UserError("digits is the built-in data set and a folder here: write ./digits for the folder")
         from fastgist.train.digits_bench import DigitsBench
@@ -143,7 +148,7 @@ def bench(config: FinetuneConfig) -> Iterator[Bench]:
         yield lambda run: finetune(run, say=lambda line: None)
 
 
-def run_all(runs: list[FinetuneConfig], config: FinetuneConfig) -> list[dict[str, Any]] | None:
+def run_all(runs: Sequence[Config], config: Config) -> list[dict[str, Any]] | None:
     """The summaries of ``runs``, each made unless it is finished; None on processes other than the first.
 
     Raises:

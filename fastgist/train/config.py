@@ -30,10 +30,12 @@ class UserError(Exception):
 
 
 def check_parts(config: Any) -> None:
-    """UserError where a run without a gist token is given numbers for one."""
+    """UserError where a run without a gist token is given numbers for one, or a token of one row a mean to read."""
     tokens = [name for name in ("lr_gist", "wd_gist") if getattr(config, name) is not None]
     if tokens and not config.gist:
         raise UserError(f"--{tokens[0].replace('_', '-')} is for a gist token, and this run has --no-gist")
+    if config.gist_length == 1 and config.gist_readout is Readout.MEAN:
+        raise UserError("--gist-readout mean is for --gist-length 2 and more")
 
 
 class Method(enum.StrEnum):

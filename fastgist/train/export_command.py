@@ -87,7 +87,7 @@ def _text_model(config: ExportConfig, run: Path, folder: Path) -> tuple[Any, Any
     except (ValueError, KeyError) as error:
         raise UserError(f"{run} holds no settings of a run that can be read: {error}") from error
     pretrained = found.get("pretrained", True) if config.pretrained is None else config.pretrained
-    kept = {name: found[name] for name in ("model", "seed", "gist", "max_length") if name in found}
+    kept = {name: found[name] for name in ("model", "seed", "gist", "gist_length", "max_length") if name in found}
     settings = TextConfig(**kept, pretrained=pretrained, progress=False)
     with quiet(False):
         model, tokenizer, _ = build_classifier(settings, classes)

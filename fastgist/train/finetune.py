@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastgist.gist import GistConfig
-from fastgist.nn import Linear
 from fastgist.train import data as images
 from fastgist.train import selection
 from fastgist.train.checkpoint import Checkpoints, write_atomically
-from fastgist.train.config import FinetuneConfig, Readout, UserError, check_parts
+from fastgist.train.config import FinetuneConfig, UserError, check_parts
 from fastgist.train.engine import FitResult, evaluate, fit
 from fastgist.train.measure import commit, memory_method, trainable_share, versions
 from fastgist.train.metrics import Metrics, parse_metrics
 from fastgist.train.models import adapt, build_backbone, check_name, frozen_fingerprint
-from fastgist.train.optim import to_schedule
+from fastgist.train.optim import check_schedules
 from fastgist.train.settings import written_settings
 from fastgist.train.tracking import Tracking, check_trackers
 
@@ -149,18 +148,9 @@ def check_numbers(config: FinetuneConfig) -> None:
         value = getattr(config, option.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{option.name.replace('_', '-')} must be finite, got {value}")
-    for name, least, words in (("temperature", 0.0, "> 0"), ("beta", -math.ulp(0.0), ">= 0")):
-        try:
-            schedule = to_schedule(getattr(config, name))
-        except ValueError as error:
-            raise UserError(f"--{name}: {error}") from error
-        ends = (schedule.start, schedule.end) if isinstance(schedule, Linear) else (schedule,)
-        if any(not end > least for end in ends):
-            raise UserError(f"--{name} must be finite and {words}, got {getattr(config, name)}")
+    check_schedules(config)
     if config.lr <= 0:
         raise UserError(f"--lr must be > 0, got {config.lr}")
-    if config.gist_length == 1 and config.gist_readout is Readout.MEAN:
-        raise UserError("--gist-readout mean is for --gist-length 2 and more")
     check_parts(config)
 
 

@@ -12,7 +12,7 @@ from fastgist.nn import Cosine, Linear
 from fastgist.peft import state as _state
 from fastgist.train.config import UserError
 
-__all__ = ["PARTS", "groups_of", "parameter_groups", "parse_schedule", "to_schedule"]
+__all__ = ["PARTS", "check_schedules", "groups_of", "parameter_groups", "parse_schedule", "to_schedule"]
 
 #: What a trained parameter can belong to. "model" is everything else: the backbone in full fine-tuning.
 PARTS = ("gist", "peft", "head", "model")
@@ -149,3 +149,15 @@ def parse_schedule(value: float | str) -> float | str:
     """The number, or the words of a schedule once they have been understood: what settings hold and files can."""
     found = to_schedule(value)
     return found if isinstance(found, float) else str(value)
+
+
+def check_schedules(config: Any) -> None:
+    """UserError unless the settings temperature and beta, number or schedule, are > 0 and >= 0 at both their ends."""
+    for name, least, words in (("temperature", 0.0, "> 0"), ("beta", -math.ulp(0.0), ">= 0")):
+        try:
+            schedule = to_schedule(getattr(config, name))
+        except ValueError as error:
+            raise UserError(f"--{name}: {error}") from error
+        ends = (schedule.start, schedule.end) if isinstance(schedule, Linear) else (schedule,)
+        if any(not end > least for end in ends):
+            raise UserError(f"--{name} must be finite and {words}, got {getattr(config, name)}")

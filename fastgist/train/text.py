@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from fastgist.gist import GistConfig
 from fastgist.recipes import PartRates
 from fastgist.recipes.text import EPOCHS
 from fastgist.train.checkpoint import write_atomically
@@ -21,7 +22,7 @@ from fastgist.train.finetune import Interrupted
 from fastgist.train.interrupt import deferred_interrupt
 from fastgist.train.measure import commit, trainable_share, versions
 from fastgist.train.models import adapt, frozen_fingerprint
-from fastgist.train.optim import groups_of
+from fastgist.train.optim import groups_of, to_schedule
 from fastgist.train.settings import written_settings
 from fastgist.train.text_base import base_model, quiet
 from fastgist.train.text_config import PaddingSide, TextConfig
@@ -59,7 +60,7 @@ def finetune_text(config: TextConfig, say: Callable[[str], None] = print) -> dic
         kept_config = model.config
         model = adapt(
             model, config.method, gist=config.gist, rank=config.rank, bottleneck_dim=config.bottleneck_dim,
-            settings=config.set,
+            settings=config.set, gist_config=GistConfig(length=config.gist_length, readout=config.gist_readout.value),
         )  # fmt: skip
         groups_of(model, config)  # what is wrong with the numbers is said before anything is written
         metrics = metrics_function(names, None if regression else len(splits.classes or []))
@@ -86,6 +87,9 @@ def finetune_text(config: TextConfig, say: Callable[[str], None] = print) -> dic
         trainers.remove_incomplete(checkpoints)
         _write_json(config.output_dir / "identity.json", identity)
         _write_json(config.output_dir / "config.json", written_settings(config))
+    objective = trainers.GistObjective(
+        config.alpha, to_schedule(config.beta), to_schedule(config.temperature), regression
+    )
     with deferred_interrupt(int(os.environ.get("WORLD_SIZE", "1")) == 1) as interrupted:
         trainer = trainers.TextTrainer(
             trainers.Trained(model, kept_config),
@@ -93,12 +97,13 @@ def finetune_text(config: TextConfig, say: Callable[[str], None] = print) -> dic
             data_collator=collator(tokenizer, config.padding_side, positions=not config.gist),
             train_dataset=tables["train"],
             eval_dataset=tables.get("val"),
-            compute_loss_func=trainers.GistObjective(config.alpha, config.beta, config.temperature, regression),
+            compute_loss_func=objective,
             compute_metrics=metrics,
             callbacks=[
                 trainers.Interruptible(config.checkpoint_every, interrupted),
                 trainers.FiniteLoss(),
                 trainers.MovingThresholds(),
+                trainers.MovingNumbers(objective.loss),
             ],
             **{f.name: getattr(config, f.name) for f in dataclasses.fields(PartRates)},
         )
@@ -224,14 +229,19 @@ def is_decoder(model: Any) -> bool:
 
 
 def length_limit(config: TextConfig, model: Any, tokenizer: Any) -> int:
-    """Tokens that a text is cut to. A decoder's gist token takes a position, an encoder's none."""
+    """Tokens that a text is cut to. A decoder's gist token takes a position a row, an encoder's none."""
     positions = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
     limits = [tokenizer.model_max_length]
     if positions is not None:
         embeddings = getattr(getattr(model, model.base_model_prefix, None), "embeddings", None)
         offset = getattr(embeddings, "padding_idx", None) if "roberta" in model.config.model_type else None
         limits.append(positions - (0 if offset is None else offset + 1))
-    room = min(limits) - (1 if config.gist and is_decoder(model) else 0)
+    room = min(limits) - (config.gist_length if config.gist and is_decoder(model) else 0)
+    if room < 1:
+        raise UserError(
+            f"--gist-length {config.gist_length}: {config.model} takes {min(limits)} tokens at most, the gist token's rows "
+            "among them"
+        )
     if config.max_length is None:
         return min(room, _LONGEST)
     if config.max_length > room:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fastgist.recipes.text import EPOCHS, TextRecipe
-from fastgist.train.config import Method, MixedPrecision, Settings, UserError, _option, check_parts
+from fastgist.train.config import Method, MixedPrecision, Readout, Settings, UserError, _option, check_parts
+from fastgist.train.optim import check_schedules
 
 __all__ = ["PaddingSide", "Problem", "TextConfig"]
 
@@ -92,6 +93,8 @@ class TextConfig(Settings, TextRecipe):
     pretrained: bool = _option(True, "Start from the published weights.", "Model")
     method: Method = _option(Method.LORA, "What is trained beside the head.", "Model")
     gist: bool = _option(True, "Add a gist token and its loss.", "Model")
+    gist_length: int = _option(1, "Rows of the gist token; longer ones did worse in the paper.", "Model", min=1)
+    gist_readout: Readout = _option(Readout.FIRST, "Which of several rows the gist logits are read from.", "Model")
     rank: int | None = _option(None, "Rank of lora, cp and fact; the method's default if not given.", "Model", min=1)
     bottleneck_dim: int | None = _option(None, "Width of the adapter's bottleneck.", "Model", min=1)
     set: list[str] = dataclasses.field(
@@ -124,10 +127,13 @@ class TextConfig(Settings, TextRecipe):
         for name, value in fields.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"--{name.replace('_', '-')} must be finite, got {value}")
-        if filled.temperature <= 0:
-            raise UserError(f"--temperature must be > 0, got {filled.temperature}")
+        check_schedules(filled)
         if filled.lr <= 0:
             raise UserError(f"--lr must be > 0, got {filled.lr}")
+        if filled.gist_length < 1:
+            raise UserError(f"--gist-length must be >= 1, got {filled.gist_length}")
+        if filled.gist_length > 1 and not filled.gist:
+            raise UserError(f"--gist-length {filled.gist_length} is for a gist token, and this run has --no-gist")
         check_parts(filled)
         return filled
 

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from fastgist.integrations.transformers.trainer import PartsTrainer
 from fastgist.nn import GistLoss, update_thresholds
+from fastgist.nn.schedule import Schedule
 from fastgist.peft.state import Front
 from fastgist.train.config import UserError
 from fastgist.train.engine import trained_tensors
@@ -45,9 +46,10 @@ class GistObjective:
     """GIST's loss as the Trainer's ``compute_loss_func``: the task's alone for a model without a gist token.
 
     The sum over rows is divided by ``num_items_in_batch``, so accumulated batches of different sizes weigh by rows.
+    ``beta`` and ``temperature`` may be schedules: :class:`MovingNumbers` says how far the run is.
     """
 
-    def __init__(self, alpha: float, beta: float, temperature: float, regression: bool) -> None:
+    def __init__(self, alpha: float, beta: float | Schedule, temperature: float | Schedule, regression: bool) -> None:
         problem = "regression" if regression else "single_label_classification"
         self.loss = GistLoss(alpha, beta, temperature, problem_type=problem, reduction="sum")
         self.regression = regression
@@ -141,6 +143,19 @@ class MovingThresholds(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         update_thresholds(kwargs["model"], (state.global_step + 1) / state.max_steps)
+
+
+class MovingNumbers(TrainerCallback):
+    """Says before each step what share of the run's steps is done, which schedules of beta and T are asked with.
+
+    The share is the Trainer's own count over its own number, so a resumed run asks as the run it continues.
+    """
+
+    def __init__(self, loss: GistLoss) -> None:
+        self.loss = loss
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.loss.progress = state.global_step / state.max_steps
 
 
 class FiniteLoss(TrainerCallback):
