@@ -1,4 +1,4 @@
-"""The ``fastgist`` command: demo, finetune, finetune-text, compare, export, env, warmup.
+"""The ``fastgist`` command: demo, finetune, finetune-text, compare, compare-text, export, env, warmup.
 
 A command's flags are the fields of its dataclass; the command turns them into one call, and errors into one line. What
 the user can put right exits with 2, what went wrong at run time with 1, Ctrl-C with 130. FASTGIST_DEBUG=1 shows the
@@ -195,7 +195,7 @@ def build_app() -> typer.Typer:
     import typer
 
     from fastgist.train.config import CompareConfig, DemoConfig, ExportConfig, FinetuneConfig
-    from fastgist.train.text_config import TextConfig
+    from fastgist.train.text_config import CompareTextConfig, TextConfig
 
     app = typer.Typer(
         help="Parameter-efficient fine-tuning with GIST and PETAL on fused kernels.",
@@ -221,6 +221,7 @@ def build_app() -> typer.Typer:
     app.command("finetune")(_command(_finetune, FinetuneConfig, files=("config", "recipe")))
     app.command("finetune-text")(_command(_finetune_text, TextConfig, files=("config",)))
     app.command("compare")(_command(_compare, CompareConfig, files=("config", "recipe")))
+    app.command("compare-text")(_command(_compare_text, CompareTextConfig, files=("config",)))
     app.command("export")(_command(_export, ExportConfig))
     app.command("env")(_command(_env, EnvConfig))
     app.command("warmup")(_command(_warmup, WarmupConfig))
@@ -292,6 +293,18 @@ def _compare(config: Any) -> None:
     from fastgist.train.compare import compare
 
     compare(config)
+
+
+def _compare_text(config: Any) -> None:
+    """Compare methods on texts, each with and without a gist token, on the same data and seeds; finished runs are kept.
+
+    A table of paired differences with confidence intervals, compare.json, compare.csv and a figure.
+
+    Learning rates decide such comparisons: choose them with --method-lr, on other texts or seeds.
+    """
+    from fastgist.train.compare import compare
+
+    compare(config.resolved())
 
 
 def _export(config: Any) -> None:

@@ -31,7 +31,7 @@ def invoke(*arguments: str):
 
 def test_version_and_help() -> None:
     assert invoke("--version").stdout.strip() == f"fastgist {fastgist.__version__}"
-    for command in ("demo", "finetune", "compare", "export", "env", "warmup"):
+    for command in ("demo", "finetune", "finetune-text", "compare", "compare-text", "export", "env", "warmup"):
         assert command in invoke("--help").stdout
         assert invoke(command, "--help").exit_code == 0
     text = invoke("finetune", "--help").stdout

@@ -1,7 +1,8 @@
-"""``fastgist compare``: methods with and without a gist token, on the same data and seeds, and their paired differences.
+"""``fastgist compare`` and ``compare-text``: methods with and without a gist token, on the same data and seeds, and their
+paired differences.
 
-One seed means one draw of images, one initial head, one order of images and one stream of dropout, whatever is
-trained: a difference between two runs of a seed is the method's. A finished run is kept and not repeated.
+One seed means one draw of data, one initial head, one order of the data and one stream of dropout, whatever is trained: a
+difference between two runs of a seed is the method's. A finished run is kept and not repeated.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from fastgist.train.config import CompareConfig, FinetuneConfig, Method, UserErr
 from fastgist.train.finetune import Interrupted, check_numbers, finetune
 from fastgist.train.measure import commit, versions
 from fastgist.train.statistics import paired, spread
-from fastgist.train.sweep import Config, finished, parse_seeds
-from fastgist.train.text_config import TextConfig
+from fastgist.train.sweep import Config, finished, parse_seeds, scores_of
+from fastgist.train.text_config import CompareTextConfig, TextConfig
 
 __all__ = ["bench", "compare", "plan", "run_all"]
 
 Bench = Callable[[Any], dict[str, Any]]
+Comparison = CompareConfig | CompareTextConfig
 
 
-def compare(config: CompareConfig) -> dict[str, Any]:
+def compare(config: Comparison) -> dict[str, Any]:
     """Make every run that is not finished, then the table, the figure, compare.json and compare.csv.
 
     Returns:
@@ -45,17 +47,17 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     summaries = run_all(list(runs.values()), config)
     if summaries is None:  # not the first process
         return {}
-    measured = "test_accuracy" if "test_accuracy" in summaries[0] else "val_accuracy"
-    values = {key: summary[measured] for key, summary in zip(runs, summaries, strict=True)}
-    if any(value is None for value in values.values()):
-        raise UserError("nothing to compare by: the data has neither test nor val images")
+    scores = [scores_of(summary) for summary in summaries]
+    measured = _measured(config, scores[0])
+    values = {key: each[measured] for key, each in zip(runs, scores, strict=True)}
     methods, seeds = _methods(config), parse_seeds(config.seeds or "0")
     trained = {
         (method, gist): summary["trained_parameters"]
         for (method, gist, _), summary in zip(runs, summaries, strict=True)
     }
+    kind = "texts" if isinstance(config, TextConfig) else "images"
     found: dict[str, Any] = {
-        "measured": measured, "images": summaries[0]["images"], "seeds": seeds, "confidence": config.confidence,
+        "measured": measured, kind: summaries[0][kind], "seeds": seeds, "confidence": config.confidence,
         "rows": [_row(method, values, trained, seeds, config.confidence) for method in methods],
         "settings": {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)},
         "versions": versions(), "commit": commit(),
@@ -70,15 +72,34 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     return found
 
 
-def plan(config: CompareConfig) -> dict[tuple[str, bool, int], FinetuneConfig]:
+def _measured(config: Comparison, scores: dict[str, float]) -> str:
+    """The score that methods are compared by: of the test data, or else of what selected; a metric before the loss."""
+    first = "accuracy"
+    if isinstance(config, TextConfig):
+        first = (
+            config.metrics.split(",")[0].strip() if config.metrics else "pearson" if "val_pearson" in scores else first
+        )
+    for name in (
+        f"test_{first}",
+        *(n for n in scores if n.endswith(f"_{first}") and n.startswith("test")),
+        f"val_{first}",
+    ):
+        if name in scores:
+            return name
+    what = "texts" if isinstance(config, TextConfig) else "images"
+    raise UserError(f"nothing to compare by: the data has neither test nor val {what}, or no {first} was measured")
+
+
+def plan(config: Comparison) -> dict[tuple[str, bool, int], Config]:
     """Every run by (method, gist, seed)."""
+    kind = TextConfig if isinstance(config, TextConfig) else FinetuneConfig
     rates = dict(_pair(word, "=", "--method-lr", config) for word in config.method_lr)
     settings: dict[str, list[str]] = {}
     for word in config.set:
         method, setting = _pair(word, ":", "--set", config)
         settings.setdefault(method, []).append(setting)
-    common = {f.name: getattr(config, f.name) for f in dataclasses.fields(FinetuneConfig)}
-    runs: dict[tuple[str, bool, int], FinetuneConfig] = {}
+    common = {f.name: getattr(config, f.name) for f in dataclasses.fields(kind)}
+    runs: dict[tuple[str, bool, int], Config] = {}
     for seed in parse_seeds(config.seeds or "0"):
         for method in _methods(config):
             try:
@@ -96,13 +117,16 @@ def plan(config: CompareConfig) -> dict[tuple[str, bool, int], FinetuneConfig]:
                     "resume": True,
                 }
                 own |= {"set": settings.get(method, []), "output_dir": config.output_dir / "runs" / name}
-                run = FinetuneConfig(**common | own)
-                runs[method, gist, seed] = run if gist else _without_token(run)
-                check_numbers(runs[method, gist, seed])
+                run = kind(**common | own)
+                runs[method, gist, seed] = run = run if gist else _without_token(run)
+                if isinstance(run, FinetuneConfig):
+                    check_numbers(run)
+                else:
+                    runs[method, gist, seed] = run.resolved()
     return runs
 
 
-def _methods(config: CompareConfig) -> list[str]:
+def _methods(config: Comparison) -> list[str]:
     names = [name.strip() for name in config.methods.split(",")]
     for name in names:
         if name not in list(Method):
@@ -112,7 +136,7 @@ def _methods(config: CompareConfig) -> list[str]:
     return names
 
 
-def _pair(word: str, sign: str, flag: str, config: CompareConfig) -> tuple[str, str]:
+def _pair(word: str, sign: str, flag: str, config: Comparison) -> tuple[str, str]:
     """``method<sign>value``, the method one of those compared."""
     method, found, value = word.partition(sign)
     if not found or method not in _methods(config):
@@ -120,9 +144,9 @@ def _pair(word: str, sign: str, flag: str, config: CompareConfig) -> tuple[str, 
     return method, value
 
 
-def _without_token(run: FinetuneConfig) -> FinetuneConfig:
+def _without_token(run: Config) -> Config:
     """A plain run: what is said about the token is not for it."""
-    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(FinetuneConfig)}
+    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(run)}
     names = ("lr_gist", "wd_gist", "gist_length", "gist_readout")
     return replace(run, **{name: defaults[name] for name in names})
 
@@ -196,14 +220,15 @@ def _row(
     }
 
 
-def _table_of_runs(runs: dict[tuple[str, bool, int], FinetuneConfig], summaries: list[dict[str, Any]]) -> str:
+def _table_of_runs(runs: dict[tuple[str, bool, int], Config], summaries: list[dict[str, Any]]) -> str:
     """One line a run."""
     text = io.StringIO()
-    measured = [n for n, v in summaries[0].items() if n.startswith(("val_", "test_")) and isinstance(v, float)]
+    scores = [scores_of(summary) for summary in summaries]
+    measured = list(scores[0])
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["method", "gist", "seed", "lr", "trained_parameters", *measured])
-    for ((method, gist, seed), run), summary in zip(runs.items(), summaries, strict=True):
-        numbers = [summary["trained_parameters"], *(summary[name] for name in measured)]
+    for ((method, gist, seed), run), summary, each in zip(runs.items(), summaries, scores, strict=True):
+        numbers = [summary["trained_parameters"], *(each[name] for name in measured)]
         writer.writerow([method, int(gist), seed, run.lr, *numbers])
     return text.getvalue()
 
@@ -241,7 +266,7 @@ def _print_table(found: dict[str, Any], folder: Path) -> None:
     if len(found["rows"]) > 1:
         lines.append(f"{len(found['rows'])} comparisons: the p-values are not corrected for their number")
     if measured.startswith("val"):
-        lines.append("no test images: judged by the images that chose the epoch, which flatters every row")
+        lines.append("no test data: judged by what chose the epoch, which flatters every row")
     lines.append(f"{folder / 'compare.json'}, compare.csv, compare.svg")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

@@ -165,14 +165,11 @@ class FinetuneConfig(Settings, Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(FinetuneConfig):
-    """Flags of ``fastgist compare``: those of a run, each method with and without a gist token, over seeds."""
+class Compared:
+    """The flags by which a run becomes a comparison: each method with and without a gist token, over seeds."""
 
     not_flags: ClassVar[tuple[str, ...]] = ("method", "gist", "seed", "rank", "bottleneck_dim", "resume", "report_to")
 
-    data: str = _option(
-        ..., "digits (offline: the demo's small ViT), or images as for finetune.", "Data", argument=True
-    )
     methods: str = _option("adapter,lora", "Methods to compare, by commas: the names of finetune --method.", "Compare")
     seeds: str | None = _option("0-4", "Seeds that all methods share, such as 0,1,2 or 0-9.", "Compare")
     method_lr: list[str] = dataclasses.field(
@@ -184,6 +181,15 @@ class CompareConfig(FinetuneConfig):
         metadata={"help": "A setting of one method, such as lora:rank=4; may be repeated.", "panel": "Compare"},
     )
     confidence: float = _option(0.95, "Of the intervals.", "Compare", min=0.5, max=0.999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(Compared, FinetuneConfig):
+    """Flags of ``fastgist compare``: those of a run on images, and :class:`Compared`'s."""
+
+    data: str = _option(
+        ..., "digits (offline: the demo's small ViT), or images as for finetune.", "Data", argument=True
+    )
     output_dir: Path = _option(Path("fastgist-compare"), "Where runs, table and figure go.", "Run")
 
     @classmethod

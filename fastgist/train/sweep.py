@@ -14,7 +14,7 @@ from fastgist.train.settings import written_settings
 from fastgist.train.statistics import spread
 from fastgist.train.text_config import TextConfig
 
-__all__ = ["finished", "parse_seeds", "sweep"]
+__all__ = ["finished", "parse_seeds", "scores_of", "sweep"]
 
 Config = FinetuneConfig | TextConfig
 
@@ -82,7 +82,7 @@ def sweep(config: Config, run: Callable[..., dict[str, Any]], say: Callable[[str
         if len(configs) == 1:
             tell(f"one seed, number {seed}: a range such as 0-4 or a list such as 0,1,2 repeats the run")
         summaries[seed] = before or run(each, say)
-    scores = [_scores(summary) for summary in summaries.values()]
+    scores = [scores_of(summary) for summary in summaries.values()]
     measured = {name: spread([s[name] for s in scores]) for name in scores[0] if all(name in s for s in scores)}
     together = {
         "seeds": seeds,
@@ -100,7 +100,7 @@ def sweep(config: Config, run: Callable[..., dict[str, Any]], say: Callable[[str
     return together
 
 
-def _scores(summary: dict[str, Any]) -> dict[str, float]:
+def scores_of(summary: dict[str, Any]) -> dict[str, float]:
     """The numbers of the val and test data in a summary, under names such as val_accuracy.
 
     A run of images has them so; one of texts has "val" with its numbers, and "test" with those of each split by name.

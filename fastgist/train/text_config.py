@@ -12,10 +12,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fastgist.recipes.text import EPOCHS, TextRecipe
-from fastgist.train.config import Method, MixedPrecision, Readout, Settings, UserError, _option, check_parts
+from fastgist.train.config import (
+    Compared,
+    Method,
+    MixedPrecision,
+    Readout,
+    Settings,
+    UserError,
+    _option,
+    check_parts,
+)
 from fastgist.train.optim import check_schedules
 
-__all__ = ["PaddingSide", "Problem", "TextConfig"]
+__all__ = ["CompareTextConfig", "PaddingSide", "Problem", "TextConfig"]
 
 
 class Problem(enum.StrEnum):
@@ -136,6 +145,13 @@ class TextConfig(Settings, TextRecipe):
             raise UserError(f"--gist-length {filled.gist_length} is for a gist token, and this run has --no-gist")
         check_parts(filled)
         return filled
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareTextConfig(Compared, TextConfig):
+    """Flags of ``fastgist compare-text``: those of a run on texts, and :class:`fastgist.train.config.Compared`'s."""
+
+    output_dir: Path = _option(Path("fastgist-compare-text"), "Where runs, table and figure go.", "Run")
 
 
 def _named_recipe(name: str) -> dict[str, Any]:
