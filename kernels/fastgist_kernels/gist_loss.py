@@ -418,7 +418,9 @@ def _other_kinds() -> list[Spec]:
     for form, label, tile in (apart if t[0] == "rows" else t for t in ragged):
         label = label.replace("ragged", "strided")
         out.append(gist_spec(form, f"bf16_{label}", "bf16", tile, strided=True))
-        out.append(gist_spec(form, f"bf16_soft_{label}", "bf16", tile, soft=True, strided=True))
+        # Of sixteen warps' soft rows Triton 3.9, not 3.6, spills two values on sm_80, of any tile.
+        held = {"archs": (90, 100)} if form == "rows" else {}
+        out.append(gist_spec(form, f"bf16_soft_{label}", "bf16", tile, soft=True, strided=True, **held))
     return out
 
 
