@@ -419,7 +419,7 @@ def _other_kinds() -> list[Spec]:
         label = label.replace("ragged", "strided")
         out.append(gist_spec(form, f"bf16_{label}", "bf16", tile, strided=True))
         # Of sixteen warps' soft rows Triton 3.9, not 3.6, spills two values on sm_80, of any tile.
-        held = {"archs": (90, 100)} if form == "rows" else {}
+        held: dict[str, Any] = {"archs": (90, 100)} if form == "rows" else {}
         out.append(gist_spec(form, f"bf16_soft_{label}", "bf16", tile, soft=True, strided=True, **held))
     return out
 
