@@ -201,8 +201,8 @@ struct FinishStretch {
       const A* o = load_o(op.pair, row, start, n, buffers.o);
       const Centres<A> about = centres == nullptr ? of_row : centres[start / kBlock];
       const Parked<A> hats = parked.from(start, {buffers.p, buffers.q});
-      if (needs_p && parked.p == nullptr) exponentials<kFma>(z, n, about.z, op.over_t, hats.p);
-      if (needs_q && parked.q == nullptr) exponentials<kFma>(o, n, about.o, op.over_t, hats.q);
+      if (needs_p && parked.p == nullptr) exponentials<kFma, kBytes>(z, n, about.z, op.over_t, hats.p);
+      if (needs_q && parked.q == nullptr) exponentials<kFma, kBytes>(o, n, about.o, op.over_t, hats.q);
       const Block<A> block = {row,
                               start,
                               n,

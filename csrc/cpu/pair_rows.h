@@ -7,6 +7,8 @@
 
 #include "../bidirectional_kl.h"
 #include "lanes.h"
+#include "pair_avx512.h"
+#include "pair_sums.h"
 #include "simd.h"
 
 namespace fastgist::cpu {
@@ -77,32 +79,6 @@ struct Parked {
   }
 };
 
-template <typename A>
-struct Centres {
-  A z, o;
-};
-
-// The logits that come after a block's, which are asked for while its exponentials are taken.
-template <typename A>
-struct Upcoming {
-  const A* z;
-  const A* o;
-
-  FASTGIST_INLINE void fetch(int64_t at) const {
-#if defined(__GNUC__) || defined(__clang__)
-    __builtin_prefetch(z + at);
-    __builtin_prefetch(o + at);
-#endif
-  }
-};
-
-// Of one block: sums of p^, q^, p^ d and q^ d, and whether some class is -inf on one side only.
-template <typename A>
-struct BlockSums {
-  A p, q, pd, qd;
-  bool lone;
-};
-
 // Sums over the classes seen so far, about the maxima seen so far. w is the sum of p^ d (q^ d) with d not yet over T;
 // unit is the sum of the exponentials at temperature 1. A block is summed in A, many lanes wide; the blocks add up in
 // double, or fifty of them would cost fifty roundings.
@@ -150,6 +126,11 @@ struct OnlinePair {
                                        const ExpScale<A>& over_t, A* p_hat, A* q_hat) const {
     constexpr int kWidth = kLanes<kBytes, A>;
     const A c_z = centre(m_z), c_o = centre(m_o);
+#if FASTGIST_X86_DISPATCH
+    if constexpr (kBytes == 64 && std::is_same_v<A, float>) {
+      return sums_avx512<kNormal>(z, o, n, {c_z, c_o}, upcoming, over_t, p_hat, q_hat);
+    }
+#endif
     const ExpScale<A> scale = over_t;  // its own: what p_hat points to might be the caller's
     const Upcoming<A> next = upcoming;
     Lanes<A, kWidth> sum_p, sum_q, sum_pd, sum_qd;
@@ -273,8 +254,11 @@ struct OnlinePair {
 };
 
 // e^((x - c) / T) of a block.
-template <bool kFma, typename A>
+template <bool kFma, int kBytes, typename A>
 FASTGIST_INLINE void exponentials(const A* x, int64_t n, A c, const ExpScale<A>& over_t, A* out) {
+#if FASTGIST_X86_DISPATCH
+  if constexpr (kBytes == 64 && std::is_same_v<A, float>) return exponentials_avx512(x, n, c, over_t, out);
+#endif
   const ExpScale<A> scale = over_t;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = exp_scaled<kFma>(x[i] - c, scale);

@@ -1,7 +1,7 @@
 // What the CPU ops need beside the standard library: choosing an instruction set at run time, an exponential that
 // vectorises, and the half-precision formats. Nothing here is written in intrinsics: the loops are plain C++ that gcc
-// and clang vectorise (`#pragma omp simd`, -fopenmp-simd), compiled once per instruction set. Never compile with
-// -ffast-math.
+// and clang vectorise (`#pragma omp simd`, -fopenmp-simd), compiled once per instruction set; pair_avx512.h alone has
+// two that they could not make. Never compile with -ffast-math.
 #pragma once
 
 #include <cmath>
