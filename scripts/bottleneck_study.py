@@ -235,12 +235,12 @@ def measure(cells: Sequence[Cell] = CELLS, seeds: Sequence[int] = SEEDS, progres
 
     from fastgist.train.measure import commit, versions
 
-    rows = []
+    rows, about = [], {"versions": versions(), "commit": commit(), "device": "cpu"}
     for cell in tqdm(cells, desc="estimators", unit="cell", disable=not progress):
         found = [cell.run(seed, **cell.options) for seed in seeds]
         values = {name: [one[name] for one in found] for name in found[0]}
         rows.append({"table": cell.table, "name": cell.name, "options": cell.options, "values": values})
-    return {"rows": rows, "seeds": list(seeds), "versions": versions(), "commit": commit(), "device": "cpu"}
+    return {"rows": rows, "seeds": list(seeds)} | about
 
 
 def of(found: dict[str, Any], name: str, value: str) -> list[float]:
