@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-#: Released : ours, FLOPs of the update. The step's is of its seconds, each as a multiple of the frozen step that ran beside it.
+#: Released : ours, FLOPs of the update; and the time of a step, each as a multiple of the frozen one that ran beside it.
 FLOPS, STEP = 2.0, 1.5
 #: No slower than this share of the released form, whatever else is missed.
 NEVER_BELOW = 0.95

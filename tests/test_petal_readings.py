@@ -1,5 +1,5 @@
-"""The committed readings of a PETAL step and of decoding: every goal but those that DESIGN.md names is met; and the update's FLOPs
-at the published size, counted here on the meta device, are those of the readings and of DESIGN's table.
+"""The committed readings of a PETAL step and of decoding: every goal but those that DESIGN.md names is met; and the update's
+FLOPs at the published size, counted here on the meta device, are those of the readings and of DESIGN's table.
 
 They are read anew by ``pytest benchmarks/bench_petal_step.py benchmarks/bench_decode.py --benchmark-only`` on a machine with
 nothing else running."""
