@@ -273,6 +273,9 @@ def test_the_readme_shows_that_run(full) -> None:
     assert f"{full['cpu_seconds']:.0f} s of processor time" in readme
     floor = full["without_network"]["pixels and the rule"]["mean"]
     assert f"answers {100 * floor:.1f} %" in readme
+    taken = [{max(range(4), key=full["usage"][p].__getitem__) for p in q} for q in full["questions"].values()]
+    assert [len(experts) for experts in taken] == [1, 1, 1, 2]
+    assert "both phrasings of each question took one expert, the caption's did not" in readme
 
 
 @pytest.mark.parametrize("contestant", recipes.CONTESTANTS, ids=lambda c: c.method)
