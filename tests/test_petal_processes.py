@@ -63,7 +63,7 @@ def test_hard_30_two_processes_have_the_gradients_of_one(how, tmp_path):
 
 # -- every part --------------------------------------------------------------------------------------------------------
 
-#: What is changed of SETTINGS. Terms that are about a batch (the balance of its gates, a bottleneck's bank) are a process's own.
+#: What is changed of SETTINGS. Terms that are about a batch (gates' balance, a bottleneck's bank) are a process's own.
 PARTS = {
     "tucker, uniform": {"core": "tucker", "gating": "uniform"},
     "dropout, tucker": {"dropout": 0.4, "core": "tucker"},
