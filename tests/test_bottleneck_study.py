@@ -48,14 +48,12 @@ def test_the_page_is_the_json_of_these_cells(study, found) -> None:
 
 
 def test_its_cells_tell_a_good_estimate_from_noise(study) -> None:
-    """Cells of the page, run again; narrow bounds would hold on one machine alone."""
+    """Cheap ones of the page, run again; narrow bounds would hold on one machine alone."""
     cells = {c.name: c for c in study.CELLS}
 
     def again(name: str, seed: int = 0) -> dict[str, float]:
         return cells[name].run(seed, **cells[name].options)
 
-    good = again("bank 512")
-    assert good["projected"] > 0.9 and abs(good["whole"]) < 0.2
     assert again("two clusters, degree 1")["cosine"] < 0.5
     assert abs(again(study.PUBLISHED)["cosine"]) < 0.1
     small = again("MINE, two wide, B = 64")
