@@ -6,7 +6,7 @@ paired by seed.
     python scripts/petal_study.py --parts         PETAL with one part changed at a time: docs/studies-parts.json and .svg
     python scripts/petal_study.py --seeds 0-31    more seeds
     python scripts/petal_study.py --tune          Gamma of every form, on validation images and draws that no result uses
-    python scripts/petal_study.py --rates         the learning rates of the demo's methods, on the same
+    python scripts/petal_study.py --rates         learning rates of the demo, on the same, into docs/studies-rates.json
 
 Off, static and dynamic, both policies of :class:`fastgist.nn.CPThreshold`, all else the demo's. Everything is decided
 beforehand: the last step's weights are judged on the demo's test images.
@@ -107,6 +107,12 @@ class Study:
         }
         self.key |= {"versions": versions()}
 
+    @staticmethod
+    def about_code() -> dict[str, Any]:
+        from fastgist.train.measure import commit, versions
+
+        return {"versions": versions(), "commit": commit()}
+
     def run(self, cell: Cell, seed: int, judge: str, shots: int, contestant: Any = None) -> dict[str, float]:
         """Accuracies by question on "test", or on what a draw leaves of the pool; of another contestant than PETAL."""
         from fastgist.train.petal_base import score
@@ -147,12 +153,13 @@ def tune_gamma(study: Study, shots: int) -> None:
         print(f"{cell.name:16}", "  ".join(f"{gamma:g}: {value:.2%}" for gamma, value in scores.items()), flush=True)
 
 
-def tune_rates(study: Study, shots: int) -> None:
+def tune_rates(study: Study, shots: int) -> dict[str, Any]:
     """A line a method of the demo: mean accuracy on validation images for each learning rate."""
     from statistics import mean
 
     from fastgist.recipes import petal_digits as recipes
 
+    rows = {}
     for contestant in recipes.CONTESTANTS:
         scores = {
             lr: mean(study.run(Cell("", lr=lr), s, "val", shots, contestant)["all"] for s in TUNING_SEEDS)
@@ -160,6 +167,13 @@ def tune_rates(study: Study, shots: int) -> None:
         }
         found = "  ".join(f"{lr:g}: {value:.1%}" for lr, value in scores.items())
         print(f"{contestant.name:16} {found}  (the demo's: {contestant.lr:g})", flush=True)
+        rows[contestant.name] = {f"{lr:g}": value for lr, value in scores.items()}
+    return {
+        "study": "learning rates of the demo",
+        "rows": rows,
+        "shots": shots,
+        "seeds": TUNING_SEEDS,
+    } | study.about_code()
 
 
 def compare(study: Study, cells: Sequence[Cell], seeds: Sequence[int], shots: int) -> dict[str, Any]:
@@ -238,7 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tune_gamma(study, options.shots)
             return
         if options.rates:
-            tune_rates(study, options.shots)
+            found = tune_rates(study, options.shots)
+            write_atomically(options.out / "studies-rates.json", (json.dumps(found, indent=2) + "\n").encode())
             return
         found = compare(study, PARTS if options.parts else CELLS, parse_seeds(options.seeds), options.shots)
     options.out.mkdir(parents=True, exist_ok=True)

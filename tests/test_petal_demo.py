@@ -278,6 +278,19 @@ def test_the_readme_shows_that_run(full) -> None:
     assert "both phrasings of each question took one expert, the caption's did not" in readme
 
 
+def test_the_learning_rates_are_the_best_of_the_table_that_the_recipe_shows(study) -> None:
+    """Of every method the best rate but for what 0.5 points are within; the table is what ``--rates`` found."""
+    found = json.loads((ROOT / "docs" / "studies-rates.json").read_text())
+    lines = (recipes.__doc__ or "").splitlines()
+    for contestant in recipes.CONTESTANTS:
+        row = found["rows"][contestant.name]
+        assert list(row) == [f"{lr:g}" for lr in study.RATES[contestant.method]]
+        assert row[f"{contestant.lr:g}"] > max(row.values()) - 0.005
+        (line,) = (x for x in lines if x.startswith(f"{contestant.name} ") and "%" in x)
+        assert line.removeprefix(contestant.name).split() == [f"{value:.1%}" for value in row.values()]
+    assert found["seeds"] == list(study.TUNING_SEEDS) and found["shots"] == 10
+
+
 @pytest.mark.parametrize("contestant", recipes.CONTESTANTS, ids=lambda c: c.method)
 def test_what_a_contestant_trains_is_in_the_qformer_and_nothing_else_moves(base, contestant) -> None:
     data = PetalDigits.load()
