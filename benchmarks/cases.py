@@ -136,7 +136,7 @@ CASES["petal_step", "cuda"] = [
     for b in (16, 1, 8, 32, 64)
 ]
 #: One token through a layer, and through a Llama of L layers.
-_DECODED = ({"M": 1, "d": 2048}, {"M": 1, "d": 4096}, {"M": 1, "d": 1024, "L": 4})
+_DECODED = (*({"M": 1, "d": d} for d in (2048, 4096, 5120)), {"M": 1, "d": 1024, "L": 4})
 CASES["decode", "cpu"] = [case(dtype, **sizes) for sizes in _DECODED for dtype in (torch.float32, torch.bfloat16)]
 CASES["decode", "cuda"] = [case(torch.bfloat16, launch_bound=True, **sizes) for sizes in _DECODED]
 CASES["topk_kl", "cpu"] = [case(torch.float32, M=256, V=32000, K=64)]
@@ -184,7 +184,7 @@ FIRST: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cp_linear": (
         (*(f"M16384_d{d}_R{r}" for d, r in ((768, 16), (1024, 64), (4096, 16), (4096, 64))), "M1_d4096_R16",
          "M64_d4096_R16", "M512_d2048_R16", "M16384_d768_R16_W3"),
-        ("frozen linear alone", "factored", "dense delta", "PEFT LoRA"),
+        ("frozen linear alone", "factored", "released", "dense delta", "PEFT LoRA"),
     ),
     "cp_update": (("M16384_d1024_R16", "M16384_d4096_R64"), ("addmm",)),
     "adapter": (tuple(f"M16384_d{d}_H{h}" for d, h in ((768, 8), (768, 64), (1024, 64), (4096, 64))), ("eager",)),

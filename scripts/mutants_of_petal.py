@@ -110,4 +110,59 @@ PETAL = [
             "num_items_in_batch",
         ),
     ),
+    *_mutants(
+        "fastgist/petal/parts.py",
+        ("tests/test_petal.py",),
+        (
+            "narrowed under autocast",
+            "self.experts(y, gate=gate).to(y.dtype)",
+            "self.experts(y, gate=gate)",
+            "float32 residuals",
+        ),
+    ),
+    *_mutants(
+        "fastgist/nn/threshold.py",
+        ("tests/test_petal_counts.py",),
+        (
+            "a dense norm",
+            "squares = (torch.matmul(torch.matmul(inner, core), outer) * core).sum((-2, -1))",
+            "squares = (u @ core @ v.mT).square().sum((-2, -1))",
+            "never a dense update",
+        ),
+    ),
+    *_mutants(
+        "fastgist/nn/cp.py",
+        ("tests/test_petal_counts.py",),
+        (
+            "a product for each matrix",
+            "return rows * self.lam",
+            "return torch.stack([row * self.lam for row in rows])",
+            "all gains from one",
+        ),
+    ),
+    *_mutants(
+        "fastgist/nn/moe.py",
+        ("tests/test_petal_counts.py",),
+        ("no residual scale", "residual_scale=UNIFORM_RESIDUAL", "residual_scale=1.0", "0.6 x"),
+    ),
+    *_mutants(
+        "fastgist/peft/surgery.py",
+        ("tests/test_petal_refusals.py",),
+        (
+            "nothing is given back",
+            "        if known is None:\n            _state.end(plain, state)\n        raise\n    state.records",
+            "        raise\n    state.records",
+            "a refusal leaves the model untouched",
+        ),
+    ),
+    *_mutants(
+        "fastgist/nn/bottleneck.py",
+        ("tests/test_bottleneck_study.py",),
+        (
+            "the score's sign",
+            "result -= self._score(bank, points)",
+            "result += self._score(bank, points)",
+            "its direction",
+        ),
+    ),
 ]

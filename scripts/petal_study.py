@@ -6,6 +6,7 @@ paired by seed.
     python scripts/petal_study.py --parts         PETAL with one part changed at a time: docs/studies-parts.json and .svg
     python scripts/petal_study.py --seeds 0-31    more seeds
     python scripts/petal_study.py --tune          Gamma of every form, on validation images and draws that no result uses
+    python scripts/petal_study.py --rates         learning rates of the demo, on the same, into docs/studies-rates.json
 
 Off, static and dynamic, both policies of :class:`fastgist.nn.CPThreshold`, all else the demo's. Everything is decided
 beforehand: the last step's weights are judged on the demo's test images.
@@ -73,6 +74,11 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "modes, static": (0.02, 0.05, 0.15), "modes, dynamic": (0.25, 0.5, 1.0), "trust, static": (0.25, 0.5, 1.0),
     "trust, dynamic": (0.5, 1.0, 2.0),
 }  # fmt: skip
+#: Learning rates by the demo's method.
+RATES: dict[str, tuple[float, ...]] = {
+    "petal": (5e-3, 1e-2, 2e-2, 4e-2), "lora": (5e-3, 1e-2, 2e-2), "adapter": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2),
+    "full": (1e-3, 2e-3, 4e-3),
+}  # fmt: skip
 TUNING_SEEDS = (100, 101, 102)
 
 
@@ -101,14 +107,21 @@ class Study:
         }
         self.key |= {"versions": versions()}
 
-    def run(self, cell: Cell, seed: int, judge: str, shots: int) -> dict[str, float]:
-        """Accuracies by question on "test", or on what a draw leaves of the pool."""
+    @staticmethod
+    def about_code() -> dict[str, Any]:
+        from fastgist.train.measure import commit, versions
+
+        return {"versions": versions(), "commit": commit()}
+
+    def run(self, cell: Cell, seed: int, judge: str, shots: int, contestant: Any = None) -> dict[str, float]:
+        """Accuracies by question on "test", or on what a draw leaves of the pool; of another contestant than PETAL."""
         from fastgist.train.petal_base import score
         from fastgist.train.petal_data import HELD_OUT
         from fastgist.train.petal_demo import tune
 
         training = replace(self.training, seed=seed, lr=cell.lr or self.training.lr)
-        contestant = replace(self.contestant, options=self.contestant.options | cell.options)
+        contestant = contestant or self.contestant
+        contestant = replace(contestant, options=contestant.options | cell.options)
         key = self.key | {
             "contestant": asdict(contestant),
             "judge": judge,
@@ -138,6 +151,29 @@ def tune_gamma(study: Study, shots: int) -> None:
             for gamma in GRIDS.get(cell.name, (cell.gamma,))
         }
         print(f"{cell.name:16}", "  ".join(f"{gamma:g}: {value:.2%}" for gamma, value in scores.items()), flush=True)
+
+
+def tune_rates(study: Study, shots: int) -> dict[str, Any]:
+    """A line a method of the demo: mean accuracy on validation images for each learning rate."""
+    from statistics import mean
+
+    from fastgist.recipes import petal_digits as recipes
+
+    rows = {}
+    for contestant in recipes.CONTESTANTS:
+        scores = {
+            lr: mean(study.run(Cell("", lr=lr), s, "val", shots, contestant)["all"] for s in TUNING_SEEDS)
+            for lr in RATES[contestant.method]
+        }
+        found = "  ".join(f"{lr:g}: {value:.1%}" for lr, value in scores.items())
+        print(f"{contestant.name:16} {found}  (the demo's: {contestant.lr:g})", flush=True)
+        rows[contestant.name] = {f"{lr:g}": value for lr, value in scores.items()}
+    return {
+        "study": "learning rates of the demo",
+        "rows": rows,
+        "shots": shots,
+        "seeds": TUNING_SEEDS,
+    } | study.about_code()
 
 
 def compare(study: Study, cells: Sequence[Cell], seeds: Sequence[int], shots: int) -> dict[str, Any]:
@@ -199,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="fewer steps, and a hasty base: shows the way, not a result")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--rates", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     parser.add_argument("--runs", type=Path, default=ROOT / "build" / "petal-study", help="where runs are kept")
     options = parser.parse_args(arguments)
@@ -213,6 +250,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         study = Study(options.runs, options.steps)
         if options.tune:
             tune_gamma(study, options.shots)
+            return
+        if options.rates:
+            found = tune_rates(study, options.shots)
+            write_atomically(options.out / "studies-rates.json", (json.dumps(found, indent=2) + "\n").encode())
             return
         found = compare(study, PARTS if options.parts else CELLS, parse_seeds(options.seeds), options.shots)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,8 @@ class Experts(nn.Module):
         outs = []
         for k in range(e.num_experts):
             rows = slice(k * h, (k + 1) * h)
-            outs.append((x @ e.down_weight[rows].T + e.down_bias[rows]) @ e.up_weight[:, rows].T + e.up_bias[k])
+            hidden = nn.functional.linear(x, e.down_weight[rows], e.down_bias[rows])
+            outs.append(nn.functional.linear(hidden, e.up_weight[:, rows], e.up_bias[k]))
         if e.gating == "uniform":
             return 0.6 * x + 0.4 * torch.stack(outs).mean(0)
         pooled = torch.stack([row[self.queries :][m.bool()].mean(0) for row, m in zip(x, self.mask, strict=True)])

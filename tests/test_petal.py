@@ -18,6 +18,7 @@ from qformers import KINDS, QUERIES, inputs, make, quiet, stir
 import fastgist
 from fastgist import petal
 from fastgist.nn import CPLinear
+from fastgist.testing import assert_within_budget
 
 SMALL = {"rank": 4, "expert_dim": 3, "num_experts": 2}
 
@@ -290,3 +291,37 @@ def test_groups_by_shape():
     assert len(text) == 4 * 3 + 2 and all("crossattention" not in p or p.endswith("query") for p in text)
     assert len(image) == 4 and all(p.endswith(("key", "value")) and "crossattention" in p for p in image)
     assert sorted(layer.mode for layer in cp_layers(model).values() if layer.factors.in_features == 20) == [0, 1, 2, 3]
+
+
+# -- autocast --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gating", ["softmax", "uniform"])
+@pytest.mark.parametrize("core", ["cp", "tucker"])
+def test_under_autocast_the_values_are_those_of_every_matrix_by_itself(core, gating):
+    """Within the error budget of the same written out, under the same autocast, against float64: states, loss, gradients."""
+    model, plain = wrapped(core=core, gating=gating, dropout=0.0, load_balance=0.0)
+    quiet(model).train()
+    given = inputs()
+    names = list(trained(model))
+
+    def evaluated(m, of, cast, **options):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            out = m(**options)
+        states = out.qformer_outputs.last_hidden_state
+        along = torch.linspace(-1, 1, states.numel(), dtype=torch.float64).cos().view_as(states)
+        return states.detach(), out.loss.detach(), torch.autograd.grad((states.double() * along).sum(), of)
+
+    ours = evaluated(model, list(trained(model).values()), True, **given)
+    other = quiet(by_hand(model, plain, given["qformer_attention_mask"])).train()
+    theirs = evaluated(other, list(trained(model).values()), True, **given)
+    wide, wide_plain = copy.deepcopy(model).double(), copy.deepcopy(plain).double()
+    exact_model = quiet(by_hand(wide, wide_plain, given["qformer_attention_mask"])).train()
+    exact = evaluated(exact_model, list(trained(wide).values()), False, **doubles(given))
+    assert_within_budget(ours[0], theirs[0], exact[0], what="states")
+    assert abs(ours[1] - exact[1]) <= 2 * abs(theirs[1] - exact[1]) + 0.01 * abs(exact[1])
+    assert all(g.dtype == torch.float32 and e.any() for g, e in zip(ours[2], exact[2], strict=True)), names
+    # Joined, each by its own size: of a handful of numbers the plain form's largest error is a matter of luck.
+    sizes = [e.abs().max() for e in exact[2]]
+    joined = (torch.cat([(g / s).flatten() for g, s in zip(of[2], sizes, strict=True)]) for of in (ours, theirs, exact))
+    assert_within_budget(*joined, what="gradients")

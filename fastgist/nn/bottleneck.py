@@ -48,20 +48,21 @@ class InformationBottleneckLoss(nn.Module):
     Adam step of their own in each training forward, *after* they were used: a batch is never judged by what has just
     learned it. A batch of one row has no pairs and gives 0.
 
-    Measured on correlated Gaussians, z 768 wide, B = 16, three seeds, on a CPU. Cosine of the gradient with the
-    analytic one of I(W^T z; x), x 1408 wide: 0.973 to 0.986 at bank 512 (degree 2: 0.92 to 0.94), 0.990 to 0.993 at 1024
-    (degree 2: 0.965 to 0.978); at B = 2 and bank 512, 0.987 to 0.993. With the gradient of the unprojected I(z; x): 0.99
-    for a learned projection where x moves 8 directions of z and no more; where it also moves all others a little, 0.05
-    for a fixed and 0.01 for a learned one: a gradient about 8 dimensions is no estimate of the whole. I(W^T z; y), y 1000
-    wide, bank 1024: 0.97 to 0.99 at 1.3 to 1.7 nats, 0.91 to 0.94 at 0.3 nats, 0.80 to 0.84 at 0.1; for independent y
-    the norm is 0.8 to 0.9, where the 0.3 nats have 2.6. So **a weak dependence is near noise**. **Clusters are
-    not resolved**: of two in one dimension, at +-2 with standard deviation 0.3, the cosine is 0.16 at either degree (one
-    seed): what is estimated is the cloud's spread.
+    Measured by scripts/bottleneck_study.py (docs/bottleneck.md) on correlated Gaussians, z 768 wide, B = 16, three seeds, on a
+    CPU. Cosine of the gradient with the analytic one of I(W^T z; x), x 1408 wide: 0.966 to 0.984 at bank 512 (degree 2:
+    0.93 to 0.94), 0.986 to 0.994 at 1024 (degree 2: 0.968 to 0.981); at B = 2 and bank 512, 0.959 to 0.989. With the gradient
+    of the unprojected I(z; x): 0.994 to 0.995 for a learned projection where x moves 8 directions of z and no more; where it
+    also moves all others a little, 0.01 to 0.04 for a fixed and 0.03 for a learned one: a gradient about 8 dimensions is no
+    estimate of the whole. (Of the published estimator on z itself, from one batch of 16, 0.02 to 0.03.) I(W^T z; y), y 1000
+    wide, bank 1024: 0.97 to 0.99 at 1.40 to 1.61 nats, 0.95 to 0.97 at 0.30 to 0.34 nats, 0.90 to 0.94 at 0.10 to 0.11 nats;
+    for independent y the norm is 0.7 to 0.8, where the 0.30 to 0.34 nats have 3.2 to 3.6. So **a weak dependence is near
+    noise**. **Clusters are not resolved**: of two in one dimension, at +-2 with standard deviation 0.3, the cosine is
+    0.03 to 0.12 (degree 2: 0.02 to 0.15): what is estimated is the cloud's spread.
 
-    The bounds of I(z; x) at these sizes, one seed, are **noise**: MINE read 2.8 nats of 23.9 after 800 steps, cosine of its
-    gradient -0.04; CLUB, after 400, 1040 of the 3150 that an exact q has, standard deviation 280, cosine 0.55. At
-    widths of 2 and B = 64 they read 1.00 of 1.02 nats, and 0.66 of the 0.67 of an exact q (a bound of 0.29 nats); at
-    B = 2 they are finite, and read 0.74 and 0.43.
+    The bounds of I(z; x) at these sizes are **noise**: MINE read 2.4 to 2.7 nats of 23.8 to 23.9 after 800 steps, cosine of
+    its gradient -0.05 to -0.04; CLUB, after 400, 997 to 1103 of the 3103 to 3107 that an exact q has, standard deviation
+    238 to 289, cosine 0.55 to 0.56. At widths of 2 and B = 64 they read 0.97 to 0.99 of 1.02 nats, and 0.61 to 0.67 of the
+    0.67 of an exact q (a bound of 0.29 nats); at B = 2 they are finite, and read 0.61 to 1.01 and 0.53 to 0.70.
 
     State: banks, projections, estimators and their Adam moments are buffers. The module has no parameters; a state_dict
     holds all of it and resumes it, given the random state. They stay float32 through ``half()`` and ``bfloat16()``, and

@@ -108,7 +108,7 @@ class Enriched(nn.Module):
         elif gate.weights.shape[0] != y.shape[0]:
             raise ValueError(f"petal.instructed: the gate is for {gate.weights.shape[0]} samples, got {y.shape[0]}")
         self._now["due"] = True
-        return self.experts(y, gate=gate)
+        return self.experts(y, gate=gate).to(y.dtype)  # under autocast the sequence stays as wide as the model has it
 
     def _gate_of(self, y: Tensor, mask: Tensor | None, queries: int) -> Gate:
         assert self.experts is not None

@@ -1,19 +1,17 @@
 """The numbers of ``fastgist demo petal``.
 
 The learning rate of every method is the best of its row by mean accuracy over draws 100-102, on pool images that were not
-drawn: neither those draws nor those images are among what the demo reports. A script of the day gave (CPU, PyTorch 2.15,
-transformers 5.23), 10 images a digit:
+drawn: neither those draws nor those images are among what the demo reports. ``scripts/petal_study.py --rates`` gave
+(docs/studies-rates.json; CPU, PyTorch 2.15, transformers 5.23), 10 images a digit:
 
 ==============  =====  =====  =====  =====  =====  =====  =====  =====
 method          1e-3   2e-3   4e-3   5e-3   1e-2   2e-2   4e-2   8e-2
 ==============  =====  =====  =====  =====  =====  =====  =====  =====
-PETAL                                87.2%  91.6%  91.7%  87.0%
-LoRA                                 88.6%  90.2%  84.2%
-adapter                              73.6%  85.6%  92.2%  94.5%  94.9%
+PETAL                                87.2%  91.5%  91.6%  88.9%
+LoRA                                 88.6%  90.3%  85.2%
+adapter                              73.6%  85.6%  92.2%  94.6%  94.8%
 full Q-Former   94.2%  94.7%  94.6%
 ==============  =====  =====  =====  =====  =====  =====  =====  =====
-
-Adapters behind every sublayer ("houlsby", 8,120 numbers) gave 90.4% at 1e-2 and 93.6% at 2e-2.
 """
 
 from __future__ import annotations

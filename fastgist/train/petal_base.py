@@ -56,7 +56,8 @@ def plain_model(tokenizer: Any) -> Any:
 
 @dataclass
 class Fit:
-    """What a training came to: the loss of every step, the median seconds of a step, and its peak memory."""
+    """What a training came to: the loss of every step, the median seconds of a step (on a CPU of processor time, to which
+    other programs' load adds nothing), and its peak memory."""
 
     losses: list[float]
     seconds_per_step: float
@@ -95,6 +96,7 @@ def fit(
     memory = StepMemory(device)
     losses: list[Tensor] = []
     seconds: list[float] = []
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
 
     def step(number: int) -> None:
         loss = loss_of(number)
@@ -107,7 +109,7 @@ def fit(
     for number in tqdm(range(training.steps), desc=description, unit="step", disable=description is None, leave=False):
         optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(derive_seed(training.seed, number))  # dropout is the step's, whatever was drawn before
-        started = time.perf_counter()
+        started = clock()
         if measure_memory and number == 2:
             _forget(model)
             with memory.measure(model, optimizer):
@@ -116,7 +118,7 @@ def fit(
             step(number)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - started)
+            seconds.append(clock() - started)
         schedule.step()
         if after_step is not None:
             after_step((number + 1) / training.steps)

@@ -44,10 +44,7 @@ def init_from_weights(layers: Mapping[str, nn.Module], iterations: int = 100) ->
     at random: equal under equal ``torch.manual_seed``. In Tucker form with fewer matrices than rank, or with a rank above a
     width, the rest of P, C and U stays as drawn.
 
-    Measured by a script of the day, at rank 64 on one thread of a shared CPU: 42 matrices of 768 x 768 in 3.3 s (Tucker
-    2.7 s), 12 of 1408 x 768 in 2.7 s (2.0 s); with two threads beside other work, up to 15 s. Of synthetic weights with a
-    decaying spectrum it kept 0.41 of the squared norm; 20 iterations of ALS on the whole tensor took 14 s and kept 0.40. No
-    published weights were at hand, and no task has been trained from it yet.
+    No published weights were at hand, and no task has been trained from it yet.
 
     Weights that bitsandbytes or torchao quantised are read as what their layer multiplies by, one at a time.
 
