@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
-from decoders import gpt2, llama, mistral, qwen2, texts, written_out
-from pairs import DECODER_BACKBONES, METHODS, VARIANTS
+from decoders import gpt2, llama, mistral, texts, written_out
+from pairs import DECODER_BACKBONES, METHODS
 from torch import nn
-from vits import stir, trainable
+from vits import stir
 
 import fastgist
 from fastgist import (
@@ -25,14 +24,9 @@ from fastgist import (
     SSFConfig,
     add_gist,
     assert_training,
-    disable_adapter,
     get_peft_model,
-    load_adapter,
     merge,
-    report,
-    save_adapter,
     set_adapter,
-    unload,
     unmerge,
 )
 from fastgist.nn import GistLoss
