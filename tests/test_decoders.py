@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from decoders import gpt2, llama, mistral, texts, written_out
+from decoders import gpt2, llama, mistral, qwen2, qwen3, texts, written_out
 from pairs import DECODER_BACKBONES, METHODS
 from torch import nn
 from vits import stir
@@ -32,6 +32,7 @@ from fastgist import (
 from fastgist.nn import GistLoss
 
 CLASSIFIERS = list(DECODER_BACKBONES.values())
+LANGUAGE = {"LlamaForCausalLM": llama, "Qwen2ForCausalLM": qwen2, "Qwen3ForCausalLM": qwen3, "GPT2LMHeadModel": gpt2}
 
 
 def gisted(make, config=None, gist=None, **options) -> nn.Module:
@@ -189,7 +190,7 @@ def test_the_dense_update_of_a_conv1d_is_of_the_shape_of_a_linear_layer() -> Non
     assert torch.equal(layer.base_layer.weight, original)
 
 
-@pytest.mark.parametrize("make", [llama, mistral, gpt2])
+@pytest.mark.parametrize("make", CLASSIFIERS)
 @pytest.mark.parametrize("full_length", ["refuse", "truncate"])
 def test_a_row_of_full_length(make, full_length) -> None:
     model = gisted(make, None, GistConfig(full_length=full_length))
@@ -291,15 +292,16 @@ def test_under_autocast(make) -> None:
     assert half(**given, return_gist_logits=True).gist_logits.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+@pytest.mark.parametrize("name", LANGUAGE)
 def test_a_language_model_generates_with_the_body_it_shares(name) -> None:
     import transformers
 
-    classifier = (llama if name.startswith("Llama") else gpt2)()
+    classifier = LANGUAGE[name]()
     body = classifier.base_model_prefix
     language = getattr(transformers, name)(copy.deepcopy(classifier.config)).eval()
     setattr(language, body, getattr(classifier, body))
     language.tie_weights()
+    language.generation_config.eos_token_id = None  # a text that ends is padded
     ids = torch.randint(3, 50, (2, 6))
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     plain = language.generate(ids, **options)
@@ -319,12 +321,12 @@ def test_a_language_model_generates_with_the_body_it_shares(name) -> None:
 @pytest.mark.parametrize(
     "config", [CPConfig(rank=4, dropout=0.2), CPConfig(rank=4, core="tucker"), LoraConfig(rank=2)], ids=str
 )
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+@pytest.mark.parametrize("name", LANGUAGE)
 def test_a_language_model_is_adapted_and_decodes_as_it_trained(name, config, tmp_path) -> None:
     """The cache holds keys and values with their update: words and logits are those of the whole sequence."""
     import transformers
 
-    classifier = (llama if name.startswith("Llama") else gpt2)()
+    classifier = LANGUAGE[name]()
     language = getattr(transformers, name)(copy.deepcopy(classifier.config)).eval()
     plain = copy.deepcopy(language)
     get_peft_model(language, config)
@@ -346,7 +348,7 @@ def test_a_language_model_is_adapted_and_decodes_as_it_trained(name, config, tmp
     assert all(p.grad is not None for p in language.parameters() if p.requires_grad)
     fastgist.save_adapter(language, tmp_path)
     torch.testing.assert_close(fastgist.load_adapter(plain, tmp_path)(words).logits, whole)
-    if name.startswith("Llama"):
+    if name != "GPT2LMHeadModel":
         fastgist.merge(language)
         assert torch.equal(language.generate(ids, **options), words)
 
