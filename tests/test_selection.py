@@ -147,7 +147,7 @@ def test_the_benchmarks_are_whole_and_never_select_by_test() -> None:
 
 
 def _write_tars(root: Path, cuts: dict[str, int], image_column: str, label_column: str) -> Path:
-    """Real digits as the clip-benchmark's sets have them: split/0.tar and 1.tar of <key>.webp and <key>.cls, texts beside."""
+    """Real digits as the clip-benchmark's sets have them: split/0.tar and on of <key>.webp and <key>.cls, texts beside."""
     import io
     import tarfile
 
@@ -157,10 +157,11 @@ def _write_tars(root: Path, cuts: dict[str, int], image_column: str, label_colum
     digits, first = load_digits(), 0
     for split, count in cuts.items():
         (root / split).mkdir(parents=True)
-        (root / split / "nshards.txt").write_text("2")
-        for shard in range(2):
+        shards = 1 + (count > 50)
+        (root / split / "nshards.txt").write_text(str(shards))
+        for shard in range(shards):
             with tarfile.open(root / split / f"{shard}.tar", "w") as archive:
-                for row in range(first + shard * count // 2, first + (shard + 1) * count // 2):
+                for row in range(first + shard * count // shards, first + (shard + 1) * count // shards):
                     picture = io.BytesIO()
                     Image.fromarray((digits.images[row] * 15.9).astype("uint8")).save(picture, "webp", lossless=True)
                     parts = {image_column: picture.getvalue(), label_column: str(digits.target[row]).encode()}
