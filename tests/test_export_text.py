@@ -174,6 +174,7 @@ def _test_texts(run: Path, classes: list[str]) -> tuple[dict[str, torch.Tensor],
     return batch, batch.pop("labels")
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_to_onnx(run: Path, tmp_path: Path) -> None:
     """By the command; the file judges the run's test texts as the run did."""
     for package in ONNX:

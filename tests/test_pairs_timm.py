@@ -57,7 +57,7 @@ def test_24_autocast_checkpointing_and_files(backbone, method, tmp_path) -> None
 
 
 #: Other kinds of methods than LoRA, which test_backbones_timm.py compiles on every backbone; one block, as each is alike.
-COMPILED = [("ViT", "adapter, shared"), ("ViT", "FacT-TK"), ("ViT", "SSF"), ("ViT", "VPT, deep"), ("EVA-02", "prefix")]
+COMPILED = [("ViT", "adapter, shared"), ("ViT", "FacT-TK"), ("ViT", "VPT, deep"), ("EVA-02", "prefix")]
 
 
 @pytest.mark.parametrize(("backbone", "method"), COMPILED)
