@@ -182,6 +182,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "method"), [("Swin", "BitFit"), ("BEiT", "VPT"), ("EVA-02", "prefix")])
 def test_onnx_of_other_backbones(backbone: str, method: str, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
