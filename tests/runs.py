@@ -14,7 +14,7 @@ for _package in ("timm", "accelerate", "sklearn"):
 from fastgist.train.config import FinetuneConfig  # noqa: E402
 from fastgist.train.finetune import finetune  # noqa: E402
 
-__all__ = ["adapter_file", "config", "quiet", "same_files"]
+__all__ = ["adapter_file", "config", "falling", "quiet", "same_files"]
 
 
 def config(data: Path | str, output_dir: Path, **changes: object) -> FinetuneConfig:
@@ -28,6 +28,21 @@ def config(data: Path | str, output_dir: Path, **changes: object) -> FinetuneCon
 
 def quiet(settings: FinetuneConfig) -> dict:
     return finetune(settings, say=lambda line: None)
+
+
+def falling(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """Validation scores fall from epoch to epoch, so that the first is selected; the weights each epoch was judged with."""
+    from fastgist.train import engine
+
+    judged: list[dict[str, torch.Tensor]] = []
+    original = engine.evaluate
+
+    def evaluate(model: torch.nn.Module, *args: object) -> dict[str, float]:
+        judged.append({name: t.detach().clone() for name, t in engine.trained_tensors(model).items()})
+        return original(model, *args) | {"accuracy": 1.0 / len(judged)}
+
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    return judged
 
 
 def same_files(one: Path, other: Path) -> None:

@@ -1,4 +1,5 @@
-"""Every method on every backbone of timm that carries a gist token: what must hold for all of them."""
+"""Every method on every backbone of timm that carries a gist token: what must hold for all of them. Autocast, files and
+checkpointing of every pair are in test_pairs_timm.py."""
 
 from __future__ import annotations
 
@@ -131,19 +132,6 @@ def test_backbones_without_a_place_for_a_token_say_why(backbone) -> None:
 # -- what must keep working, for every backbone ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["LoRA", "adapter, houlsby", "SSF", "full"])
-@pytest.mark.parametrize("backbone", CARRIERS)
-def test_saved_and_loaded_into_a_fresh_model(backbone, method, tmp_path) -> None:
-    base = TIMM_BACKBONES[backbone]().eval()
-    build = lambda: copy.deepcopy(base)  # noqa: E731
-    model = stir(attempt(build, method)).eval()
-    fastgist.save_adapter(model, tmp_path)
-    loaded = fastgist.load_adapter(build(), tmp_path).eval()
-    x = example(model)
-    assert torch.equal(both(loaded(x, return_gist_logits=True)), both(model(x, return_gist_logits=True)))
-    assert trainable(loaded) == trainable(model)
-
-
 @pytest.mark.parametrize("backbone", CARRIERS)
 def test_copied_set_aside_and_taken_out(backbone) -> None:
     with torch.no_grad():  # attention takes another path on a CPU where a position bias is trained
@@ -220,19 +208,9 @@ def test_gradient_checkpointing_changes_nothing(backbone, reentrant) -> None:
 
 
 @pytest.mark.parametrize("backbone", CARRIERS)
-def test_autocast_and_half_precision(backbone) -> None:
-    model = made(backbone, dtype=torch.float32).train()
-    x = example(model)
-    exact = both(model(x))
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model(x)
-        GistLoss()(output, torch.tensor([0, 3])).backward()
-    assert (both(output).float() - exact).abs().max() <= 0.1 * exact.abs().max()
-    got = gradients(model)
-    assert got.keys() == trainable(model)
-    assert all(g.isfinite().all() and g.dtype == torch.float32 for g in got.values())
+def test_half_precision(backbone) -> None:
     half = attempt(lambda: TIMM_BACKBONES[backbone]().bfloat16(), "LoRA").train()
-    half(x.bfloat16()).gist_logits.float().sum().backward()
+    half(example(half).bfloat16()).gist_logits.float().sum().backward()
     assert half.gist.token.grad.dtype == torch.float32
 
 

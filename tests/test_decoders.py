@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
-from decoders import gpt2, llama, mistral, qwen2, texts, written_out
-from pairs import DECODER_BACKBONES, METHODS, VARIANTS
+from decoders import gpt2, llama, mistral, qwen2, qwen3, texts, written_out
+from pairs import DECODER_BACKBONES, METHODS
 from torch import nn
-from vits import stir, trainable
+from vits import stir
 
 import fastgist
 from fastgist import (
@@ -25,27 +24,15 @@ from fastgist import (
     SSFConfig,
     add_gist,
     assert_training,
-    disable_adapter,
     get_peft_model,
-    load_adapter,
     merge,
-    report,
-    save_adapter,
     set_adapter,
-    unload,
     unmerge,
 )
 from fastgist.nn import GistLoss
 
 CLASSIFIERS = list(DECODER_BACKBONES.values())
-TRIED = METHODS | VARIANTS
-NAMES = (
-    "linear probe", "LoRA", "LoRA, k, proj and MLP", "CP", "FacT-TT", "adapter, pfeiffer", "adapter, houlsby",
-    "adapter, parallel", "SSF",
-)  # fmt: skip
-EVERY = [(make, method) for make in (llama, gpt2) for method in NAMES]
-EVERY += [(make, "LoRA") for make in CLASSIFIERS if make not in (llama, gpt2)]
-EVERY += [(gpt2, "BitFit"), (qwen2, "BitFit")]
+LANGUAGE = {"LlamaForCausalLM": llama, "Qwen2ForCausalLM": qwen2, "Qwen3ForCausalLM": qwen3, "GPT2LMHeadModel": gpt2}
 
 
 def gisted(make, config=None, gist=None, **options) -> nn.Module:
@@ -165,48 +152,7 @@ def test_gpt2s_positions_and_types() -> None:
     torch.testing.assert_close(moved.gist_logits, got.gist_logits[:1])
 
 
-@pytest.mark.parametrize(("make", "method"), EVERY, ids=lambda x: getattr(x, "__name__", x))
-def test_every_method_on_every_decoder(make, method, tmp_path) -> None:
-    base = make()
-    right, given = both()
-    base_logits = base(**given).logits
-    model = get_peft_model(copy.deepcopy(base), TRIED[method])
-    torch.testing.assert_close(model(**given).logits, base_logits)
-    model = stir(add_gist(model)).eval()
-    output = model(**given, return_gist_logits=True)
-    assert report(model).parts.keys() >= {"gist", "head"}
-    assert not torch.allclose(output.logits, base_logits, atol=1e-3)
-    torch.testing.assert_close(model(**given).logits, output.logits)
-    torch.testing.assert_close(model(**right, return_gist_logits=True), output, msg="padding's side matters")
-    for i, row in enumerate(right["input_ids"]):
-        alone = model(input_ids=row[row != 0][None], return_gist_logits=True)
-        torch.testing.assert_close(alone.gist_logits, output.gist_logits[i : i + 1], msg="a sample sees its batch")
-        torch.testing.assert_close(alone.logits, output.logits[i : i + 1], msg="a sample sees its batch")
-    with torch.autocast("cpu", torch.bfloat16):
-        GistLoss()(model(**given, return_gist_logits=True), torch.tensor([0, 2, 1])).backward()
-    assert all(p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in model.parameters() if p.requires_grad)
-    model.zero_grad()
-    GistLoss()(model.train()(**given), torch.tensor([0, 2, 1])).backward()
-    assert {n for n, p in model.named_parameters() if p.grad is not None} == trainable(model)
-    assert all(p.grad.any() for n, p in model.named_parameters() if p.grad is not None and "factors.p" not in n)
-    model.eval()
-    save_adapter(model, tmp_path)
-    loaded = load_adapter(copy.deepcopy(base), tmp_path).eval()
-    torch.testing.assert_close(loaded(**given, return_gist_logits=True).gist_logits, output.gist_logits)
-    copied = pickle.loads(pickle.dumps(model))(**given, return_gist_logits=True)
-    torch.testing.assert_close(copied.gist_logits, output.gist_logits)
-    with disable_adapter(model):
-        torch.testing.assert_close(model(**given).logits, base_logits)
-    with pytest.warns(UserWarning, match="leaves the sequence"):
-        plain = unload(model, keep_head=False)
-    assert [n for n, _ in plain.named_modules()] == [n for n, _ in base.named_modules()]
-    assert all(torch.equal(v, base.state_dict()[k]) for k, v in plain.state_dict().items())
-
-
-def test_full_and_two_adapters() -> None:
-    model = gisted(llama, FullConfig())
-    GistLoss()(model.train()(**texts()), torch.tensor([0, 2, 1])).backward()
-    assert all(p.grad is not None for p in model.parameters())
+def test_two_adapters() -> None:
     model = gisted(llama, LoraConfig(rank=2))
     given = texts()
     first = model(**given, return_gist_logits=True)
@@ -244,7 +190,7 @@ def test_the_dense_update_of_a_conv1d_is_of_the_shape_of_a_linear_layer() -> Non
     assert torch.equal(layer.base_layer.weight, original)
 
 
-@pytest.mark.parametrize("make", [llama, mistral, gpt2])
+@pytest.mark.parametrize("make", CLASSIFIERS)
 @pytest.mark.parametrize("full_length", ["refuse", "truncate"])
 def test_a_row_of_full_length(make, full_length) -> None:
     model = gisted(make, None, GistConfig(full_length=full_length))
@@ -346,15 +292,16 @@ def test_under_autocast(make) -> None:
     assert half(**given, return_gist_logits=True).gist_logits.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+@pytest.mark.parametrize("name", LANGUAGE)
 def test_a_language_model_generates_with_the_body_it_shares(name) -> None:
     import transformers
 
-    classifier = (llama if name.startswith("Llama") else gpt2)()
+    classifier = LANGUAGE[name]()
     body = classifier.base_model_prefix
     language = getattr(transformers, name)(copy.deepcopy(classifier.config)).eval()
     setattr(language, body, getattr(classifier, body))
     language.tie_weights()
+    language.generation_config.eos_token_id = None  # a text that ends is padded
     ids = torch.randint(3, 50, (2, 6))
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     plain = language.generate(ids, **options)
@@ -374,12 +321,12 @@ def test_a_language_model_generates_with_the_body_it_shares(name) -> None:
 @pytest.mark.parametrize(
     "config", [CPConfig(rank=4, dropout=0.2), CPConfig(rank=4, core="tucker"), LoraConfig(rank=2)], ids=str
 )
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+@pytest.mark.parametrize("name", LANGUAGE)
 def test_a_language_model_is_adapted_and_decodes_as_it_trained(name, config, tmp_path) -> None:
     """The cache holds keys and values with their update: words and logits are those of the whole sequence."""
     import transformers
 
-    classifier = (llama if name.startswith("Llama") else gpt2)()
+    classifier = LANGUAGE[name]()
     language = getattr(transformers, name)(copy.deepcopy(classifier.config)).eval()
     plain = copy.deepcopy(language)
     get_peft_model(language, config)
@@ -401,7 +348,7 @@ def test_a_language_model_is_adapted_and_decodes_as_it_trained(name, config, tmp
     assert all(p.grad is not None for p in language.parameters() if p.requires_grad)
     fastgist.save_adapter(language, tmp_path)
     torch.testing.assert_close(fastgist.load_adapter(plain, tmp_path)(words).logits, whole)
-    if name.startswith("Llama"):
+    if name != "GPT2LMHeadModel":
         fastgist.merge(language)
         assert torch.equal(language.generate(ids, **options), words)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from images import write_digits
-from pairs import MERGED, TIMM_BACKBONES, attempt, example
+from pairs import MERGED, TIMM_BACKBONES, attempt, beit, example, swin
 from vits import images, stir, vit
 
 import fastgist as fg
@@ -172,6 +172,31 @@ def test_onnx_gives_the_models_logits_for_any_batch(name: str, tmp_path: Path) -
         (found,) = session.run(None, {"images": x.numpy()})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(found), logits(model.eval()(x)), rtol=1e-5, atol=1e-5)
+
+
+#: One stage of Swin, plain and shifted; blocks of the others are alike.
+SMALL = {
+    "Swin": lambda: swin(depths=(2,), num_heads=(2,)),
+    "BEiT": lambda: beit(depth=1),
+    "EVA-02": lambda: TIMM_BACKBONES["EVA-02"](depth=1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backbone", "method"), [("Swin", "BitFit"), ("BEiT", "VPT"), ("EVA-02", "prefix")])
+def test_onnx_of_other_backbones(backbone: str, method: str, tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    model = stir(attempt(SMALL[backbone], method)).eval()
+    done = export_model(model, tmp_path / "model.onnx", example(model)[0].shape)
+    assert done.merged == (method in MERGED) and done.difference <= done.allowed
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    x = example(model, 3)
+    (found,) = session.run(None, {"images": x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), logits(model(x)), rtol=1e-5, atol=1e-5)
 
 
 def test_a_file_that_differs_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,16 +157,42 @@ def test_a_run_is_exported_from_its_folder_alone(run: Path) -> None:
     about, summary = json.loads(extra[METADATA]), json.loads((run / "summary.json").read_text())
     assert about["classes"] == summary["classes"] and about["max_length"] == 24 and about["merged"]
     assert about["input"] == "input_ids, attention_mask, token_type_ids (batch, length)"
-    held = json.loads((run / "config.json").read_text())
-    settings = TextConfig(data=held["data"], model=held["model"], max_length=24, progress=False)
-    _, tokenizer, _ = build_classifier(settings, summary["classes"])
-    table = tokenize(load_texts(settings.resolved()).tests["test"], tokenizer, 24)
-    batch = collator(tokenizer, PaddingSide.RIGHT)(list(table))
-    labels = batch.pop("labels")
+    batch, labels = _test_texts(run, summary["classes"])
     with torch.no_grad():
         right = program(**batch).argmax(-1) == labels
     assert float(right.double().mean()) == pytest.approx(summary["test"]["test"]["accuracy"])
     again = invoke(run)
+    assert again.exit_code == 2 and "pass --overwrite" in again.stderr
+
+
+def _test_texts(run: Path, classes: list[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    held = json.loads((run / "config.json").read_text())
+    settings = TextConfig(data=held["data"], model=held["model"], max_length=24, progress=False)
+    _, tokenizer, _ = build_classifier(settings, classes)
+    table = tokenize(load_texts(settings.resolved()).tests["test"], tokenizer, 24)
+    batch = collator(tokenizer, PaddingSide.RIGHT)(list(table))
+    return batch, batch.pop("labels")
+
+
+@pytest.mark.slow
+def test_a_run_is_exported_to_onnx(run: Path, tmp_path: Path) -> None:
+    """By the command; the file judges the run's test texts as the run did."""
+    for package in ONNX:
+        pytest.importorskip(package)
+    import onnx
+    import onnxruntime
+
+    target, summary = tmp_path / "model.onnx", json.loads((run / "summary.json").read_text())
+    result = invoke(run, "--format", "onnx", "--output", target)
+    assert result.exit_code == 0 and "merged into the weights; largest difference" in result.stdout, result.output
+    held = {entry.key: entry.value for entry in onnx.load(target).metadata_props}
+    assert json.loads(held[METADATA])["classes"] == summary["classes"]
+    batch, labels = _test_texts(run, summary["classes"])
+    session = onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {key: t.numpy() for key, t in batch.items()})
+    right = torch.from_numpy(found).argmax(-1) == labels
+    assert float(right.double().mean()) == pytest.approx(summary["test"]["test"]["accuracy"])
+    again = invoke(run, "--format", "onnx", "--output", target)
     assert again.exit_code == 2 and "pass --overwrite" in again.stderr
 
 

@@ -36,6 +36,7 @@ from fastgist import (
 from fastgist.gist import loss as gist_loss_module
 from fastgist.integrations.transformers import GistTrainer, gist_loss_func
 from fastgist.nn import GistLoss, Linear
+from fastgist.testing import assert_within_budget
 
 TARGET = torch.tensor([0, 2, 1])
 
@@ -219,6 +220,30 @@ def test_where_fusing_pays() -> None:
     assert not fuses(64, 768, 21843) and not fuses(1_000_000, 768, 1000)
     assert fuses(256, 768, 21843) and fuses(64, 768, 131072)
     assert not fuses(256, 768, 131072, torch.bfloat16) and fuses(768, 768, 21843, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("rows", "fused"), [(256, True), (160, False)])
+def test_fused_by_itself_at_imagenet_21ks_classes(rows, fused, calls) -> None:
+    """Nothing is set: 256 rows of 21,843 classes take the operation, 160 do not; the loss and gradients are the unfused
+    ones', within the budget of error."""
+    model = still(vit(num_classes=21843, depth=1), LoraConfig(rank=2))
+    x, y = images(rows), torch.randint(21843, (rows,))
+    ours = [p for p in model.parameters() if p.requires_grad]
+    output = model(x, labels=y)
+    assert (len(calls) == 1) == fused and (list(output) == ["loss"]) == fused
+    if not fused:
+        return
+    got = output.loss, *torch.autograd.grad(output.loss, ours)
+    plain = model(x, labels=y, return_logits=True)
+    assert len(calls) == 1 and plain.logits.shape == (rows, 21843)
+    want = plain.loss, *torch.autograd.grad(plain.loss, ours)
+    wide = copy.deepcopy(model).double()
+    exact = wide(x.double(), return_gist_logits=True)
+    loss = paper(exact.logits, exact.gist_logits, y)
+    expected = loss, *torch.autograd.grad(loss, [p for p in wide.parameters() if p.requires_grad])
+    names = ["loss", *(n for n, p in model.named_parameters() if p.requires_grad)]
+    for name, a, b, c in zip(names, got, want, expected, strict=True):
+        assert_within_budget(a.detach(), b.detach(), c.detach(), what=name)
 
 
 @pytest.mark.parametrize("kind", ["single", "ignored", "soft", "several", "regression"])

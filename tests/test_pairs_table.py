@@ -9,7 +9,15 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from pairs import DECODER_BACKBONES, ENCODER_PAIRS, METHODS, PAIRS, TIMM_BACKBONES, TRANSFORMERS_BACKBONES
+from pairs import (
+    DECODER_BACKBONES,
+    DECODER_PAIRS,
+    ENCODER_PAIRS,
+    METHODS,
+    PAIRS,
+    TIMM_BACKBONES,
+    TRANSFORMERS_BACKBONES,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = {
@@ -43,7 +51,9 @@ def test_the_table_has_a_row_for_every_backbone_and_says_yes_where_the_tests_do(
     assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == [*SECTIONS, "Merging", "Why not"]
     for section, backbones in SECTIONS.items():
         assert list(rows(text, section)) == list(backbones)
-    for section, tried in (("timm", PAIRS), ("transformers, encoders", ENCODER_PAIRS)):
+    tests = {"timm": PAIRS, "transformers, encoders": ENCODER_PAIRS, "transformers, decoders": DECODER_PAIRS}
+    assert tests.keys() == SECTIONS.keys()
+    for section, tried in tests.items():
         found = rows(text, section).items()
         yes = [(name, m) for name, row in found for m, cell in zip(METHODS, row, strict=True) if cell == "yes"]
         assert yes == tried

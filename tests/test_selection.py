@@ -146,6 +146,35 @@ def test_the_benchmarks_are_whole_and_never_select_by_test() -> None:
         settings_of("vtab/caltech")
 
 
+def _write_tars(root: Path, cuts: dict[str, int], image_column: str, label_column: str) -> Path:
+    """Real digits as the clip-benchmark's sets have them: split/0.tar and on of <key>.webp and <key>.cls, texts beside."""
+    import io
+    import tarfile
+
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits, first = load_digits(), 0
+    for split, count in cuts.items():
+        (root / split).mkdir(parents=True)
+        shards = 1 + (count > 50)
+        (root / split / "nshards.txt").write_text(str(shards))
+        for shard in range(shards):
+            with tarfile.open(root / split / f"{shard}.tar", "w") as archive:
+                for row in range(first + shard * count // shards, first + (shard + 1) * count // shards):
+                    picture = io.BytesIO()
+                    Image.fromarray((digits.images[row] * 15.9).astype("uint8")).save(picture, "webp", lossless=True)
+                    parts = {image_column: picture.getvalue(), label_column: str(digits.target[row]).encode()}
+                    for name, data in parts.items():
+                        member = tarfile.TarInfo(f"s{row:07d}.{name}")
+                        member.size = len(data)
+                        archive.addfile(member, io.BytesIO(data))
+        first += count
+    (root / "classnames.txt").write_text("\n".join(map(str, range(10))))
+    (root / "zeroshot_classification_templates.txt").write_text("a photo of {c}")
+    return root
+
+
 def _write_parquet(root: Path, cuts: dict[str, int], image_column: str, label_column: str, named: bool) -> Path:
     """Real digits, cut into splits, as the hub has them: parquet files with encoded images."""
     import datasets
@@ -220,6 +249,40 @@ def test_a_vtab_task_runs_from_its_recipe(tmp_path: Path, seen: dict) -> None:
     assert torch.equal(image, seen["train"][5][0])  # nothing random about it
 
 
+@pytest.mark.usefixtures("seen")
+def test_webdatasets_tar_files_are_read_by_split(tmp_path: Path) -> None:
+    """In folders of splits, or with the split's name in front; with the recipe's columns. Never where images lie about."""
+    import tarfile
+
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    data = _write_tars(tmp_path / "set", {"train": 120, "test": 40}, "webp", "cls")
+    settings = FinetuneConfig(data=str(data), **{k: v for k, v in settings_of("vtab/svhn").items() if k != "data"})
+    splits = load_splits(settings)
+    assert {name: len(split) for name, split in splits.named().items()} == {"train": 120, "test": 40}
+    want, names = load_digits(), splits.classes
+    assert [int(names[label]) for label in splits.train.labels] == want.target[:120].tolist()
+    assert [int(names[label]) for label in splits.test.labels] == want.target[120:160].tolist()
+    splits.test.transform = lambda picture: torch.from_numpy(np.array(picture))[:, :, 0]
+    for row in (0, 39):
+        assert torch.equal(splits.test[row][0], torch.from_numpy((want.images[120 + row] * 15.9).astype("uint8")))
+    for split in ("train", "test"):  # the same files under other names
+        for path in sorted((data / split).glob("*.tar")):
+            path.rename(data / f"{split}-{path.name}")
+        (data / split / "nshards.txt").unlink()
+        (data / split).rmdir()
+    again = load_splits(settings)
+    assert again.train.labels == splits.train.labels and again.test.labels == splits.test.labels
+    (data / "train-0.tar").write_bytes(b"no archive")
+    with pytest.raises(UserError, match="set is a folder that could not be loaded as a data set: "):
+        load_splits(settings)
+    images = write_digits(tmp_path / "digits", {"train": 2, "test": 2})
+    for folder in (images, images / "train"):
+        tarfile.open(folder / "train.tar", "w").close()
+    assert len(load_splits(FinetuneConfig(data=str(images))).train) == 6
+
+
 def test_a_few_shot_task_runs_from_its_recipe(tmp_path: Path, seen: dict) -> None:
     cuts = {"train": 200, "validation": 120, "test": 90}
     data = _write_parquet(tmp_path / "flowers", cuts, "image", "label", named=True)
@@ -237,6 +300,43 @@ def test_a_few_shot_task_runs_from_its_recipe(tmp_path: Path, seen: dict) -> Non
     above = ["--config", tmp_path / "more.yaml", "--recipe", "fgvc/oxford_flowers", "--seed", 2]
     result = invoke(*flags[:-4], *above, "--output-dir", tmp_path / "file")
     assert result.exit_code == 0 and set(seen["train"].rows) < set(first) and len(seen["train"]) == 20
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """(label column, splits) of a task -> digits as its data set has them: tar files or parquet."""
+    root = tmp_path_factory.mktemp("hub")
+    made: dict[tuple[str, str], Path] = {}
+    for task in (*VTAB.values(), *FGVC.values()):
+        key = task.label_column, task.splits
+        if key in made:
+            continue
+        assert (task.image_column, task.label_column) in (("webp", "cls"), ("image", "label"))
+        cuts = dict.fromkeys((split_names(task.splits) or {}).values(), 40) | {"train": 100}
+        folder = root / str(len(made))
+        if task.label_column == "cls":
+            made[key] = _write_tars(folder, cuts, task.image_column, task.label_column)
+        else:
+            made[key] = _write_parquet(folder, cuts, task.image_column, task.label_column, named=True)
+    return made
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_runs(name: str, hub: dict, tmp_path: Path, seen: dict) -> None:
+    """One step, on digits in the format of the recipe's data set."""
+    group, _, task_name = name.partition("/")
+    task = {"vtab": VTAB, "fgvc": FGVC}[group][task_name]
+    few = ["--train-images", 20, "--val-images", 10] if group == "vtab" else ["--shots", 1]
+    flags = [hub[task.label_column, task.splits], *SMALL, *few, "--batch-size", 20, "--output-dir", tmp_path / "out"]
+    result = invoke("--recipe", name, *flags)
+    assert result.exit_code == 0, result.output
+    splits = {"val": "train"} | (split_names(task.splits) or {})
+    assert {part: split.source.split for part, split in seen.items()} == splits
+    assert [len(seen[part]) for part in ("train", "val", "test")] == ([20, 10, 40] if group == "vtab" else [10, 10, 40])
+    held = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert held["augment"] is (group == "fgvc") and held["splits"] == task.splits
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["steps"] == 1 and len(summary["classes"]) == 10 and 0 <= summary["test_accuracy"] <= 1
 
 
 def test_food_is_judged_by_what_it_calls_validation(tmp_path: Path, seen: dict) -> None:

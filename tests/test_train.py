@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from images import write_digits
-from runs import config, quiet
+from runs import adapter_file, config, falling, quiet
 
 from fastgist.train import finetune as run
 from fastgist.train.config import Method, MixedPrecision, UserError
@@ -50,6 +50,35 @@ def test_a_run_writes_what_it_says(digits: Path, tmp_path: Path) -> None:
     run._set_transforms(splits, model, settings)
     logits, labels = predict(model, splits.test, 8, torch.device("cpu"))
     assert float((logits.argmax(-1) == labels).double().mean()) == pytest.approx(summary["test_accuracy"])
+
+
+def test_the_selected_epochs_weights_are_what_is_saved(digits: Path, tmp_path: Path, monkeypatch) -> None:
+    """With a score that falls from epoch to epoch: the first epoch's, not the last's, and the test is judged by them."""
+    from safetensors.torch import load_file
+
+    from fastgist.train.engine import trained_tensors
+
+    judged, tested = falling(monkeypatch), []
+    original = run.evaluate
+
+    def at_the_end(model, *args):
+        tested.append({name: t.detach().clone() for name, t in trained_tensors(model).items()})
+        return original(model, *args)
+
+    monkeypatch.setattr(run, "evaluate", at_the_end)
+    settings = config(digits, tmp_path / "out", method=Method.LORA, rank=2)
+    summary = quiet(settings)
+    assert len(judged) == 3 and summary["selected_epoch"] == 1 and summary["val_accuracy"] == 1.0
+    (weights,) = tested
+    first, last = judged[0], judged[-1]
+    assert len(first) > 3 and weights.keys() == first.keys()
+    assert all(torch.equal(weights[name], t) for name, t in first.items())
+    saved = list(load_file(adapter_file(settings.output_dir)).values())
+
+    def among(tensor: torch.Tensor) -> bool:
+        return any(tensor.shape == other.shape and torch.equal(tensor, other) for other in saved)
+
+    assert all(map(among, first.values())) and not any(map(among, last.values()))
 
 
 @pytest.mark.parametrize(

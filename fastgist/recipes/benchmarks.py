@@ -1,7 +1,7 @@
 """The benchmarks of the GIST paper as settings of ``fastgist finetune``: VTAB-1k and few-shot fine-grained sets.
 
 ``--recipe vtab/caltech101``, ``--recipe fgvc/oxford_pets --shots 4``: what a recipe sets, any flag overrides, the data
-included (a folder of images or parquet files in the place of the hub).
+included (a folder of images, of parquet files or of WebDataset's tar files in the place of the hub).
 
 **VTAB-1k** (arXiv 1910.04867): 800 training images and 200 to select by, test on the whole test split, no augmentation.
 Both are drawn here from the train split by the seed; the benchmark's own index lists are TensorFlow Datasets' and are

@@ -102,8 +102,8 @@ class FinetuneConfig(Settings, Recipe):
 
     data: str = _option(
         ...,
-        "A folder (train/ val/ test/ of class folders, or class folders alone), a folder of parquet files, or a data "
-        "set's name on the Hugging Face hub.",
+        "A folder (train/ val/ test/ of class folders, or class folders alone), a folder of parquet or WebDataset tar "
+        "files, or a data set's name on the Hugging Face hub.",
         "Data",
         argument=True,
     )

@@ -11,6 +11,7 @@ import hashlib
 import io
 import logging
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -193,6 +194,9 @@ def load_splits(config: FinetuneConfig) -> Splits:
     saved = (root / "dataset_dict.json").exists() or (root / "state.json").exists()
     if saved or any(root.glob("*.parquet")) or any(root.glob("*/*.parquet")):
         return _load_hub(str(root), config, names, saved=saved)
+    tars = _tars(root)
+    if tars:
+        return _load_hub(str(root), config, names, tars=tars)
     return _load_folder(root, names)
 
 
@@ -271,16 +275,46 @@ def _load_folder(root: Path, names: dict[str, str] | None) -> Splits:
 # -- the hub ---------------------------------------------------------------------------------------------------------
 
 
-def _load_hub(name: str, config: FinetuneConfig, names: dict[str, str] | None, saved: bool = False) -> Splits:
+def _tars(root: Path) -> dict[str, list[str]]:
+    """WebDataset's tar files by split, in order: ``root/<split>/*.tar``, ``root/<split>-*.tar`` or
+    ``root/data/<split>-*.tar``. None where other folders stand there: an archive beside its images is no data set.
+
+    What the archives hold is for datasets' own builder: ``<key>.webp`` and ``<key>.cls`` are columns webp and cls.
+    """
+    folders = _class_folders(root)
+    found: dict[str, list[str]] = {}
+    if any(_class_folders(folder) or not any(folder.glob("*.tar")) for folder in folders):
+        return found
+    for path in sorted(path for folder in (root, *folders) for path in folder.glob("*.tar")):
+        apart = path.parent in folders and path.parent.name != "data"
+        split = path.parent.name if apart else re.split(r"[^a-z]", path.stem.lower())[0]
+        found.setdefault(split or "train", []).append(str(path))
+    return found
+
+
+def _load_hub(
+    name: str,
+    config: FinetuneConfig,
+    names: dict[str, str] | None,
+    saved: bool = False,
+    tars: dict[str, list[str]] | None = None,
+) -> Splits:
+    """A data set of the hub, one ``saved`` to a folder here, or a folder's ``tars``."""
     try:
         import datasets
     except ImportError:
         raise UserError(f"reading {name} needs the datasets library: pip install 'fastgist[train]'") from None
     try:
-        tables = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config.subset)
+        if saved:
+            tables = datasets.load_from_disk(name)
+        elif tars is not None:  # text files may stand beside them, of which datasets would guess another format
+            tables = datasets.load_dataset("webdataset", data_files=tars)
+        else:
+            tables = datasets.load_dataset(name, config.subset)
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{name} is no folder here and could not be loaded as a data set: {reason}") from error
+        what = "is no folder here and" if not (saved or tars) else "is a folder that"
+        raise UserError(f"{name} {what} could not be loaded as a data set: {reason}") from error
     if isinstance(tables, datasets.Dataset):
         tables = datasets.DatasetDict(train=tables)
     wanted = {ours: (theirs,) for ours, theirs in names.items()} if names else _SPLITS
