@@ -466,8 +466,6 @@ def test_what_cannot_be_says_so() -> None:
         get_peft_model(llama(), PromptConfig())
     with pytest.raises(ValueError, match="PrefixConfig: what happens inside the attention of LlamaFor"):
         get_peft_model(llama(), PrefixConfig())
-    with pytest.raises(ValueError, match="placement 'shared' is not to be had: how the blocks of GPT2For"):
-        get_peft_model(gpt2(), AdapterConfig(placement="shared"))
     with pytest.raises(ValueError, match="full_length must be one of refuse, truncate, got 'drop'"):
         GistConfig(full_length="drop")
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgist.gist import GistConfig, GistHost, GistInsert
-from fastgist.nn import GistToken, fan
+from fastgist.integrations.transformers.blocks import block_forward
+from fastgist.nn import BlockForward, GistToken, fan
 from fastgist.peft.family import Family, LinearSite, register_family
 
 __all__ = ["Decoder", "DecoderGist"]
@@ -92,6 +93,14 @@ class Decoder(Family):
 
     def width(self, model: Any, path: str) -> int:
         return model.config.hidden_size
+
+    def residual_blocks(self, model: Any) -> dict[str, BlockForward]:
+        return {path: block_forward(layer) for path, layer in self._layers(model)}
+
+    @staticmethod
+    def _layers(model: Any) -> list[tuple[str, nn.Module]]:
+        path = _KINDS[type(model).__name__].layers
+        return [(f"{path}.{name}", layer) for name, layer in model.get_submodule(path).named_children()]
 
     def example_inputs(self, model: Any) -> tuple[Tensor, ...]:
         ids = torch.randint(model.config.vocab_size - 1, (2, 8), device=model.device)
