@@ -1,4 +1,4 @@
-"""Methods that stand beside a branch of transformers' decoders: against forwards written out in float64, and hard case 24 for
+"""Methods that stand beside a branch of transformers' decoders or in their attention: against forwards written out in float64, and hard case 24 for
 each of them on every decoder. What generates runs as it trained."""
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from fastgist.nn import GistLoss
 from fastgist.peft.family import find_family
 from fastgist.train.export import export_model
 
-TRIED = ("adapter, adaptformer", "adapter, shared")
+TRIED = ("adapter, adaptformer", "adapter, shared", "prefix")
 PAIRS = list(product(DECODER_BACKBONES, TRIED))
 SOME = list(product((llama, mistral, gpt2), TRIED))
 #: Tracing is slow: each method once on each kind of attention.
-TRACED = [(llama, "adapter, shared"), (gpt2, "adapter, shared")]
+TRACED = [(llama, "adapter, shared"), (gpt2, "adapter, shared"), (llama, "prefix"), (gpt2, "prefix")]
 QUIET = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 TARGET = torch.tensor([0, 2, 1])
 
@@ -214,8 +214,8 @@ def test_a_language_model_generates_as_it_trained(make, method) -> None:
     for row, start, mask in zip(words, left["input_ids"], left["attention_mask"].bool(), strict=True):
         alone = language.generate(start[mask][None], attention_mask=torch.ones_like(start[mask][None]), **options)
         assert torch.equal(alone[0, mask.sum() :], row[len(start) :][: alone.shape[1] - mask.sum()])
-    plain = language_model(make, None)
-    assert not torch.allclose(whole, plain(ids).logits, rtol=1e-2)
+    assert torch.equal(language.generate(**left, cache_implementation="static", **options), words)
+    assert not torch.allclose(whole, language_model(make, None)(ids).logits, rtol=1e-2)
 
 
 @pytest.mark.parametrize(("make", "method"), SOME, ids=named)
@@ -260,25 +260,35 @@ def test_eager_attention_and_what_is_recorded(make, method) -> None:
     torch.testing.assert_close(asked.attentions[0].sum(-1), torch.ones_like(asked.attentions[0].sum(-1)))
 
 
-@pytest.mark.parametrize("make", DECODER_BACKBONES)
-def test_layers_left_open_are_transformers_own_with_every_dropout(make) -> None:
-    """What AdaptedBlock runs, with nothing put in, draws the same masks and gives the same output."""
-    model = make(**({} if make is gpt2 else {"attention_dropout": 0.2})).train()
+OPTIONS = [(make, {} if make is gpt2 else {"attention_dropout": 0.2}) for make in DECODER_BACKBONES]
+OPTIONS += [(gpt2, {"attn_implementation": "eager", "reorder_and_upcast_attn": True})]
+OPTIONS += [(gpt2, {"scale_attn_by_inverse_layer_idx": True}), (gpt2, {"scale_attn_weights": False})]
+
+
+@pytest.mark.parametrize(("make", "options"), OPTIONS, ids=named)
+@pytest.mark.parametrize("side", ["left", None])
+def test_layers_left_open_are_transformers_own_with_every_dropout(make, options, side) -> None:
+    """What AdaptedBlock and PrefixedAttention run, with nothing put in, draws the same masks and gives the same output."""
+    model = make(**options).train()
     family = find_family(model, "test")
     calls = {}
-    blocks = family.residual_blocks(model)
-    for path in blocks:
+    blocks, attentions = family.residual_blocks(model), family.attentions(model)
+    for path in (*blocks, *attentions):
         model.get_submodule(path).register_forward_pre_hook(
             lambda m, args, kwargs, path=path: calls.update({path: (args, kwargs)}), with_kwargs=True
         )
-    model(**texts("left"), use_cache=False)
-    assert len(calls) == len(blocks) == 2
-    for path, run in blocks.items():
+    model(**texts("left") if side else {"input_ids": torch.randint(3, 50, (2, 7))}, use_cache=False)
+    assert len(calls) == len(blocks) + len(attentions) == 4
+    runs = [(path, run, lambda kind, x, branch: x + branch) for path, run in blocks.items()]
+    runs += [(path, site.run, lambda k, v: (k, v)) for path, site in attentions.items()]
+    for path, run, opened in runs:
         module, (args, kwargs) = model.get_submodule(path), calls[path]
         torch.manual_seed(0)
         want = module(*args, **kwargs)
         torch.manual_seed(0)
-        got, again = (run(module, lambda kind, x, branch: x + branch, *args, **kwargs) for _ in range(2))
+        got, again = (run(module, opened, *args, **kwargs) for _ in range(2))
+        assert type(got) is type(want)
+        got, want, again = (t[0] if isinstance(t, tuple) else t for t in (got, want, again))
         torch.testing.assert_close(got, want)
         assert not torch.equal(got, again), "no dropout is in it"
 

@@ -20,7 +20,6 @@ from fastgist import (
     FullConfig,
     GistConfig,
     LoraConfig,
-    PrefixConfig,
     PromptConfig,
     SSFConfig,
     add_gist,
@@ -464,8 +463,6 @@ def test_what_cannot_be_says_so() -> None:
         ValueError, match="PromptConfig: where prompts go in a LlamaForSequenceClassification is not known"
     ):
         get_peft_model(llama(), PromptConfig())
-    with pytest.raises(ValueError, match="PrefixConfig: what happens inside the attention of LlamaFor"):
-        get_peft_model(llama(), PrefixConfig())
     with pytest.raises(ValueError, match="full_length must be one of refuse, truncate, got 'drop'"):
         GistConfig(full_length="drop")
 

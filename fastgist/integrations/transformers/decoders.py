@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from fastgist.gist import GistConfig, GistHost, GistInsert
+from fastgist.integrations.transformers.attention import attention_site, find_attention
 from fastgist.integrations.transformers.blocks import block_forward
 from fastgist.nn import BlockForward, GistToken, fan
-from fastgist.peft.family import Family, LinearSite, register_family
+from fastgist.peft.family import AttentionSite, Family, LinearSite, register_family
 
 __all__ = ["Decoder", "DecoderGist"]
 
@@ -96,6 +97,10 @@ class Decoder(Family):
 
     def residual_blocks(self, model: Any) -> dict[str, BlockForward]:
         return {path: block_forward(layer) for path, layer in self._layers(model)}
+
+    def attentions(self, model: Any) -> dict[str, AttentionSite]:
+        paths = [find_attention(layer, path) for path, layer in self._layers(model)]
+        return {path: attention_site(model.get_submodule(path)) for path in paths}
 
     @staticmethod
     def _layers(model: Any) -> list[tuple[str, nn.Module]]:
