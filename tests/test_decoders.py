@@ -20,7 +20,6 @@ from fastgist import (
     FullConfig,
     GistConfig,
     LoraConfig,
-    PromptConfig,
     SSFConfig,
     add_gist,
     assert_training,
@@ -459,10 +458,6 @@ def test_what_cannot_be_says_so() -> None:
         get_peft_model(get_peft_model(llama(), LoraConfig()), LoraConfig())
     with pytest.raises(ValueError, match="BitFitConfig: no layer of this model has a bias"):
         get_peft_model(llama(), BitFitConfig())
-    with pytest.raises(
-        ValueError, match="PromptConfig: where prompts go in a LlamaForSequenceClassification is not known"
-    ):
-        get_peft_model(llama(), PromptConfig())
     with pytest.raises(ValueError, match="full_length must be one of refuse, truncate, got 'drop'"):
         GistConfig(full_length="drop")
 

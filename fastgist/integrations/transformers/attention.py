@@ -169,13 +169,14 @@ def run_deberta(
     return out, weights if output_attentions else None
 
 
-def _own_mask(attention: Any, q: Tensor, k: Tensor, mask: Any) -> Any:
+def _own_mask(attention: Any, q: Tensor, k: Tensor, mask: Any, is_causal: bool | None = None) -> Any:
     """The mask of causal attention without a prefix, where transformers leaves it to the attention function: there key j is
     seen from query i on, counted from the first of both, and by a query alone all are."""
     chosen = attention.config._attn_implementation
     if chosen not in ("sdpa", "eager"):  # others count the prefix into their windows, or align what is causal otherwise
         raise ValueError(f"a prefix in a decoder needs attn_implementation sdpa or eager, got {chosen!r}")
-    if mask is not None or q.shape[2] == 1:
+    causal = attention.is_causal if is_causal is None else is_causal
+    if mask is not None or q.shape[2] == 1 or not causal:
         return mask
     return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
 
@@ -202,7 +203,7 @@ def run_rotary(
     q, k = sys.modules[type(attention).__module__].apply_rotary_pos_emb(q, k, *position_embeddings)
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, attention.layer_idx)
-    mask = _own_mask(attention, q, k, attention_mask)
+    mask = _own_mask(attention, q, k, attention_mask, kwargs.get("is_causal"))
     kwargs |= {"scaling": attention.scaling}
     out, weights = _extended(attention, extend, q, k, v, mask, attention.attention_dropout, **kwargs)
     return attention.o_proj(out), weights
@@ -222,7 +223,7 @@ def run_gpt2(
     q, k, v = (t.view(shape).transpose(1, 2) for t in attention.c_attn(hidden_states).chunk(3, dim=-1))
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, attention.layer_idx)
-    mask = _own_mask(attention, q, k, attention_mask)
+    mask = _own_mask(attention, q, k, attention_mask, kwargs.get("is_causal"))
     if attention.reorder_and_upcast_attn and attention.config._attn_implementation == "eager":
         own = k.shape[2]
         k, v = extend(k, v)
