@@ -10,6 +10,8 @@ the plain model's, and where z_g is not wanted the token is left out.
 Positions count from a row's first unmasked token, as transformers' ``generate`` counts them; its classifiers count padding
 on the left too, which changes nothing where only distances matter (rotary positions) and changes GPT-2's logits.
 
+Prompts stand before a row's first token (:mod:`.prompts`); a prefix of the attention has no position (:mod:`.attention`).
+
 Our own reconstruction: the paper speaks of language and releases no code for it.
 """
 
