@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from fastgist.gist import GistModel
+from fastgist.nn import PromptedBlock
 from fastgist.recipes import PartRates
 from fastgist.recipes.text import EPOCHS
 from fastgist.train.checkpoint import write_atomically
@@ -54,12 +56,12 @@ def finetune_text(config: TextConfig, say: Callable[[str], None] = print) -> dic
         regression = splits.classes is None
         names = metric_names(config.metrics, regression)
         model, tokenizer, about = build_classifier(config, splits.classes, tell)
-        limit = length_limit(config, model, tokenizer)
         kept_config = model.config
         model = adapt(
             model, config.method, gist=config.gist, rank=config.rank, bottleneck_dim=config.bottleneck_dim,
             settings=config.set,
         )  # fmt: skip
+        limit = length_limit(config, model, tokenizer)
         groups_of(model, config)  # what is wrong with the numbers is said before anything is written
         metrics = metrics_function(names, None if regression else len(splits.classes or []))
         selecting = names[0] if metrics else "loss"
@@ -222,14 +224,18 @@ def is_decoder(model: Any) -> bool:
 
 
 def length_limit(config: TextConfig, model: Any, tokenizer: Any) -> int:
-    """Tokens that a text is cut to. A decoder's gist token takes a position, an encoder's none."""
+    """Tokens that a text is cut to. In a decoder the gist token takes a position, and so does each prompt of an adapted
+    ``model``; in an encoder they take none."""
+    model = model.model if isinstance(model, GistModel) else model
     positions = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
     limits = [tokenizer.model_max_length]
     if positions is not None:
         embeddings = getattr(getattr(model, model.base_model_prefix, None), "embeddings", None)
         offset = getattr(embeddings, "padding_idx", None) if "roberta" in model.config.model_type else None
         limits.append(positions - (0 if offset is None else offset + 1))
-    room = min(limits) - (1 if config.gist and is_decoder(model) else 0)
+    room = min(limits)
+    if is_decoder(model):
+        room -= config.gist + sum(m.length for m in model.modules() if isinstance(m, PromptedBlock) and m.insert)
     if config.max_length is None:
         return min(room, _LONGEST)
     if config.max_length > room:
