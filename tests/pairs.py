@@ -187,17 +187,9 @@ NO_PLACE = {
 }
 ENCODER_PAIRS = [(name, m) for name in TRANSFORMERS_BACKBONES for m in METHODS if (name, m) not in NO_PLACE]
 
-_DECODERS_HAVE_NOT = {
-    "adapter, adaptformer": "how the blocks of .* add up is not known",
-    "adapter, shared": "how the blocks of .* add up is not known",
-    "VPT": "where prompts go in a .* is not known",
-    "VPT, deep": "where prompts go in a .* is not known",
-    "prefix": "what happens inside the attention of .* is not known",
-}
 #: Which methods transformers' decoders have no place for, and why.
 DECODER_NO_PLACE = {
-    **{(name, method): why for name in DECODER_BACKBONES for method, why in _DECODERS_HAVE_NOT.items()},
-    **{(name, "BitFit"): "no layer of this model has a bias" for name in ("llama", "mistral", "qwen3", "gemma")},
+    (name, "BitFit"): "no layer of this model has a bias" for name in ("llama", "mistral", "qwen3", "gemma")
 }
 DECODER_PAIRS = [(name, m) for name in DECODER_BACKBONES for m in METHODS if (name, m) not in DECODER_NO_PLACE]
 

@@ -19,8 +19,6 @@ from fastgist import (
     FullConfig,
     GistConfig,
     LoraConfig,
-    PrefixConfig,
-    PromptConfig,
     SSFConfig,
     add_gist,
     assert_training,
@@ -407,14 +405,6 @@ def test_what_cannot_be_says_so() -> None:
         get_peft_model(get_peft_model(llama(), LoraConfig()), LoraConfig())
     with pytest.raises(ValueError, match="BitFitConfig: no layer of this model has a bias"):
         get_peft_model(llama(), BitFitConfig())
-    with pytest.raises(
-        ValueError, match="PromptConfig: where prompts go in a LlamaForSequenceClassification is not known"
-    ):
-        get_peft_model(llama(), PromptConfig())
-    with pytest.raises(ValueError, match="PrefixConfig: what happens inside the attention of LlamaFor"):
-        get_peft_model(llama(), PrefixConfig())
-    with pytest.raises(ValueError, match="placement 'shared' is not to be had: how the blocks of GPT2For"):
-        get_peft_model(gpt2(), AdapterConfig(placement="shared"))
     with pytest.raises(ValueError, match="full_length must be one of refuse, truncate, got 'drop'"):
         GistConfig(full_length="drop")
 

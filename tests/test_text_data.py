@@ -18,6 +18,7 @@ from texts import few, pairs, write_bert, write_csv
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaConfig, RobertaConfig
 from transformers.trainer_utils import EvalPrediction
 
+from fastgist import PromptConfig, add_gist, get_peft_model
 from fastgist.recipes import glue
 from fastgist.train import text as run
 from fastgist.train import text_metrics
@@ -235,6 +236,11 @@ def test_lengths_follow_the_model(tokenizer):
     assert is_decoder(llama)
     assert length_limit(TextConfig(), llama, tokenizer) == 29, "a decoder's takes one"
     assert length_limit(TextConfig(gist=False), llama, tokenizer) == 30
+    for model, rows in ((bert, 0), (llama, 4)):  # a decoder's prompts take positions too
+        prompted = get_peft_model(model, PromptConfig(length=4, deep=True))
+        longest = model.config.max_position_embeddings - rows
+        assert length_limit(TextConfig(gist=False), prompted, tokenizer) == longest
+        assert length_limit(TextConfig(), add_gist(prompted), tokenizer) == longest - (rows > 0)
 
 
 def test_left_padding_is_for_decoders(bert, tmp_path, corpus):

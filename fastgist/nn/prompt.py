@@ -1,4 +1,4 @@
-"""Visual prompt tuning (VPT, arXiv 2203.12119): trained rows in the sequence."""
+"""Prompt tuning (VPT, arXiv 2203.12119; of language models arXiv 2104.08691): trained rows in the sequence."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class PromptedBlock(nn.Module):
         device, dtype: of ``prompt`` (length, dim), drawn from U(-b, b) with b = sqrt(3 / dim): the paper's bound at ViT-B/16.
     """
 
-    #: Where the prompts stand: after the class, register and gist tokens. Set by the model's family.
-    index: int = 1
+    #: Where the prompts stand: after the class, register and gist tokens. None: in each sample elsewhere, which a call says
+    #: (``prompt_place``); those of the first block have been put in before then. Set by the model's family.
+    index: int | None = 1
 
     def __init__(
         self,
@@ -59,16 +60,31 @@ class PromptedBlock(nn.Module):
         bound = math.sqrt(3.0 / self.dim)
         nn.init.uniform_(self.prompt, -bound, bound)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, prompt_place: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """prompt_place: (B, 1), where ``index`` is None; None: no prompts are in this call's rows (a cache holds them)."""
+        if self.index is None:
+            if prompt_place is not None and not self.insert:
+                x = self.replaced(x, prompt_place)
+            return self.base_layer(x, *args, **kwargs)
         if self.after:
             return self.place(self.base_layer(x, *args, **kwargs))
         return self.base_layer(self.place(x), *args, **kwargs)
 
     def place(self, x: Tensor) -> Tensor:
         """x (B, N, D) with the prompts at ``index``: (B, N + length, D) where they are new."""
-        prompt = self.dropout(self.prompt.to(x.dtype).expand(x.shape[0], -1, -1))
+        assert self.index is not None
         rest = self.index if self.insert else self.index + self.length
-        return torch.cat((x[:, : self.index], prompt, x[:, rest:]), dim=1)
+        return torch.cat((x[:, : self.index], self.rows(x), x[:, rest:]), dim=1)
+
+    def replaced(self, x: Tensor, first: Tensor) -> Tensor:
+        """x (B, N, D) with the prompts in the place of each sample's ``length`` rows from ``first`` (B, 1) on."""
+        rows = self.rows(x)
+        at = first + torch.arange(self.length, device=first.device)
+        return x.scatter(1, at[..., None].expand_as(rows), rows)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(B, length, D) for x (B, N, D), with dropout."""
+        return self.dropout(self.prompt.to(x.dtype).expand(x.shape[0], -1, -1))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, length={self.length}, insert={self.insert}, index={self.index}"

@@ -238,7 +238,8 @@ class PromptConfig(PeftConfig):
     """Visual prompt tuning (VPT, arXiv 2203.12119): trained rows after the class token (and the gist token).
 
     deep: False puts them in before the first block; True gives every block prompts of its own, in the place of the last.
-    Not the identity at the start: the patches see the prompts at once.
+    Not the identity at the start: the patches see the prompts at once. In a decoder they stand before the first real token
+    and have positions of their own: with a table of positions a row may be ``length`` shorter.
     """
 
     method: ClassVar[str] = "prompt"
@@ -256,7 +257,8 @@ class PromptConfig(PeftConfig):
 class PrefixConfig(PeftConfig):
     """Prefix tuning (arXiv 2101.00190): ``length`` trained keys and values before those of every attention layer.
 
-    Not the identity at the start: the prefix takes some of the attention's weight.
+    Not the identity at the start: the prefix takes some of the attention's weight. It has no position: neither rotary angles
+    nor windows nor a cache know of it.
     """
 
     method: ClassVar[str] = "prefix"

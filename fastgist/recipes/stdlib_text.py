@@ -70,5 +70,5 @@ LEARNING_RATES = {
     "linear-probe": 1e-2, "adapter": 3e-3, "lora": 3e-3, "cp": 3e-3, "ssf": 3e-3, "bitfit": 3e-3, "full": 5e-4,
     **dict.fromkeys(VARIANTS, 3e-3),
 }  # fmt: skip
-#: What has no place in the small Llama: it has no biases, and the others are not made for decoders.
+#: What the study on the small Llama leaves out: it has no biases, and the others came to decoders after the study.
 NOT_CAUSAL = ("bitfit", "adapter-adaptformer", "adapter-shared", "prompt", "prompt-deep", "prefix")

@@ -91,8 +91,8 @@ def _text_model(config: ExportConfig, run: Path, folder: Path) -> tuple[Any, Any
     settings = TextConfig(**kept, pretrained=pretrained, progress=False)
     with quiet(False):
         model, tokenizer, _ = build_classifier(settings, classes)
-        limit = length_limit(settings, model, tokenizer)
         model = _loaded(model, folder, "--pretrained")
+        limit = length_limit(settings, model, tokenizer)
     names = ["input_ids", "attention_mask"]
     if "token_type_ids" in tokenizer.model_input_names:
         names.append("token_type_ids")

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from fastgist.gist import GistConfig
+from fastgist.gist import GistConfig, GistModel
+from fastgist.nn import PromptedBlock
 from fastgist.recipes import PartRates
 from fastgist.recipes.text import EPOCHS
 from fastgist.train.checkpoint import write_atomically
@@ -56,12 +57,12 @@ def finetune_text(config: TextConfig, say: Callable[[str], None] = print) -> dic
         regression = splits.classes is None
         names = metric_names(config.metrics, regression)
         model, tokenizer, about = build_classifier(config, splits.classes, tell)
-        limit = length_limit(config, model, tokenizer)
         kept_config = model.config
         model = adapt(
             model, config.method, gist=config.gist, rank=config.rank, bottleneck_dim=config.bottleneck_dim,
             settings=config.set, gist_config=GistConfig(length=config.gist_length, readout=config.gist_readout.value),
         )  # fmt: skip
+        limit = length_limit(config, model, tokenizer)
         groups_of(model, config)  # what is wrong with the numbers is said before anything is written
         metrics = metrics_function(names, None if regression else len(splits.classes or []))
         selecting = names[0] if metrics else "loss"
@@ -229,18 +230,23 @@ def is_decoder(model: Any) -> bool:
 
 
 def length_limit(config: TextConfig, model: Any, tokenizer: Any) -> int:
-    """Tokens that a text is cut to. A decoder's gist token takes a position a row, an encoder's none."""
+    """Tokens that a text is cut to. In a decoder each row of the gist token takes a position, and so does each prompt of an
+    adapted ``model``; in an encoder they take none."""
+    model = model.model if isinstance(model, GistModel) else model
     positions = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
     limits = [tokenizer.model_max_length]
     if positions is not None:
         embeddings = getattr(getattr(model, model.base_model_prefix, None), "embeddings", None)
         offset = getattr(embeddings, "padding_idx", None) if "roberta" in model.config.model_type else None
         limits.append(positions - (0 if offset is None else offset + 1))
-    room = min(limits) - (config.gist_length if config.gist and is_decoder(model) else 0)
+    room = min(limits)
+    if is_decoder(model):
+        prompts = sum(m.length for m in model.modules() if isinstance(m, PromptedBlock) and m.insert)
+        room -= (config.gist_length if config.gist else 0) + prompts
     if room < 1:
         raise UserError(
             f"--gist-length {config.gist_length}: {config.model} takes {min(limits)} tokens at most, the gist token's rows "
-            "among them"
+            "and the prompts among them"
         )
     if config.max_length is None:
         return min(room, _LONGEST)

@@ -38,7 +38,10 @@ def check(model: Any, takes_prefix: bool) -> None:
         return
     (kind,) = kinds(model)
     if kind != "PREFIX_TUNING":
-        raise ValueError(f"add_gist: {kind} puts tokens of its own into the sequence; where the gist goes is not known")
+        raise ValueError(
+            f"add_gist: {kind} puts tokens of its own into the sequence, which only PEFT's own forward knows of; fastgist's "
+            "PromptConfig puts prompts in beside a gist token"
+        )
     if not takes_prefix:
         raise ValueError(
             f"add_gist: PEFT's prefix tuning of a {type(model.get_base_model()).__name__} is not served (of decoders it "

@@ -169,6 +169,72 @@ def run_deberta(
     return out, weights if output_attentions else None
 
 
+def _own_mask(attention: Any, q: Tensor, k: Tensor, mask: Any, is_causal: bool | None = None) -> Any:
+    """The mask of causal attention without a prefix, where transformers leaves it to the attention function: there key j is
+    seen from query i on, counted from the first of both, and by a query alone all are."""
+    chosen = attention.config._attn_implementation
+    if chosen not in ("sdpa", "eager"):  # others count the prefix into their windows, or align what is causal otherwise
+        raise ValueError(f"a prefix in a decoder needs attn_implementation sdpa or eager, got {chosen!r}")
+    causal = attention.is_causal if is_causal is None else is_causal
+    if mask is not None or q.shape[2] == 1 or not causal:
+        return mask
+    return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
+
+
+@opened
+def run_rotary(
+    attention: Any,
+    extend: Any,
+    hidden_states: Tensor,
+    position_embeddings: Any = None,
+    attention_mask: Any = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Causal attention of Llama, Mistral, Qwen2, Qwen3 and Gemma.
+
+    The prefix has no position: it is not rotated, no window leaves it out, and it comes before what a cache holds."""
+    names = _ATTENTIONS[type(attention).__name__]
+    shape = (*hidden_states.shape[:-1], -1, attention.head_dim)
+    q, k, v = (getattr(attention, p)(hidden_states).view(shape) for p in names.projections)
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    q, k = sys.modules[type(attention).__module__].apply_rotary_pos_emb(q, k, *position_embeddings)
+    if past_key_values is not None:
+        k, v = past_key_values.update(k, v, attention.layer_idx)
+    mask = _own_mask(attention, q, k, attention_mask, kwargs.get("is_causal"))
+    kwargs |= {"scaling": attention.scaling}
+    out, weights = _extended(attention, extend, q, k, v, mask, attention.attention_dropout, **kwargs)
+    return attention.o_proj(out), weights
+
+
+@opened
+def run_gpt2(
+    attention: Any,
+    extend: Any,
+    hidden_states: Tensor,
+    past_key_values: Any = None,
+    attention_mask: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """GPT-2's attention; the prefix has no position and comes before what a cache holds."""
+    shape = (*hidden_states.shape[:-1], -1, attention.head_dim)
+    q, k, v = (t.view(shape).transpose(1, 2) for t in attention.c_attn(hidden_states).chunk(3, dim=-1))
+    if past_key_values is not None:
+        k, v = past_key_values.update(k, v, attention.layer_idx)
+    mask = _own_mask(attention, q, k, attention_mask, kwargs.get("is_causal"))
+    if attention.reorder_and_upcast_attn and attention.config._attn_implementation == "eager":
+        own = k.shape[2]
+        k, v = extend(k, v)
+        out, weights = attention._upcast_and_reordered_attn(q, k, v, _seen(mask, k.shape[2] - own))
+        out = out.flatten(2)
+    else:
+        kwargs |= {"scaling": attention.scaling}
+        out, weights = _extended(attention, extend, q, k, v, mask, attention.attn_dropout, **kwargs)
+    return attention.resid_dropout(attention.c_proj(out)), weights
+
+
 _BERT = _Names(
     ("query", "key", "value"),
     None,
@@ -187,6 +253,7 @@ _VIT = _Names(
     "attention_dropout",
     run_projected,
 )
+_ROTARY = _VIT._replace(heads="", run=run_rotary)
 _ATTENTIONS = {
     "BertSelfAttention": _BERT,
     "RobertaSelfAttention": _BERT,
@@ -205,6 +272,12 @@ _ATTENTIONS = {
     "T5Attention": _Names(("q", "k", "v"), "o", "n_heads", "key_value_proj_dim", "scaling", "dropout", run_t5),
     "DisentangledSelfAttention": _BERT._replace(
         projections=("query_proj", "key_proj", "value_proj"), run=run_deberta
+    ),
+    **dict.fromkeys(
+        ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "GemmaAttention"), _ROTARY
+    ),
+    "GPT2Attention": _Names(
+        ("c_attn", "c_attn", "c_attn"), "c_proj", "num_heads", "head_dim", "scaling", "attn_dropout", run_gpt2
     ),
 }  # fmt: skip
 
@@ -234,9 +307,13 @@ def attention_site(attention: Any) -> AttentionSite:
     if names is None:
         raise ValueError(f"what happens inside {kind.__module__}.{kind.__name__} is not known")
     parts = {*names.projections} | ({names.out} if names.out else set())
-    others = {"dropout", "out_drop", "pos_dropout", "pos_key_proj", "pos_query_proj", "relative_attention_bias"}
+    others = {"dropout", "out_drop", "pos_dropout", "pos_key_proj", "pos_query_proj", "relative_attention_bias",
+              "q_norm", "k_norm", "attn_dropout", "resid_dropout"}  # fmt: skip
     have = attention._modules.keys()
     if not parts <= have <= parts | others:
         raise ValueError(f"what happens inside this {kind.__name__} is not known: it has {', '.join(have)}")
-    heads = getattr(attention, names.heads) if names.heads else attention.config.num_attention_heads
+    if names.run is run_rotary:
+        heads = attention.config.num_key_value_heads
+    else:
+        heads = getattr(attention, names.heads) if names.heads else attention.config.num_attention_heads
     return AttentionSite(names.run, heads, getattr(attention, names.head_dim))

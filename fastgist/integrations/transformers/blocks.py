@@ -1,4 +1,4 @@
-"""transformers' encoder layers, run with their two additions left open.
+"""transformers' layers, of encoders and decoders, run with their two additions left open.
 
 Where a layer norms before its branches, ``add(kind, x, branch)`` gets the un-normed x, as in timm. Where it norms
 behind the addition (BERT and its relatives), x is what the norm before left, which is also what the branch reads.
@@ -125,6 +125,34 @@ def _run_t5_mlp(layer: Any, add: Any, x: Tensor) -> Tensor:
     return add("mlp", x, layer.dropout(layer.DenseReluDense(layer.layer_norm(x))))
 
 
+@opened
+def run_llama_layer(layer: Any, add: Any, x: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
+    """The layer of Llama, Mistral, Qwen2, Qwen3 and Gemma; what it keeps of keys and values is its attention's affair."""
+    branch, _ = layer.self_attn(layer.input_layernorm(x), attention_mask=attention_mask, **kwargs)
+    x = add("attention", x, branch)
+    return add("mlp", x, layer.mlp(layer.post_attention_layernorm(x)))
+
+
+@opened
+def run_gpt2_block(
+    block: Any,
+    add: Any,
+    x: Tensor,
+    past_key_values: Any = None,
+    attention_mask: Any = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """GPT-2's block without cross-attention, whose arguments come by position."""
+    if encoder_hidden_states is not None:
+        raise ValueError("a GPT2Block without cross-attention was given an encoder's states")
+    kwargs |= {"past_key_values": past_key_values, "attention_mask": attention_mask}
+    branch, _ = block.attn(block.ln_1(x), **kwargs)
+    x = add("attention", x, branch)
+    return add("mlp", x, block.mlp(block.ln_2(x)))
+
+
 def _finite_in_half(x: Tensor) -> Tensor:
     """T5's clamp of infinite values, which only float16 has."""
     if x.dtype != torch.float16:
@@ -136,6 +164,7 @@ def _finite_in_half(x: Tensor) -> Tensor:
 
 _BERT_PARTS = frozenset({"attention", "intermediate", "output"})
 _DINO_PARTS = frozenset({"norm1", "attention", "layer_scale1", "drop_path", "norm2", "mlp", "layer_scale2"})
+_LLAMA_PARTS = frozenset({"self_attn", "input_layernorm", "mlp", "post_attention_layernorm"})
 _VIT_PARTS = frozenset({"attention", "layernorm_before", "layernorm_after", "mlp", "dropout"})
 #: Layer class -> its run function and all its parts; a version of transformers that has others is left alone.
 _LAYERS: dict[str, tuple[BlockForward, frozenset[str]]] = {
@@ -156,6 +185,11 @@ _LAYERS: dict[str, tuple[BlockForward, frozenset[str]]] = {
     "CLIPEncoderLayer": (run_clip_layer, frozenset({"self_attn", "layer_norm1", "mlp", "layer_norm2"})),
     "ModernBertEncoderLayer": (run_modernbert_layer, frozenset({"attn_norm", "attn", "mlp_norm", "mlp"})),
     "T5Block": (run_t5_block, frozenset({"layer"})),
+    **dict.fromkeys(
+        ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GemmaDecoderLayer"),
+        (run_llama_layer, _LLAMA_PARTS),
+    ),
+    "GPT2Block": (run_gpt2_block, frozenset({"ln_1", "attn", "ln_2", "mlp"})),
 }
 
 

@@ -10,6 +10,8 @@ the plain model's, and where z_g is not wanted the token is left out.
 Positions count from a row's first unmasked token, as transformers' ``generate`` counts them; its classifiers count padding
 on the left too, which changes nothing where only distances matter (rotary positions) and changes GPT-2's logits.
 
+Prompts stand before a row's first token (:mod:`.prompts`); a prefix of the attention has no position (:mod:`.attention`).
+
 Our own reconstruction: the paper speaks of language and releases no code for it.
 """
 
@@ -23,8 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from fastgist.gist import GistConfig, GistHost, GistInsert
-from fastgist.nn import GistToken, fan
-from fastgist.peft.family import Family, LinearSite, register_family
+from fastgist.integrations.transformers.attention import attention_site, find_attention
+from fastgist.integrations.transformers.blocks import block_forward
+from fastgist.integrations.transformers.prompts import count_prompts, merged, order, prompts_in
+from fastgist.nn import BlockForward, GistToken, fan
+from fastgist.peft.family import AttentionSite, Family, LinearSite, register_family
 
 __all__ = ["Decoder", "DecoderGist"]
 
@@ -92,6 +97,27 @@ class Decoder(Family):
 
     def width(self, model: Any, path: str) -> int:
         return model.config.hidden_size
+
+    def prompt_blocks(self, model: Any) -> list[str]:
+        """Prompts go in before the body counts the sequence; the first layer holds them."""
+        return [path for path, _ in self._layers(model)]
+
+    def after_change(self, model: Any) -> None:
+        kind = _KINDS[type(model).__name__]
+        most = model.config.max_position_embeddings if kind is _GPT2 else None
+        count_prompts(model.get_submodule(kind.body), kind.layers.rpartition(".")[2], most)
+
+    def residual_blocks(self, model: Any) -> dict[str, BlockForward]:
+        return {path: block_forward(layer) for path, layer in self._layers(model)}
+
+    def attentions(self, model: Any) -> dict[str, AttentionSite]:
+        paths = [find_attention(layer, path) for path, layer in self._layers(model)]
+        return {path: attention_site(model.get_submodule(path)) for path in paths}
+
+    @staticmethod
+    def _layers(model: Any) -> list[tuple[str, nn.Module]]:
+        path = _KINDS[type(model).__name__].layers
+        return [(f"{path}.{name}", layer) for name, layer in model.get_submodule(path).named_children()]
 
     def example_inputs(self, model: Any) -> tuple[Tensor, ...]:
         ids = torch.randint(model.config.vocab_size - 1, (2, 8), device=model.device)
@@ -187,7 +213,9 @@ class DecoderGist(GistHost):
                 f"GistModel: expected attention_mask of shape ({batch}, {number}), got {tuple(mask.shape)}"
             )
         positions = given.pop("position_ids", None)
-        full = before + number + config.length > model.config.max_position_embeddings
+        prompts = prompts_in(model.get_submodule(self.kind.layers))
+        most = model.config.max_position_embeddings
+        full = before + prompts + number + config.length > most
         if (full or before) and mask is None:  # positions are said then, and without a mask would mean packed sequences
             mask = torch.ones((batch, number), dtype=torch.long, device=states.device)
         explicit = positions is not None or mask is not None
@@ -198,18 +226,20 @@ class DecoderGist(GistHost):
                 positions = (positions - padding).clamp(min=0) + before
         positions = positions.expand(batch, -1)
         if full:
-            last = self._with_room(model, config, positions, last, want_gist)
+            last = self._with_room(model, config, positions, prompts, last, want_gist)
+            if config.full_length == "truncate":  # what is behind the last token has no position, and is read by nobody
+                positions = positions.clamp(max=most - 1 - prompts)
         at = last[:, None]
         if want_gist:
-            index = self._order(at + 1, number, config.length)
+            index = order(at + 1, number, config.length)
             steps = torch.arange(config.length, device=at.device)
-            states = self._put(states, self._token(model, states), index)
-            positions = self._put(positions, positions.gather(1, at) + 1 + steps, index)
+            states = merged(states, self._token(model, states), index)
+            positions = merged(positions, positions.gather(1, at) + 1 + steps, index)
             if mask is not None:
-                mask = self._put(mask, mask.new_ones(batch, config.length), index)
+                mask = merged(mask, mask.new_ones(batch, config.length), index)
             types = given.get("token_type_ids")
             if types is not None:
-                given["token_type_ids"] = self._put(types, types.gather(1, at).expand(-1, config.length), index)
+                given["token_type_ids"] = merged(types, types.gather(1, at).expand(-1, config.length), index)
         if before:
             mask = torch.cat((mask.new_ones(batch, before), mask), dim=1)
         given |= {"attention_mask": mask, "position_ids": positions if explicit else None, "past_key_values": cache}
@@ -252,35 +282,25 @@ class DecoderGist(GistHost):
         real = (ids != pad).to(torch.int32)
         return (torch.arange(number, dtype=torch.int32, device=device) * real).argmax(-1)
 
-    def _with_room(self, model: Any, config: GistConfig, positions: Tensor, last: Tensor, want_gist: bool) -> Tensor:
+    def _with_room(
+        self, model: Any, config: GistConfig, positions: Tensor, prompts: int, last: Tensor, want_gist: bool
+    ) -> Tensor:
         """``last`` such that the gist token behind it has a position, or an error."""
         most = model.config.max_position_embeddings
-        over = positions.gather(1, last[:, None])[:, 0] + 1 + config.length - most
+        over = positions.gather(1, last[:, None])[:, 0] + 1 + config.length + prompts - most
         if config.full_length == "truncate":
             return (last - over.clamp(min=0)).clamp(min=0)
         if want_gist:
+            theirs = f", {prompts} of them the prompts'" if prompts else ""
             text = (
-                f"GistModel: a row is as long as {type(model).__name__}'s {most} positions, which leaves none for the gist "
-                f'token; shorten it by {config.length}, or take GistConfig(full_length="truncate")'
+                f"GistModel: a row is as long as {type(model).__name__}'s {most} positions{theirs}, which leaves none for the "
+                f'gist token; shorten it by {config.length}, or take GistConfig(full_length="truncate")'
             )
             if torch.compiler.is_compiling():
                 torch._assert_async((over <= 0).all(), text)
             elif bool((over > 0).any()):
                 raise ValueError(text)
         return last
-
-    @staticmethod
-    def _order(place: Tensor, number: int, length: int) -> Tensor:
-        """(B, number + length): where each place of the longer row comes from, in the row followed by the token, which
-        goes to ``place`` (B, 1)."""
-        j = torch.arange(number + length, device=place.device)
-        return torch.where(j < place, j, torch.where(j < place + length, j - place + number, j - length))
-
-    @staticmethod
-    def _put(rows: Tensor, token: Tensor, index: Tensor) -> Tensor:
-        """rows (B, N, ...), token (B, length, ...) -> (B, N + length, ...) in the order of ``index``."""
-        both = torch.cat((rows.expand(len(index), *rows.shape[1:]), token), dim=1)
-        return both.gather(1, index if both.dim() == 2 else index[..., None].expand_as(both))
 
 
 register_family(Decoder())

@@ -26,6 +26,7 @@ def opened(run: Run) -> Run:
                 changed = hook(module, args)
                 args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
         if getattr(module, "gradient_checkpointing", False) and module.training and hasattr(module, _CHECKPOINT):
+            kwargs |= {name: _WITHOUT_CACHE[name] for name in _WITHOUT_CACHE.keys() & kwargs.keys()}
             output = getattr(module, _CHECKPOINT)(functools.partial(run, module, left_open, **kwargs), *args)
         else:
             output = run(module, left_open, *args, **kwargs)
@@ -41,3 +42,5 @@ def opened(run: Run) -> Run:
 
 
 _CHECKPOINT = "_gradient_checkpointing_func"
+#: What a layer that will run again in the backward gets instead: it would add its keys to a cache twice.
+_WITHOUT_CACHE = {"past_key_values": None, "use_cache": False}

@@ -20,7 +20,7 @@ from fastgist.gist.model import GistInsert
 from fastgist.integrations.transformers.kinds import Kind
 from fastgist.nn import PromptedBlock
 
-__all__ = ["GIST_STATES", "count_rows"]
+__all__ = ["GIST_STATES", "count_rows", "unhook"]
 
 #: Under this key the body's output holds the gist token's final states (B, length, D).
 GIST_STATES = "fastgist_gist"
@@ -65,7 +65,7 @@ def count_rows(model: nn.Module, kind: Kind) -> None:
     for path, argument, prompts_alone in kind.grown():
         module = model.get_submodule(path)
         count = prompts if prompts_alone else gist + prompts
-        _unhook(module, "_forward_pre_hooks", _grow_mask, _MASK)
+        unhook(module, "_forward_pre_hooks", _grow_mask, _MASK)
         if count:
             names = tuple(inspect.signature(type(module).forward).parameters)[1:]
             refusal = None
@@ -74,13 +74,14 @@ def count_rows(model: nn.Module, kind: Kind) -> None:
             module.__dict__[_MASK] = _Mask(argument, names, own, count, kind.positions, refusal)
             module.register_forward_pre_hook(_grow_mask, with_kwargs=True)
     body = model.get_submodule(kind.body)
-    _unhook(body, "_forward_hooks", _take_rows, _TAKEN)
+    unhook(body, "_forward_hooks", _take_rows, _TAKEN)
     if gist + prompts:
         body.__dict__[_TAKEN] = _Taken(own, gist, prompts)
         body.register_forward_hook(_take_rows)
 
 
-def _unhook(module: nn.Module, where: str, hook: Any, attribute: str) -> None:
+def unhook(module: nn.Module, where: str, hook: Any, attribute: str) -> None:
+    """Take ``hook`` out of ``module``'s ``where``, and the ``attribute`` that it reads."""
     module.__dict__.pop(attribute, None)
     hooks = module.__dict__[where]
     for key in [key for key, known in hooks.items() if known is hook]:
