@@ -83,7 +83,9 @@ def test_24_every_method_on_every_decoder(name, method, tmp_path) -> None:
     GistLoss()(training, TARGET).backward()
     assert {n for n, p in model.named_parameters() if p.grad is not None} == trainable(model)
     dead = {n for n, p in model.named_parameters() if p.grad is not None and not p.grad.any()}
-    assert not {n for n in dead if "factors.p" not in n}
+    # What is read sees five positions in the tiny Mistral's last layer, and that layer's prompts stand further off.
+    unseen = {"model.model.layers.1.prompt"} if (name, method) == ("mistral", "VPT, deep") else set()
+    assert {n for n in dead if "factors.p" not in n} == unseen
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     model.zero_grad()
     model.eval()
@@ -158,7 +160,8 @@ def test_24_gradient_checkpointing(name, method) -> None:
     model = stir(add_gist(get_peft_model(plain(name), METHODS[method]), GistConfig(dropout=0.0))).train()
     given, ours = texts("left"), [p for p in model.parameters() if p.requires_grad]
     calls: list[int] = []
-    (inside,) = (m for n, m in model.named_modules() if n.endswith((".1.post_attention_layernorm", ".1.ln_2")))
+    last = [m for n, m in model.named_modules() if ".1." in n and n.endswith((".post_attention_layernorm", ".ln_2"))]
+    (inside,) = last
     inside.register_forward_pre_hook(lambda *_: calls.append(1))
 
     def gradients() -> tuple[torch.Tensor, ...]:
