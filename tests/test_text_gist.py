@@ -124,7 +124,8 @@ def test_a_decoders_token_takes_a_position_a_row_and_is_read_as_a_mean(settings,
     with pytest.raises(UserError, match="--max-length 27: .* takes 26 tokens at most"):
         length_limit(TextConfig(gist_length=4, max_length=27), llama, tokens)
     with pytest.raises(
-        UserError, match="--gist-length 30: .* takes 30 tokens at most, the gist token's rows and the prompts among them"
+        UserError,
+        match="--gist-length 30: .* takes 30 tokens at most, the gist token's rows and the prompts among them",
     ):
         length_limit(TextConfig(gist_length=30), llama, tokens)
     llama.save_pretrained(tmp_path / "llama")
