@@ -115,7 +115,10 @@ def _terms(name, inputs, grad, scale, norm_eps):
     if name == "gate":
         return _gate_terms(inputs, grad, scale, norm_eps)
     if name == "up_bias":
-        return float(grad.abs().sum(0).max()) * abs(scale) if inputs[name].dim() == 1 else None
+        of_rows = grad.abs().float()
+        if inputs[name].dim() == 1:
+            return float(of_rows.sum(0).max()) * abs(scale)
+        return float((inputs["gate"].abs().float().transpose(0, 1) @ of_rows).max()) * abs(scale)
     x, a, down, down_bias, up, weight = _widened(inputs, norm_eps)
     z = F.linear(a.abs(), down.abs(), None if down_bias is None else down_bias.abs())
     if inputs.get("gate") is not None:

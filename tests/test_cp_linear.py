@@ -107,7 +107,8 @@ def test_matches_float64(impl, device, dtype, rows, inner, out, folds):
 @pytest.mark.parametrize("rank", [1, 3, 17, 64, 256])
 def test_hard_18_ranks(impl, device, rank):
     inputs = case(21, 48, 20, rank, 2, device=device)
-    check(inputs, torch.randn(21, 40, device=device), impl)
+    # A gain of two numbers is a sum of 420 terms each: BLAS's own error there is a matter of luck.
+    check(inputs, torch.randn(21, 40, device=device), impl, by_terms=True)
 
 
 @pytest.mark.parametrize("rank", [5, 70])
