@@ -20,6 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from benchmarks.harness import keep_freed_memory  # noqa: E402
 from benchmarks.turns import summary, take_turns  # noqa: E402
 from fastgist import functional  # noqa: E402
 
@@ -47,6 +48,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each shape")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     lost = 0
     for rows, classes in SHAPES:
         took, ratios = measure(options.op, getattr(torch, options.dtype), rows, classes, options.seconds)
