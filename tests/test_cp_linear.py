@@ -108,7 +108,7 @@ def test_matches_float64(impl, device, dtype, rows, inner, out, folds):
 def test_hard_18_ranks(impl, device, rank):
     inputs = case(21, 48, 20, rank, 2, device=device)
     # A gain of two numbers is a sum of 420 terms each: BLAS's own error there is a matter of luck.
-    check(inputs, torch.randn(21, 40, device=device), impl, by_terms=True)
+    check(inputs, torch.randn(21, 40, device=device), impl, by_terms=rank == 1)
 
 
 @pytest.mark.parametrize("rank", [5, 70])
