@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ def mean_divisor(count_or_mask: int | Tensor, group: Any = None) -> Tensor:
 
     Raises:
         TypeError: neither a count nor a bool mask.
+        ValueError: an int below 0. (A tensor is not looked at.)
     """
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     if isinstance(count_or_mask, Tensor):
@@ -66,9 +68,11 @@ def mean_divisor(count_or_mask: int | Tensor, group: Any = None) -> Tensor:
                 f"{count_or_mask.dtype} of shape {tuple(count_or_mask.shape)}"
             )
         count = count.clone()
-    elif isinstance(count_or_mask, int) and not isinstance(count_or_mask, bool):
+    elif isinstance(count_or_mask, Integral) and not isinstance(count_or_mask, bool):
+        if count_or_mask < 0:
+            raise ValueError(f"mean_divisor: a count of tokens must be at least 0, got {count_or_mask}")
         on_gpu = together and "nccl" in torch.distributed.get_backend(group)
-        count = torch.tensor(count_or_mask, device="cuda" if on_gpu else "cpu")
+        count = torch.tensor(int(count_or_mask), dtype=torch.int64, device="cuda" if on_gpu else "cpu")
     else:
         raise TypeError(f"mean_divisor: expected an int or a tensor, got {type(count_or_mask).__name__}")
     if not together:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from ranks import RANKS, on_two_ranks
@@ -102,3 +103,6 @@ def test_one_process():
     ):
         with pytest.raises(TypeError, match=f"mean_divisor: .*{message}"):
             mean_divisor(wrong)
+    assert float(mean_divisor(np.int64(6))) == 6.0
+    with pytest.raises(ValueError, match="mean_divisor: a count of tokens must be at least 0, got -5"):
+        mean_divisor(-5)

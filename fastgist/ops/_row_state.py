@@ -144,7 +144,7 @@ class Rows:
             return weights * self.keep + self.smooth if self.smooth else weights
         weights = torch.full_like(like, self.smooth)
         if weights.shape[1]:
-            weights.scatter_add_(-1, self.label, torch.where(self.has_label, self.keep, 0.0).to(like.dtype)[:, None])
+            weights.scatter_add_(-1, self.label, self.has_label.to(like.dtype).mul_(self.keep)[:, None])
         return weights
 
     def centred(self, x: Tensor, centre: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ and the gradient of that row is NaN. A NaN, a +inf or a row of nothing but -inf 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -71,12 +73,13 @@ def bidirectional_kl(
     return reduce_rows(row_loss, reduction, mask)
 
 
-def centred(z: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def centred(z: Tensor, other: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Both less the maxima of their rows. What is subtracted first is nearly exact; divided by T and subtracted later, an
     offset of 100 would drown a divergence of 1e-5, and logits about 1e4 would round to 1e-3. (Not a mean over classes:
     one class that a caller masked with -1e9 here and -1e4 there would move it out of float32's resolution.)
 
-    On a CPU some 32 classes are looked at first: neither offset nor size to speak of, no pass over the tensors.
+    On a CPU one look spares both passes where there is nothing to subtract: neither offset nor size among some 32 classes,
+    and nowhere a logit so large that its quotient by T, which is rounded unless T is a power of two, makes p wrong.
     """
     if z.device.type == "cpu":
         some = slice(None, None, max(1, z.shape[1] // 32))
@@ -84,7 +87,12 @@ def centred(z: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         offset = (near.amax(-1) - other_near.amax(-1)).nan_to_num_(0.0, 0.0, 0.0).abs().max()
         size = max(float(x.abs().nan_to_num_(0.0, 0.0, 0.0).max()) for x in (near, other_near))
         if float(offset) <= 4.0 and size <= 64.0:
-            return z, other
+            if math.frexp(temperature)[0] == 0.5:
+                return z, other
+            tops = _finite_max(z), _finite_max(other)
+            if max(float(top.max()) for top in tops) <= 16.0 * temperature:
+                return z, other
+            return z - tops[0], other - tops[1]
     return z - _finite_max(z), other - _finite_max(other)
 
 
@@ -110,7 +118,7 @@ def pair(
     """Row divergences (M,), T dJ/dz and -T dJ/dother where asked for, from logits (M, V). Sign and 1 / T are left to the
     caller, who has another scale to apply anyway. ``out``: where to write the gradients."""
     inv_t = 1.0 / temperature
-    z, other = centred(z, other)
+    z, other = centred(z, other, temperature)
     p, q = torch.softmax(z * inv_t, -1), torch.softmax(other * inv_t, -1)
     if z.shape[1] > LONG_ROW:
         for probabilities in (p, q):
