@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastgist.ops import _common, _finished, _moving
+from fastgist.ops import _common, _finished, _moving, _transforms
 from fastgist.reference import bidirectional_kl as reference
 from fastgist.reference._numerics import accumulate_dtype
 
@@ -256,6 +256,7 @@ def bidirectional_kl(
     logits, other_logits = _check(logits, other_logits, mask)
     dtype = accumulate_dtype(logits.dtype)
     temperature = _common.check_temperature(_OP, temperature, dtype)
+    _transforms.refuse(_OP)
     _common.check_reduction(_OP, reduction)
     leading = logits.shape[:-1]
     rows = leading[0] if len(leading) == 1 else math.prod(leading)

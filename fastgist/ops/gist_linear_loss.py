@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgist import backends
-from fastgist.ops import _common, _finished, _linear_chunks, _linear_head, _moving, _vocab_parallel
+from fastgist.ops import _common, _finished, _linear_chunks, _linear_head, _moving, _transforms, _vocab_parallel
 from fastgist.ops.gist_loss import DEBUG, betas, check_options, check_target, check_targets_in_range
 from fastgist.reference import gist_loss as reference
 from fastgist.reference._numerics import accumulate_dtype
@@ -281,6 +281,7 @@ def gist_linear_loss(
     _common.check_same_device(_OP, hidden=hidden, gist_hidden=gist_hidden, weight=weight, bias=bias, target=target)
     dtype = accumulate_dtype(hidden.dtype)
     temperature = _common.check_temperature(_OP, temperature, dtype)
+    _transforms.refuse(_OP)
     check_options(_OP, alpha, beta, label_smoothing, ignore_index, reduction, detach)
     _check_chunks(chunk_rows, memory_budget)
     rows = math.prod(leading)

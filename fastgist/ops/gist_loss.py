@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from fastgist.ops import _common, _finished, _moving
+from fastgist.ops import _common, _finished, _moving, _transforms
 from fastgist.ops.bidirectional_kl import STATS as _KL_STATS
 from fastgist.ops.bidirectional_kl import leaves
 from fastgist.reference import gist_loss as reference
@@ -307,6 +307,7 @@ def gist_loss(
     _common.check_same_device(_OP, logits=logits, target=target)
     dtype = accumulate_dtype(logits.dtype)
     temperature = _common.check_temperature(_OP, temperature, dtype)
+    _transforms.refuse(_OP)
     check_options(_OP, alpha, beta, label_smoothing, ignore_index, reduction, detach)
     rows = math.prod(leading)
     if logits.dim() != 2:

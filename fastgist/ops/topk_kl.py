@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgist import backends
-from fastgist.ops import _common, _finished, _moving
+from fastgist.ops import _common, _finished, _moving, _transforms
 from fastgist.reference import topk_kl as reference
 from fastgist.reference._numerics import accumulate_dtype
 from fastgist.reference.bidirectional_kl import finished_dtype, reduce_rows
@@ -271,6 +271,7 @@ def topk_kl(
     _check(logits, teacher_log_probs, teacher_indices, mask, direction)
     width = accumulate_dtype(logits.dtype)
     temperature = _common.check_temperature(_OP, temperature, width)
+    _transforms.refuse(_OP)
     _common.check_reduction(_OP, reduction)
     divisor = _finished.divisor_of(_OP, divisor, reduction, logits, width)
     leading, classes = logits.shape[:-1], logits.shape[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 
 import numpy as np
@@ -132,3 +133,31 @@ def test_float64_takes_temperatures_that_float32_does_not():
     assert F.bidirectional_kl(OTHER.double(), OTHER.double() + 1, temperature=1e-40) == 0
     with pytest.raises(ValueError, match="that of its inverse finite in float64, got 1e-309"):
         F.bidirectional_kl(OTHER.double(), OTHER.double(), temperature=1e-309)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("by", ["auto", "reference"])
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "jacrev", "jacfwd", "hessian"])
+def test_transforms_of_functions_are_refused_by_name_and_taken_by_the_formula(op, by, transform):
+    """torch's own error was about how to write an autograd.Function."""
+    x = torch.randn(2, ROWS, CLASSES) if transform == "vmap" else torch.randn(ROWS, CLASSES)
+
+    def run(loss):
+        if transform == "jvp":
+            return torch.func.jvp(loss, (x,), (x,))
+        return getattr(torch.func, transform)(loss)(x)
+
+    message = f"{op}: no rule for torch.func's transforms"
+    with pytest.raises(RuntimeError, match="^" + re.escape(message)) as error:
+        run(lambda y: call(op, y, impl=by))
+    assert f"fastgist.reference.{op}.{op} is" in str(error.value)
+    formula = getattr(importlib.import_module(f"fastgist.reference.{op}"), op)
+    target = INDICES[:, 0]
+    formulas = {
+        "bidirectional_kl": lambda y: formula(y, OTHER),
+        "gist_loss": lambda y: formula(y, OTHER, target),
+        "gist_linear_loss": lambda y: formula(y[:, :WIDTH], OTHER[:, :WIDTH], HEAD, None, target),
+        "topk_kl": lambda y: formula(y, LOG_PROBS, INDICES),
+    }
+    results = run(formulas[op])
+    assert all(bool(t.isfinite().all()) for t in (results if isinstance(results, tuple) else (results,)))
