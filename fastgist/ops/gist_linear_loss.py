@@ -242,9 +242,9 @@ def gist_linear_loss(
             head's gradient over several chunks with the part of a product that is added to it at a time. Where that has no
             room, the gradient is formed by blocks of classes in a second pass, with no sum: logits are computed twice, eight
             products in place of six. Default: a sixteenth of what whole logits and their gradients would take, at least 32 MiB
-            (or 64 rows, if they take more) and at most 1 GiB, for a chunk or a block; an eighth of what gist_loss on whole logits holds at its peak for all of
-            it but the part that is added (up to 24 MiB on a CPU, 32 on a GPU). The head's gradient itself comes on top, as
-            does the float32 one of a float16 head, which waits in it for a loss scale.
+            (or 64 rows, if they take more) and at most 1 GiB, for a chunk or a block; an eighth of what gist_loss on whole
+            logits holds at its peak for all of it but the part that is added (up to 24 MiB on a CPU, 32 on a GPU). The head's
+            gradient itself comes on top, as does the float32 one of a float16 head, which waits in it for a loss scale.
         group: a torch.distributed group whose ranks share the head: weight (V_local, H) and bias are this rank's
             consecutive rows of it, in the ranks' order. Hidden states, class targets (of the whole vocabulary, not less
             vocab_start) and options must be the same on all ranks. Class targets travel with the rows' numbers: where they
