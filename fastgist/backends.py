@@ -55,6 +55,11 @@ _SERVES: dict[tuple[str, str], _Implementation] = {
 #: against 0.66 at 1,000 classes, 1.00 against 1.33 at 32,000, 3.58 against 4.72 at 128,256, host included.)
 _AUTO = {"cuda": ("triton", "cuda"), "cpu": ("native",)}
 
+#: An isolated build has no torch to compile against, and makes a package without the extension.
+_BUILD_IT = (
+    "build it with 'pip install --no-build-isolation .' in a clone, or with 'make setup' for the clone's own .venv"
+)
+
 
 @functools.cache
 def interpreting() -> bool:
@@ -99,7 +104,7 @@ def _obstacle(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None
     else:
         missing = _extension.load()
         if missing:
-            return f"the compiled extension is not available: {missing} (build it with 'make setup' or 'pip install .')"
+            return f"the compiled extension is not available: {missing} ({_BUILD_IT})"
         if impl == "cuda" and not _extension.has_cuda():
             return "the compiled extension was built without CUDA kernels (nvcc was not found at build time)"
         if device != serves.device:
