@@ -1,5 +1,8 @@
 """fastgist: fused kernels and drop-in layers for parameter-efficient fine-tuning with GIST and PETAL."""
 
+import importlib
+from types import ModuleType
+
 from fastgist import backends, functional, nn, petal
 from fastgist.gist import GistConfig, GistModel, GistOutput, add_gist
 from fastgist.peft import (
@@ -28,6 +31,9 @@ from fastgist.peft import (
 )
 
 __version__ = "0.1.0"
+
+#: Modules that ``fastgist.<name>`` imports when it is first asked for: who does not use them does not wait for them.
+_LATER = ("distributed", "integrations", "recipes", "testing", "train")
 
 __all__ = [
     "AdapterConfig",
@@ -61,3 +67,13 @@ __all__ = [
     "unload",
     "unmerge",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _LATER:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

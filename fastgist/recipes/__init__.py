@@ -9,7 +9,10 @@ paper does not say (augmentation, gradient clipping, the learning rate at the en
 
 from __future__ import annotations
 
+import importlib.util
+import pkgutil
 from dataclasses import dataclass, field
+from types import ModuleType
 
 from fastgist.recipes.parts import PartRates
 
@@ -53,3 +56,14 @@ class Recipe(PartRates):
 
 
 GIST = Recipe()
+
+
+def __getattr__(name: str) -> ModuleType:
+    """A module of this package, imported when it is first asked for."""
+    if name.isidentifier() and not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(module.name for module in pkgutil.iter_modules(__path__))})
