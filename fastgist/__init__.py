@@ -1,9 +1,9 @@
 """fastgist: fused kernels and drop-in layers for parameter-efficient fine-tuning with GIST and PETAL."""
 
-import importlib
-from types import ModuleType
+import sys
 
 from fastgist import backends, functional, nn, petal
+from fastgist._later import modules_of
 from fastgist.gist import GistConfig, GistModel, GistOutput, add_gist
 from fastgist.peft import (
     AdapterConfig,
@@ -31,9 +31,6 @@ from fastgist.peft import (
 )
 
 __version__ = "0.1.0"
-
-#: Modules that ``fastgist.<name>`` imports when it is first asked for: who does not use them does not wait for them.
-_LATER = ("distributed", "integrations", "recipes", "testing", "train")
 
 __all__ = [
     "AdapterConfig",
@@ -68,12 +65,6 @@ __all__ = [
     "unmerge",
 ]
 
-
-def __getattr__(name: str) -> ModuleType:
-    if name in _LATER:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+__getattr__, __dir__ = modules_of(
+    sys.modules[__name__], ("distributed", "integrations", "recipes", "reference", "testing", "train")
+)

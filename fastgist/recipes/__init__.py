@@ -9,11 +9,10 @@ paper does not say (augmentation, gradient clipping, the learning rate at the en
 
 from __future__ import annotations
 
-import importlib.util
-import pkgutil
+import sys
 from dataclasses import dataclass, field
-from types import ModuleType
 
+from fastgist._later import modules_of
 from fastgist.recipes.parts import PartRates
 
 __all__ = ["GIST", "PartRates", "Recipe"]
@@ -57,13 +56,4 @@ class Recipe(PartRates):
 
 GIST = Recipe()
 
-
-def __getattr__(name: str) -> ModuleType:
-    """A module of this package, imported when it is first asked for."""
-    if name.isidentifier() and not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *(module.name for module in pkgutil.iter_modules(__path__))})
+__getattr__, __dir__ = modules_of(sys.modules[__name__])
