@@ -111,5 +111,20 @@ def test_what_the_page_says_is_refused(op) -> None:
     }[op]
     with pytest.raises(RuntimeError, match=r"second derivative.*fastgist\.reference"):
         torch.autograd.grad(call(z), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="setup_context"):
+    with pytest.raises(RuntimeError, match="transforms"):
         torch.func.grad(call)(z.detach())
+
+
+def test_a_mask_of_integers_gets_the_hint() -> None:
+    from fastgist.distributed import mean_divisor
+
+    z, other, mask = torch.randn(6, 5), torch.randn(6, 5), torch.ones(6, dtype=torch.int64)
+    top = other.log_softmax(-1).topk(2)
+    calls = (
+        lambda: F.bidirectional_kl(z, other, mask=mask),
+        lambda: F.topk_kl(z, top.values, top.indices, mask=mask),
+        lambda: mean_divisor(mask),
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match=r"bool .*mask\.bool\(\).*got torch.int64"):
+            call()
