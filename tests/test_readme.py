@@ -46,3 +46,24 @@ def test_the_hint_is_the_way_that_gives_the_extension(monkeypatch) -> None:
     assert "'pip install --no-build-isolation .' in a clone" in str(raised.value)
     assert "'pip install .'" not in str(raised.value)
     assert "pip install --no-build-isolation ." in section("Install")
+
+
+def _anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [
+        *(ROOT / name for name in ("README.md", "DESIGN.md", "CONTRIBUTING.md")),
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if target.startswith("http"):
+                continue
+            name, _, anchor = target.partition("#")
+            place = (page.parent / name).resolve() if name else page
+            assert place.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in _anchors(place), f"{page.name}: {target}"

@@ -1,14 +1,18 @@
 """The Python of the pages: what can run without a network runs, and gives what its comments say; the rest is Python at least.
 
-A block stands alone, with imports of its own, unless its first line is a comment with CONTINUES in it.
+A block stands alone, with imports of its own, unless its first line is a comment with CONTINUES in it, or one that says what
+a name is that the block does not make.
 """
 
 from __future__ import annotations
 
+import ast
+import builtins
 import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,9 @@ import fastgist.functional as F
 
 ROOT = Path(__file__).parents[1]
 CONTINUES = "goes on from"
-#: Page -> whose blocks are run. Of the others a model or data would have to be downloaded.
-RUN = ("docs/losses.md",)
+#: Pages whose blocks are run, all but those with one of these in them: something would be downloaded, or ranks started.
+RUN = ("README.md", "docs/losses.md")
+APART = ("from_pretrained", "torchrun")
 PAGES = sorted(p.relative_to(ROOT).as_posix() for p in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
@@ -47,12 +52,69 @@ def test_every_block_is_python(page) -> None:
         compile(block, page, "exec")
 
 
+def missing(block: str) -> set[str]:
+    """Names that are read and that nothing in the block binds."""
+    nodes = list(ast.walk(ast.parse(block)))
+    names = [n for n in nodes if isinstance(n, ast.Name)]
+    bound = {n.id for n in names if not isinstance(n.ctx, ast.Load)} | set(dir(builtins))
+    bound |= {
+        (a.asname or a.name).split(".")[0] for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names
+    }
+    bound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    return {n.id for n in names if isinstance(n.ctx, ast.Load)} - bound
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_name_is_made_or_said(page) -> None:
+    for block in blocks(page):
+        first = block.splitlines()[0]
+        if not (first.startswith("#") and CONTINUES in first):
+            unsaid = {name for name in missing(block) if not re.search(rf"^#.*\b{name}\b", first)}
+            assert not unsaid, f"{page}: {unsaid} in\n{block}"
+
+
+def test_what_is_missing_is_found() -> None:
+    assert missing("import a.b as c\nx = [i for i in c]\nf = lambda q: q + x + y\nprint(a)") == {"y", "a"}
+
+
+@pytest.fixture
+def small_models(monkeypatch, tmp_path) -> None:
+    """timm's names give a small model, the same each time; a run of 2 classes lies in run/adapter."""
+    timm = pytest.importorskip("timm")
+    import fastgist
+
+    make = timm.create_model
+
+    def create_model(name: str, pretrained: bool, num_classes: int) -> torch.nn.Module:
+        assert name == "vit_base_patch16_224" and pretrained
+        torch.manual_seed(0)
+        return make("vit_tiny_patch16_224", pretrained=False, num_classes=num_classes, depth=2, embed_dim=48)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    monkeypatch.chdir(tmp_path)
+    adapted = fastgist.get_peft_model(create_model("vit_base_patch16_224", True, 2), fastgist.AdapterConfig())
+    fastgist.save_adapter(adapted, "run/adapter")
+
+
 @pytest.mark.parametrize("page", RUN)
-def test_blocks_run_in_their_order(page) -> None:
+def test_blocks_run_in_their_order(page, small_models) -> None:
     names: dict[str, Any] = {}
     for block in blocks(page):
-        if "torchrun" not in block:
+        if not any(word in block for word in APART):
             names = run(block, names if CONTINUES in block.splitlines()[0] else None)
+
+
+def test_the_first_block_trains_and_comes_back(small_models) -> None:
+    first, second = blocks("README.md")[:2]
+    names = run(first)
+    images, target = torch.randn(2, 3, 224, 224), torch.tensor([3, 9])
+    names["loss_fn"](names["model"].train()(images), target).backward()
+    assert names["model"].gist.token.grad.abs().sum() > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        names = run(second, names)
+    with torch.no_grad():
+        torch.testing.assert_close(names["fresh"].eval()(images).logits, names["model"].eval()(images).logits)
 
 
 def kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float) -> torch.Tensor:
