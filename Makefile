@@ -168,8 +168,8 @@ test: setup ## everything that runs without a GPU
 	echo; echo "== summary"; printf '%s' "$$summary"
 	exit $$status
 
-bench: setup ## benchmarks on this machine's devices (pytest-benchmark)
-	@$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
+bench: setup ## benchmarks on this machine's devices (ARGS=benchmarks/bench_<op>.py: one operation's)
+	@$(PY) -m pytest $(if $(filter benchmarks/bench_%,$(ARGS)),,benchmarks) --benchmark-only $(ARGS)
 
 plot: setup ## the figures, from the committed results
 	@$(PY) benchmarks/plot.py $(ARGS)

@@ -232,5 +232,7 @@ def plan() -> dict:
 
 
 if int(setuptools.__version__.split(".")[0]) < 77:  # it could not read pyproject.toml, and says so in forty lines
-    raise SystemExit(f"fastgist: building needs setuptools >= 77, found {setuptools.__version__}")
+    raise SystemExit(
+        f"fastgist: building needs setuptools >= 77, found {setuptools.__version__}: pip install 'setuptools>=77'"
+    )
 setup(**plan())

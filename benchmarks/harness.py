@@ -3,11 +3,15 @@ against in parity.py (it comes first: a wrong result is not timed), floors and c
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
+import re
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -155,9 +159,38 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
+#: What the profiler writes to stderr at every start and stop, on a machine without a GPU too; no setting of its own stops it.
+_PROFILER_LINE = re.compile(rb"^(USDT|STAGE):.*profiler_(start|stop)|^ERROR:.*gpuGetDeviceCount failed")
+
+
+@contextlib.contextmanager
+def _without_the_profilers_lines() -> Iterator[None]:
+    """stderr of the process without those lines; all others follow when it is over."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            rest = [line for line in held.read().splitlines(keepends=True) if not _PROFILER_LINE.search(line)]
+            if rest:
+                os.write(2, b"".join(rest))
+
+
 def cpu_allocations(step: Callable[[], object]) -> list[int]:
     """Bytes of each allocation of one call on a CPU in their order, negative where memory is freed."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with _without_the_profilers_lines():
+        profile.start()
+    try:
         step()
+    finally:
+        with _without_the_profilers_lines():
+            profile.stop()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]

@@ -3,12 +3,14 @@
 
     python -m benchmarks.in_turns                                    the cases that have goals, and all of cp_linear
     python -m benchmarks.in_turns cp_linear -k M3152_d768_R32        of an operation the cases with this in their names
+    python -m benchmarks.in_turns --save                             and write the results (with nothing else running)
 
 bench_*.py times a provider for a while and then the next; on a shared machine the minutes differ by more than the
 providers. Here all take turns in every round, in an order drawn for it, and a ratio is the median of the rounds' ratios. Each
 result is held against the formula first: ours is not timed where it is wrong, a peer's row says so, and no goal is held by
-it. Prints a table, with the goals (DESIGN.md) and whether they are met, and the case's roofline; writes
-benchmarks/results/<device>/in_turns.json. Rows that are not measured again keep the run that they came from.
+it. Prints a table, with the goals (DESIGN.md) and whether they are met, the case's roofline, and whether the machine was too
+busy for the figures to mean anything. --save writes benchmarks/results/<device>/in_turns.json, --out FOLDER writes there; rows
+that are not measured again keep the run that they came from.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -47,6 +51,8 @@ OURS = {"bidirectional_kl": "fastgist native", "gist_loss": "fastgist native", "
 }
 #: The least that a peer's time may be of ours for cp_linear to be "never slower than the best eager form".
 NEVER_SLOWER = 0.99
+#: From which ratio of the upper quartile of our times to the lower on the machine was busy with something else.
+BUSY_SPREAD = 1.5
 _EAGER = ("eager", "factored", "released", "autograd.Function", "dense delta")
 #: (op, case) -> what another has to take at least, as a multiple of ours.
 AT_LEAST: dict[tuple[str, str], dict[str, float]] = {
@@ -153,7 +159,21 @@ def slower_than(rows: dict[str, dict]) -> list[str]:
     return [n for n, r in others.items() if r["over_base"][1] < NEVER_SLOWER and r["over_base"][2] < 1.0]
 
 
-def table(op: str, case: str, rows: dict[str, dict], absent: dict[str, str] | None = None) -> str:
+def busy(spread: float, load: float, cores: int) -> list[str]:
+    """Why figures say little: of ``spread``, the ratio of the quartiles of our times, and the load average at the start."""
+    found = [f"the quartiles of ours are a factor {spread:.1f} apart"] if spread > BUSY_SPREAD else []
+    return found + ([f"load average {load:.1f} at the start on {cores} cores"] if load > cores else [])
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def table(
+    op: str, case: str, rows: dict[str, dict], absent: dict[str, str] | None = None, load: float | None = None
+) -> str:
+    """``load``: the load average when the command began."""
     held = goals(op, case, rows)
     lines = [f"{op} {case}, {torch.get_num_threads()} threads, float32, forward and backward"]
     for name, row in sorted(rows.items(), key=lambda item: item[1]["median_s"]):
@@ -175,6 +195,8 @@ def table(op: str, case: str, rows: dict[str, dict], absent: dict[str, str] | No
     lines += [f"  {name} was not timed: {why}" for name, why in (absent or {}).items()]
     if op == "cp_linear" and (peers := slower_than(rows)):
         lines.append(f"  SLOWER than {', '.join(peers)}")
+    if why := busy(ours.get("spread", 1.0), load or 0.0, cores()):
+        lines.append(f"  the machine was busy: these figures say little ({'; '.join(why)})")
     return "\n".join(lines)
 
 
@@ -216,8 +238,11 @@ def wanted(ops: list[str], part: str | None) -> list[tuple[str, Case]]:
 def measure(op: str, of: Case, seconds: float) -> tuple[dict[str, dict], dict[str, str]]:
     """(provider -> row, provider -> why it is not here)."""
     turns = calls(op, of)
-    rows = summary(take_turns(turns.steps, seconds, time.perf_counter, turn_seconds=0.008), OURS[op])
+    times = take_turns(turns.steps, seconds, time.perf_counter, turn_seconds=0.008)
+    rows = summary(times, OURS[op])
     for name, row in rows.items():
+        low, _, high = statistics.quantiles(times[name], n=4)
+        row["spread"] = high / low
         counted = _detached(of) if name == DETACHED else of
         row |= {"parity": turns.parity[name], "floor": turns.floor}
         row |= _roofline(op, counted)
@@ -238,8 +263,14 @@ def main(argv: list[str] | None = None) -> int:
         "-k", dest="case", help="a part of the case's name (default: those with goals, all of cp_linear)"
     )
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each case (default 20)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="the folder of results")
+    results = ROOT / "benchmarks" / "results"
+    parser.add_argument(
+        "--save", action="store_true", help="write the results, into benchmarks/results (default: print)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the results into this folder")
     args = parser.parse_args(argv)
+    folder = args.out or (results if args.save else None)
+    load_average = os.getloadavg()[0]
     from tqdm import tqdm
 
     from benchmarks.conftest import environment, measured_by  # it also asks malloc to keep what is freed
@@ -254,19 +285,21 @@ def main(argv: list[str] | None = None) -> int:
         )
     described = environment()
     described["timing"] = "wall clock; one turn each in every round, ratios within a round: quartiles"
-    path = args.out / str(described["device_slug"]) / "in_turns.json"
-    content = load(path)
+    described["load_average"] = round(load_average, 2)
+    path = None if folder is None else folder / str(described["device_slug"]) / "in_turns.json"
+    content: dict = {"runs": {}, "turns": [], "absent": {}} if path is None else load(path)
     run = str(max((int(n) for n in content["runs"]), default=0) + 1)
     content["runs"][run] = described
     for op, of in tqdm(chosen, desc="cases", unit="case"):
         rows, absent = measure(op, of, args.seconds)
-        tqdm.write(table(op, of.name, rows, absent))
+        tqdm.write(table(op, of.name, rows, absent, load_average))
         content["turns"] = [r for r in content["turns"] if (r["op"], r["case"]) != (op, of.name)]
         about = {"op": op, "case": of.name, "run": run, "commit": measured_by()["commit"]}
         content["turns"] += [about | {"provider": name, **row} for name, row in rows.items()]
         content["absent"][op] = absent
-        save(path, content)
-    print(path)
+        if path is not None:
+            save(path, content)
+    print("not saved (--save, --out FOLDER)" if path is None else path)
     return 0
 
 

@@ -1,6 +1,9 @@
 """fastgist: fused kernels and drop-in layers for parameter-efficient fine-tuning with GIST and PETAL."""
 
+import sys
+
 from fastgist import backends, functional, nn, petal
+from fastgist._later import modules_of
 from fastgist.gist import GistConfig, GistModel, GistOutput, add_gist
 from fastgist.peft import (
     AdapterConfig,
@@ -61,3 +64,7 @@ __all__ = [
     "unload",
     "unmerge",
 ]
+
+__getattr__, __dir__ = modules_of(
+    sys.modules[__name__], ("distributed", "integrations", "recipes", "reference", "testing", "train")
+)

@@ -12,7 +12,7 @@ import logging
 import threading
 from pathlib import Path
 
-__all__ = ["build_info", "has_cuda", "load", "vector_bytes"]
+__all__ = ["broken", "build_info", "has_cuda", "load", "vector_bytes"]
 
 _logger = logging.getLogger("fastgist")
 _lock = threading.Lock()
@@ -22,10 +22,13 @@ _PROBE = "fastgist_native::bidirectional_kl_fwd"
 _HOLDS = ("bidirectional_kl_fwd_bwd", "gist_loss_fwd_bwd", "gist_loss_bwd_classes", "adapter_bwd", "dropout")
 
 
+_ABSENT = "it was not built with this installation"
+
+
 def _load() -> str | None:
     libraries = sorted(_FOLDER.glob("_C*.so"))
     if not libraries:
-        return "it was not built with this installation"
+        return _ABSENT
     import torch
 
     try:
@@ -57,6 +60,12 @@ def load() -> str | None:
     """Load the extension once a process. None when it is loaded, else why it is not (one INFO line says so, once)."""
     with _lock:  # functools.cache alone would let two threads load it twice
         return _load_once()
+
+
+def broken() -> str | None:
+    """Why the extension that is there does not load; None where it does, or where there is none."""
+    reason = load()
+    return None if reason == _ABSENT else reason
 
 
 def has_cuda() -> bool:

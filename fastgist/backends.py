@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,11 @@ _SERVES: dict[tuple[str, str], _Implementation] = {
 #: against 0.66 at 1,000 classes, 1.00 against 1.33 at 32,000, 3.58 against 4.72 at 128,256, host included.)
 _AUTO = {"cuda": ("triton", "cuda"), "cpu": ("native",)}
 
+#: An isolated build has no torch to compile against, and makes a package without the extension.
+_BUILD_IT = (
+    "build it with 'pip install --no-build-isolation .' in a clone, or with 'make setup' for the clone's own .venv"
+)
+
 
 @functools.cache
 def interpreting() -> bool:
@@ -99,7 +105,7 @@ def _obstacle(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None
     else:
         missing = _extension.load()
         if missing:
-            return f"the compiled extension is not available: {missing} (build it with 'make setup' or 'pip install .')"
+            return f"the compiled extension is not available: {missing} ({_BUILD_IT})"
         if impl == "cuda" and not _extension.has_cuda():
             return "the compiled extension was built without CUDA kernels (nvcc was not found at build time)"
         if device != serves.device:
@@ -124,10 +130,28 @@ def _runs(op: str, impl: str, device: str, dtype: torch.dtype) -> bool:
     return _obstacle(op, impl, device, dtype) is None and _worth_it(op, impl, dtype)
 
 
+def _auto(op: str, device: str, dtype: torch.dtype) -> str:
+    return next((name for name in _auto_order(device) if _runs(op, name, device, dtype)), "reference")
+
+
+@functools.cache
+def _warn_of_a_broken_extension() -> None:
+    if reason := _extension.broken():
+        warnings.warn(
+            f"fastgist: the compiled extension is there and of no use: {reason}. Plain PyTorch serves in its place, slower "
+            f"({_BUILD_IT}, or delete it)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 @functools.cache
 def _resolve(op: str, impl: str, device: str, dtype: torch.dtype) -> str:
     if impl == "auto":
-        return next((name for name in _auto_order(device) if _runs(op, name, device, dtype)), "reference")
+        chosen = _auto(op, device, dtype)
+        if chosen == "reference" and any((op, name) in _SERVES for name in _auto_order(device) if name != "triton"):
+            _warn_of_a_broken_extension()
+        return chosen
     obstacle = _obstacle(op, impl, device, dtype)
     if obstacle:
         raise RuntimeError(f"{op}: impl={impl!r} cannot run here: {obstacle}")
@@ -190,7 +214,7 @@ def explain(op: str) -> dict[str, str]:
         devices.append("mps")
     out = {}
     for device in devices:
-        chosen = _resolve(op, "auto", device, torch.float32)
+        chosen = _auto(op, device, torch.float32)
         passed = []
         for name in ("triton", "cuda" if device == "cuda" else "native"):
             if name == chosen:

@@ -64,7 +64,7 @@ def mean_divisor(count_or_mask: int | Tensor, group: Any = None) -> Tensor:
         count = count_or_mask.sum() if count_or_mask.dtype == torch.bool else count_or_mask
         if count.dim() or count.dtype != torch.int64:
             raise TypeError(
-                "mean_divisor: expected an int, a 0-dimensional int64 tensor or a bool mask, got "
+                "mean_divisor: expected an int, a 0-dimensional int64 tensor or a bool mask (of 0, 1: mask.bool()), got "
                 f"{count_or_mask.dtype} of shape {tuple(count_or_mask.shape)}"
             )
         count = count.clone()

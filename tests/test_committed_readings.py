@@ -1,7 +1,7 @@
 """The committed readings of benchmarks/in_turns.py: every goal but those that DESIGN.md names is met, and cp_linear is nowhere
 slower than an eager form.
 
-They are read anew by ``python -m benchmarks.in_turns`` on a machine with nothing else running."""
+They are read anew by ``python -m benchmarks.in_turns --save`` on a machine with nothing else running."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.peers import OTHER_FUNCTION, PEERS
 
 ROOT = Path(__file__).parents[1]
 PATH = ROOT / "benchmarks" / "results" / "cpu-amd-epyc" / "in_turns.json"
-AGAIN = "read it again: python -m benchmarks.in_turns"
+AGAIN = "read it again: python -m benchmarks.in_turns --save"
 
 
 @pytest.fixture(scope="module")

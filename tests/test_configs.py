@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 import json
 import math
+import pickle
 
 import numpy
 import pytest
 import torch
+from torch import nn
 
 import fastgist as fg
+from fastgist import CPConfig, FacTConfig, LoraConfig, get_peft_model
 from fastgist.peft import ThresholdConfig
 from fastgist.peft.config import PeftConfig, config_from_dict
 from fastgist.peft.method import registered_configs
@@ -97,3 +102,46 @@ def test_a_third_partys_fields_are_its_own():
         length: float = 0.5
 
     assert Other(scale="small").scale == "small"
+
+
+@pytest.mark.parametrize("config", [LoraConfig, CPConfig, FacTConfig])
+def test_names_of_peft_get_ours(config) -> None:
+    with pytest.raises(TypeError, match=f"{config.__name__}: no field 'r'; here it is called 'rank'"):
+        config(r=8)
+    with pytest.raises(TypeError, match="no field 'target_modules'; here it is called 'targets'"):
+        config(target_modules=["q"])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
+        config(ranks=8)
+    assert "rank: " in str(inspect.signature(config)) and "values" not in str(inspect.signature(config))
+    kept = dataclasses.replace(config(rank=3), dropout=0.2)
+    assert pickle.loads(pickle.dumps(kept)) == copy.deepcopy(kept) == config(rank=3, dropout=0.2)
+
+
+def test_only_lora_has_peft_names_of_alpha() -> None:
+    with pytest.raises(TypeError, match="no field 'lora_alpha'; here it is called 'alpha'"):
+        LoraConfig(lora_alpha=8)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lora_alpha'"):
+        CPConfig(lora_alpha=8)
+
+
+def test_another_librarys_config_of_the_same_name() -> None:
+    stranger = type("LoraConfig", (), {"__module__": "peft.tuners.lora.config"})()
+    wanted = r"got peft\.tuners\.lora\.config\.LoraConfig of Hugging Face PEFT: .*peft\.get_peft_model.*add_gist"
+    with pytest.raises(TypeError, match=wanted):
+        get_peft_model(nn.Linear(2, 2), stranger)
+    other = type("LoraConfig", (), {"__module__": "somewhere"})()
+    with pytest.raises(TypeError, match=r"got somewhere\.LoraConfig$"):
+        get_peft_model(nn.Linear(2, 2), other)
+
+
+def test_strangers_hear_of_every_family() -> None:
+    """Whatever was imported before: the list is the integrations' own."""
+    import fastgist.integrations.timm
+    import fastgist.integrations.transformers  # noqa: F401
+    from fastgist.peft import family
+
+    ours = [f.name for f in family._FAMILIES if type(f).__module__.startswith("fastgist.integrations.")]
+    assert sorted(family._INTEGRATED) == sorted(ours)
+    with pytest.raises(TypeError) as raised:
+        get_peft_model(nn.Linear(2, 2), LoraConfig())
+    assert all(name in str(raised.value) for name in ours)

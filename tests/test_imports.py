@@ -19,7 +19,14 @@ STANDARD = sys.stdlib_module_names
 PUBLIC = {f"fastgist.{name}" for name in ("functional", "nn", "peft", "gist", "petal", "backends", "testing")} | {
     "fastgist"
 }
-RUN = PUBLIC | {"fastgist._extension", "fastgist.train", "fastgist.recipes", "fastgist.cli", "fastgist.distributed"}
+RUN = PUBLIC | {
+    "fastgist._later",
+    "fastgist._extension",
+    "fastgist.train",
+    "fastgist.recipes",
+    "fastgist.cli",
+    "fastgist.distributed",
+}
 ANYTHING = None
 
 
@@ -33,12 +40,13 @@ class Room:
 
 MODELS = {"timm", "transformers", "peft", "safetensors", "fastgist.integrations", "huggingface_hub"}
 ROOMS = {
-    "fastgist/reference": Room({"torch", "fastgist.reference"}, set()),
+    "fastgist/reference": Room({"torch", "fastgist.reference", "fastgist._later"}, set()),
     "fastgist/ops": Room(
         {"torch", "fastgist.reference", "fastgist.ops", "fastgist.backends"},
         {"fastgist_kernels", "fastgist._extension"},
     ),
     "fastgist/functional.py": Room({"fastgist.ops"}, set()),
+    "fastgist/_later.py": Room(set(), set()),
     "fastgist/backends.py": Room({"torch", "fastgist._extension"}, set()),
     "fastgist/_extension.py": Room({"torch"}, {"fastgist"}),
     "fastgist/testing.py": Room({"torch"}, {"fastgist.reference", "fastgist.functional"}),
@@ -54,7 +62,7 @@ ROOMS = {
     "fastgist/recipes": Room({"torch"} | RUN, ANYTHING),
     "fastgist/cli.py": Room({"torch"} | RUN, ANYTHING),
     "fastgist/__main__.py": Room({"fastgist.cli"}, set()),
-    "fastgist/__init__.py": Room({"torch"} | PUBLIC, {"importlib"} | PUBLIC),
+    "fastgist/__init__.py": Room({"torch", "fastgist._later"} | PUBLIC, PUBLIC),
     "kernels/fastgist_kernels": Room({"torch", "triton", "fastgist_kernels"}, set()),
 }
 #: Rooms whose modules meet their library at the top: nothing imports these but functions that were asked to.

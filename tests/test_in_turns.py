@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -223,3 +226,73 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         in_turns.main(["cp_linear", "-k", "nothing"])
     assert "no case of cp_linear" in capsys.readouterr().err
+
+
+def test_without_a_place_it_prints_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(in_turns, "ROOT", tmp_path)
+    monkeypatch.setitem(CASES, ("cp_linear", "cpu"), [case(torch.float32, M=64, d=32, R=4)])
+    monkeypatch.setitem(PEERS, "cp_linear", {n: PEERS["cp_linear"][n] for n in ("fastgist auto", "factored")})
+    arguments = ["cp_linear", "-k", "M64_d32", "--seconds", "0.01"]
+    assert in_turns.main(arguments) == 0
+    assert not list(tmp_path.rglob("*.json"))
+    out = capsys.readouterr().out
+    assert "factored" in out and "not saved (--save, --out FOLDER)" in out
+    assert in_turns.main([*arguments, "--save"]) == 0
+    (path,) = tmp_path.glob("benchmarks/results/*/in_turns.json")
+    found = json.loads(path.read_text())
+    assert all(row["spread"] >= 1 for row in found["turns"]) and found["runs"]["1"]["load_average"] >= 0
+    assert str(path) in capsys.readouterr().out
+
+
+def test_a_busy_machine_is_named():
+    timed = rows(**{"fastgist native": 1.0, "analytic": 4.9})
+    line = "the machine was busy: these figures say little"
+    for spread, load, why in (
+        (1.0, 0.0, None),
+        (1.5, float(in_turns.cores()), None),
+        (1.6, 0.0, "(the quartiles of ours are a factor 1.6 apart)"),
+        (
+            1.0,
+            in_turns.cores() + 0.5,
+            f"(load average {in_turns.cores() + 0.5:.1f} at the start on {in_turns.cores()} cores)",
+        ),
+    ):
+        timed["fastgist native"]["spread"] = spread
+        timed["analytic"]["spread"] = 9.0  # a peer's own affair
+        last = in_turns.table("bidirectional_kl", "M512_V1000", timed, None, load).splitlines()[-1]
+        assert (last == f"  {line} {why}") if why else line not in last
+
+
+def test_the_profiler_is_silent_and_others_are_heard(capfd):
+    from benchmarks import harness
+
+    sizes = harness.cpu_allocations(lambda: (os.write(2, b"ours\n"), torch.empty(1000)))
+    assert 4000 in sizes
+    assert capfd.readouterr().err == "ours\n"
+    with harness._without_the_profilers_lines():
+        os.write(2, b"USDT:2026 1:1 SyncActivityProfilerHandler.cpp:39] profiler_start\nERROR: another\n")
+        os.write(2, b"ERROR:2026 DeviceProperties.cpp:56] gpuGetDeviceCount failed with code 35\n")
+    assert capfd.readouterr().err == "ERROR: another\n"
+    with pytest.raises(ZeroDivisionError):
+        harness.cpu_allocations(lambda: 1 / 0)
+    assert harness.cpu_allocations(lambda: torch.empty(10))  # the profiler was stopped
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ("", "-m pytest benchmarks --benchmark-only"),
+        ("-k M512", "-m pytest benchmarks --benchmark-only -k M512"),
+        (
+            "--save-results benchmarks/results",
+            "-m pytest benchmarks --benchmark-only --save-results benchmarks/results",
+        ),
+        ("benchmarks/bench_adapter.py -k M512", "-m pytest --benchmark-only benchmarks/bench_adapter.py -k M512"),
+    ],
+)
+def test_make_bench_narrows(arguments, wanted):
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    command = ["make", "-n", "bench", f"ARGS={arguments}", "VENV=none", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=in_turns.ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert any(" ".join(line.split()).endswith(wanted) for line in done.stdout.splitlines()), done.stdout

@@ -192,8 +192,30 @@ def test_a_file_knows_its_quantised_weights(how, tmp_path):
     assert loads_quietly(evaluated(quantised(llama(), how), input_ids=IDS), tmp_path)
     assert not loads_quietly(quantised(other_llama(), how), tmp_path)
     assert not loads_quietly(quantised(rescaled_llama(), how), tmp_path)
+    assert loads_quietly(llama(), tmp_path)  # those that were quantised
+    assert loads_quietly(llama().bfloat16(), tmp_path)
     with pytest.warns(UserWarning, match=r"other frozen weights .*\(.* there, float32 here\)"):
-        fastgist.load_adapter(llama(), tmp_path)
+        fastgist.load_adapter(other_llama(), tmp_path)
+    assert not loads_quietly(rescaled_llama(), tmp_path)
+    other_norm = llama()
+    with torch.no_grad():
+        other_norm.model.norm.weight.mul_(1.5)
+    assert not loads_quietly(other_norm, tmp_path)
+
+
+def test_weights_before_two_rounds_of_quantisation_are_known(tmp_path):
+    """Double quantisation, whose scales are in 8 bits."""
+
+    def nested(layer):
+        bnb = pytest.importorskip("bitsandbytes")
+        options = {"quant_type": "nf4", "compress_statistics": True}
+        made = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, **options)
+        made.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, **options)
+        return made.to("cpu")
+
+    fastgist.save_adapter(get_peft_model(quantised(llama(), nested), LoraConfig()), tmp_path)
+    assert loads_quietly(llama(), tmp_path)
+    assert not loads_quietly(other_llama(), tmp_path) and not loads_quietly(rescaled_llama(), tmp_path)
 
 
 def test_an_adapter_of_a_quantised_model_merges_into_the_dense_one(tmp_path):
@@ -201,7 +223,8 @@ def test_an_adapter_of_a_quantised_model_merges_into_the_dense_one(tmp_path):
     with pytest.raises(TypeError, match=r"q_proj: .*load the adapter into the model unquantised, and merge there"):
         fastgist.merge(model)
     fastgist.save_adapter(model, tmp_path)
-    with pytest.warns(UserWarning, match="other frozen weights"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         dense_model = fastgist.load_adapter(llama(), tmp_path).eval()
     with torch.no_grad():
         before = dense_model(IDS).logits

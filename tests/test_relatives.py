@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import UserDict
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastgist import GistOutput
 from fastgist.nn import Cosine, GistLoss, Linear
 from fastgist.recipes.mutual import (
     mutual_learning,
@@ -152,8 +154,91 @@ def test_r_drop() -> None:
     first, second = two_passes(model, torch.randn(6, 4))
     assert first.shape == second.shape == (6, 5)
     assert not torch.equal(first, second)
-    first, second = two_passes(model.eval(), torch.randn(6, 4))
+    with pytest.warns(RuntimeWarning, match="this Sequential .* in evaluation mode"):
+        first, second = two_passes(model.eval(), torch.randn(6, 4))
     torch.testing.assert_close(first, second)
+
+
+class Reader(nn.Module):
+    """Takes its batch as Hugging Face's models do, or as one dict; remembers what came."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.table, self.dropout, self.head = nn.Embedding(11, 8), nn.Dropout(p), nn.Linear(8, 5)
+        self.came: dict = {}
+
+    def forward(self, input_ids=None, attention_mask=None, extra=None):
+        self.came = {"input_ids": input_ids, "attention_mask": attention_mask, "extra": extra}
+        if isinstance(input_ids, dict):
+            input_ids, attention_mask = input_ids["ids"], input_ids["mask"]
+        kept = self.dropout(self.table(input_ids)) * attention_mask[..., None]
+        return {"loss": None, "logits": self.head(kept.sum(1))}
+
+
+def test_two_passes_of_batches_by_name() -> None:
+    ids, mask = torch.randint(11, (3, 7)), torch.rand(3, 7) < 0.8
+    batch = UserDict({"input_ids": ids, "attention_mask": mask})  # what a tokenizer gives
+    model = Reader(0.0).eval()
+    with pytest.warns(RuntimeWarning):
+        want = two_passes(model, ids, mask)
+    for found in (two_passes(model, batch), two_passes(model, **batch), two_passes(model, {"ids": ids, "mask": mask})):
+        assert [z.shape for z in found] == [(3, 5)] * 2
+        torch.testing.assert_close(found, want)
+    nested = {"a": [ids, (mask, None)], "positions": torch.arange(7)[None], "scale": torch.tensor(2.0), "name": "x"}
+    two_passes(model, ids, mask, extra=nested)
+    came = model.came["extra"]
+    assert torch.equal(came["a"][0], torch.cat((ids, ids))) and torch.equal(came["a"][1][0], torch.cat((mask, mask)))
+    assert came["a"][1][1] is None and came["name"] == "x" and came["scale"].dim() == 0
+    assert came["positions"].shape == (1, 7)  # the same for every row
+    assert two_passes(nn.Dropout(0.5), ids[:1].float())[0].shape == (1, 7)
+
+
+def test_two_passes_says_what_came() -> None:
+    with pytest.raises(TypeError, match="expected tensors .*got none"):
+        two_passes(Reader(), "text")
+    with pytest.raises(TypeError, match="must return logits or an output that holds 'logits', got tuple"):
+        two_passes(nn.LSTM(4, 4), torch.randn(3, 2, 4))
+    with pytest.raises(ValueError, match=r"expected logits of 6 rows, two for each that came, got \(3, 4\)"):
+        two_passes(nn.Sequential(nn.Unflatten(0, (2, 3)), nn.Flatten(0, 0), Sum()), torch.randn(3, 4))
+
+
+class Sum(nn.Module):
+    def forward(self, x):
+        return x.sum(0)
+
+
+class Noisy(nn.Module):
+    """Draws by no layer that says so."""
+
+    def forward(self, x):
+        return x * torch.rand_like(x)
+
+
+def test_equal_passes_are_one_warning(recwarn) -> None:
+    x = torch.randn(3, 4)
+    plain, dropped = nn.Linear(4, 5), nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5))
+    for _ in range(2):
+        two_passes(plain, x)
+        two_passes(dropped, x)
+        two_passes(Noisy().eval(), x)
+    (one,) = recwarn.list
+    assert one.category is RuntimeWarning and one.filename == __file__
+    assert "this Linear give the same logits: no dropout in it is active" in str(one.message)
+    two_passes(dropped.eval(), x)
+    (_, two) = recwarn.list
+    assert "it is in evaluation mode (call model.train())" in str(two.message)
+
+
+def test_two_passes_of_a_transformers_classifier() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.BertConfig(vocab_size=20, max_position_embeddings=12, num_labels=3, **sizes)
+    model = transformers.BertForSequenceClassification(config).train()
+    batch = transformers.BatchEncoding({"input_ids": torch.randint(20, (4, 6)), "labels": torch.randint(3, (4,))})
+    first, second = two_passes(model, batch)
+    assert first.shape == (4, 3) and not torch.equal(first, second)
+    r_drop(first, second, batch["labels"]).backward()
+    assert model.classifier.weight.grad.abs().sum() > 0
 
 
 def test_mutual_learning() -> None:
@@ -165,6 +250,27 @@ def test_mutual_learning() -> None:
     same(mutual_learning(peers, y, 0.8, 2.0), theirs, peers)
     with pytest.raises(ValueError, match="at least 2 networks, got 1"):
         mutual_learning(peers[:1], y)
+    with pytest.raises(
+        TypeError, match=r"a list of the networks' logits, \[z_1, z_2\], .*got one tensor of shape \(6, 5\)"
+    ):
+        mutual_learning(peers[0], y)
+    with pytest.raises(TypeError, match=r"target must be a tensor of classes, got list"):
+        mutual_learning(peers[0:2], [1, 2])
+    with pytest.raises(TypeError, match="network 1 gave dict"):
+        mutual_learning([peers[0], {"logits": peers[1]}], y)
+
+
+def test_arguments_in_the_wrong_order() -> None:
+    z, g = logits()
+    y = torch.randint(5, (6,))
+    loss = GistLoss()
+    with pytest.raises(TypeError, match=r"target must be a Tensor, got GistOutput; called as \(output, target\)"):
+        loss(y, GistOutput(logits=z, gist_logits=g))
+    with pytest.raises(TypeError, match=r"\(output, target\), got torch.int64 of shape \(6,\) as the output"):
+        loss(y, z)
+    with pytest.raises(TypeError, match=r"got logits of shape \(6, 5\), which require grad, as the target"):
+        loss(z, g)
+    loss(z, g.detach().softmax(-1)).backward()
 
 
 def test_self_distillation() -> None:

@@ -295,6 +295,11 @@ class GistLoss(nn.Module):
         return self._reduce(rows * factor, kept, divisor)
 
     def _unpack(self, args: tuple) -> tuple[Tensor, Tensor | None, Tensor]:
+        if args and not isinstance(args[-1], Tensor):
+            raise TypeError(
+                f"GistLoss: target must be a Tensor, got {type(args[-1]).__name__}; "
+                "called as (output, target) or (logits, gist_logits, target)"
+            )
         if len(args) == 3:
             return args
         if len(args) != 2:
@@ -303,6 +308,15 @@ class GistLoss(nn.Module):
             )
         output, target = args
         if isinstance(output, Tensor):
+            if not output.is_floating_point():
+                raise TypeError(
+                    f"GistLoss: called as (output, target), got {output.dtype} of shape {tuple(output.shape)} as the output"
+                )
+            if target.requires_grad:
+                raise TypeError(
+                    f"GistLoss: called as (output, target), got logits of shape {tuple(target.shape)}, which require grad, as "
+                    "the target; of two logits: (logits, gist_logits, target)"
+                )
             return output, None, target
         if isinstance(output, Mapping):
             if "logits" not in output:

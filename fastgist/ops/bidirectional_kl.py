@@ -204,7 +204,9 @@ def _check(logits: Tensor, other_logits: Tensor, mask: Tensor | None) -> tuple[T
         )
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"{_OP}: mask must be a bool Tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+            raise TypeError(
+                f"{_OP}: mask must be a bool Tensor (of 0, 1: mask.bool()), got {getattr(mask, 'dtype', type(mask).__name__)}"
+            )
         if mask.shape != logits.shape[:-1]:
             raise ValueError(
                 f"{_OP}: expected mask.shape == {tuple(logits.shape[:-1])} (logits without the class dimension), "

@@ -211,7 +211,9 @@ def _check(logits: Tensor, log_probs: Tensor, indices: Tensor, mask: Tensor | No
         )
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"{_OP}: mask must be a bool Tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+            raise TypeError(
+                f"{_OP}: mask must be a bool Tensor (of 0, 1: mask.bool()), got {getattr(mask, 'dtype', type(mask).__name__)}"
+            )
         if tuple(mask.shape) != leading:
             raise ValueError(
                 f"{_OP}: expected mask.shape == {leading} (logits without the class dimension), got {tuple(mask.shape)}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from fastgist.nn import affine, lora
 from fastgist.nn._checks import check_bool, check_dropout, check_number, check_one_of, check_positive
@@ -33,6 +34,27 @@ CP_INITS = ("identity", "weights")
 PLACEMENTS = ("pfeiffer", "houlsby", "parallel", "adaptformer", "shared")
 #: FacT's forms -> the core of :class:`fastgist.nn.CPFactors`.
 FACT_CORES = {"tt": "tt", "tk": "tucker"}
+
+
+#: What Hugging Face PEFT calls a field, and what it is called here.
+_PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"}
+_Config = TypeVar("_Config", bound=type)
+
+
+def _hinting(config_class: _Config) -> _Config:
+    """A dataclass whose error about a field that PEFT calls otherwise says what it is here."""
+    plain: Any = vars(config_class)["__init__"]
+    fields = {f.name for f in dataclasses.fields(config_class)}
+
+    @functools.wraps(plain)
+    def init(self, *args, **values):
+        for name in values:
+            if name not in fields and _PEFT_NAMES.get(name) in fields:
+                raise TypeError(f"{type(self).__name__}: no field {name!r}; here it is called {_PEFT_NAMES[name]!r}")
+        plain(self, *args, **values)
+
+    config_class.__init__ = init  # type: ignore[misc]
+    return config_class
 
 
 @dataclass
@@ -103,6 +125,7 @@ class AdapterConfig(PeftConfig):
         check_bool("AdapterConfig", "norm", self.norm)
 
 
+@_hinting
 @dataclass
 class LoraConfig(PeftConfig):
     """LoRA. targets: names of linear layers, or of parts of a fused one ("q", "v" of a timm ViT's qkv).
@@ -177,6 +200,7 @@ class ThresholdConfig:
         )
 
 
+@_hinting
 @dataclass
 class CPConfig(PeftConfig):
     """Mode approximation: U and V shared by all targets of the same shape, one row of P for each matrix.
@@ -212,6 +236,7 @@ class CPConfig(PeftConfig):
         check_one_of("CPConfig", "init", self.init, CP_INITS)
 
 
+@_hinting
 @dataclass
 class FacTConfig(PeftConfig):
     """FacT (arXiv 2212.03145): the updates of all of a transformer's matrices as one tensor, of low rank.

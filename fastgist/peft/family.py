@@ -134,6 +134,15 @@ class Family(ABC):
 
 
 _FAMILIES: list[Family] = []
+#: The integrations' families, which are known once a model of their library is met: for errors before that.
+_INTEGRATED = (
+    "timm SwinTransformer and SwinTransformerV2",
+    "timm VisionTransformer, Eva and Beit",
+    "transformers BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, DeBERTa-v2, ModernBERT, T5 encoder, "
+    "ViT, DeiT, DINOv2 and CLIP classifiers",
+    "transformers InstructBLIP and BLIP-2 (their Q-Former)",
+    "transformers Llama, Mistral, Qwen2, Qwen3, Gemma and GPT-2 sequence classifiers and language models",
+)
 
 
 def register_family(family: Family) -> Family:
@@ -148,10 +157,11 @@ def find_family(model: nn.Module, caller: str) -> Family:
     Raises:
         TypeError: none matches; the error gives the reason where a family knows it.
     """
-    of_timm = any(base.__module__.startswith("timm.") for base in type(model).__mro__)
+    libraries = {base.__module__.split(".")[0] for base in type(model).__mro__}
+    of_timm = "timm" in libraries
     if of_timm:
         import fastgist.integrations.timm as timm_models
-    elif type(model).__module__.startswith("transformers."):
+    elif "transformers" in libraries:
         import fastgist.integrations.transformers  # noqa: F401
     for family in _FAMILIES:
         if family.matches(model):
@@ -159,7 +169,7 @@ def find_family(model: nn.Module, caller: str) -> Family:
     reason = next((why for family in _FAMILIES if (why := family.why_not(model)) is not None), None)
     if reason is not None:
         raise TypeError(f"{caller}: {reason}")
-    known = ", ".join(sorted(f.name for f in _FAMILIES)) or "timm vision transformers (timm is not imported)"
+    known = "; ".join(sorted({*_INTEGRATED, *(f.name for f in _FAMILIES)}))
     reason = f" ({timm_models.why_unknown(model)})" if of_timm else ""
     raise TypeError(
         f"{caller}: the structure of {type(model).__module__}.{type(model).__name__} is not known"

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from fastgist.peft import state as _state
 from fastgist.peft import storage, surgery
 from fastgist.peft.config import PeftConfig, config_from_dict
 from fastgist.peft.method import registered_configs
-from fastgist.peft.quantised import stored
+from fastgist.peft.quantised import same_before, sample, stored
 
 __all__ = ["load_adapter", "register_extension", "save_adapter"]
 
@@ -118,7 +118,8 @@ def load_adapter(
     """Load what :func:`save_adapter` wrote: into a plain model, which is wrapped accordingly, or one wrapped alike.
 
     Everything is checked first (checksum, names, shapes, configuration); on an error the model is as it was. Frozen
-    weights other than those the adapter was trained on are no error, but a UserWarning says so.
+    weights other than those the adapter was trained on are no error, but a UserWarning says so. The same in another dtype, or
+    unquantised where it was trained on them in 4 or 8 bits (told by their scales), are no others.
 
     Args:
         model: a plain model, or one that get_peft_model / add_gist wrapped with the same configuration.
@@ -175,31 +176,21 @@ def backbone_fingerprint(model: nn.Module, state: _state.State) -> dict[str, Any
     Without what depends on the image's size (position embeddings). None where weights are not plain tensors in memory
     (sharded, on the meta device, quantised by others): to look into those could fail, or wait for other processes.
     """
-    owned = {id(t) for t in _state.owned_tensors(model, state).values()}
-    layers = [m for m in model.modules() if isinstance(m, TunerLinear | AffineLayer) and m.merged]
-    unmerged: dict[int, Tensor | None] = {}
-    for layer in layers:
-        originals = layer.original_parameters()
-        unmerged |= {id(p): originals.get(name) for name, p in layer.base_layer.named_parameters(recurse=False)}
     digests, numbers, scales, dtypes = [], [], [], set()
-    for name, parameter in sorted(model.named_parameters()):
-        apart = any(word in name for word in ("pos_embed", "position", "original_module"))  # the last: PEFT's old heads
-        if id(parameter) in owned or apart or parameter.numel() == 0:
-            continue
+    for name, parameter, original in _frozen(model, state):
         if not can_train(parameter):
             held = stored(model.get_submodule(name.rpartition(".")[0])) if name.endswith(".weight") else None
             if held is None:
                 return None
-            digests += [_digest(t.shape, _some(t).to(torch.int32)) for t in held[0]]
-            scales += [float(t[i]) for t in map(_some, held[1]) for i in (0, -1)]
+            digests += [_digest(t.shape, sample(t).to(torch.int32)) for t in held[0]]
+            scales += [float(t[i]) for t in map(sample, held[1]) for i in (0, -1)]
             dtypes.add(type(parameter).__name__)
             continue
         if type(parameter) is not nn.Parameter or parameter.is_meta:
             return None
-        original = unmerged.get(id(parameter), parameter)
         if original is None:  # a bias that merging added
             continue
-        some = _some(original).float()
+        some = sample(original).float()
         digests.append(_digest(parameter.shape, some))
         numbers += [float(some[0]), float(some[-1])]
         dtypes.add(str(parameter.dtype).removeprefix("torch."))
@@ -208,10 +199,18 @@ def backbone_fingerprint(model: nn.Module, state: _state.State) -> dict[str, Any
     return found | ({"scales": scales} if scales else {})
 
 
-def _some(tensor: Tensor) -> Tensor:
-    """Some 256 elements, spread over all, on the CPU."""
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // 256)].to("cpu", copy=True)
+def _frozen(model: nn.Module, state: _state.State) -> Iterator[tuple[str, nn.Parameter, Tensor | None]]:
+    """(name, parameter, what it is without what was merged into it) of the backbone's, in the order of their names."""
+    owned = {id(t) for t in _state.owned_tensors(model, state).values()}
+    unmerged: dict[int, Tensor | None] = {}
+    for layer in model.modules():
+        if isinstance(layer, TunerLinear | AffineLayer) and layer.merged:
+            originals = layer.original_parameters()
+            unmerged |= {id(p): originals.get(name) for name, p in layer.base_layer.named_parameters(recurse=False)}
+    for name, parameter in sorted(model.named_parameters()):
+        apart = any(word in name for word in ("pos_embed", "position", "original_module"))  # the last: PEFT's old heads
+        if id(parameter) not in owned and not apart and parameter.numel():
+            yield name, parameter, unmerged.get(id(parameter), parameter)
 
 
 def _digest(shape: torch.Size, some: Tensor) -> bytes:
@@ -240,6 +239,10 @@ def _check_backbone(model: nn.Module, config: Mapping[str, Any], path: Path) -> 
     plain = here != there and not ("scales" in found or "scales" in saved)  # type: ignore[operator]
     if plain and _close(saved.get("numbers", []), found["numbers"]):  # type: ignore[union-attr]
         return
+    if "scales" in saved and "scales" not in found:  # type: ignore[operator]
+        weights = [t for _, _, t in _frozen(_state.inner(model), state) if t is not None]  # type: ignore[arg-type]
+        if same_before(saved, weights):  # type: ignore[arg-type]
+            return
     dtypes = "" if here == there else f" ({there} there, {here} here)"
     quantised = " (or in other bits, or rounded to them elsewhere)" if "scales" in found else ""
     warnings.warn(

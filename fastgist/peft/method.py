@@ -103,13 +103,16 @@ def method_of(config: PeftConfig) -> Method:
     for config_class, method in _METHODS.values():
         if type(config) is config_class:
             return method
-    known = ", ".join(c.__name__ for c, _ in _METHODS.values())
-    got = (
-        f"the class {config.__name__} (write {config.__name__}())"
-        if isinstance(config, type)
-        else type(config).__name__
-    )
-    raise TypeError(f"get_peft_model: config must be one of {known} (or registered), got {got}")
+    names = [c.__name__ for c, _ in _METHODS.values()]
+    if isinstance(config, type):
+        got = f"the class {config.__name__} (write {config.__name__}())"
+    else:
+        got = type(config).__name__
+        if got in names or type(config).__module__.split(".")[0] == "peft":
+            got = f"{type(config).__module__}.{got}"
+    if got.startswith("peft."):
+        got += " of Hugging Face PEFT: take fastgist's, or peft.get_peft_model, whose PeftModel add_gist takes"
+    raise TypeError(f"get_peft_model: config must be one of {', '.join(names)} (or registered), got {got}")
 
 
 class _Adapters(Method):

@@ -9,8 +9,10 @@ paper does not say (augmentation, gradient clipping, the learning rate at the en
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 
+from fastgist._later import modules_of
 from fastgist.recipes.parts import PartRates
 
 __all__ = ["GIST", "PartRates", "Recipe"]
@@ -53,3 +55,5 @@ class Recipe(PartRates):
 
 
 GIST = Recipe()
+
+__getattr__, __dir__ = modules_of(sys.modules[__name__])

@@ -3,7 +3,10 @@ distillation from a teacher of whom the likeliest classes are stored."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +18,93 @@ from fastgist.nn import GistLoss
 __all__ = ["mutual_learning", "r_drop", "self_distillation", "sparse_distillation", "topk_of", "two_passes"]
 
 
-def two_passes(model: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits of two forwards of ``model`` that differ in their dropout, as one batch of twice the size."""
-    both = model(*(torch.cat((x, x)) for x in inputs))
+#: Models that :func:`two_passes` has warned of.
+_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def two_passes(model: nn.Module, *inputs: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+    """The logits of two forwards of ``model`` that differ in their dropout, as one batch of twice the size.
+
+        first, second = two_passes(model, images)
+        first, second = two_passes(model, **tokenizer(texts, return_tensors="pt", padding=True))
+
+    Args:
+        model: gives logits (B, ..., V), or an output with ``logits`` (a gist model's, one of transformers').
+        inputs, keywords: what ``model`` takes: tensors (B, ...), and dicts, lists and tuples of them, nested. Tensors of
+            another first size than the first one's, and what is no tensor, go in as they are. One mapping alone whose keys
+            are all names of ``model.forward``'s parameters, such as a tokenizer's batch, goes in by name.
+
+    Returns:
+        Two tensors (B, ..., V). A RuntimeWarning, one a model, says that they are equal where no dropout is active: the
+        divergence of the two is then zero, and trains nothing.
+
+    Raises:
+        TypeError: no tensor goes in, or the output has no logits. ValueError: logits of another number of rows than 2 B.
+    """
+    alone = inputs[0] if len(inputs) == 1 and not keywords else None
+    if isinstance(alone, Mapping) and alone.keys() <= inspect.signature(model.forward).parameters.keys():
+        inputs, keywords = (), dict(alone)
+    batch = _batch_of((inputs, keywords))
+    if batch is None:
+        raise TypeError("two_passes: expected tensors (B, ...) for the model, positional or by name, got none")
+    output = model(*_twice(inputs, batch), **_twice(keywords, batch))
+    both = output
+    if not isinstance(output, Tensor):
+        both = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        if not isinstance(both, Tensor):
+            raise TypeError(
+                f"two_passes: the model must return logits or an output that holds 'logits', got {type(output).__name__}"
+            )
+    if both.dim() == 0 or both.shape[0] != 2 * batch:
+        raise ValueError(
+            f"two_passes: expected logits of {2 * batch} rows, two for each that came, got {tuple(both.shape)}"
+        )
     first, second = both.chunk(2)
+    _warn_of_equal_passes(model, first, second)
     return first, second
+
+
+def _batch_of(given: Any) -> int | None:
+    """The first size of the first tensor in nested containers."""
+    if isinstance(given, Tensor):
+        return given.shape[0] if given.dim() else None
+    items = given.values() if isinstance(given, Mapping) else given if isinstance(given, tuple | list) else ()
+    return next((size for item in items if (size := _batch_of(item)) is not None), None)
+
+
+def _twice(given: Any, batch: int) -> Any:
+    """``given`` with every tensor of ``batch`` rows in it twice, one below the other."""
+    if isinstance(given, Tensor):
+        return torch.cat((given, given)) if given.dim() and given.shape[0] == batch else given
+    if isinstance(given, Mapping):
+        return {key: _twice(value, batch) for key, value in given.items()}
+    if isinstance(given, tuple) and hasattr(given, "_fields"):
+        return type(given)(*(_twice(value, batch) for value in given))
+    return type(given)(_twice(value, batch) for value in given) if type(given) in (tuple, list) else given
+
+
+def _warn_of_equal_passes(model: nn.Module, first: Tensor, second: Tensor) -> None:
+    """Where no layer says that it drops something the results are looked at, since a model may draw in other ways."""
+    if torch.compiler.is_compiling() or model in _WARNED or any(map(_drops, model.modules())):
+        return
+    if not torch.allclose(first.detach(), second.detach()):
+        return
+    _WARNED.add(model)
+    found = "no dropout in it is active" if model.training else "it is in evaluation mode (call model.train())"
+    warnings.warn(
+        f"two_passes: both passes of this {type(model).__name__} give the same logits: {found}. Their divergence is then 0",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether ``module`` is in training and has a dropout > 0, its own (nn.Dropout's p) or as a number that it keeps."""
+    if not module.training:
+        return False
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
 
 
 def r_drop(
@@ -61,8 +146,18 @@ def mutual_learning(
         divisor: as in :func:`r_drop`.
 
     Raises:
-        ValueError: fewer than two networks.
+        ValueError: fewer than two networks. TypeError: something else than a sequence of tensors.
     """
+    if isinstance(peers, Tensor) or not isinstance(peers, Sequence):
+        got = f"one tensor of shape {tuple(peers.shape)}" if isinstance(peers, Tensor) else type(peers).__name__
+        raise TypeError(
+            f"mutual_learning: expected a list of the networks' logits, [z_1, z_2], and the target, got {got}"
+        )
+    for k, z in enumerate(peers):
+        if not isinstance(z, Tensor):
+            raise TypeError(f"mutual_learning: expected tensors of logits, network {k} gave {type(z).__name__}")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"mutual_learning: target must be a tensor of classes, got {type(target).__name__}")
     if len(peers) < 2:
         raise ValueError(f"mutual_learning: expected the logits of at least 2 networks, got {len(peers)}")
     total = peers[0].new_zeros((), dtype=torch.promote_types(peers[0].dtype, torch.float32))

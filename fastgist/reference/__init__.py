@@ -7,3 +7,9 @@ Each module holds, for one operation:
 - ``forward`` (and ``backward`` where the gradients do not come with it): the same mathematics with hand-derived
   gradients and the fewest passes that eager PyTorch allows. This is what ``impl="reference"`` runs.
 """
+
+import sys
+
+from fastgist._later import modules_of
+
+__getattr__, __dir__ = modules_of(sys.modules[__name__])
