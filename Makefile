@@ -175,8 +175,9 @@ plot: setup ## the figures, from the committed results
 	@$(PY) benchmarks/plot.py $(ARGS)
 	$(PY) scripts/crossovers.py
 
+# UPDATE=1 compiles what is not of the table's digests, and a sample, and rewrites the table; UPDATE=1 ALL=1 everything.
 aot: setup ## compile every kernel for sm_80, sm_90 and sm_100 and check what came out
-	@$(PY) -m pytest tests/aot $(ARGS)
+	@AOT_ALL=$(or $(ALL),$(if $(UPDATE),0,1)) $(PY) -m pytest tests/aot $(ARGS)
 
 mutants: setup ## break every kernel in every listed way; some test must notice
 	@$(PY) scripts/mutants.py $(ARGS)

@@ -44,9 +44,9 @@ from mutants_of_update import CP_UPDATE
 T = TypeVar("T")
 MUTANTS: list[Mutant] = [*LOSSES, *TOPK_KL, *LAYERS, *PLAN, *CP_UPDATE, *PETAL]
 ROOT = Path(__file__).resolve().parents[1]
-#: What a copy needs: sources, tests, and the extension where it is built.
-COPIED = ("fastgist", "kernels", "tests", "csrc", "benchmarks", "pyproject.toml")
-NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.pyc", ".hypothesis", "results")
+#: Tests read records, pages and scripts too, so a copy holds all but what runs and tools leave behind, named in .gitignore;
+#: of that the built extension comes along.
+BUILT = "*.so"
 #: Signals by which the tests' process may die of the mutant itself; others came from outside and say nothing.
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 #: Failures that say the mutant itself is wrong, not that a test found it.
@@ -81,13 +81,22 @@ def tests_of(mutant: Mutant) -> list[str]:
     return list(mutant.tests) or [f"tests/test_{mutant.op}.py", *hard]
 
 
+def copy_files(folder: Path) -> None:
+    """The tree into ``folder``, without what .gitignore names, .git and environments."""
+    ignored = ROOT / ".gitignore"  # a source distribution has none
+    lines = ignored.read_text().split("\n") if ignored.exists() else ["build", "dist", "__pycache__"]
+    names = [line.strip().strip("/") for line in lines if line.strip() and not line.startswith("#")]
+    left_out = shutil.ignore_patterns(".git", *(name for name in names if name != BUILT))
+
+    def without(at: str, entries: list[str]) -> set[str]:
+        environments = {entry for entry in entries if (Path(at) / entry / "pyvenv.cfg").exists()}
+        return left_out(at, entries) | environments
+
+    shutil.copytree(ROOT, folder, ignore=without, ignore_dangling_symlinks=True, dirs_exist_ok=True)
+
+
 def copy_tree(folder: Path) -> Path:
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=NOT_COPIED)
-        elif source.exists():
-            shutil.copy2(source, folder / name)
+    copy_files(folder)
     # The package that tests import must be the copy's, whatever is installed.
     probe = f"import fastgist; assert fastgist.__file__.startswith({str(folder)!r}), fastgist.__file__"
     subprocess.run([sys.executable, "-c", probe], cwd=folder, env=child_environment(folder, False), check=True)

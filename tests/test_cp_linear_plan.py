@@ -36,8 +36,6 @@ LEVEL = 1e-3
 
 @functools.cache
 def _script(name: str):
-    if not (ROOT / "scripts").exists():
-        pytest.skip("a copy without scripts, as mutants are tried in")
     spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -10,6 +10,7 @@ import itertools
 import pytest
 import torch
 from adapters import case
+from conftest import INTERPRETING
 from torch import Tensor
 
 from fastgist import _extension, backends
@@ -27,7 +28,7 @@ from test_extension_build import GUARD
 if DEVICE != "cpu":
     pytest.skip("about CPU code", allow_module_level=True)
 
-pytestmark = pytest.mark.kernel
+pytestmark = [] if INTERPRETING else [pytest.mark.kernel]
 native = torch.ops.fastgist_native
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 WEIGHTS = ("down_weight", "down_bias", "up_weight", "up_bias")

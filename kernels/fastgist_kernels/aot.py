@@ -2,22 +2,26 @@
 
 Each kernel module lists :class:`Spec` entries. ``compile_spec`` compiles one for an architecture; ``Resources`` says
 what ptxas made of it. ``python -m fastgist_kernels.aot`` compiles all and prints (or writes) the table.
+
+A row of the table also holds a digest of what it was compiled from (:func:`inputs`). With ``--table`` only rows are compiled
+whose digest is another now, or that have none, and a sample of the rest (:func:`drawn`): what is known is not asked again.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import importlib
 import json
+import math
 import multiprocessing
+import random
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +29,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastgist_kernels import aot_gates
+from fastgist_kernels.aot_gates import GATES, SHARED_LIMIT, TENSOR_MEMORY_LIMIT, Resources, faults, look, narrow_offsets
+
 __all__ = [
     "ARCHITECTURES",
+    "COLUMNS",
     "MODULES",
     "SHARED_LIMIT",
     "TENSOR_MEMORY_LIMIT",
@@ -35,17 +43,20 @@ __all__ = [
     "all_kernels",
     "all_specs",
     "compile_spec",
+    "drawn",
+    "inputs",
+    "seal",
 ]
 
 ARCHITECTURES = (80, 90, 100)
-#: Shared memory a block may take, bytes.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-#: Columns of Blackwell's tensor memory. A kernel that asks for more compiles to next to nothing, without an error.
-TENSOR_MEMORY_LIMIT = 512
 #: Every module beside this one that may hold kernels.
 MODULES = tuple(
-    sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in {"__init__", "aot", "common"})
+    sorted(
+        p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in {"__init__", "aot", "aot_gates", "common"}
+    )
 )
+#: Of the rows whose inputs are those of the table, at least this part is compiled all the same.
+SAMPLED = 0.1
 
 
 @dataclass(frozen=True)
@@ -83,18 +94,10 @@ class Spec:
         return f"{self.kernel.fn.__name__}[{self.label}]"
 
 
-@dataclass(frozen=True)
-class Resources:
-    registers: int
-    stack: int
-    spill_loads: int
-    spill_stores: int
-    shared: int
-    hgmma: int
-
-
-#: Columns of benchmarks/resources.csv; the first three say which row it is.
-COLUMNS = ("triton", "kernel", "arch", *(f.name for f in fields(Resources)))
+FIGURES = tuple(f.name for f in fields(Resources))
+#: Columns of benchmarks/resources.csv; the first three say which row it is, the last two what it was compiled from, and that
+#: nobody wrote into it since.
+COLUMNS = ("triton", "kernel", "arch", *FIGURES, "inputs", "seal")
 
 
 def all_specs() -> list[Spec]:
@@ -145,157 +148,147 @@ def compile_spec(spec: Spec, arch: int):
     return triton.compile(_source(spec), target=GPUTarget("cuda", arch, 32), options=_options(spec))
 
 
-def written_ir(spec: Spec) -> str:
-    """TTIR as the kernel is written (before any pass), with 32-bit strides: what a launch on ordinary tensors passes.
-
-    An offset that is only 64-bit because a stride came as 64-bit shows its 32-bit self here.
-    """
+def _module(spec: Spec, arch: int, integer_strides: str | None = None) -> tuple[Any, Any]:
+    """What Triton's front end makes of ``spec`` before any pass, and the options it goes to the passes with."""
     from triton._C.libtriton import ir
     from triton.compiler.compiler import make_backend
 
-    target = GPUTarget("cuda", 90, 32)
+    target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     options = backend.parse_options(_options(spec))
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
     functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
-    return str(_source(spec, integer_strides="i32").make_ir(target, options, functions, modules, context))
+    return _source(spec, integer_strides).make_ir(target, options, functions, modules, context), options
 
 
-_VALUE = r"%[\w$.#-]+"
-_LOCATION = re.compile(r"\s*loc\((?:[^()]|\([^()]*\))*\)")
+def written_ir(spec: Spec) -> str:
+    """TTIR as the kernel is written (before any pass), with 32-bit strides: what a launch on ordinary tensors passes.
 
-
-def narrow_offsets(ir_text: str) -> list[str]:
-    """Lines of TTIR whose pointer arithmetic could wrap at 2^31: a 32-bit offset, or a 32-bit product with a stride."""
-    found = []
-    strides: set[str] = set()
-    for line in ir_text.splitlines():
-        line = _LOCATION.sub("", line).strip()
-        if line.startswith("tt.func"):
-            strides = set(re.findall(r"(%(?:\w+\.)?stride_\w+): i32", line))
-        elif "tt.addptr" in line:
-            if re.search(r",\s*(tensor<[\dx]+xi32>|i32)\s*$", line):
-                found.append(line)
-        elif m := re.match(rf"({_VALUE}) = (?:tt\.splat|tt\.broadcast|tt\.expand_dims) ({_VALUE})", line):
-            if m[2] in strides:
-                strides.add(m[1])
-        elif re.search(r"arith\.muli .*(?:i32|xi32>)\s*$", line) and strides & set(re.findall(_VALUE, line)):
-            found.append(line)
-    return found
-
-
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-_UNIFORM = re.compile(r"\bUR(\d+)\b")
-#: Instructions that write the uniform register they name first: the uniform datapath's, and moves into it.
-_WRITES_UNIFORM = re.compile(r"^(?:U[A-Z0-9]+|R2UR|S2UR|REDUX|CREDUX|LDCU|VOTEU|SYNCS|ELECT)\b")
-
-
-def undefined_uniform(sass: str) -> list[str]:
-    """Instructions of ``nvdisasm -c`` output that read a uniform register which nothing before them writes.
-
-    ptxas 12.8, which Triton 3.6 bundles, builds one of cp_linear's HGMMA descriptors on such a register where no load of
-    the loop is asynchronous: wrong results or an illegal address, and nothing else to see before a launch.
+    An offset that is only 64-bit because a stride came as 64-bit shows its 32-bit self here.
     """
-    written: set[int] = set()
-    found = []
-    for line in sass.splitlines():
-        m = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*?);", line)
-        if not m:
-            continue
-        opcode, operands = m[1], m[2].split(",")
-        first = _UNIFORM.fullmatch(operands[0].strip()) if _WRITES_UNIFORM.match(opcode) else None
-        reads = {int(n) for operand in operands[1 if first else 0 :] for n in _UNIFORM.findall(operand)}
-        if descriptor := re.search(r"gdesc\[UR(\d+)\]", m[2]):  # A's descriptor, then B's; A may be in registers
-            at = int(descriptor[1])
-            reads = {at + 2, at + 3} if re.match(r"\s*R\d+", ",".join(operands[1:])) else {at, at + 1, at + 2, at + 3}
-        if reads - written:
-            found.append(f"{opcode} {m[2].strip()}")
-        if first:
-            at = int(first[1])
-            wide = ".64" in opcode or ".WIDE" in opcode or opcode.startswith(("ULDC.128", "LDCU.128"))
-            written |= set(range(at, at + (4 if "128" in opcode else 2 if wide else 1)))
-    return found
+    return str(_module(spec, 90, integer_strides="i32")[0])
 
 
-def atomic_sums(sass: str) -> list[str]:
-    """Instructions of ``nvdisasm -c`` output by which threads or programs add to one place, in whatever order they come: ATOM,
-    ATOMG and RED of global memory, ATOMS of shared memory, the copy engine's reductions. Not REDUX, which adds up a warp's
-    registers, nor bits set and cleared in shared memory (Blackwell's tensor memory is handed out that way): of any order."""
-    found = re.findall(r"\b(?:U?ATOM[GS]?|U?RED[GS]?|UTMAREDG|UBLKRED)\b[A-Z0-9_.]*", sass)
-    return [name for name in found if not re.match(r"ATOMS\.(?:OR|AND)\b", name)]
+def inputs(spec: Spec, arch: int) -> str:
+    """Digest of all that decides what ``spec`` becomes on ``arch`` and which gates look at it.
 
+    That is the module which Triton's front end makes of the kernel, of every function it calls and every constant they take,
+    as text without source locations; the options; the versions of Triton and ptxas; the gates the spec names, and the text of
+    aot_gates.py. The same on every machine, in every folder and after edits that change lines or comments alone. (A
+    JITFunction's ``cache_key`` has line numbers in it, and of the constants only those marked constexpr.)
+    """
+    from triton.backends.nvidia.compiler import get_ptxas
 
-def narrow_accesses(sass: str) -> list[str]:
-    """Loads and stores of global memory in ``nvdisasm -c`` output that move less than 16 bytes a thread."""
-    accesses = re.findall(r"\b((?:LDG|STG)\.[A-Z0-9.]+)", sass)
-    return [access for access in accesses if not re.search(r"\.(?:128|256)\b", access)]
-
-
-def wide_accesses(sass: str) -> int:
-    """How many accesses of 16 bytes a thread there are; one of 32 counts for two."""
-    return sum(int(bits) // 128 for bits in re.findall(r"\b(?:LDG|STG)\.(?:[A-Z0-9]+\.)*(128|256)\b", sass))
-
-
-def resources(compiled) -> tuple[Resources, str]:
-    """Registers, stack and shared memory as ``cuobjdump -res-usage`` reports them; spills and HGMMA from the SASS, which
-    is returned too."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(compiled.asm["cubin"])
-        f.flush()
-        usage = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", f.name], capture_output=True, text=True, check=True
-        ).stdout
-        sass = subprocess.run([_tool("nvdisasm"), "-c", f.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"no resource line in cuobjdump's output:\n{usage}")
-    registers, stack, _ = map(int, found.groups())
-    found_there = Resources(
-        registers=registers,
-        stack=stack,
-        spill_loads=len(re.findall(r"\bLDL\b", sass)),
-        spill_stores=len(re.findall(r"\bSTL\b", sass)),
-        shared=int(compiled.metadata.shared),
-        hgmma=len(re.findall(r"\bHGMMA\b", sass)),
+    module, options = _module(spec, arch)
+    kept = {
+        name: value for name, value in vars(options).items() if name != "extern_libs"
+    }  # paths, of Triton's own files
+    told = (
+        Path(aot_gates.__file__).read_text(),
+        f"triton {triton.__version__}, ptxas {get_ptxas(arch).version}, sm_{arch}",
+        spec.name,
+        repr(sorted(kept.items())),
+        repr([getattr(spec, gate) for gate in GATES]),
+        module.str_nodebug(),
     )
-    return found_there, sass
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+
+
+def seal(row: Mapping[str, Any]) -> str:
+    """Digest of a row's other columns as they are written: a figure changed by hand no longer fits it."""
+    return hashlib.sha256(",".join(str(row[column]) for column in COLUMNS[:-1]).encode()).hexdigest()[:8]
+
+
+def _specs(every: bool) -> list[Spec]:
+    return every_tile() if every else all_specs()
+
+
+def _known(task: tuple[bool, int]) -> list[dict[str, Any]]:
+    """What can be said of spec ``index`` without compiling: a row an architecture. An index, because a spec does not travel
+    between processes."""
+    every, index = task
+    spec = _specs(every)[index]
+    rows = []
+    for arch in spec.archs:
+        row = {"triton": triton.__version__, "kernel": spec.name, "arch": arch, "inputs": inputs(spec, arch)}
+        narrow = narrow_offsets(written_ir(spec)) if arch == spec.archs[0] else []
+        gates = [gate for gate in GATES if getattr(spec, gate)]
+        rows.append(row | {"matrix": spec.matrix, "gates": gates, "narrow": narrow, "compiled": False, "drawn": False})
+    return rows
 
 
 def _row(task: tuple[bool, int, int]) -> dict[str, Any]:
-    """Compile spec ``index`` for ``arch``. Takes an index because a spec does not travel between processes."""
+    """Compile spec ``index`` for ``arch``: what :func:`look` finds."""
     every, index, arch = task
-    spec = (every_tile if every else all_specs)()[index]
-    row: dict[str, Any] = {"triton": triton.__version__, "kernel": spec.name, "arch": arch, "matrix": spec.matrix}
-    compiled = compile_spec(spec, arch)
-    found, sass = resources(compiled)
-    row["tensor_memory"] = int(getattr(compiled.metadata, "tmem_size", 0) or 0)
-    row["atomics"] = atomic_sums(sass)
-    row |= asdict(found) | {"undefined": undefined_uniform(sass) if arch == 90 else []}  # Blackwell's reads otherwise
-    if spec.wide:
-        narrow = narrow_accesses(sass)
-        loads = [access for access in narrow if access.startswith("LDG")]
-        stores = [access for access in narrow if access not in loads]
-        row["narrow_accesses"] = loads[spec.numbers :] + stores[spec.results :]
-    if spec.accesses:
-        row["wide_accesses"] = [wide_accesses(sass), spec.accesses]  # found, at least
-    if arch == spec.archs[0]:
-        row["narrow"] = narrow_offsets(written_ir(spec))
-    return row
+    spec = _specs(every)[index]
+    return look(spec, arch, compile_spec(spec, arch)) | {"compiled": True}
 
 
-def compile_all(only: str = "", jobs: int = 1, every: bool = False) -> list[dict[str, Any]]:
-    """One row for every spec (``every``: of :func:`every_tile`) whose name contains ``only`` and architecture, in order."""
-    specs = every_tile() if every else all_specs()
-    tasks = [(every, i, arch) for i, spec in enumerate(specs) if only in spec.name for arch in spec.archs]
+def drawn(rows: Sequence[dict[str, Any]], seed: str) -> list[dict[str, Any]]:
+    """Of ``rows`` (kernel, arch, gates) those to compile though nothing changed: at least :data:`SAMPLED` of them, the same
+    for the same seed. Among them every kernel on every architecture, with every set of gates it has there, and with each of
+    its dtypes.
+    """
+    shuffled = random.Random(seed).sample(rows, len(rows))
+    seen: set[tuple] = set()
+    first: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    for row in shuffled:
+        name, gates = row["kernel"].split("[")[0], tuple(row["gates"])
+        kinds = {(name, row["arch"], gates), (name, gates, *re.findall("bf16|fp16|fp32", row["kernel"]))}
+        (others if kinds <= seen else first).append(row)
+        seen |= kinds
+    return first + others[: max(0, math.ceil(SAMPLED * len(rows)) - len(first))]
+
+
+def sources_digest() -> str:
+    """Of the text of every file beside this one: what the sample is drawn with."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def _settle(rows: list[dict[str, Any]], table: Sequence[Mapping[str, str]]) -> None:
+    """Give those of ``rows`` that need no compiling their figures from ``table``; mark the sample of them as drawn."""
+    before = {(r["triton"], r["kernel"], int(r["arch"])): r for r in table}
+    unchanged = []
+    for row in rows:
+        was = before.get((row["triton"], row["kernel"], row["arch"]))
+        if was is not None and was["inputs"] == row["inputs"] and was["seal"] == seal(was):
+            row |= {figure: int(was[figure]) for figure in FIGURES}
+            unchanged.append(row)
+    for row in drawn(unchanged, f"{sources_digest()} {triton.__version__}"):
+        row["drawn"] = True
+
+
+def compile_all(
+    only: str = "", jobs: int = 1, every: bool = False, table: Path | None = None, plan: bool = False
+) -> list[dict[str, Any]]:
+    """One row for every spec (``every``: of :func:`every_tile`) whose name contains ``only`` and architecture, in order.
+
+    With ``table`` the figures of rows that it has of the same inputs are taken from there, but for a sample;
+    ``row["compiled"]`` says whether they come from a compiler. With ``plan`` nothing is compiled: rows that would be have no
+    figures, or are ``drawn``.
+    """
+    picked = [i for i, spec in enumerate(_specs(every)) if only in spec.name]
     if jobs == 1:
-        return [_row(task) for task in tasks]
+        return _compile_all(map, every, picked, table, plan)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(_row, tasks, chunksize=len(ARCHITECTURES)))
+        return _compile_all(pool.map, every, picked, table, plan)
+
+
+def _compile_all(run: Any, every: bool, picked: list[int], table: Path | None, plan: bool) -> list[dict[str, Any]]:
+    known = list(run(_known, [(every, i) for i in picked]))
+    rows = [row for of_spec in known for row in of_spec]
+    if table is not None:
+        _settle(rows, read_csv(table))
+    if not plan:
+        indices = [i for i, of_spec in zip(picked, known, strict=True) for _ in of_spec]
+        wanted = [(row, i) for row, i in zip(rows, indices, strict=True) if row["drawn"] or "registers" not in row]
+        for (row, _), found in zip(wanted, run(_row, [(every, i, row["arch"]) for row, i in wanted]), strict=True):
+            row |= found
+    return rows
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -307,13 +300,15 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def update_csv(path: Path, rows: list[dict[str, Any]], only: str = "") -> None:
     """Replace the rows of the Triton versions that ``rows`` come from, of kernels whose name contains ``only``; keep the
-    others, and all in the order of :func:`all_specs`."""
+    others, and all in the order of :func:`all_specs`. A row that fails a gate gets no digest: it will be compiled, and fail,
+    every time."""
     versions = {row["triton"] for row in rows}
     before = read_csv(path)
     order = {name: at for at, name in enumerate(dict.fromkeys(row["triton"] for row in [*before, *rows]))}
     kept = [row for row in before if row["triton"] not in versions or only not in row["kernel"]]
     place = {spec.name: at for at, spec in enumerate(all_specs())}
-    table = [*kept, *rows]
+    new = [row | {"inputs": "" if faults(row) else row["inputs"]} for row in rows]
+    table = [*kept, *(row | {"seal": seal(row)} for row in new)]
     table.sort(key=lambda row: (order[row["triton"]], place.get(row["kernel"], len(place)), int(row["arch"])))
     with path.open("w", newline="") as f:
         writer = csv.DictWriter(f, COLUMNS, lineterminator="\n", extrasaction="ignore")
@@ -328,10 +323,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--every-tile", action="store_true", help="all tiles that launches choose from: half an hour")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--table", type=Path, help="compile what is not in that table with these inputs, and a sample")
+    parser.add_argument("--plan", action="store_true", help="compile nothing: say which rows would be, and why")
     args = parser.parse_args(argv)
-    rows = compile_all(args.only, args.jobs, args.every_tile)
+    if args.plan and args.csv:
+        parser.error("--plan compiles nothing, so it has nothing for --csv")
+    rows = compile_all(args.only, args.jobs, args.every_tile, args.table, args.plan)
     for row in rows:
-        print(*(row[c] for c in COLUMNS), *row.get("narrow", ()), *row["undefined"], sep="\t")
+        why = "drawn" if row["drawn"] else "compiled" if "registers" not in row or row["compiled"] else "as recorded"
+        figures = (row.get(c, "") for c in COLUMNS[:-1])
+        print(*figures, why, *row["narrow"], *row.get("undefined", ()), sep="\t")
     if args.csv:
         update_csv(args.csv, rows, args.only)
     if args.json:

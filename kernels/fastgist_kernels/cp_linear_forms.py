@@ -38,7 +38,7 @@ def aligned(t: torch.Tensor) -> bool:
     one side (not so where one number is expanded), and a multiple of 16 of them from there to the next.
 
     Else every load of the loop goes through registers: tiles with BLOCK_K = 64 then spill and, where u is not aligned
-    either, meet a fault of ptxas 12.8 (see :func:`fastgist_kernels.aot.undefined_uniform`).
+    either, meet a fault of ptxas 12.8 (see :func:`fastgist_kernels.aot_gates.undefined_uniform`).
     """
     return t.data_ptr() % 16 == 0 and 1 in t.stride() and all(s == 1 or s % 16 == 0 for s in t.stride())
 
