@@ -167,7 +167,7 @@ def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:
     """The implementation that ``op`` takes for ``tensor``. An explicit ``impl`` that cannot run raises RuntimeError."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    return _resolve(op, impl, tensor.device.type, tensor.dtype)
+    return _resolve(op, impl, "cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype)  # .device takes as long
 
 
 def serves(op: str, impl: str, tensor: torch.Tensor) -> bool:

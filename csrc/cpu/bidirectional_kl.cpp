@@ -31,14 +31,14 @@ struct BidirectionalKl {
   }
 
   template <bool kFma, int kBytes>
-  FASTGIST_INLINE void add(Sums& sums, const Looked<A>& block, A* p_hat, A* q_hat, A*) const {
-    sums.pair.template raise<false, kFma>(block.seen.m_z, block.seen.m_o, over_t);
-    sums.pair.template add<kFma, kBytes>(block.z, block.o, block.n, block.next, over_t, block.seen.least, p_hat, q_hat);
+  FASTGIST_INLINE BlockSums<A> add(Sums& sums, const Looked<A>& block, A* p_hat, A* q_hat, A*) const {
+    sums.pair.template raise<false>(block.seen.m_z, block.seen.m_o, over_t);
+    return sums.pair.template add<kFma, kBytes>(block.z, block.o, block.n, block.next, over_t, block.seen.least, p_hat,
+                                                q_hat);
   }
 
-  template <bool kFma>
   FASTGIST_INLINE void merge(Sums& sums, const Sums& next) const {
-    sums.pair.template merge<false, kFma>(next.pair, over_t);
+    sums.pair.template merge<false>(next.pair, over_t);
   }
 
   A summary(int64_t, const Sums& sums, double* stats) const {
@@ -70,6 +70,28 @@ struct BidirectionalKl {
     }
   }
 
+#if FASTGIST_X86_DISPATCH
+  template <bool kGradZ, bool kGradO, bool kPlain>
+  static FASTGIST_TARGET_AVX512 void finish_avx512(const Block<A>& block, const Scalars& row, A over_p, A over_q) {
+    A *const grad_z = block.grad_z, *const grad_o = block.grad_o;
+    const __m512 m_z = _mm512_set1_ps(row.m_z), m_o = _mm512_set1_ps(row.m_o);
+    const __m512 e_p = _mm512_set1_ps(row.e_p), e_q = _mm512_set1_ps(row.e_q), t = _mm512_set1_ps(row.t);
+    const __m512 of_p = _mm512_set1_ps(over_p), of_q = _mm512_set1_ps(over_q);
+    by_quads(block.z, block.o, block.p, block.q, block.n, {row.m_z, row.m_o},
+             [&](const Quad512& x, int64_t at, __mmask16 in) FASTGIST_TARGET_AVX512 FASTGIST_INLINE_BODY {
+               const __m512 d = gap512<kPlain>(x, m_z, m_o);
+               const __m512 p = _mm512_mul_ps(x.p, of_p), q = _mm512_mul_ps(x.q, of_q);
+               const __m512 t_gap = _mm512_mul_ps(_mm512_sub_ps(p, q), t);
+               if (kGradZ) {
+                 _mm512_mask_storeu_ps(grad_z + at, in, _mm512_fmadd_ps(p, _mm512_sub_ps(d, e_p), t_gap));
+               }
+               if (kGradO) {
+                 _mm512_mask_storeu_ps(grad_o + at, in, _mm512_fmsub_ps(q, _mm512_sub_ps(e_q, d), t_gap));
+               }
+             });
+  }
+#endif
+
   template <bool kFma, int kBytes, bool kGradZ, bool kGradO, bool kPlain = false>
   static FASTGIST_INLINE void finish(const Block<A>& block, const Scalars& row) {
     constexpr int kWidth = kLanes<kBytes, A>;
@@ -77,6 +99,11 @@ struct BidirectionalKl {
     A *grad_z = block.grad_z, *grad_o = block.grad_o;
     const A of_p = row.of_p * block.moved_p, of_q = row.of_q * block.moved_q;
     const A m_z = row.m_z, m_o = row.m_o, e_p = row.e_p, e_q = row.e_q, t = row.t;
+#if FASTGIST_X86_DISPATCH
+    if constexpr (kBytes == 64 && std::is_same_v<A, float>) {
+      return finish_avx512<kGradZ, kGradO, kPlain>(block, row, of_p, of_q);
+    }
+#endif
     by_vectors<kWidth>(block.n, [&](auto part, int64_t at, int left) FASTGIST_INLINE_BODY {
 #pragma omp simd
       for (int j = 0; j < kWidth; ++j) {

@@ -34,6 +34,51 @@ struct GistScalars {
   A nothing;  // the gradient of a side without a term: 0, but NaN where the row's target is no class
 };
 
+#if FASTGIST_X86_DISPATCH
+template <int kPower>
+FASTGIST_AVX512_INLINE __m512 exp_unit512(__m512 at_t) {
+  const __m512 squared = _mm512_mul_ps(at_t, at_t);
+  if constexpr (kPower == 1) return at_t;
+  if constexpr (kPower == 3) return _mm512_mul_ps(squared, at_t);
+  if constexpr (kPower == 4) return _mm512_mul_ps(squared, squared);
+  return squared;
+}
+
+// finish_both() below for floats in AVX-512, where the exponentials at temperature 1 are powers of those that there
+// are.
+template <int kPower, bool kEven, bool kPlain>
+FASTGIST_TARGET_AVX512 void finish_both_avx512(const Block<float>& block, const GistScalars<float>& row,
+                                               const float* weights, float over_p, float over_q, float over_unit_p,
+                                               float over_unit_q) {
+  float *const grad_z = block.grad_z, *const grad_o = block.grad_o;
+  const __m512 m_z = _mm512_set1_ps(row.z.centre), m_o = _mm512_set1_ps(row.o.centre);
+  const __m512 of_p = _mm512_set1_ps(over_p), of_q = _mm512_set1_ps(over_q), t = _mm512_set1_ps(row.t);
+  const __m512 unit_p = _mm512_set1_ps(over_unit_p), unit_q = _mm512_set1_ps(over_unit_q);
+  const __m512 mean_z = _mm512_set1_ps(row.z.mean), less_mean_o = _mm512_set1_ps(-row.o.mean);
+  const __m512 beta_z = _mm512_set1_ps(row.z.beta_tt), beta_o = _mm512_set1_ps(row.o.beta_tt);
+  const __m512 given_z = _mm512_set1_ps(kEven ? row.z.row_grad * weights[0] : row.z.row_grad);
+  const __m512 given_o = _mm512_set1_ps(kEven ? row.o.row_grad * weights[0] : row.o.row_grad);
+  by_quads(block.z, block.o, block.p, block.q, block.n, {row.z.centre, row.o.centre},
+           [&](const Quad512& x, int64_t at, __mmask16 in) FASTGIST_TARGET_AVX512 FASTGIST_INLINE_BODY {
+             const __m512 d = gap512<kPlain>(x, m_z, m_o);
+             const __m512 p = _mm512_mul_ps(x.p, of_p), q = _mm512_mul_ps(x.q, of_q);
+             const __m512 t_gap = _mm512_mul_ps(_mm512_sub_ps(p, q), t);
+             const __m512 kl_z = _mm512_fmadd_ps(p, _mm512_sub_ps(d, mean_z), t_gap);
+             const __m512 kl_o = _mm512_fmsub_ps(q, _mm512_sub_ps(less_mean_o, d), t_gap);
+             __m512 t_z = given_z, t_o = given_o;
+             if constexpr (!kEven) {
+               const __m512 each = _mm512_maskz_loadu_ps(in, weights + at);
+               t_z = _mm512_mul_ps(given_z, each);
+               t_o = _mm512_mul_ps(given_o, each);
+             }
+             const __m512 ce_z = _mm512_fmsub_ps(exp_unit512<kPower>(x.p), unit_p, t_z);
+             const __m512 ce_o = _mm512_fmsub_ps(exp_unit512<kPower>(x.q), unit_q, t_o);
+             _mm512_mask_storeu_ps(grad_z + at, in, _mm512_fmadd_ps(beta_z, kl_z, ce_z));
+             _mm512_mask_storeu_ps(grad_o + at, in, _mm512_fmadd_ps(beta_o, kl_o, ce_o));
+           });
+}
+#endif
+
 // Both sides with both terms. kEven: the weights of the block's classes are all weights[0]. kPlain: no class is -inf.
 template <int kPower, bool kEven, bool kPlain, bool kFma, int kBytes, typename A>
 FASTGIST_INLINE void finish_both(const Block<A>& block, const GistScalars<A>& row, const A* weights) {
@@ -45,6 +90,11 @@ FASTGIST_INLINE void finish_both(const Block<A>& block, const GistScalars<A>& ro
   const A even_z = row.z.row_grad * weights[0], even_o = row.o.row_grad * weights[0];
   const GistSide<A> of_z = row.z, of_o = row.o;
   const A t = row.t;
+#if FASTGIST_X86_DISPATCH
+  if constexpr (kBytes == 64 && std::is_same_v<A, float> && kPower != kUnitAnew) {
+    return finish_both_avx512<kPower, kEven, kPlain>(block, row, weights, of_p, of_q, unit_p, unit_q);
+  }
+#endif
   constexpr int kWidth = kLanes<kBytes, A>;
   by_vectors<kWidth>(block.n, [&](auto part, int64_t at, int left) FASTGIST_INLINE_BODY {
 #pragma omp simd

@@ -136,11 +136,11 @@ struct GistLoss {
   FASTGIST_INLINE bool counts(int64_t row) const { return RowTarget(in, row).counts; }
 
   template <bool kFma, int kBytes>
-  FASTGIST_INLINE void add(Sums& sums, const Looked<A>& block, A* p_hat, A* q_hat, A* buffer) const {
+  FASTGIST_INLINE BlockSums<A> add(Sums& sums, const Looked<A>& block, A* p_hat, A* q_hat, A* buffer) const {
     const A *z = block.z, *o = block.o;
     const int64_t n = block.n;
-    sums.dots.raise(sums.pair.template raise<true, kFma>(block.seen.m_z, block.seen.m_o, over_t));
-    const auto added =
+    sums.dots.raise(sums.pair.template raise<true>(block.seen.m_z, block.seen.m_o, over_t));
+    const BlockSums<A> added =
         sums.pair.template add<kFma, kBytes>(z, o, n, block.next, over_t, block.seen.least, p_hat, q_hat);
     switch (power) {
       case 1:
@@ -164,11 +164,11 @@ struct GistLoss {
     } else if (in.label_smoothing != 0) {
       sums.dots.template add_even<kBytes>(z, o, in.label_smoothing / in.every_class, n, c_z, c_o);
     }
+    return added;
   }
 
-  template <bool kFma>
   FASTGIST_INLINE void merge(Sums& sums, Sums next) const {
-    const auto [ours, theirs] = sums.pair.template merge<true, kFma>(next.pair, over_t);
+    const auto [ours, theirs] = sums.pair.template merge<true>(next.pair, over_t);
     sums.dots.raise(ours);
     next.dots.raise(theirs);
     sums.dots.dot_z += next.dots.dot_z;

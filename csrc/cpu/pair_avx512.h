@@ -1,10 +1,10 @@
-// The two loops of pair_rows.h that take exponentials of float, in AVX-512. The compiler's own (lanes.h) are bound by
-// fused products, eight an exponential. Here 2^(i / 32) comes out of a table that two registers hold, so the rest is
-// within 1 / 64 and a polynomial of degree 2 does: six. No loop that a compiler vectorises reads a table in registers.
+// The loops of pair_rows.h that take exponentials of float, in AVX-512. The compiler's own (lanes.h) are bound by fused
+// products, eight an exponential. Here 2^(i / 32) comes out of a table that two registers hold, so the rest is within
+// 1 / 64 and a polynomial of degree 2 does: six. No loop that a compiler vectorises reads a table in registers. Nor
+// does it load what it needs turns ahead: by_quads() does, for the gradients.
 #pragma once
 
 #include "../bidirectional_kl.h"
-#include "lanes.h"
 #include "pair_sums.h"
 #include "simd.h"
 
@@ -78,35 +78,74 @@ class Exp512 {
   }
 };
 
-FASTGIST_AVX512_INLINE float sum(__m512 x) {
-  Lanes<float, 16> all;
-  _mm512_store_ps(all.lane, x);
-  return all.sum();
+FASTGIST_AVX512_INLINE double sum(__m512 x) {
+  const __m256 low = _mm512_maskz_extractf32x8_ps(0xFF, x, 0), high = _mm512_maskz_extractf32x8_ps(0xFF, x, 1);
+  return _mm512_reduce_add_pd(
+      _mm512_maskz_add_pd(0xFF, _mm512_maskz_cvtps_pd(0xFF, low), _mm512_maskz_cvtps_pd(0xFF, high)));
 }
 
 FASTGIST_AVX512_INLINE __mmask16 lanes_left(int64_t left) {
   return left >= 16 ? kAll : static_cast<__mmask16>((1u << left) - 1);
 }
 
+// A vector of each side's logits.
+struct Pair512 {
+  __m512 z, o;
+};
+
+FASTGIST_AVX512_INLINE Pair512 load_pair(const float* z, const float* o, int64_t at) {
+  return {_mm512_loadu_ps(z + at), _mm512_loadu_ps(o + at)};
+}
+
+// Extremes a lane. As extremes() has them: NaN never wins.
+class Seen512 {
+  __m512 m_z_ = _mm512_set1_ps(-kInf<float>), m_o_ = m_z_, least_ = _mm512_set1_ps(kInf<float>);
+
+ public:
+  FASTGIST_AVX512_INLINE Seen512() {}
+  FASTGIST_AVX512_INLINE void add(const Pair512& x) {
+    m_z_ = _mm512_maskz_max_ps(kAll, x.z, m_z_);
+    m_o_ = _mm512_maskz_max_ps(kAll, x.o, m_o_);
+    least_ = _mm512_maskz_min_ps(kAll, _mm512_maskz_min_ps(kAll, x.z, x.o), least_);
+  }
+  FASTGIST_AVX512_INLINE void add_some(const float* z, const float* o, int64_t at, __mmask16 in) {
+    const __m512 a = _mm512_mask_loadu_ps(m_z_, in, z + at), b = _mm512_mask_loadu_ps(m_o_, in, o + at);
+    m_z_ = _mm512_maskz_max_ps(kAll, a, m_z_);
+    m_o_ = _mm512_maskz_max_ps(kAll, b, m_o_);
+    least_ = _mm512_mask_min_ps(least_, in, _mm512_maskz_min_ps(kAll, a, b), least_);
+  }
+  FASTGIST_AVX512_INLINE Extremes<float> all() const {
+    return {_mm512_reduce_max_ps(m_z_), _mm512_reduce_max_ps(m_o_), _mm512_reduce_min_ps(least_)};
+  }
+};
+
+// Vectors are loaded three turns before their own. A processor takes a load for one of what was just stored where the
+// addresses agree in their last twelve bits, whatever is above these, and lets it wait for the store: where gradients
+// lie some vectors behind the logits, as an allocator has them, each turn would wait for the one before.
+constexpr int64_t kTurnsAhead = 3;
+// What is asked for ahead of a look at it: four lines, since memory's own prefetching is good at what is further.
+constexpr int64_t kFetchAhead = 64;
+
+// The upcoming block's maxima are looked for in the same loop, since a loop of its own would be as long for its loads
+// and comparisons as these are for free beside fused products.
 template <bool kNormal>
 FASTGIST_TARGET_AVX512 BlockSums<float> sums_avx512(const float* z, const float* o, int64_t n, Centres<float> about,
-                                                    const Upcoming<float>& next, const ExpScale<float>& over_t,
+                                                    const Upcoming<float>& upcoming, const ExpScale<float>& over_t,
                                                     float* p_hat, float* q_hat) {
   const Exp512 exp(over_t);
   const __m512 c_z = _mm512_set1_ps(about.z), c_o = _mm512_set1_ps(about.o);
-  const __m512 infinite = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  const __m512 infinite = _mm512_set1_ps(-kInf<float>);
   __m512 sum_p = _mm512_setzero_ps(), sum_q = sum_p, sum_pd = sum_p, sum_qd = sum_p;
   unsigned lone = 0;
-  const auto step = [&](int64_t at, __mmask16 in) FASTGIST_TARGET_AVX512 FASTGIST_INLINE_BODY {
-    const __m512 a = _mm512_mask_loadu_ps(c_z, in, z + at), b = _mm512_mask_loadu_ps(c_o, in, o + at);
-    const __m512 zc = _mm512_sub_ps(a, c_z), oc = _mm512_sub_ps(b, c_o);
+  const auto step = [&](Pair512 x, int64_t at, __mmask16 in) FASTGIST_TARGET_AVX512 FASTGIST_INLINE_BODY {
+    const __m512 zc = _mm512_sub_ps(x.z, c_z), oc = _mm512_sub_ps(x.o, c_o);
     __m512 d = _mm512_sub_ps(zc, oc), p, q;
     if constexpr (kNormal) {
       p = exp.normal(zc);
       q = exp.normal(oc);
     } else {
-      const __mmask16 no_z = _mm512_cmp_ps_mask(a, infinite, _CMP_EQ_OQ);
-      const __mmask16 no_o = _mm512_cmp_ps_mask(b, infinite, _CMP_EQ_OQ);
+      const __mmask16 no_z = _mm512_cmp_ps_mask(x.z, infinite, _CMP_EQ_OQ);
+      const __mmask16 no_o = _mm512_cmp_ps_mask(x.o, infinite, _CMP_EQ_OQ);
       d = _mm512_maskz_mov_ps(static_cast<__mmask16>(~(no_z | no_o)), d);
       lone |= no_z ^ no_o;
       p = exp.any(zc);
@@ -119,13 +158,74 @@ FASTGIST_TARGET_AVX512 BlockSums<float> sums_avx512(const float* z, const float*
     sum_pd = _mm512_fmadd_ps(p, d, sum_pd);  // a lane that is out stands at the centres: its d is 0
     sum_qd = _mm512_fmadd_ps(q, d, sum_qd);
   };
+  // Where less comes than is here, the block is looked at once more instead: nobody wants what is seen.
+  const bool looks = upcoming.n >= n;
+  const Upcoming<float> next = looks ? upcoming : Upcoming<float>{z, o, 0};
+  Seen512 seen;
   int64_t at = 0;
-  for (; at + 16 <= n; at += 16) {
-    next.fetch(at);
-    step(at, kAll);
+  if (n >= 16 * (kTurnsAhead + 1)) {
+    Pair512 first = load_pair(z, o, 0), second = load_pair(z, o, 16), third = load_pair(z, o, 32);
+    for (; at + 16 * (kTurnsAhead + 1) <= n; at += 16) {
+      const Pair512 fourth = load_pair(z, o, at + 16 * kTurnsAhead);
+      next.fetch(at + kFetchAhead);
+      seen.add(load_pair(next.z, next.o, at));
+      step(first, at, kAll);
+      first = second;
+      second = third;
+      third = fourth;
+    }
   }
-  if (at < n) step(at, lanes_left(n - at));
-  return {sum(sum_p), sum(sum_q), sum(sum_pd), sum(sum_qd), lone != 0};
+  int64_t looked_at = at;
+  for (; at + 16 <= n; at += 16) step(load_pair(z, o, at), at, kAll);
+  if (at < n) {
+    const __mmask16 in = lanes_left(n - at);
+    step({_mm512_mask_loadu_ps(c_z, in, z + at), _mm512_mask_loadu_ps(c_o, in, o + at)}, at, in);
+  }
+  for (; looked_at + 16 <= next.n; looked_at += 16) seen.add(load_pair(next.z, next.o, looked_at));
+  if (looked_at < next.n) seen.add_some(next.z, next.o, looked_at, lanes_left(next.n - looked_at));
+  return {sum(sum_p), sum(sum_q), sum(sum_pd), sum(sum_qd), lone != 0, looks, seen.all()};
+}
+
+// Four vectors of a block: both sides' logits and exponentials. Lanes that are out hold `m_z`, `m_o`, 0 and 0.
+struct Quad512 {
+  __m512 z, o, p, q;
+};
+
+// gap() of pair_rows.h.
+template <bool kPlain>
+FASTGIST_AVX512_INLINE __m512 gap512(const Quad512& x, __m512 m_z, __m512 m_o) {
+  const __m512 d = _mm512_sub_ps(_mm512_sub_ps(x.z, m_z), _mm512_sub_ps(x.o, m_o));
+  if constexpr (kPlain) return d;
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.z, _mm512_set1_ps(-kInf<float>), _CMP_NEQ_UQ), d);
+}
+
+// step(quad, at, lanes) for all of a block, whose results may be stored where the exponentials lie. In no loop that
+// ends in a store is a load other than these: see kTurnsAhead.
+template <typename Step>
+FASTGIST_AVX512_INLINE void by_quads(const float* z, const float* o, const float* p, const float* q, int64_t n,
+                                     Centres<float> m, const Step& step) {
+  const __m512 m_z = _mm512_set1_ps(m.z), m_o = _mm512_set1_ps(m.o);
+  const auto whole = [&](int64_t at) FASTGIST_TARGET_AVX512 FASTGIST_INLINE_BODY {
+    return Quad512{_mm512_loadu_ps(z + at), _mm512_loadu_ps(o + at), _mm512_loadu_ps(p + at), _mm512_loadu_ps(q + at)};
+  };
+  int64_t at = 0;
+  if (n >= 16 * (kTurnsAhead + 1)) {
+    Quad512 first = whole(0), second = whole(16), third = whole(32);
+    for (; at + 16 * (kTurnsAhead + 1) <= n; at += 16) {
+      const Quad512 fourth = whole(at + 16 * kTurnsAhead);
+      step(first, at, kAll);
+      first = second;
+      second = third;
+      third = fourth;
+    }
+  }
+  for (; at + 16 <= n; at += 16) step(whole(at), at, kAll);
+  if (at < n) {
+    const __mmask16 in = lanes_left(n - at);
+    step(Quad512{_mm512_mask_loadu_ps(m_z, in, z + at), _mm512_mask_loadu_ps(m_o, in, o + at),
+                 _mm512_maskz_loadu_ps(in, p + at), _mm512_maskz_loadu_ps(in, q + at)},
+         at, in);
+  }
 }
 
 // e^((x - c) / T).

@@ -13,10 +13,12 @@
 //     A, Inputs, Sums (over a stretch), Scalars (behind a row's gradients), kStatRows, a constructor from Inputs
 //     pair                                       the logits
 //     counts(row)                                whether a row's logits are looked at at all
-//     add<kFma, kBytes>(sums, block, p_hat, q_hat, buffer)    a block that was looked at; its centres are then in
-//     sums.pair merge<kFma>(sums, next)                    the sums of the stretch that follows summary(row, sums,
-//     stats)                  the row's loss; and into stats what its gradients need scalars(row, stats, row_grad) the
-//     same, ready for use needs_p(of_z, of_o), needs_q(of_z, of_o)   which exponentials these gradients are made of
+//     add<kFma, kBytes>(sums, block, p_hat, q_hat, buffer)    a block that was looked at, as BlockSums; its centres are
+//                                                             then in sums.pair
+//     merge(sums, next)                          the sums of the stretch that follows
+//     summary(row, sums, stats)                  the row's loss; and into stats what its gradients need
+//     scalars(row, stats, row_grad)              the same, ready for use
+//     needs_p(of_z, of_o), needs_q(of_z, of_o)   which exponentials these gradients are made of
 //     finish<kFma, kBytes>(block, scalars)       the gradients of a Block
 #pragma once
 
@@ -119,7 +121,7 @@ struct Looked {
   const A* z = nullptr;
   const A* o = nullptr;
   Extremes<A> seen;
-  Upcoming<A> next = {nullptr, nullptr};
+  Upcoming<A> next = {nullptr, nullptr, 0};
 };
 
 // What follows a block in memory: more of its row, or the next row. Where there are no more rows, where classes are not
@@ -128,10 +130,20 @@ template <typename A>
 Upcoming<A> upcoming(const LogitPair& in, const Looked<A>& block) {
   const bool direct =
       (in.dtype == DType::kFloat32 || in.dtype == DType::kFloat64) && in.z_stride_v == 1 && in.o_stride_v == 1;
-  if (!direct) return {block.z, block.o};
-  if (block.start + block.n < in.classes) return {block.z + block.n, block.o + block.n};
-  if (block.row + 1 >= in.rows) return {block.z, block.o};
-  return {block.z - block.start + in.z_stride_m, block.o - block.start + in.o_stride_m};
+  const int64_t end = block.start + block.n;
+  if (direct && end < in.classes) return {block.z + block.n, block.o + block.n, std::min(kBlock, in.classes - end)};
+  if (!direct || block.row + 1 >= in.rows) return {block.z, block.o, 0};
+  return {block.z - block.start + in.z_stride_m, block.o - block.start + in.o_stride_m, std::min(kBlock, in.classes)};
+}
+
+// That block, once its extremes are known.
+template <typename A>
+Looked<A> after(const LogitPair& in, const Looked<A>& block, const Extremes<A>& seen) {
+  const bool same_row = block.start + block.n < in.classes;
+  Looked<A> found = {
+      block.row + !same_row, same_row ? block.start + block.n : 0, block.next.n, block.next.z, block.next.o, seen};
+  found.next = upcoming(in, found);
+  return found;
 }
 
 template <typename Op>
@@ -149,33 +161,26 @@ struct Look {
 };
 
 // The sums over classes [begin, end) of a row, a stretch; the centres that each of its blocks saw go into `centres`.
-// `ahead` may be the first block, looked at already.
+// `ahead` may be the first block, looked at already, and may be left as the one behind the last.
 template <typename Op>
 struct AddStretch {
   using A = typename Op::A;
 
   template <bool kFma, int kBytes>
-  static FASTGIST_INLINE void rows(const Op& op, int64_t row, int64_t begin, int64_t end, const Looked<A>& ahead,
+  static FASTGIST_INLINE void rows(const Op& op, int64_t row, int64_t begin, int64_t end, Looked<A>& ahead,
                                    const Parked<A>& parked, Centres<A>* centres, Buffers<A>& buffers,
                                    typename Op::Sums& sums) {
-    Looked<A> block = ahead;
     for (int64_t start = begin; start < end; start += kBlock) {
-      if (block.row != row || block.start != start) {
+      if (ahead.row != row || ahead.start != start) {
         const int64_t n = std::min(kBlock, end - start);
-        Look<Op>::template rows<kFma, kBytes>(op, row, start, n, buffers.z, buffers.o, block);
+        Look<Op>::template rows<kFma, kBytes>(op, row, start, n, buffers.z, buffers.o, ahead);
       }
+      const Looked<A> block = ahead;
       const Parked<A> hats = parked.from(start, {buffers.p, buffers.q});
-      op.template add<kFma, kBytes>(sums, block, hats.p, hats.q, buffers.weights);
+      const BlockSums<A> added = op.template add<kFma, kBytes>(sums, block, hats.p, hats.q, buffers.weights);
+      if (added.looked) ahead = after(op.pair, block, added.upcoming);
       centres[start / kBlock] = {centre(sums.pair.m_z), centre(sums.pair.m_o)};
     }
-  }
-};
-
-template <typename Op>
-struct MergeStretch {
-  template <bool kFma, int>
-  static FASTGIST_INLINE void rows(const Op& op, typename Op::Sums& sums, const typename Op::Sums& next) {
-    op.template merge<kFma>(sums, next);
   }
 };
 
@@ -210,8 +215,8 @@ struct FinishStretch {
                               o,
                               hats.p,
                               hats.q,
-                              moved<kFma>(about.z, of_row.z, op.over_t),
-                              moved<kFma>(about.o, of_row.o, op.over_t),
+                              moved(about.z, of_row.z, op.over_t),
+                              moved(about.o, of_row.o, op.over_t),
                               job.to_z.place(offset, buffers.grad_z),
                               job.to_o.place(offset, buffers.grad_o),
                               plain,
@@ -289,9 +294,10 @@ void whole_rows(const Job<Op>& job, int64_t row_begin, int64_t row_end) {
         typename Op::Sums next;
         typename Op::Sums& of_stretch = begin == 0 ? sums : next;
         run_rows<AddStretch<Op>>(job.op, row, begin, end, ahead, parked, centres.get(), buffers, of_stretch);
-        if (begin != 0) run_rows<MergeStretch<Op>>(job.op, sums, next);
+        if (begin != 0) job.op.merge(sums, next);
       }
-      if (row + 1 < row_end && job.op.counts(row + 1)) {
+      const bool known = ahead.row == row + 1 && ahead.start == 0;
+      if (!known && row + 1 < row_end && job.op.counts(row + 1)) {
         run_rows<Look<Op>>(job.op, row + 1, 0, std::min(kBlock, classes), buffers.ahead_z, buffers.ahead_o, ahead);
       }
       sum_up(job, row, sums, centres.get(), stats);
@@ -315,8 +321,9 @@ void stretch_sums(Job<Op>& job, int64_t task_begin, int64_t task_end) {
     const int64_t row = task / job.stretches(), begin = task % job.stretches() * kStretch;
     if (!job.op.counts(row)) continue;
     const int64_t end = std::min(begin + kStretch, job.pair().classes);
-    run_rows<AddStretch<Op>>(job.op, row, begin, end, Looked<A>{}, job.parked(row, nullptr),
-                             &job.centres[row * job.blocks()], buffers, job.sums[task]);
+    Looked<A> ahead;
+    run_rows<AddStretch<Op>>(job.op, row, begin, end, ahead, job.parked(row, nullptr), &job.centres[row * job.blocks()],
+                             buffers, job.sums[task]);
   }
 }
 
@@ -330,7 +337,7 @@ void merge_rows(Job<Op>& job) {
     if (job.op.counts(row)) {
       typename Op::Sums& sums = job.sums[row * stretches];
       for (int64_t s = 1; s < stretches; ++s) {
-        run_rows<MergeStretch<Op>>(job.op, sums, job.sums[row * stretches + s]);
+        job.op.merge(sums, job.sums[row * stretches + s]);
       }
       sum_up(job, row, sums, &job.centres[row * job.blocks()], stats);
     }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "../bidirectional_kl.h"
@@ -13,21 +14,11 @@
 
 namespace fastgist::cpu {
 
-template <typename A>
-constexpr A kInf = std::numeric_limits<A>::infinity();
-
 // The point to centre on: 0 while a side has shown nothing but -inf.
 template <typename A>
 FASTGIST_INLINE A centre(A max) {
   return max == -kInf<A> ? A(0) : max;
 }
-
-// The maxima of a block's two sides, and the least of all its logits. NaN never wins a comparison, so it stays out of
-// these and shows in the sums.
-template <typename A>
-struct Extremes {
-  A m_z = -kInf<A>, m_o = -kInf<A>, least = kInf<A>;
-};
 
 template <int kBytes, typename A>
 FASTGIST_INLINE Extremes<A> extremes(const A* z, const A* o, int64_t n) {
@@ -94,7 +85,7 @@ struct OnlinePair {
   };
 
   // Move the sums to new maxima. When the maxima rise by (a, b), p^ shrinks by exp(-a / T) and d by a - b.
-  template <bool kUnit, bool kFma>
+  template <bool kUnit>
   FASTGIST_INLINE Rise raise(A block_m_z, A block_m_o, const ExpScale<A>& over_t) {
     if (!(block_m_z > m_z) && !(block_m_o > m_o)) return {A(0), A(0)};
     const bool nothing_yet = m_z == -kInf<A> && m_o == -kInf<A>;
@@ -105,16 +96,16 @@ struct OnlinePair {
     if (nothing_yet) return {rise_z, rise_o};  // the sums are 0 or NaN: no factor would change them
     // min: where the old centre 0 stood for -inf, rise may be positive; the sums are 0 there and stay 0.
     const A down_z = std::min(rise_z, A(0)), down_o = std::min(rise_o, A(0));
-    const A alpha_p = exp_scaled<kFma>(down_z, over_t);
-    const A alpha_q = exp_scaled<kFma>(down_o, over_t);
+    // In double: where maxima rise all along a row, as many factors come together as it has blocks.
+    const double alpha_p = std::exp(down_z * over_t.inv_t), alpha_q = std::exp(down_o * over_t.inv_t);
     const double shift = (static_cast<double>(old_z) - centre(m_z)) - (static_cast<double>(old_o) - centre(m_o));
     w_p = alpha_p * (w_p + shift * s_p);
     w_q = alpha_q * (w_q + shift * s_q);
     s_p *= alpha_p;
     s_q *= alpha_q;
     if constexpr (kUnit) {
-      unit_z *= exp_nonpositive<kFma>(down_z);
-      unit_o *= exp_nonpositive<kFma>(down_o);
+      unit_z *= std::exp(static_cast<double>(down_z));
+      unit_o *= std::exp(static_cast<double>(down_o));
     }
     return {rise_z, rise_o};
   }
@@ -214,10 +205,10 @@ struct OnlinePair {
   }
 
   // Take in the sums over the classes that follow. Returns how far either's centres had to move.
-  template <bool kUnit, bool kFma>
+  template <bool kUnit>
   FASTGIST_INLINE std::pair<Rise, Rise> merge(OnlinePair next, const ExpScale<A>& over_t) {
-    const Rise ours = raise<kUnit, kFma>(next.m_z, next.m_o, over_t);
-    const Rise theirs = next.template raise<kUnit, kFma>(m_z, m_o, over_t);
+    const Rise ours = raise<kUnit>(next.m_z, next.m_o, over_t);
+    const Rise theirs = next.template raise<kUnit>(m_z, m_o, over_t);
     s_p += next.s_p;
     s_q += next.s_q;
     w_p += next.w_p;
@@ -265,10 +256,10 @@ FASTGIST_INLINE void exponentials(const A* x, int64_t n, A c, const ExpScale<A>&
 }
 
 // What takes exponentials about `from` to those about the row's centre, which is no smaller.
-template <bool kFma, typename A>
+template <typename A>
 FASTGIST_INLINE A moved(A from, A to, const ExpScale<A>& over_t) {
   // min: `from` is 0 where it stands for -inf; the exponentials are 0 there and stay 0.
-  return from == to ? A(1) : exp_scaled<kFma>(std::min(from - to, A(0)), over_t);
+  return from == to ? A(1) : static_cast<A>(std::exp(std::min(from - to, A(0)) * over_t.inv_t));
 }
 
 // z - m_z less o - m_o: 0 where both are -inf. Where one is, e_p and e_q are NaN and take the whole row with them.

@@ -194,7 +194,8 @@ struct ExpScale<float> {
   float head, tail;    // log2(e) / T in two parts: one alone would make of T another temperature, 3e-8 away
   float least;         // where the exponent is -127
   float least_normal;  // from where on exp_normal holds: the exponent is -125, above any rounding of it
-  explicit ExpScale(double temperature) {
+  double inv_t;
+  explicit ExpScale(double temperature) : inv_t(1.0 / temperature) {
     const double whole = 0x1.71547652b82fep+0 / temperature;
     head = static_cast<float>(whole);
     tail = static_cast<float>(whole - head);

@@ -26,7 +26,7 @@ struct Exponentials {
     cpu::exponentials<kFma, kBytes>(x, n, 0.0f, over_t, to[1].data());
     cpu::OnlinePair<float> about;
     about.m_z = about.m_o = 0;
-    about.sums_of<true, kFma, kBytes>(x, x, n, {x, x}, over_t, to[2].data(), to[3].data());
+    about.sums_of<true, kFma, kBytes>(x, x, n, {x, x, 0}, over_t, to[2].data(), to[3].data());
   }
 };
 

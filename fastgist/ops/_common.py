@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -37,6 +38,7 @@ __all__ = [
     "scale_rows",
     "single_backward",
     "tf32_allowed",
+    "transforms_active",
 ]
 
 _LIBRARY = torch.library.Library("fastgist", "DEF")
@@ -56,13 +58,14 @@ def define(
     """
     name = schema.split("(", 1)[0]
     arguments = schema.split("(", 1)[1].rsplit(" -> ", 1)[0].split(", ")
-    directly = _without_autocast(_where_there_is_room(name, implementation, arguments))
+    directly = _guarded(name, implementation, arguments)
     mutates = "!" in schema
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     _LIBRARY.impl(name, directly, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgist::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.fastgist, name).default
-    tensors = [i for i, a in enumerate(arguments) if "Tensor" in a]
+    places = [i for i, a in enumerate(arguments) if "Tensor" in a]
+    tensors = operator.itemgetter(*places) if len(places) > 1 else operator.itemgetter(slice(places[0], places[0] + 1))
     public = public if "." in public else f"fastgist.functional.{public}"
     message = (
         f"torch.ops.fastgist.{name} computes without autograd: call {public} for gradients (in a "
@@ -86,7 +89,7 @@ def define(
     def call(*args):
         if torch.compiler.is_compiling():
             return op(*args)
-        if _nobody_listens([args[i] for i in tensors]):
+        if _nobody_listens(tensors(args)):
             return directly(*args)
         _tell_counters()
         return op(*args)
@@ -108,19 +111,14 @@ def _nobody_listens(args: Iterable[object]) -> bool:
     """Whether a raw op's implementation may be called past the dispatcher, which takes twice the host time of a launch: inside
     an autograd.Function, on ordinary tensors (``args`` are those that take one or several), with no mode, transform or tracer
     that wants to see the operator."""
-    if (
-        torch.is_grad_enabled()
-        or _count_modes()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    ):
+    if _grad_enabled() or _count_modes() or transforms_active() or _tracing_state() is not None:
         return False
     for a in args:  # a loop: a generator, and a call for each argument, took half of this function's time
         if a is None:
             continue
         kind = type(a)
         if kind in _ORDINARY:
-            if torch._C._dispatch_keys(a).raw_repr() not in _known_keys and not is_ordinary(a):  # type: ignore[arg-type]
+            if _keys_of(a).raw_repr() not in _known_keys and not is_ordinary(a):  # type: ignore[arg-type]
                 return False
         elif isinstance(a, Tensor):
             return False
@@ -135,7 +133,7 @@ def is_ordinary(t: Tensor) -> bool:
     torch's older vmap, no subclass."""
     if type(t) not in _ORDINARY:
         return False
-    keys = torch._C._dispatch_keys(t).raw_repr()
+    keys = _keys_of(t).raw_repr()
     if keys not in _known_keys:
         _know(t.device.type)
     return keys in _known_keys
@@ -153,6 +151,9 @@ def _know(device: str) -> None:
 
 _known_keys: set[int] = set()
 _ORDINARY = frozenset({Tensor, torch.nn.Parameter})
+# Looked up once: the questions are asked in every call, and half of an answer's time is the way to it.
+_grad_enabled, transforms_active = torch.is_grad_enabled, torch._C._are_functorch_transforms_active
+_tracing_state, _keys_of = torch._C._get_tracing_state, torch._C._dispatch_keys
 #: Where a version of torch cannot say, autocast may be on, and somebody may listen.
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
@@ -171,20 +172,27 @@ class _NotDifferentiable(torch.autograd.Function):
         raise RuntimeError(ctx.message)
 
 
-def _where_there_is_room(name: str, implementation: Callable, arguments: list[str]) -> Callable:
-    """Where the device has no room for any tile of a kernel that "auto" chose, say so once and take plain PyTorch; an explicit
-    impl="triton" raises. The launcher has tried smaller tiles by then, and no operator writes what it reads before its last
-    launch, so all can begin again."""
+def _guarded(name: str, implementation: Callable, arguments: list[str]) -> Callable:
+    """The implementation as both the dispatcher and those who pass it by call it.
+
+    Without autocast: dtypes are settled before a raw op is called, and autocast must not narrow a sum inside it (a matrix product
+    would be). And where the device has no room for any tile of a kernel that "auto" chose, saying so once and taking plain
+    PyTorch; an explicit impl="triton" raises. The launcher has tried smaller tiles by then, and no operator writes what it reads
+    before its last launch, so all can begin again.
+    """
     at = next((i for i, a in enumerate(arguments) if a.rstrip(")") == "str impl"), None)
-    if at is None:
-        return implementation
 
     @functools.wraps(implementation)
     def run(*args):
+        if any_autocast():
+            device_type = next(a.device.type for a in args if isinstance(a, Tensor))
+            if autocast_enabled(device_type):
+                with torch.autocast(device_type, enabled=False):
+                    return run(*args)
         try:
             return implementation(*args)
         except _no_room() as error:
-            if args[at] != "auto":
+            if at is None or args[at] != "auto":
                 raise
             _tell_once(
                 f"fastgist::{name}: this device has no room for any tile of a kernel ({error}); plain PyTorch is used "
@@ -204,22 +212,6 @@ def _no_room() -> tuple[type[Exception], ...]:
 @functools.cache
 def _tell_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
-def _without_autocast(implementation: Callable) -> Callable:
-    """Dtypes are settled before a raw op is called: autocast must not narrow a sum inside it (a matrix product would be)."""
-
-    @functools.wraps(implementation)
-    def run(*args):
-        if not any_autocast():
-            return implementation(*args)
-        device_type = next(a.device.type for a in args if isinstance(a, Tensor))
-        if not autocast_enabled(device_type):
-            return implementation(*args)
-        with torch.autocast(device_type, enabled=False):
-            return implementation(*args)
-
-    return run
 
 
 def single_backward(
@@ -328,6 +320,8 @@ _ROOTS_OF_LARGEST = {dtype: math.sqrt(torch.finfo(dtype).max) for dtype in (torc
 def check_temperature(op: str, temperature: object, dtype: torch.dtype) -> float:
     """T as a float. ``dtype``: what exponentials are taken in, where the square of T, and that of 1 / T, which a gradient is
     times, have to be numbers."""
+    if type(temperature) is float and 1e-18 < temperature < 1e18:  # as it mostly is; no root of a dtype is nearer to 1
+        return temperature
     if isinstance(temperature, Tensor):
         raise TypeError(f"{op}: temperature must be a Python number (reading a tensor would synchronise), got a Tensor")
     if not isinstance(temperature, (int, float, Real)) or isinstance(temperature, bool):

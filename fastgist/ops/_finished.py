@@ -26,8 +26,8 @@ def scaled(grads: Sequence[Tensor], factor: Tensor, dtype: torch.dtype | Sequenc
     """
     dtypes = [dtype] * len(grads) if isinstance(dtype, torch.dtype) else list(dtype)
     if is_plain(factor) and not _keeps_graph():
-        if factor.is_cpu and float(factor) == 1.0:
-            return [_as(g, d) for g, d in zip(grads, dtypes, strict=True)]
+        if factor.is_cpu and factor.item() == 1.0:
+            return [g if d is None or g.dtype == d else g.to(d) for g, d in zip(grads, dtypes, strict=True)]
         wanted = [(g, d) for g, d in zip(grads, dtypes, strict=True) if d is not None and (g.dim() == 2 or g.numel())]
         if wanted and all(g.dtype == d and _common.is_ordinary(g) for g, d in wanted):
             if factor.is_cpu:
@@ -51,7 +51,7 @@ def places(logits: Tensor, *wanted: bool) -> list[Tensor | None]:
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether these are numbers in memory that Python may look at: nobody traces, compiles or transforms."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or _common.transforms_active():
         return False
     for t in tensors:
         if not _common.is_ordinary(t):
