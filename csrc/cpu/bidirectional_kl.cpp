@@ -37,9 +37,7 @@ struct BidirectionalKl {
                                                 q_hat);
   }
 
-  FASTGIST_INLINE void merge(Sums& sums, const Sums& next) const {
-    sums.pair.template merge<false>(next.pair, over_t);
-  }
+  FASTGIST_INLINE void merge(Sums& sums, const Sums& next) const { sums.pair.template merge<false>(next.pair, over_t); }
 
   A summary(int64_t, const Sums& sums, double* stats) const {
     const auto of_row = sums.pair.divergence(inv_t);

@@ -175,10 +175,10 @@ class _NotDifferentiable(torch.autograd.Function):
 def _guarded(name: str, implementation: Callable, arguments: list[str]) -> Callable:
     """The implementation as both the dispatcher and those who pass it by call it.
 
-    Without autocast: dtypes are settled before a raw op is called, and autocast must not narrow a sum inside it (a matrix product
-    would be). And where the device has no room for any tile of a kernel that "auto" chose, saying so once and taking plain
-    PyTorch; an explicit impl="triton" raises. The launcher has tried smaller tiles by then, and no operator writes what it reads
-    before its last launch, so all can begin again.
+    Without autocast: dtypes are settled before a raw op is called, and autocast must not narrow a sum inside it (a matrix
+    product would be). And where the device has no room for any tile of a kernel that "auto" chose, saying so once and taking
+    plain PyTorch; an explicit impl="triton" raises. The launcher has tried smaller tiles by then, and no operator writes what
+    it reads before its last launch, so all can begin again.
     """
     at = next((i for i, a in enumerate(arguments) if a.rstrip(")") == "str impl"), None)
 
