@@ -236,8 +236,8 @@ GIST_LINEAR_LOSS = [
         ),
         (
             "the label on every rank",
-            "torch.where(self.has_label, self.keep, 0.0)",
-            "torch.where(self.has_label, self.keep, self.keep)",
+            "self.has_label.to(like.dtype).mul_(self.keep)",
+            "torch.ones_like(self.has_label, dtype=like.dtype).mul_(self.keep)",
             "one rank has it",
         ),
         (

@@ -78,10 +78,31 @@ class Exp512 {
   }
 };
 
+// Halves of a vector. (Intrinsics that fold one leave lanes undefined too.)
+FASTGIST_AVX512_INLINE __m256 low(__m512 x) { return _mm512_maskz_extractf32x8_ps(0xFF, x, 0); }
+FASTGIST_AVX512_INLINE __m256 high(__m512 x) { return _mm512_maskz_extractf32x8_ps(0xFF, x, 1); }
+
 FASTGIST_AVX512_INLINE double sum(__m512 x) {
-  const __m256 low = _mm512_maskz_extractf32x8_ps(0xFF, x, 0), high = _mm512_maskz_extractf32x8_ps(0xFF, x, 1);
-  return _mm512_reduce_add_pd(
-      _mm512_maskz_add_pd(0xFF, _mm512_maskz_cvtps_pd(0xFF, low), _mm512_maskz_cvtps_pd(0xFF, high)));
+  const __m512d halves =
+      _mm512_maskz_add_pd(0xFF, _mm512_maskz_cvtps_pd(0xFF, low(x)), _mm512_maskz_cvtps_pd(0xFF, high(x)));
+  const __m256d four =
+      _mm256_add_pd(_mm512_maskz_extractf64x4_pd(0xF, halves, 0), _mm512_maskz_extractf64x4_pd(0xF, halves, 1));
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+
+FASTGIST_AVX512_INLINE float largest(__m512 x) {
+  const __m256 eight = _mm256_max_ps(low(x), high(x));
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+FASTGIST_AVX512_INLINE float smallest(__m512 x) {
+  const __m256 eight = _mm256_min_ps(low(x), high(x));
+  const __m128 four = _mm_min_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
 }
 
 FASTGIST_AVX512_INLINE __mmask16 lanes_left(int64_t left) {
@@ -114,9 +135,7 @@ class Seen512 {
     m_o_ = _mm512_maskz_max_ps(kAll, b, m_o_);
     least_ = _mm512_mask_min_ps(least_, in, _mm512_maskz_min_ps(kAll, a, b), least_);
   }
-  FASTGIST_AVX512_INLINE Extremes<float> all() const {
-    return {_mm512_reduce_max_ps(m_z_), _mm512_reduce_max_ps(m_o_), _mm512_reduce_min_ps(least_)};
-  }
+  FASTGIST_AVX512_INLINE Extremes<float> all() const { return {largest(m_z_), largest(m_o_), smallest(least_)}; }
 };
 
 // Vectors are loaded three turns before their own. A processor takes a load for one of what was just stored where the
@@ -158,17 +177,19 @@ FASTGIST_TARGET_AVX512 BlockSums<float> sums_avx512(const float* z, const float*
     sum_pd = _mm512_fmadd_ps(p, d, sum_pd);  // a lane that is out stands at the centres: its d is 0
     sum_qd = _mm512_fmadd_ps(q, d, sum_qd);
   };
-  // Where less comes than is here, the block is looked at once more instead: nobody wants what is seen.
+  // Where nothing is to be looked at, the block itself is once more: nobody wants what is seen.
   const bool looks = upcoming.n >= n;
-  const Upcoming<float> next = looks ? upcoming : Upcoming<float>{z, o, 0};
+  const float *const next_z = looks ? upcoming.z : z, *const next_o = looks ? upcoming.o : o;
+  const int64_t next_n = looks ? upcoming.n : 0, ahead = looks ? kFetchAhead : 0;
+  const Upcoming<float> next = upcoming;  // its own: what p_hat points to might be the caller's
   Seen512 seen;
   int64_t at = 0;
   if (n >= 16 * (kTurnsAhead + 1)) {
     Pair512 first = load_pair(z, o, 0), second = load_pair(z, o, 16), third = load_pair(z, o, 32);
     for (; at + 16 * (kTurnsAhead + 1) <= n; at += 16) {
       const Pair512 fourth = load_pair(z, o, at + 16 * kTurnsAhead);
-      next.fetch(at + kFetchAhead);
-      seen.add(load_pair(next.z, next.o, at));
+      next.fetch(at + ahead);
+      seen.add(load_pair(next_z, next_o, at));
       step(first, at, kAll);
       first = second;
       second = third;
@@ -181,8 +202,8 @@ FASTGIST_TARGET_AVX512 BlockSums<float> sums_avx512(const float* z, const float*
     const __mmask16 in = lanes_left(n - at);
     step({_mm512_mask_loadu_ps(c_z, in, z + at), _mm512_mask_loadu_ps(c_o, in, o + at)}, at, in);
   }
-  for (; looked_at + 16 <= next.n; looked_at += 16) seen.add(load_pair(next.z, next.o, looked_at));
-  if (looked_at < next.n) seen.add_some(next.z, next.o, looked_at, lanes_left(next.n - looked_at));
+  for (; looked_at + 16 <= next_n; looked_at += 16) seen.add(load_pair(next_z, next_o, looked_at));
+  if (looked_at < next_n) seen.add_some(next_z, next_o, looked_at, lanes_left(next_n - looked_at));
   return {sum(sum_p), sum(sum_q), sum(sum_pd), sum(sum_qd), lone != 0, looks, seen.all()};
 }
 

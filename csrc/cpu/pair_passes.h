@@ -125,23 +125,24 @@ struct Looked {
 };
 
 // What follows a block in memory: more of its row, or the next row. Where there are no more rows, where classes are not
-// neighbours, and of half precision, which is converted block by block: nothing new.
+// neighbours, and of half precision, which is converted block by block: nothing new. Only a row of one block is looked
+// at beforehand: longer ones come from further away, and there all that is waited for has to be asked for a block
+// ahead.
 template <typename A>
 Upcoming<A> upcoming(const LogitPair& in, const Looked<A>& block) {
   const bool direct =
       (in.dtype == DType::kFloat32 || in.dtype == DType::kFloat64) && in.z_stride_v == 1 && in.o_stride_v == 1;
   const int64_t end = block.start + block.n;
-  if (direct && end < in.classes) return {block.z + block.n, block.o + block.n, std::min(kBlock, in.classes - end)};
+  if (direct && end < in.classes) return {block.z + block.n, block.o + block.n, 0};
   if (!direct || block.row + 1 >= in.rows) return {block.z, block.o, 0};
-  return {block.z - block.start + in.z_stride_m, block.o - block.start + in.o_stride_m, std::min(kBlock, in.classes)};
+  const int64_t looked_at = in.classes <= kBlock ? in.classes : 0;
+  return {block.z - block.start + in.z_stride_m, block.o - block.start + in.o_stride_m, looked_at};
 }
 
-// That block, once its extremes are known.
+// The next row's block, once its extremes are known.
 template <typename A>
 Looked<A> after(const LogitPair& in, const Looked<A>& block, const Extremes<A>& seen) {
-  const bool same_row = block.start + block.n < in.classes;
-  Looked<A> found = {
-      block.row + !same_row, same_row ? block.start + block.n : 0, block.next.n, block.next.z, block.next.o, seen};
+  Looked<A> found = {block.row + 1, 0, block.next.n, block.next.z, block.next.o, seen};
   found.next = upcoming(in, found);
   return found;
 }

@@ -28,7 +28,7 @@ template <typename A>
 struct Upcoming {
   const A* z;
   const A* o;
-  int64_t n;  // how many classes may be looked at; 0: none, what is asked for is the block's own
+  int64_t n;  // how many of its classes may be looked at; 0: they are asked for alone
 
   FASTGIST_INLINE void fetch(int64_t at) const {
 #if defined(__GNUC__) || defined(__clang__)
