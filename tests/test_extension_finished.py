@@ -140,6 +140,33 @@ def test_maxima_that_rise_from_block_to_block(op, classes):
 
 
 @each
+@pytest.mark.parametrize("absent", [False, True])
+@pytest.mark.parametrize("classes", [1, 15, 16, 100, 1000, 1024, 1100])
+def test_a_row_is_what_it_is_alone_wherever_its_largest_class_stands(op, classes, absent):
+    """Rows are looked at while the ones before are summed. Each has maxima 1,000 above the rest, which about another centre
+    would be infinite, or a class that is absent, at another place; alone, nothing was looked at beforehand."""
+    rows = 71
+    z, o = logits(rows, classes)
+    third = labels(op, rows, classes)
+    for row in range(rows):
+        at = row * (classes - 1) // (rows - 1)
+        if absent and classes > 1:
+            z[row, at] = o[row, at] = -INF
+            if third is not None:
+                third[row] = (at + 1) % classes
+        else:
+            z[row, at] = 1000.0
+            o[row, classes - 1 - at] = 1000.0
+    row_loss, _, *grads = finished(op, z, o, third)
+    assert bool(row_loss.isfinite().all())
+    for row in range(rows):
+        some = slice(row, row + 1)
+        alone = finished(op, z[some], o[some], None if third is None else third[some])
+        for a, b in zip((row_loss, *grads), (alone[0], *alone[2:]), strict=True):
+            assert torch.equal(a[some], b), f"row {row}"
+
+
+@each
 @pytest.mark.parametrize("classes", [1000, 2100])
 def test_where_the_tensors_lie_changes_no_bit(op, classes):
     """Vectors are loaded ahead of stores, and rows looked at ahead of their turn: from memory right behind the logits too."""

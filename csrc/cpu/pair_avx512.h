@@ -220,8 +220,8 @@ FASTGIST_AVX512_INLINE __m512 gap512(const Quad512& x, __m512 m_z, __m512 m_o) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.z, _mm512_set1_ps(-kInf<float>), _CMP_NEQ_UQ), d);
 }
 
-// step(quad, at, lanes) for all of a block, whose results may be stored where the exponentials lie. In no loop that
-// ends in a store is a load other than these: see kTurnsAhead.
+// step(quad, at, lanes) for all of a block, whose results may be stored where the exponentials lie. What a step loads
+// besides, as class weights, it may have to wait for: see kTurnsAhead.
 template <typename Step>
 FASTGIST_AVX512_INLINE void by_quads(const float* z, const float* o, const float* p, const float* q, int64_t n,
                                      Centres<float> m, const Step& step) {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fastgist.ops import _common
+
 __all__ = ["refuse"]
 
 
@@ -12,7 +14,7 @@ def refuse(op: str) -> None:
 
     Compiled code traces transforms itself.
     """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and _common.transforms_active():
         raise RuntimeError(
             f"{op}: no rule for torch.func's transforms (vmap, grad, jvp, jacrev, ...): it is a kernel with its gradient. "
             f"fastgist.reference.{op}.{op} is the formula in plain torch, which they take; batches need none: (..., V)"
